@@ -17,6 +17,7 @@ MODELS = {
     "LanguageModeler": "apps.nlp.language",
     "ImageTextRetriever": "apps.multimodal",
     "ImageCaptioner": "apps.multimodal.captions",
+    "HubCausalLM": "apps.hub",
 }
 """The room of each LightningModule: its module ``module`` has the class, and ``task`` says how it is used."""
 
@@ -31,6 +32,7 @@ DATA = {
     "TranslationData": "apps.nlp.translation.data",
     "TextData": "apps.nlp.language.data",
     "ImageTextData": "apps.multimodal.data",
+    "HubTextData": "apps.hub.data",
 }
 """The module of each LightningDataModule."""
 

@@ -248,7 +248,8 @@ class AdoptedMoE(Adopted, MoE):
         T, K = expert_ids_TK.shape
         logits_TE = self.router.__dict__.pop("logits_TE", None)
         evidence, leading, context = Evidence(), self.__dict__["leading"], self.__dict__["context"]
-        if logits_TE is not None and self.is_recorded:
+        # Where an activation checkpoint repeats the pass nothing records, and as many tensors have to be saved.
+        if logits_TE is not None and (self.is_recorded or torch.is_grad_enabled()):
             logits_TE = logits_TE.float().reshape(T, -1)
             evidence = Evidence(SCORE_FUNCS[self.layout.score](logits_TE), logits_TE)
         ids_N, E = expert_ids_TK.reshape(-1), self.num_experts

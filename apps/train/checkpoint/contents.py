@@ -74,7 +74,7 @@ def unlike(state: Mapping[str, Any], model: nn.Module) -> str:
 
     Args:
         state: ``state_dict`` of the checkpoint.
-        model: the model, whose tensors may be on the meta device.
+        model: the model, whose tensors may be on the meta device; a checkpoint may lack its ``kept_elsewhere``.
     """
     there, here = (
         {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
@@ -82,7 +82,8 @@ def unlike(state: Mapping[str, Any], model: nn.Module) -> str:
     )
     both = [name for name in here if name in there]
     resized = [f"{name} is {there[name]} there and {here[name]} here" for name in both if there[name] != here[name]]
-    lacking = [name for name in here if name not in there]
+    elsewhere: frozenset[str] = getattr(model, "kept_elsewhere", frozenset())
+    lacking = [name for name in here if name not in there and name not in elsewhere]
     foreign = [name for name in there if name not in here]
     parts = (("", resized), ("the checkpoint lacks ", lacking), ("the model lacks ", foreign))
     return "; ".join(f"{what}{some(names)}" for what, names in parts if names)

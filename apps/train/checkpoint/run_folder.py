@@ -91,7 +91,7 @@ class RunFolder(Callback):
     # The log and the checkpoints are moved last: a kill half-way loses none. The curves have names of their own.
     names = ("config.yaml", "signatures.json", "test.json", "validate.json", "predictions.jsonl",
              "search.jsonl", "search.html", "sweep.json", "sweep.png", "report.html", "report.json", "report",
-             "profile", METRICS, OF_USERS, "checkpoints")  # fmt: skip
+             "adapter", "profile", METRICS, OF_USERS, "checkpoints")  # fmt: skip
 
     def __init__(self, folder: Path, descriptions: Mapping[str, str], overwrite: bool = False) -> None:
         self.folder, self.descriptions, self.overwrite = folder, dict(descriptions), overwrite

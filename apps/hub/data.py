@@ -1,0 +1,292 @@
+"""``HubTextData``: texts and chats for a model of transformers, in its own tokens."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from apps.base.checks import check_at_least
+from apps.base.progress import each
+from apps.data.array_files import ArrayFiles, ArrayWriter
+from apps.data.splits import SPLITS, Split, count_of
+from apps.data.store import EncodedStore, identity
+from apps.data.suite_data import SuiteData
+from apps.data.text_files import expand, read_lines
+from apps.hub.folders import load_tokenizer
+
+STORE = EncodedStore("hub_text", ("hub/data.py", "data/splits.py", "data/text_files.py"))
+IGNORED = -100
+"""The label of a token without a loss, as transformers has it."""
+_TWENTIETH = 0.05
+
+
+class HubBatch(NamedTuple):
+    """B rows of L tokens. A row holds whole documents one after the other, and pieces of longer ones.
+
+    Attributes:
+        tokens_BL: int64 ids; padding at the end of a row has the id 0.
+        labels_BL: int64, the ids again, or ``IGNORED``: padding, and what a chat's user says.
+        positions_BL: int64, from 0 in each document. Tokens attend within their document.
+        index_B: int64 (B,), the row's place in its split.
+    """
+
+    tokens_BL: Tensor
+    labels_BL: Tensor
+    positions_BL: Tensor
+    index_B: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+
+
+class HubTextData(SuiteData):
+    """Texts and chats in train, validation and test batches of ``HubBatch``, tokenized by a model's own tokenizer.
+
+    Files are plain text (``.txt`` and others), or JSON lines (``.jsonl``): each line has ``text``, or ``messages`` with
+    ``role`` and ``content``, to which the tokenizer's chat template is applied; the loss is then on the assistant's
+    answers. Documents are packed into rows of ``block_size`` tokens, longest first, and do not see each other.
+
+    Args:
+        folder: local folder of a model in transformers' layout, which is trained and whose tokenizer reads the texts.
+        train_files: a name or a pattern of files, or several.
+        val_files: likewise; None: documents of train_files are held out.
+        test_files: likewise; None: the validation documents.
+        root: folder that the file names start from.
+        cache_dir: folder for encoded text; default ~/.cache/moesaic.
+        document: unit of plain text that is one document: "line", "paragraph" (lines up to an empty one) or "file".
+        val_size: documents to validate on, or a share of all below 1, without val_files.
+        split_seed: of the held-out documents.
+        block_size: tokens of a row.
+        batch_size: rows of a training batch and process.
+        eval_batch_size: in validation and test.
+        text: prompts of a prediction.
+        kwargs: ``num_workers`` and ``seed`` of ``SuiteData``.
+
+    Raises:
+        ValueError: an option out of its range; when the data are first needed: a folder without a tokenizer, missing or
+            malformed files, ``messages`` without a chat template.
+
+    Example::
+
+        data = HubTextData("models/OLMoE", train_files="chats.jsonl", block_size=1024, batch_size=4)
+    """
+
+    unit = "tokens"
+    from_checkpoint = ("folder",)
+    hold_out = "give {split}_files, or a val_size that holds some out"
+
+    def __init__(
+        self,
+        folder: str,
+        train_files: list[str] | str | None = None,
+        val_files: list[str] | str | None = None,
+        test_files: list[str] | str | None = None,
+        root: str | None = None,
+        cache_dir: str | None = None,
+        document: Literal["line", "paragraph", "file"] = "paragraph",
+        val_size: int | float = _TWENTIETH,
+        split_seed: int = 0,
+        block_size: int = 512,
+        batch_size: int = 8,
+        eval_batch_size: int = 8,
+        text: list[str] | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__("text", root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
+        check_at_least(2, block_size=block_size)
+        self.folder, self.document, self.block_size = folder, document, block_size
+        self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
+        self.val_size, self.split_seed, self.text = val_size, split_seed, text
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer, read when it is first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.folder)
+        return self._tokenizer
+
+    @property
+    def needs_no_dataset(self) -> bool:
+        return self.text is not None
+
+    def sizes(self) -> dict[Split, int]:
+        return {split: len(self.opened[f"{split}_ids"]) for split in SPLITS}
+
+    def examples(self, split: Split) -> _Rows:
+        return _Rows(self.opened, split, self.block_size)
+
+    def predict_dataloader(self) -> Any:
+        if self.text is None:
+            raise ValueError("there is nothing to continue: give text (--data.text)")
+        prompts = [self.text] if isinstance(self.text, str) else self.text
+        return DataLoader(prompts, collate_fn=list)  # type: ignore[arg-type]
+
+    def read(self) -> ArrayFiles:
+        if self.train_files is None and self.test_files is None and self.val_files is None:
+            raise ValueError("train_files is missing (--data.train_files): a name or pattern of text or .jsonl files")
+        files = {split: self._files(split) for split in SPLITS}
+        tokenizer = sorted(Path(self.folder).expanduser().glob("*token*")) + sorted(
+            Path(self.folder).expanduser().glob("chat_template*")
+        )
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in tokenizer if path.is_file())).hexdigest()
+        made_from = [
+            {split: identity(paths) for split, paths in files.items()},
+            [digest, self.document, self.val_size, self.split_seed],
+        ]
+        return STORE.open(self.cache, "text", made_from, lambda writer: self._write(writer, files))
+
+    def _files(self, split: Split) -> list[Path]:
+        named = getattr(self, f"{split}_files")
+        names = [named] if isinstance(named, str) else named or []
+        root = Path(self.root or ".").expanduser()
+        found = list(dict.fromkeys(path for name in names for path in expand(root, name)))
+        if names and not found:
+            raise ValueError(f"{root / names[0]} is missing")
+        return found
+
+    def _write(self, writer: ArrayWriter, files: Mapping[Split, Sequence[Path]]) -> None:
+        splits = {split: [d for path in paths for d in self._documents(path)] for split, paths in files.items()}
+        if not files["val"] and splits["train"]:
+            number = count_of(self.val_size, len(splits["train"]))
+            order = np.random.default_rng(self.split_seed).permutation(len(splits["train"]))
+            held = set(order[:number].tolist())
+            splits["val"] = [splits["train"][i] for i in sorted(held)]
+            splits["train"] = [d for i, d in enumerate(splits["train"]) if i not in held]
+        if not files["test"]:
+            splits["test"] = splits["val"]
+        for split, documents in splits.items():
+            ids, answers, bounds = list[int](), list[bool](), [0]
+            for document in each(documents, f"tokens of {len(documents):,} documents"):
+                own, answered = self._encoded(document)
+                ids += own
+                answers += answered
+                bounds.append(len(ids))
+            writer.save(f"{split}_ids", np.array(ids, np.int32))
+            writer.save(f"{split}_answers", np.array(answers, np.int8))
+            writer.save(f"{split}_bounds", np.array(bounds, np.int64))
+        writer.finish({})
+
+    def _documents(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the documents of a file, each with where it is."""
+        if path.suffix not in (".jsonl", ".json"):
+            part: list[str] = []
+            for number, line in enumerate([*read_lines(path), ""], 1):
+                ends = self.document == "line" or (self.document == "paragraph" and not line)
+                part += [line] if line or self.document == "file" else []
+                if ends and part:
+                    yield f"{path}:{number}", "\n".join(part)
+                    part = []
+            if "".join(part):
+                yield str(path), "\n".join(part)
+            return
+        for number, line in enumerate(read_lines(path), 1):
+            if not line:
+                continue
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is no JSON: {error}") from None
+            content = entry.get("messages", entry.get("text")) if isinstance(entry, dict) else None
+            if not isinstance(content, str) and not _are_messages(content):
+                raise ValueError(f'{path}:{number} has neither "text" nor "messages" of role and content')
+            yield f"{path}:{number}", content
+
+    def _encoded(self, document: tuple[str, Any]) -> tuple[list[int], list[bool]]:
+        """Return the ids of a document, and which of them have a loss."""
+        where, content = document
+        tokenizer = self.tokenizer
+        if isinstance(content, str):
+            ids = tokenizer(content, add_special_tokens=False)["input_ids"]
+            ids = [*([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []), *ids]
+            ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+            return ids, [True] * len(ids)
+        if not tokenizer.chat_template:
+            raise ValueError(f"{where} has messages, and {self.folder} no chat template")
+        whole, answers = self._chat(content), list[bool]()
+        for i, message in enumerate(content):
+            if message["role"] == "assistant":
+                begin, end = self._chat(content[:i], asks=True), self._chat(content[: i + 1])
+                if end[: len(begin)] != begin or whole[: len(end)] != end:
+                    raise ValueError(f"{where}: the chat template of {self.folder} changes what was said before")
+                answers += [False] * (len(begin) - len(answers)) + [True] * (len(end) - len(begin))
+        return whole, answers + [False] * (len(whole) - len(answers))
+
+    def _chat(self, messages: Sequence[Any], asks: bool = False) -> list[int]:
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=asks, return_dict=False
+        )
+        return ids
+
+
+def _are_messages(content: Any) -> bool:
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in content)
+    )
+
+
+def packed(lengths: Sequence[int], size: int) -> list[list[tuple[int, int, int]]]:
+    """Pack documents into rows of at most ``size`` tokens, the longest first, each into the fullest row that has room.
+
+    Args:
+        lengths: tokens of each document; longer ones are cut into pieces of ``size``.
+        size: tokens of a row.
+
+    Returns:
+        the pieces of each row: document, its first token and the end.
+    """
+    pieces = [(d, start, min(start + size, n)) for d, n in enumerate(lengths) for start in range(0, n, size)]
+    pieces.sort(key=lambda piece: piece[1] - piece[2])
+    rows: list[list[tuple[int, int, int]]] = []
+    free: list[tuple[int, int]] = []  # tokens left and the row, sorted
+    for piece in pieces:
+        length = piece[2] - piece[1]
+        at = bisect.bisect_left(free, (length, -1))
+        left, row = free.pop(at) if at < len(free) else (size, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(piece)
+        bisect.insort(free, (left - length, row))
+    return rows
+
+
+class _Rows(Dataset[Any]):
+    """The rows of a split, read by whole batches."""
+
+    def __init__(self, files: ArrayFiles, split: str, size: int) -> None:
+        self.files, self.split, self.size = files, split, size
+        self.bounds = files[f"{split}_bounds"].tolist()
+        self.rows = packed(np.diff(self.bounds).tolist(), size)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> HubBatch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int] | Tensor) -> HubBatch:
+        index_B = torch.as_tensor(positions, dtype=torch.int64)
+        ids_M, answers_M = self.files[f"{self.split}_ids"], self.files[f"{self.split}_answers"]
+        shape = (len(index_B), self.size)
+        tokens_BL = torch.zeros(shape, dtype=torch.int64)
+        labels_BL, positions_BL = torch.full(shape, IGNORED), torch.zeros(shape, dtype=torch.int64)
+        for b, row in enumerate(index_B.tolist()):
+            place = 0
+            for d, start, end in self.rows[row]:
+                span = slice(place, place + end - start)
+                own = slice(self.bounds[d] + start, self.bounds[d] + end)
+                tokens_BL[b, span] = ids_M[own].long()
+                labels_BL[b, span] = torch.where(answers_M[own] > 0, tokens_BL[b, span], IGNORED)
+                labels_BL[b, place] = IGNORED  # nothing before it foretells it
+                positions_BL[b, span] = torch.arange(end - start)
+                place += end - start
+            positions_BL[b, place:] = torch.arange(self.size - place)
+        return HubBatch(tokens_BL, labels_BL, positions_BL, index_B)

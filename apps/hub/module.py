@@ -1,0 +1,271 @@
+"""``HubCausalLM``: a causal language model of transformers, sparse or dense, trained whole or by adapters."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import core
+from apps.hub.adapter_files import save_adapters
+from apps.hub.data import IGNORED, HubBatch
+from apps.hub.folders import load_model, load_tokenizer, save_model
+from apps.train.cost.quantizing import quantise
+from apps.train.publish.model_card import ModelKind
+from apps.train.step.module import SparseModule, TaskOutput
+from core.config.plain import from_plain
+from core.fields import Checked, Count, CountOrZero, NotNegative, Positive, PositiveShare
+
+_logger = logging.getLogger(__name__)
+
+
+@core.register_config
+@dataclass(frozen=True)
+class LoRAConfig(Checked):
+    """Adapters to be trained in place of the weights.
+
+    Attributes:
+        rank: of each update.
+        alpha: factor on an update, scaled by ``1 / rank``; None: ``rank``.
+        modules: "experts", "router", "attention", or patterns of the names of linear layers, such as ``*.q_proj``.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    rank: Count = 16
+    alpha: Positive | None = 32.0
+    modules: tuple[str, ...] = ("experts", "attention")
+
+
+@core.register_config
+@dataclass(frozen=True)
+class GenerateConfig(Checked):
+    """How a prompt is continued.
+
+    Attributes:
+        max_new_tokens: tokens at most.
+        temperature: divisor of the logits; 0: the best token each time.
+        top_p: draw from the fewest most probable tokens whose probabilities sum to p at least.
+        seed: of the random numbers.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    max_new_tokens: Count = 256
+    temperature: NotNegative = 0.0
+    top_p: PositiveShare = 1.0
+    seed: CountOrZero = 0
+
+
+class HubCausalLM(SparseModule):
+    """A causal language model in a local folder of transformers' layout, whose MoE blocks are adopted.
+
+    Args:
+        folder: local folder of the model; the command line takes it from the data.
+        lora: adapters that are trained; None: the weights are.
+        quantize: how frozen experts are kept under ``lora``, such as "int8" or "int4:64" (QLoRA); None: as they are.
+        freeze: parts that do not train: "router", "experts", or patterns of parameters' names.
+        balance: weights of the balance losses; None: the model's own ``router_aux_loss_coef``, and 0 without one.
+            transformers' own balance loss is never added.
+        gradient_checkpointing: compute activations again in the backward instead of keeping them.
+        dtype: of the weights; None: as the folder has them.
+        generate: how a prediction continues a prompt.
+        kwargs: ``optimizer``, ``ema_decay`` and ``average_last`` of ``SparseModule``.
+
+    Raises:
+        ValueError: a folder that cannot be read, a value out of its range, ``quantize`` without ``lora``, or a name in
+            ``freeze`` or ``lora.modules`` that the model does not have.
+    """
+
+    model_kind = ModelKind("a language model", 'model.predict(["the beginning"])', "text-generation")
+    data_arguments: ClassVar[tuple[str, ...]] = ("folder",)
+    compiled_networks = ("model",)
+    monitor: str = "val/loss"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+    readout = ("model.lm_head",)
+    shown_metrics = ("perplexity",)
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        lora: LoRAConfig | None = None,
+        quantize: str | None = None,
+        freeze: Sequence[str] = (),
+        balance: core.Balance | None = None,
+        gradient_checkpointing: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        generate: GenerateConfig = GenerateConfig(),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if folder is None:
+            return self.wait_for_data("folder")
+        self.folder, self.lora = folder, from_plain(lora, LoRAConfig, "lora")
+        self.generate = from_plain(generate, GenerateConfig, "generate")
+        if quantize is not None and self.lora is None:
+            raise ValueError(f"quantize={quantize!r} without lora: quantized experts are frozen")
+        self.model = load_model(folder, dtype).train()
+        sparse = self._adopt(balance)
+        if self.lora is not None:
+            if sparse and quantize is not None:
+                quantise(self, quantize)
+            config = core.LoRA(self.lora.rank, self.lora.alpha)
+            wanted = [m for m in self.lora.modules if sparse or m not in ("experts", "router")]
+            core.add_adapters(self.model, config, wanted)
+        self._freeze_parts(freeze)
+        if gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
+
+    def _adopt(self, balance: core.Balance | None) -> bool:
+        """Adopt the MoE blocks, and return whether there are any."""
+        config = self.model.config
+        config.output_router_logits = False  # transformers would add a balance loss of its own
+        own = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
+        try:
+            core.adopt(self.model, balance or core.Balance(load_balancing=0.0, router_z=0.0))
+        except ValueError as error:
+            if "no MoE block of a known layout" in str(error):
+                return False
+            raise ValueError(f"{self.folder}: {error}") from None
+        layers = core.moe_layers(self.model)
+        if balance is None and own:
+            # transformers' loss counts each of K choices, once for all layers together.
+            for layer in layers.values():
+                weight = own * float(getattr(layer, "pairs_per_token", 1)) / len(layers)
+                layer.balance = core.Balance(load_balancing=weight, router_z=0.0)
+        weights = next(iter(layers.values())).balance.weights()
+        shown = ", ".join(f"{name}={weight:g}" for name, weight in weights.items() if weight) or "none"
+        _logger.info("balance losses of each of the %d MoE layers: %s", len(layers), shown)
+        return True
+
+    def _freeze_parts(self, freeze: Sequence[str]) -> None:
+        for wanted in freeze:
+            layers = core.moe_layers(self.model).values()
+            if wanted in ("router", "experts"):
+                found = [p for layer in layers for p in getattr(layer, wanted).parameters()]
+            else:
+                found = [p for name, p in self.model.named_parameters() if fnmatchcase(name, wanted)]
+            if not found:
+                raise ValueError(f"freeze={wanted!r} names no parameter of {self.folder}")
+            for parameter in found:
+                parameter.requires_grad_(False)
+
+    # ---- the loss
+
+    def forward(self, tokens_BL: Tensor, positions_BL: Tensor) -> Tensor:
+        """Return the logits of the token after each of (B, L) ids, (B, L, V)."""
+        logits: Tensor = self.model(input_ids=tokens_BL, position_ids=positions_BL, use_cache=False).logits
+        return logits
+
+    def task_loss(self, batch: HubBatch) -> TaskOutput:
+        """Return the mean cross-entropy of the tokens with a label."""
+        logits_BLV = self(batch.tokens_BL, batch.positions_BL)[:, :-1]
+        target_BL = batch.labels_BL[:, 1:]
+        count = int((target_BL != IGNORED).sum())
+        total = F.cross_entropy(
+            logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return TaskOutput(total / max(count, 1), None, None, len(batch.tokens_BL), weight=max(count, 1))
+
+    def example_inputs(self, batch: HubBatch) -> tuple[Tensor, Tensor]:
+        return batch.tokens_BL, batch.positions_BL
+
+    def cost_unit(self, batch: HubBatch) -> str:
+        return f"a row of {batch.tokens_BL.shape[1]} tokens"
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_perplexity("val")
+        super().on_validation_epoch_end()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_perplexity("test")
+        super().on_test_epoch_end()
+
+    def _log_perplexity(self, stage: str) -> None:
+        loss = self.trainer.callback_metrics.get(f"{stage}/loss")
+        if loss is not None:
+            self.log(f"{stage}/perplexity", math.exp(min(float(loss), 700.0)), prog_bar=True, sync_dist=True)
+
+    # ---- prediction
+
+    def predict_step(self, batch: list[str], batch_idx: int) -> list[str]:
+        return self.predict(batch)
+
+    @torch.no_grad()
+    def predict(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Return the continuation of each prompt; with a chat template, the assistant's answer to it.
+
+        Args:
+            prompts: texts, each by itself.
+            options: fields of ``GenerateConfig`` that differ from the model's.
+
+        Raises:
+            ValueError: one text instead of a list, or an unknown option.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one text: give a list of texts")
+        plain = {**vars(self.generate), **options}
+        config, tokenizer = from_plain(plain, GenerateConfig, "generate"), load_tokenizer(self.folder)
+        answers = []
+        for prompt in prompts:
+            if tokenizer.chat_template:
+                said = [{"role": "user", "content": prompt}]
+                ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+            else:
+                ids = tokenizer(prompt)["input_ids"]
+            tokens_1S = torch.tensor([ids], device=self.device)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                drawn = {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+                out = self.model.generate(
+                    tokens_1S, max_new_tokens=config.max_new_tokens, do_sample=bool(drawn),
+                    attention_mask=torch.ones_like(tokens_1S), pad_token_id=tokenizer.eos_token_id, **drawn,
+                )  # fmt: skip
+            answers.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+        return answers
+
+    # ---- files
+
+    @property
+    def kept_elsewhere(self) -> frozenset[str]:
+        """Names of the tensors that a checkpoint lacks: with ``lora`` those of the folder."""
+        if self.lora is None:
+            return frozenset()
+        return frozenset(self.state_dict()) - {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if "state_dict" in checkpoint:
+            left_out = self.kept_elsewhere
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in left_out}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        whole = {**{k: v for k, v in self.state_dict().items() if k in self.kept_elsewhere}, **state_dict}
+        return super().load_state_dict(whole, strict, assign)
+
+    def on_fit_end(self) -> None:
+        """Write the trained adapter as PEFT's files into the run's folder."""
+        if self.lora is not None and self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir) / "adapter"
+            save_adapters(self.model, folder)
+            _logger.info("the adapter is in %s", folder)
+
+    def save_folder(self, folder: str | Path) -> None:
+        """Write the model in transformers' layout, adapters merged; the module is of no use afterwards.
+
+        Raises:
+            ValueError: quantized experts, which the layout does not have.
+        """
+        if self.lora is not None:
+            core.merge_adapters(self.model)
+        save_model(core.release(self.model) if core.moe_layers(self.model) else self.model, folder, self.folder)
