@@ -19,8 +19,8 @@ _WORD = r"(?<![A-Za-z_])"  # shared_experts are none that a router chooses
 _NAME = re.compile(
     rf"(?P<layer>.*?)(?:(?:experts\.)?{_WORD}(?P<router>(?:gate|router)(?:\.(?:wg|layer|classifier|gate))?\.weight)"
     rf"|{_WORD}(?P<head>experts?[._](?:expert_)?)(?P<e>\d+)\.(?P<rest>.+)"
-    rf"|{_WORD}(?P<tail>(?:(?:gate|router)\.)?(?:moe_statics\.)?(?:e_score_correction|expert)_bias|router\.bias|experts\.(?!\d).+"
-    rf"|(?:input|output)_linear\.weight))"
+    rf"|{_WORD}(?P<tail>(?:(?:gate|router)\.)?(?:moe_statics\.)?(?:e_score_correction|expert)_bias|router\.bias|experts\.(?!\d|parts\.).+"
+    rf"|(?:input|output)_linear\.weight|(?<=experts\.parts\.\d\.).+))"  # ``Mixed`` has parts that count from 0 each
 )
 SIDE = re.compile(r"scale|zero|absmax|quant_|shape|g_idx|amax")
 """Tensors that a quantized matrix has next to its integers."""
@@ -135,19 +135,14 @@ def read_parts(weights: Weights, faults: Faults, prefix: str = "") -> list[Part]
     parts: list[Part] = []
     for name, match in found.items():
         layer, t, number = match["layer"], weights.get(name), weights.num_experts
-        if match["e"]:
-            parts.append(Part(layer, int(match["e"]), f"{match['head']}*.{match['rest']}", name, t))
-            continue
-        tail = match["router"] or match["tail"]
-        if ".parts." in tail:  # groups of experts of this project's ``Mixed``, which count from 0 each
-            layer, tail = re.findall(r"(.*\.parts\.\d+\.)(.*)", layer + tail)[0]
+        tail = match["router"] or match["tail"] or f"{match['head']}*.{match['rest']}"
         if t is not None and tail.startswith("experts.mlp.") and number and len(t) % number == 0:
             t = t.unflatten(0, (number, -1))  # DBRX
-        if t is None or t.ndim > 2 or (t.ndim == 2 and (len(t) == number or match["router"])):
+        if not match["e"] and (t is None or t.ndim > 2 or (t.ndim == 2 and (len(t) == number or match["router"]))):
             slices = enumerate([None] * number if t is None else t.unbind())
             parts += [Part(layer, e, f"{tail}[*]", f"{name}[{e}]", own) for e, own in slices]
         else:
-            parts.append(Part(layer, None, tail, name, t))
+            parts.append(Part(layer, int(match["e"]) if match["e"] else None, tail, name, t))
     sparse = {template(part.layer) for part in parts if not part.is_router}
     return [part for part in parts if template(part.layer) in sparse]
 

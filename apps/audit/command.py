@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 
-import torch
-
 from apps.audit.checkpoint import ADAPTER_CONFIG, Faults, Weights, read_parts
-from apps.audit.holes import find_holes, find_odd, find_uncovered
 from apps.audit.options import Options
-from apps.audit.values import find_pinned, find_wrong_values
+from apps.audit.rules import find_holes, find_odd, find_pinned, find_uncovered, find_untied, find_wrong_values
 from apps.base.messages import counted, some
 from apps.porting.files import read_json
-
-_TIED = re.compile(r"(^|\.)(lm_head|shared|embed_tokens|wte|word_embeddings)\.weight$")
 
 
 def run(options: Options) -> int:
@@ -47,12 +41,3 @@ def run(options: Options) -> int:
     lines.append(f"{counted(len(faults), 'finding') if faults else 'sound'}: {options.path}, {layers}")
     print(json.dumps(rows, indent=2) if options.json else "\n".join(lines))
     return 1 if faults else 0
-
-
-def find_untied(weights: Weights, faults: Faults) -> None:
-    """Note an output layer that is not the embedding although the configuration ties the two."""
-    own = {name: t for name in weights.known if _TIED.search(name) and (t := weights.get(name)) is not None}
-    for head in own if weights.config.get("tie_word_embeddings") is True else ():
-        like = [t for name, t in own.items() if not name.endswith("lm_head.weight")]
-        if head.endswith("lm_head.weight") and like and not any(torch.equal(own[head], t) for t in like):
-            faults["untied_weights", "config.json ties it to the embedding, which has other values"].append(head)
