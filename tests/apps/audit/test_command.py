@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -362,3 +366,23 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
         "pytorch_model.bin",
         "model.safetensors.index.json",
     }
+
+
+def test_every_finding_has_a_row_in_the_reference():
+    root = Path(__file__).resolve().parents[3]
+    sources = "".join(path.read_text() for path in (root / "apps/audit").glob("*.py"))
+    rows = re.findall(r"^\| (`.*?) \|", (root / "docs/reference/commands/audit.md").read_text(), flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert set(re.findall(r'faults\["(\w+)"', sources)) == named
+
+
+def test_it_runs_without_transformers(tmp_path):
+    folder = write(tmp_path / "model", mixtral())
+    code = f"""
+import sys
+sys.modules["transformers"] = None  # an import of it fails
+from apps.cli import main
+sys.exit(main(["audit", {str(folder)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
