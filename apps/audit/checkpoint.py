@@ -115,8 +115,8 @@ class Part:
 
 
 def template(name: str) -> str:
-    """Return a dotted name with a star for each number."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+    """Return a dotted name with a star for each number; parts of ``Mixed`` are of different kinds."""
+    return re.sub(r"(?<![^.])(?<!parts\.)\d+(?![^.])", "*", name)
 
 
 def read_parts(weights: Weights, faults: Faults, prefix: str = "") -> list[Part]:
@@ -127,10 +127,10 @@ def read_parts(weights: Weights, faults: Faults, prefix: str = "") -> list[Part]
         faults: takes the findings.
         prefix: start of all names that is left out.
     """
-    names = {name: name.removeprefix(prefix) for name in weights.known if "shared_" not in name}
-    found = {name: match for name, text in names.items() if (match := _NAME.fullmatch(text))}
+    known = [name for name in weights.known if "shared_" not in name]
+    found = {name: match for name in known if (match := _NAME.fullmatch(name.removeprefix(prefix)))}
     for name, right in _right_names(found).items():
-        faults["skipped_tensor", f"no loader reads it: by the names of its siblings it is {right}"].append(name)
+        faults["skipped_tensor", f"no loader reads it: its siblings are named {template(right)}"].append(name)
         found[name] = _NAME.fullmatch(right) or found[name]
     parts: list[Part] = []
     for name, match in found.items():
@@ -143,7 +143,8 @@ def read_parts(weights: Weights, faults: Faults, prefix: str = "") -> list[Part]
             parts += [Part(layer, e, f"{tail}[*]", f"{name}[{e}]", own) for e, own in slices]
         else:
             parts.append(Part(layer, int(match["e"]) if match["e"] else None, tail, name, t))
-    sparse = {template(part.layer) for part in parts if not part.is_router}
+    # Of routers without experts those of attention, which are none, are left out.
+    sparse = {template(p.layer) for p in parts if not p.is_router or (weights.num_experts and "att" not in p.layer)}
     return [part for part in parts if template(part.layer) in sparse]
 
 

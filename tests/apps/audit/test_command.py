@@ -13,6 +13,7 @@ import torch
 from commands import fails
 from safetensors.torch import load_file, save_file
 
+import core
 from apps.cli import main
 
 E, D, F, LAYERS = 8, 32, 24, 3
@@ -381,8 +382,32 @@ def test_it_runs_without_transformers(tmp_path):
     code = f"""
 import sys
 sys.modules["transformers"] = None  # an import of it fails
+import core
 from apps.cli import main
 sys.exit(main(["audit", {str(folder)!r}]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_experts_of_the_configuration_that_no_file_holds(tmp_path, capsys):
+    tensors = {name: t for name, t in mixtral().items() if "experts" not in name}
+    code, findings = audit(capsys, write(tmp_path / "routers", tensors))
+    assert code == 1
+    assert findings["missing tensor"].startswith("model.layers.0.block_sparse_moe.experts, model.layers.1.")
+    tensors = {name: t for name, t in tensors.items() if "moe" not in name}
+    assert audit(capsys, write(tmp_path / "none", tensors)) == (1, {"missing tensor": "experts"})
+
+
+@pytest.mark.parametrize("expert", [core.SwiGLU(), core.LoRA(), core.Mixed((core.FFN(), core.SwiGLU()), (3, 5))])
+def test_layers_of_this_project(expert, tmp_path, capsys):
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(
+        core.MoEConfig(8, core.TokenChoice(2, expert_bias=True), expert).build(D) for _ in "abc"
+    )
+    tensors = {f"blocks.{name}": 1.5 * t for name, t in layers.state_dict().items()}
+    assert audit(capsys, write(tmp_path / "sound", tensors, {})) == (0, {})
+    name = next(name for name in tensors if name.startswith("blocks.1.experts") and name.endswith(("w_in", "w_a")))
+    tensors[name][2] = tensors[name][1]
+    code, findings = audit(capsys, write(tmp_path / "equal", tensors, {}))
+    assert (code, findings) == (1, {"equal experts": f"{name}[1], {name}[2]"})
