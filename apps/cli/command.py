@@ -20,6 +20,7 @@ _OTHERS = {
     "verdict": ("apps.verdict", "does sparse pay on your data? an answer within a number of minutes"),
     "convert": ("apps.convert", "make a trained run sparse, dense, smaller, or several runs one"),
     "doctor": ("apps.doctor", "what is wrong with a run's routing, with the evidence and a remedy"),
+    "audit": ("apps.audit", "what is wrong with a checkpoint's experts, from its files alone"),
     "export": ("apps.serve.export", "write a trained model as a graph for onnxruntime, torch.export or AOTInductor"),
     "demo": ("apps.demonstrate", "try a trained model out on a page on this machine, with its experts at work"),
     "serve": ("apps.serve.service", "a trained model behind a URL: HTTP, batches, metrics, OpenAPI"),

@@ -72,7 +72,7 @@ class Tensors(Mapping[str, Tensor]):
                 self._path = dict.fromkeys(self._file(folder / name), folder / name)
                 return
             if (folder / (name + INDEX)).is_file():
-                self._path = _shards(folder / (name + INDEX))
+                self._path = shards(folder / (name + INDEX))
                 return
         raise ValueError(f"{folder} holds no weights: neither {safetensors} nor {torch_file}, nor an index of shards")
 
@@ -98,12 +98,17 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._path)
 
 
-def _shards(index: Path) -> dict[str, Path]:
+def shards(index: Path) -> dict[str, Path]:
+    """Return the file of each tensor, as an index names it.
+
+    Raises:
+        ValueError: the index cannot be read, has no ``weight_map``, or names a file of another folder.
+    """
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise ValueError(f"{index} has no weight_map")
     for name in names.values():
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index} names {name!r}, which is no file of its folder")
     return {tensor: index.parent / name for tensor, name in names.items()}
 
