@@ -1,0 +1,254 @@
+"""A folder of transformers trained, tested and used by the command line: texts, chats, LoRA and QLoRA."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import apps
+import core
+from apps.cli import main
+from apps.hub.data import IGNORED, HubBatch, HubTextData, packed
+from apps.hub.module import HubCausalLM, LoRAConfig
+
+transformers = pytest.importorskip("transformers")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "router_aux_loss_coef": 0.02,
+    "dtype": "float32",
+}
+
+
+def chat(i):
+    return [{"role": "user", "content": f"What comes after {i}?"}, {"role": "assistant", "content": f"{i + 1} does."}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small random Mixtral with a byte-level tokenizer and a chat template; a file of chats, and one of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    base = tmp_path_factory.mktemp("hub")
+    text = "".join(m["content"] + "\n" for i in range(40) for m in chat(i))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
+    )
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=len(fast), **SIZES))
+    model.save_pretrained(base / "model"), fast.save_pretrained(base / "model")
+    (base / "chats.jsonl").write_text("".join(json.dumps({"messages": chat(i)}) + "\n" for i in range(40)))
+    (base / "text.txt").write_text(text.replace(".\n", ".\n\n"))
+    return base
+
+
+def data(folder, **options):
+    given = {"train_files": "chats.jsonl", "block_size": 48, "batch_size": 4, "eval_batch_size": 4}
+    return HubTextData(str(folder / "model"), root=str(folder), cache_dir=str(folder / "cache"), **{**given, **options})
+
+
+def test_documents_are_packed_whole_and_each_token_once():
+    rows = packed([5, 3, 9, 2, 7], 8)
+    assert rows == [[(2, 0, 8)], [(4, 0, 7), (2, 8, 9)], [(0, 0, 5), (1, 0, 3)], [(3, 0, 2)]]
+    assert packed([], 4) == []
+    lengths = torch.randint(1, 40, (200,)).tolist()
+    rows = packed(lengths, 32)
+    assert all(sum(end - start for _, start, end in row) <= 32 for row in rows)
+    assert sorted((d, t) for row in rows for d, a, b in row for t in range(a, b)) == [
+        (d, t) for d, n in enumerate(lengths) for t in range(n)
+    ]
+    assert len(rows) <= 1.1 * sum(lengths) / 32 + 1
+
+
+def test_the_loss_of_a_chat_is_on_its_answers(folder):
+    own = data(folder, val_size=4)
+    tokenizer = own.tokenizer
+    batch = own.examples("train")[0]
+    learned = [tokenizer.decode(run) for run in runs(batch)]
+    assert learned
+    assert all(text.endswith(" does.</s>") and "What" not in text for text in learned)
+    assert len(own.examples("train").bounds) - 1 == 36
+    assert len(own.examples("val").bounds) - 1 == 4
+
+
+def runs(batch):
+    """Return the ids of each stretch of tokens with a label, of the first row."""
+    found, last = [], False
+    for token, label in zip(batch.tokens_BL[0].tolist(), batch.labels_BL[0].tolist(), strict=True):
+        if label != IGNORED:
+            assert label == token
+            found = [*found[:-1], [*found[-1], token]] if last else [*found, [token]]
+        last = label != IGNORED
+    return found
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(2)], ids=["whole", "lora"])
+def test_documents_of_a_row_do_not_see_each_other(folder, lora):
+    """A packed row's loss is that of its documents, each by itself; the rest of the model is transformers'."""
+    module = HubCausalLM(str(folder / "model"), lora=lora).eval()
+    batch = data(folder).examples("train")[0]
+    packed_loss = module.task_loss(batch)
+    theirs = transformers.MixtralForCausalLM.from_pretrained(folder / "model").eval()
+    total = count = 0.0
+    starts = [*(batch.positions_BL[0] == 0).nonzero().flatten().tolist(), 48]
+    for start, end in itertools.pairwise(starts):
+        ids, labels = batch.tokens_BL[:, start:end], batch.labels_BL[:, start:end]
+        number = int((labels[:, 1:] != IGNORED).sum())
+        if number:
+            with torch.no_grad():
+                total += float(theirs(input_ids=ids, labels=labels).loss) * number
+            count += number
+    assert packed_loss.weight == count
+    assert float(packed_loss.loss.detach()) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_plain_text_and_lines(folder):
+    own = data(folder, train_files="text.txt", document="line", val_size=0.1)
+    batch = own.examples("train")[0]
+    assert batch.tokens_BL[0, 0] == own.tokenizer.bos_token_id
+    assert int((batch.labels_BL != IGNORED).sum()) > 20
+
+
+def fit(folder, run, *flags, config="lora"):
+    argv = ["fit", "--config", f"configs/hub/{config}.yaml", "--run_dir", str(run), "--data.folder"]
+    argv += [str(folder / "model"), "--data.root", str(folder), "--data.train_files", "chats.jsonl"]
+    argv += ["--data.cache_dir", str(folder / "cache"), "--data.block_size", "48", "--trainer.accelerator", "cpu"]
+    return main([*argv, "--trainer.accumulate_grad_batches", "1", "--model.optimizer.lr", "0.005", *flags])
+
+
+@pytest.mark.parametrize("config", ["lora", "qlora", "finetune"])
+def test_fit_test_predict(config, folder, tmp_path, capsys):
+    assert fit(folder, tmp_path, "--trainer.max_epochs", "3", config=config) == 0
+    said = capsys.readouterr().err
+    # 0.02 of the model, 2 experts a token, 2 layers
+    assert "balance losses of each of the 2 MoE layers: load_balancing" in said
+    assert "=0.02" in said
+    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    losses = [float(row[rows[0].index("val/loss")]) for row in rows[1:] if row[rows[0].index("val/loss")]]
+    assert losses[-1] < losses[0] < 6.0
+    assert main(["test", "--ckpt_path", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "test.json").read_text())
+    assert json.dumps(figures).count("test/perplexity")
+    assert main(["predict", "--ckpt_path", str(tmp_path), "--data.text", "What comes after 3?"]) == 0
+    model = apps.load(tmp_path)
+    assert len(model.predict(["What comes after 3?", "And 4?"], max_new_tokens=4)) == 2
+    if config == "finetune":
+        assert not (tmp_path / "adapter").exists()
+        return
+    peft = pytest.importorskip("peft")
+    base = transformers.MixtralForCausalLM.from_pretrained(folder / "model")
+    with_adapter = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    last = apps.load(tmp_path / "checkpoints" / "last.ckpt").eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        own, theirs = last.model(input_ids=ids).logits, with_adapter(input_ids=ids).logits
+    close = 1e-5 if config == "lora" else 0.3  # its experts are rounded to 4 bits
+    assert float((own - theirs).norm() / theirs.norm()) < close
+    held = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(".lora." in name for name in held)
+
+
+def test_a_tuned_model_is_written_for_transformers(folder, tmp_path):
+    module = HubCausalLM(str(folder / "model"), lora=LoRAConfig(2, modules=("experts", "router")))
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = module.eval().model(input_ids=ids).logits
+        copy.deepcopy(module).save_folder(tmp_path / "out")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert float((again(input_ids=ids).logits - expected).norm() / expected.norm()) < 1e-5
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == TEMPLATE
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(
+        load_file(folder / "model" / "model.safetensors")
+    )
+
+
+def test_the_routers_stay_and_the_rest_trains(folder):
+    module = HubCausalLM(str(folder / "model"), freeze=["router", "lm_head*"])
+    module.train()
+    batch = data(folder).examples("train")[0]
+    loss = module.training_loss(HubBatch(*batch))
+    loss.total.backward()
+    trained = {name for name, p in module.model.named_parameters() if p.grad is not None}
+    assert trained
+    assert not any("gate.weight" in name or "lm_head" in name for name in trained)
+    assert len(loss.aux.terms) == 1
+
+
+def test_a_dense_model_has_no_experts_and_trains(folder, tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    module = HubCausalLM(str(tmp_path / "dense"), lora=LoRAConfig(2))
+    assert not core.moe_layers(module)
+    assert all(".self_attn." in n for n, p in module.named_parameters() if p.requires_grad)
+
+
+def test_bad_input_is_one_line(folder, tmp_path, capsys):
+    def failing(*flags):
+        argv = ["--run_dir", str(tmp_path / "run"), "--data.root", str(folder)]
+        argv += ["--data.cache_dir", str(tmp_path / "cache"), *flags]
+        assert main(["fit", "--config", "configs/hub/lora.yaml", *argv]) == 1
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    model = str(folder / "model")
+    assert "none is no folder of a model of transformers" in failing(
+        "--data.folder", str(tmp_path / "none"), "--data.train_files", "chats.jsonl"
+    )
+    shutil.copytree(model, tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").unlink()
+    assert "has no weights" in failing("--data.folder", str(tmp_path / "empty"), "--data.train_files", "chats.jsonl")
+    shutil.copytree(model, tmp_path / "mute")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "mute" / name).unlink()
+    assert "has no tokenizer" in failing("--data.folder", str(tmp_path / "mute"), "--data.train_files", "chats.jsonl")
+    shutil.copytree(model, tmp_path / "cut")
+    content = (Path(model) / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(content[:-50])
+    assert "cut cannot be read" in failing("--data.folder", str(tmp_path / "cut"), "--data.train_files", "chats.jsonl")
+    (folder / "odd.jsonl").write_text('{"message": []}\n')
+    assert 'odd.jsonl:1 has neither "text" nor "messages"' in failing(
+        "--data.folder", model, "--data.train_files", "odd.jsonl"
+    )
+    assert "missing.txt is missing" in failing("--data.folder", model, "--data.train_files", "missing.txt")
+    assert "rank=4000 exceeds" in failing(
+        "--data.folder", model, "--data.train_files", "chats.jsonl", "--model.lora.rank", "4000"
+    )
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="quantize='int8' without lora: quantized experts are frozen"):
+        HubCausalLM(model, quantize="int8")
+    with pytest.raises(ValueError, match=r"freeze='\*\.nothing' names no parameter"):
+        HubCausalLM(model, freeze=["*.nothing"])
