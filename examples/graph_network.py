@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     known, test = torch.randperm(len(y)).tensor_split([len(y) // 10])
 
     dense = GraphNetwork(pixels.shape[1], 10).eval()
-    moe = core.MoEConfig(4, core.TokenChoice(2), balance=core.Balance(load_balancing=0.01))
+    moe = core.MoEConfig(4, core.TokenChoice(2), balance=core.Balance(load_balancing_loss=0.01))
     sparse = core.sparsify(dense, moe, modules="mlps.*")
     print(core.summary(sparse, *graph))
     right, expected = {}, dense(*graph)

@@ -50,7 +50,9 @@ def log_findings(rows: Sequence[Mapping[str, Any]]) -> list[core.Finding]:
     for layer, figures in layers.items():
         last = {name: values[-1] for name, values in figures.items()}
         findings += _gate(layer, last) if _GATE.search(layer) else _loads(layer, last, figures)
-    findings += _level(series(rows, "train/router_z"))
+    findings += _level(
+        [*series(rows, "train/router_z"), *series(rows, "train/router_z_loss")]
+    )  # a log of before 0.1 has the first
     return findings
 
 
@@ -63,7 +65,7 @@ def series(rows: Sequence[Mapping[str, Any]], column: str) -> list[float]:
 def _loads(layer: str, last: Mapping[str, float], figures: Mapping[str, Sequence[float]]) -> Iterator[core.Finding]:
     entropy, imbalance = last.get("load_entropy", 1.0), last.get("load_imbalance", 1.0)
     dead = figures.get("dead_experts", [0.0])
-    balance = "raise the weight of balance.load_balancing, or lower the learning rate"
+    balance = "raise the weight of balance.load_balancing_loss, or lower the learning rate"
     if entropy < FEW and imbalance >= 2:
         yield core.Finding(
             "collapsed_load",
@@ -109,12 +111,12 @@ def _gate(layer: str, last: Mapping[str, float]) -> Iterator[core.Finding]:
         )
 
 
-def _level(router_z: Sequence[float]) -> Iterator[core.Finding]:
-    """Yield whether the logits have grown: ``router_z`` is the mean square of their logsumexp over all layers."""
-    if len(router_z) < 8:
+def _level(router_z_loss: Sequence[float]) -> Iterator[core.Finding]:
+    """Yield whether the logits have grown: ``router_z_loss`` is the mean square of their logsumexp over all layers."""
+    if len(router_z_loss) < 8:
         return
-    quarter = len(router_z) // 4
-    levels = [math.sqrt(max(v, 0.0)) for v in router_z]
+    quarter = len(router_z_loss) // 4
+    levels = [math.sqrt(max(v, 0.0)) for v in router_z_loss]
     first, last = sum(levels[:quarter]) / quarter, sum(levels[-quarter:]) / quarter
     if not all(map(math.isfinite, levels)) or last >= LARGE_LOGIT:
         yield core.Finding(
@@ -122,7 +124,7 @@ def _level(router_z: Sequence[float]) -> Iterator[core.Finding]:
             "",
             "error",
             f"logsumexp of the logits is {levels[-1]:.3g} (root mean square)",
-            "set balance.router_z to 0.001, or lower the router's learning rate (optimizer.router_lr_scale)",
+            "set balance.router_z_loss to 0.001, or lower the router's learning rate (optimizer.router_lr_scale)",
             {"last": levels[-1]},
         )
     elif last > max(HIGH_LEVEL, DRIFT * first):

@@ -28,7 +28,7 @@ _ACTIVATIONS = {
 """The engine's activations by the names of the classes that transformers has for them."""
 
 
-def adopt(model: nn.Module, balance: Balance = Balance(load_balancing=0.0, router_z=0.0)) -> nn.Module:
+def adopt(model: nn.Module, balance: Balance = Balance(load_balancing_loss=0.0, router_z_loss=0.0)) -> nn.Module:
     """Make every MoE block of a transformers model a ``core.MoE``, in place.
 
     Parameters, ``state_dict``, ``save_pretrained``, ``generate`` and optimizers stay as they are: no tensor is copied.

@@ -38,7 +38,7 @@ class Adopted:
 class AdoptedRouter(Adopted, Router):
     """A router that decides as before, and records its logits."""
 
-    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z_loss"}
     config = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -71,8 +71,10 @@ REMEDIES = {
     "skew_by_class": "shuffle the batches, and balance within a sequence by balance.sequence_balance",
     "starved_modality": "give the layer more room (capacity_factor, eval_capacity_factor), and ",
     "collapsed_modality": "give the layer ",
-    "logits_overflow": "set balance.router_z to 0.001, lower the router's learning rate (optimizer.router_lr_scale)",
-    "logits_drift": "set balance.router_z to 0.001, or lower the router's learning rate (optimizer.router_lr_scale)",
+    "logits_overflow": "set balance.router_z_loss to 0.001, lower the router's learning rate "
+    "(optimizer.router_lr_scale)",
+    "logits_drift": "set balance.router_z_loss to 0.001, or lower the router's learning rate "
+    "(optimizer.router_lr_scale)",
     "flat_logits": "look at the gate's weights and input: both must differ from 0 by more than rounding; start the "
     "gate again",
     "token_blind": "look at what the gate is given: a norm of weight 0, a detached or constant input; start the gate "
@@ -114,9 +116,9 @@ def load_findings(layer: str, f: LayerFigures, used_E: Tensor | None = None) -> 
         dead = int(((f.chosen_E if used_E is None else used_E) == 0).sum())
         in_use, least = f.experts_in_use, max(K, 1.0)
         balance = (
-            "raise the weight of balance.load_balancing, or lower the learning rate"
+            "raise the weight of balance.load_balancing_loss, or lower the learning rate"
             if f.facts.is_balanced
-            else "give the layer a balance: balance.load_balancing of 0.01, or a router with expert_bias"
+            else "give the layer a balance: balance.load_balancing_loss of 0.01, or a router with expert_bias"
         )
         # Of tokens that take most experts, and not equally many, an even share is not known.
         if K <= MOST_TAKEN * E and (in_use - least) / (E - least) < COLLAPSED:

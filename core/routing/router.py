@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..contract import Routing, RoutingContext, span
 from ..contract.checks import at_most_experts, clean_ids
-from ..fields import Count, Positive
+from ..fields import Count, Positive, new_terms
 from ..kernels.eager import outside_autocast
 from ..registry import OpenConfig
 from .gates import LinearGate, widened
@@ -228,6 +228,13 @@ def _with_paper(method: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
+def _with_new_terms(terms: Any) -> Any:
+    """Return a config's ``terms``, a set or a property, by their new names."""
+    if isinstance(terms, property):
+        return property(lambda self: new_terms(terms.__get__(self)), doc=terms.__doc__)
+    return new_terms(terms)
+
+
 @dataclass(frozen=True)
 class RouterConfig(OpenConfig):
     """Base of the router configs. A subclass is a frozen dataclass of options, with its facts and its costs.
@@ -245,6 +252,8 @@ class RouterConfig(OpenConfig):
         for name in ("__post_init__", "check", "check_group"):
             if name in vars(cls):
                 setattr(cls, name, _with_paper(vars(cls)[name]))
+        if "terms" in vars(cls):
+            cls.terms = _with_new_terms(vars(cls)["terms"])  # type: ignore[method-assign]
 
     @_with_paper
     def __post_init__(self) -> None:

@@ -69,7 +69,7 @@ class SparseMixer(LinearGateConfig):
 
     paper = "2310.00811"
     router_class = SparseMixerRouter
-    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z_loss"}
     has_exact_gradient = False  # in training gates count by a third at the gradient of the whole
 
     jitter_eps: Annotated[float, Bounds(0, 1, "()")] = 0.1

@@ -248,7 +248,7 @@ class TokenChoice(TopKConfig, LinearGateConfig):
     @property
     def terms(self) -> frozenset[str]:
         # Normalized logits have no size for the z-loss to hold down.
-        terms = SCORE_TERMS | CHOICE_TERMS | (set() if self.logit_norm else {"router_z"})
+        terms = SCORE_TERMS | CHOICE_TERMS | (set() if self.logit_norm else {"router_z_loss"})
         # The smooth load asks what noise on the logits would choose; a bias or group limit chooses by more than them.
         plain = not self.expert_bias and self.limited_groups == self.num_groups
         return terms | {"load"} if self.noise and plain else terms

@@ -71,7 +71,7 @@ def test_a_test_makes_the_sparse_model_again(folder, capsys) -> None:
 
 def test_a_flag_overrides_the_section(folder) -> None:
     flags = ["--sparsify.moe.num_experts", "2", "--sparsify.moe.router", "core.ExpertChoice"]
-    flags += ["--sparsify.moe.balance.load_balancing", "0", "--sparsify.exact=false"]
+    flags += ["--sparsify.moe.balance.load_balancing_loss", "0", "--sparsify.exact=false"]
     assert main(["fit", *sparse(folder, "flagged"), *flags, "--trainer.max_epochs", "1"]) == 0
     section = yaml.safe_load((folder / "flagged" / "config.yaml").read_text())["sparsify"]
     assert section["moe"]["num_experts"] == 2

@@ -50,9 +50,10 @@ def test_a_dense_gate_may_prefer_experts_and_not_one_alone():
 @pytest.mark.parametrize(
     "last, name", [(9.0, None), (900.0, "logits_drift"), (4900.0, "logits_overflow"), (float("nan"), "logits_overflow")]
 )
-def test_the_level_of_the_logits(last, name):
-    # router_z is the mean square of logsumexp: 3 at the start of each, and 3, 30 or 70 at the end.
-    log = [{"train/router_z": "9.0"}] * 6 + [{"train/router_z": ""}] + [{"train/router_z": str(last)}] * 3
+@pytest.mark.parametrize("first", ["router_z_loss", "router_z"])  # the old name, and a run that went on with the new
+def test_the_level_of_the_logits(last, name, first):
+    # router_z_loss is the mean square of logsumexp: 3 at the start of each, and 3, 30 or 70 at the end.
+    log = [{f"train/{first}": "9.0"}] * 6 + [{f"train/{first}": ""}] + [{"train/router_z_loss": str(last)}] * 3
     assert names(log_findings(log)) == ([] if name is None else [(name, "")])
 
 

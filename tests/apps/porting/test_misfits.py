@@ -30,7 +30,7 @@ def test_weights_go_into_a_model_that_is_built_as_theirs(tmp_path):
         EXPERTS,
         router=core.TokenChoice(top_k=1, jitter_eps=0.1),
         capacity_factor=1.25,
-        balance=core.Balance(load_balancing=0.5),
+        balance=core.Balance(load_balancing_loss=0.5),
     )
     model = switch_model(replace(T5, dropout=0.3, ffn_dropout=0.2), ffn=moe)
     load_pretrained_weights(model, tmp_path)

@@ -285,7 +285,7 @@ def test_finer_experts_are_narrower_ones():
 
 def test_a_pass_is_one_entry_with_losses_and_a_bias_step():
     router = TokenChoice(2, score_func="sigmoid", expert_bias=True)
-    layer = build(router, balance=Balance(load_balancing=0.1)).train()
+    layer = build(router, balance=Balance(load_balancing_loss=0.1)).train()
     with record(layer) as tape:
         layer(tokens(), padded(router))
     (entry,) = tape.entries

@@ -80,7 +80,7 @@ def test_scores_are_the_weights_of_each_tokens_group():
 
 
 @pytest.mark.parametrize("router", [SoftSlots(), Merge()], ids=str)
-@pytest.mark.parametrize("term", ["load_balancing", "router_z", "importance", "load"])
+@pytest.mark.parametrize("term", ["load_balancing_loss", "router_z_loss", "importance", "load"])
 def test_a_balance_term_set_by_hand_is_refused(router, term):
     with pytest.raises(ValueError, match=rf"balance.{term}=0.5 does not apply to {type(router).__name__}"):
         MoEConfig(4, router, balance=Balance(**{term: 0.5}))

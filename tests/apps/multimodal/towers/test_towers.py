@@ -110,8 +110,8 @@ def test_recomputed_blocks_have_the_same_gradients():
 
 def test_limeo_s_losses_are_of_both_modalities():
     balance = core.Balance(
-        load_balancing=0.0,
-        router_z=0.0,
+        load_balancing_loss=0.0,
+        router_z_loss=0.0,
         local_entropy=0.5,
         global_entropy=0.25,
         num_modalities=2,

@@ -148,7 +148,7 @@ def test_members_are_weighed_alike():
 
 def test_balance_losses_weigh_as_much_in_an_ensemble_as_in_one_network():
     """Members that are one network: the loss of the step and its gradients are that network's."""
-    moe = core.MMoE(4, core.MLP((8,)), router=core.TokenChoice(top_k=2), balance=core.Balance(load_balancing=0.5))
+    moe = core.MMoE(4, core.MLP((8,)), router=core.TokenChoice(top_k=2), balance=core.Balance(load_balancing_loss=0.5))
     alone, together = build(moe), build(moe, num_members=3)
     for member in together.members:
         member.load_state_dict(alone.model.state_dict())

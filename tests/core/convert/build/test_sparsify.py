@@ -221,7 +221,7 @@ def test_a_seed_decides_the_gates():
 
 
 def test_experts_and_routers_train():
-    sparse = sparsify(net(), MoEConfig(4, TokenChoice(2), balance=Balance(load_balancing=0.01)), "blocks.*.mlp")
+    sparse = sparsify(net(), MoEConfig(4, TokenChoice(2), balance=Balance(load_balancing_loss=0.01)), "blocks.*.mlp")
     with record(sparse) as tape:
         loss = sparse["head"](sparse["blocks"](torch.randn(4, 5, 8))).square().mean()
     assert [entry.name for entry in tape.entries] == ["blocks.0.mlp.moe", "blocks.1.mlp.moe"]
