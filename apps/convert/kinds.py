@@ -235,7 +235,7 @@ def part_of(module: Any, name: str) -> DataPart:
     return cast(DataPart, module.part(name))
 
 
-def specialised(request: Request) -> Conversion:
+def specialized(request: Request) -> Conversion:
     """Return the network of one part of the data, or the experts that it uses most."""
     options = request.options
     if options.keep is not None:
@@ -255,7 +255,7 @@ KINDS: dict[str, Callable[[Request], Conversion]] = {
     "prune": pruned,
     "merge": merged,
     "adapt": adapted,
-    "specialise": specialised,
+    "specialize": specialized,
 }
 BY_LOAD = ("use", "most_used")
 

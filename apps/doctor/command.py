@@ -20,7 +20,7 @@ from apps.train.step.module import SparseModule
 from apps.train.watch.doctor import RoutingDoctor
 from apps.train.watch.logs import read_rows
 from core.diagnose.alike import experts_of
-from core.diagnose.rules import DRIFT, HIGH_LEVEL, LARGE_LOGIT, POLARISED, drift_finding
+from core.diagnose.rules import DRIFT, HIGH_LEVEL, LARGE_LOGIT, POLARIZED, drift_finding
 
 FEW = 0.5
 """Load entropy over log E below which a load has collapsed: of 8 experts fewer than 3 are in use, or 2 of 4."""
@@ -97,12 +97,12 @@ def _loads(layer: str, last: Mapping[str, float], figures: Mapping[str, Sequence
 
 def _gate(layer: str, last: Mapping[str, float]) -> Iterator[core.Finding]:
     """Yield whether a dense gate gives nearly all to one expert: then the load's entropy is below the entropy of one
-    that has ``POLARISED`` and another that has the rest, over log 2, the least E."""
-    bound = -(POLARISED * math.log(POLARISED) + (1 - POLARISED) * math.log(1 - POLARISED)) / math.log(2)
+    that has ``POLARIZED`` and another that has the rest, over log 2, the least E."""
+    bound = -(POLARIZED * math.log(POLARIZED) + (1 - POLARIZED) * math.log(1 - POLARIZED)) / math.log(2)
     entropy = last.get("load_entropy", 1.0)
     if entropy < bound / 2:
         yield core.Finding(
-            "polarised_gates",
+            "polarized_gates",
             layer,
             "warning",
             f"the mean gate's entropy is {entropy:.0%} of an even one's",

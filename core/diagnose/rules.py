@@ -47,7 +47,7 @@ PLACE_ONLY = 0.98
 """Share of the tokens' part of the variance that the place explains, from which the token itself has no say."""
 ALIKE = 0.02
 """Distance of two experts' outputs, 1 for unrelated ones: 0.02 is a correlation of 0.98."""
-POLARISED = 0.95
+POLARIZED = 0.95
 """Mean weight of one expert under a gate: the others together have a twentieth."""
 NO_GRADIENT = 1e-6
 """The task's gradient in the router over that in the experts; float32 rounds at 1e-7."""
@@ -79,7 +79,7 @@ REMEDIES = {
     "gate again",
     "token_blind": "look at what the gate is given: a norm of weight 0, a detached or constant input; start the gate "
     "again",
-    "polarised_gates": "set expert_dropout to 0.1, a balance loss on the gates, or a lower learning rate of the router",
+    "polarized_gates": "set expert_dropout to 0.1, a balance loss on the gates, or a lower learning rate of the router",
     "same_experts": "start the experts apart (--noise of moesaic convert upcycle, start='split'), or give them a "
     "balance loss; moesaic convert prune --merge makes one of each such group",
     "no_router_gradient": "with top_k=1 leave gates as they are (normalize=False); look for a detach, and for "
@@ -227,10 +227,10 @@ def gate_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
         return
     mean_E = f.mean_gates()
     largest = float(mean_E.max() / mean_E.sum().clamp_min(1e-12))
-    if largest > POLARISED:
+    if largest > POLARIZED:
         others = f"{f.num_experts - 1} others the rest"
         seen = f"the gate gives expert {int(mean_E.argmax())} {largest:.0%} of its weight, and {others}"
-        yield _warning(layer, "polarised_gates", seen, largest=largest)
+        yield _warning(layer, "polarized_gates", seen, largest=largest)
 
 
 def alike_findings(layer: str, distance_EE: Tensor) -> Iterator[Finding]:
@@ -258,10 +258,10 @@ def step_findings(layer: str, s: StepFigures) -> Iterator[Finding]:
     if s.times is None or not s.is_balanced:
         return
     if s.times < SILENT:
-        seen = f"the balance loss has a weight, and is {abs(s.times):.2g} times in the loss that is minimised"
+        seen = f"the balance loss has a weight, and is {abs(s.times):.2g} times in the loss that is minimized"
         yield _error(layer, "silent_balance", seen, times=s.times)
     elif s.times > DOUBLED:
-        seen = f"the balance loss is {s.times:.2g} times in the loss that is minimised"
+        seen = f"the balance loss is {s.times:.2g} times in the loss that is minimized"
         yield _error(layer, "doubled_balance", seen, times=s.times)
 
 

@@ -202,7 +202,7 @@ class Experts(nn.Module):
             ValueError: the experts are quantized.
         """
         if self.is_quantized:
-            raise ValueError(f"{type(self).__name__} that are quantised do not start anew: fill them before")
+            raise ValueError(f"{type(self).__name__} that are quantized do not start anew: fill them before")
         with torch.no_grad():
             for parameter in self.parameters():
                 if parameter.ndim >= 3:

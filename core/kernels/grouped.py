@@ -147,7 +147,7 @@ def _(x_R, values, scales, fan_in, offsets_E):
 
 def refuse_gradient(ctx, *grads):
     """Raise the error of a backward through quantized experts, whichever kernel computed them."""
-    raise RuntimeError("quantised experts have no gradients: train the model before core.quantize_experts")
+    raise RuntimeError("quantized experts have no gradients: train the model before core.quantize_experts")
 
 
 quantized_mm.register_autograd(refuse_gradient)

@@ -18,6 +18,8 @@ from apps import registry
 from apps.cli.configs import read_config
 from apps.cli.options import Fit
 from apps.compare.options import Command as Compare
+from apps.convert.options import Options as Convert
+from apps.data.datasets import Dataset
 from apps.nlp.decode import DecodeConfig, decoding, one_each
 from apps.plan.options import Options as Plan
 from apps.recsys.schema import NegativesConfig
@@ -75,11 +77,14 @@ def test_a_command_takes_an_old_word_with_one_line(lines, tmp_path: Path):
     assert len(Compare.read([text, *overlays]).overlays) == 2
     export = ["--ckpt_path", "run", "--output", str(tmp_path / "new"), "--form", "contrib"]
     assert Export.read(export).onnx_ops == "contrib"
+    convert = ["specialise", "--ckpt_path", "run", "--output", str(tmp_path / "new"), "--expert", "1"]
+    assert Convert.read(convert) == Convert.read(["specialize", *convert[1:]])
     new = {
         "--static_exchange": "--static_all_to_all",
         "-c": "--overlay",
         "--config": "--overlay",
         "--form": "--onnx_ops",
+        "specialise": "specialize",
     }
     assert lines() == sorted(told(*names) for names in new.items())
 
@@ -136,6 +141,11 @@ def test_a_config_takes_an_old_field_in_python_and_as_plain_values(lines):
     assert NegativesConfig(**options) == from_plain(options, NegativesConfig)
     assert NegativesConfig(**options).item_features == ("year",)
     assert lines() == [told("moves_with", "item_features")]
+
+
+def test_a_dataset_takes_the_old_spelling_of_its_license(lines):
+    assert Dataset("d", "recsys", "", (), licence="MIT").license == "MIT"
+    assert lines() == [told("licence", "license")]
 
 
 def test_the_table_of_files_is_that_of_the_classes():

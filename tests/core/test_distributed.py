@@ -135,7 +135,7 @@ def one_step(rank: int, kind: str, noise: str, checkpointed: bool = False, facto
 
 
 def accumulation(rank: int, kind: str) -> Outcome:
-    """Two micro-batches, gradients synchronised with the second one."""
+    """Two micro-batches, gradients synchronized with the second one."""
     net = wrap(model("fixed"), kind)
     for micro in range(2):
         if isinstance(net, DistributedDataParallel) and micro == 0:

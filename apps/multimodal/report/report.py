@@ -185,11 +185,11 @@ class PairReport(Report):
                 known = ", ".join(attributes) or "none"
                 raise ValueError(f"report.zero_shot names {name!r}, which is no attribute of the data ({known})")
         texts = {name: class_vectors(module, attributes[name], self.config.templates_of(name)) for name in wanted}
-        labelled = None
+        labeled = None
         training = getattr(data, "train_eval_dataloader", None)
         if attributes and self.config.probe_images and training is not None:
-            labelled = image_vectors(module, training(), self.config.probe_images)
-        return class_scores(image_ID, label_IA, attributes, texts, labelled)
+            labeled = image_vectors(module, training(), self.config.probe_images)
+        return class_scores(image_ID, label_IA, attributes, texts, labeled)
 
     def write(self, collected: PairTest, folder: Path) -> list[Section]:
         test = collected

@@ -26,7 +26,7 @@ from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are
 from apps.recsys.tables.columns.history import HistoryConfig
 from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
 from apps.recsys.tables.negatives.weighting import WeightingConfig
-from apps.recsys.tables.outputs import TaskOutputs, difference, labelled_mean
+from apps.recsys.tables.outputs import TaskOutputs, difference, labeled_mean
 from apps.recsys.tables.report.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.rows import scoring
 from apps.recsys.tables.rows.batch import TableBatch
@@ -184,7 +184,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         predicted = self.distribution(batch)
         z, label_Bt = predicted.z, predicted.label_Bt
         trained = z if batch.offset_Bt is None else self.outputs.shifted(z, batch.offset_Bt)
-        loss_t = labelled_mean(self.outputs.losses(trained, label_Bt), label_Bt, predicted.weight_Bt)
+        loss_t = labeled_mean(self.outputs.losses(trained, label_Bt), label_Bt, predicted.weight_Bt)
         tasks = self.features.tasks
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
         if not self.training:

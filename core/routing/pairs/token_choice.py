@@ -115,9 +115,9 @@ class TokenChoiceRouter(PairRouter):
 
 def normalize_logits(logits_TE: Tensor, factor: float) -> Tensor:
     """Return ``factor * (l - mean) / std`` over the experts of each token (Skywork-MoE, arXiv 2406.06563)."""
-    centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
+    centered_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
     # A floor of 1e-4 for the deviation: equal logits stay equal, with a finite gradient.
-    return factor * centred_TE * (centred_TE.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
+    return factor * centered_TE * (centered_TE.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
 
 
 def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:

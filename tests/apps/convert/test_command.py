@@ -176,7 +176,7 @@ def test_what_no_run_with_updates_becomes_is_one_line(runs, tmp_path, adapted, c
 
 
 def test_one_expert_as_a_dense_run(runs, tmp_path):
-    new, _ = convert("specialise", runs / "sparse", output=tmp_path / "new", expert=2)
+    new, _ = convert("specialize", runs / "sparse", output=tmp_path / "new", expert=2)
     dense = apps.load(runs / "sparse")
     dense.model = core.cut_out(dense.model, expert=2)
     assert_close(outputs(new), outputs(dense))
@@ -197,9 +197,9 @@ def test_one_expert_as_a_dense_run(runs, tmp_path):
             "moe.yaml has no model.moe.expert, which is an update",
         ),
         (["upcycle", "--moe", "missing.yaml"], 2, "no configuration missing.yaml"),
-        (["specialise"], 1, "one of --task, --domain, --expert, --pair and --keep"),
-        (["specialise", "--task", "0"], 1, "does not decide by the task alone"),
-        (["specialise", "--pair", "en-de"], 1, "VisionClassifier knows no parts of its data by name"),
+        (["specialize"], 1, "one of --task, --domain, --expert, --pair and --keep"),
+        (["specialize", "--task", "0"], 1, "does not decide by the task alone"),
+        (["specialize", "--pair", "en-de"], 1, "VisionClassifier knows no parts of its data by name"),
         (["merge"], 2, "is one run: merge takes two or more"),
         (["melt"], 2, "invalid choice: 'melt'"),
     ],

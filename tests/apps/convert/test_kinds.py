@@ -84,7 +84,7 @@ def test_one_pair_of_a_translator_is_the_dense_model_of_the_pair(tmp_path):
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(sparse)
     trainer.save_checkpoint(tmp_path / "best.ckpt")
-    argv = ["convert", "specialise", "--ckpt_path", str(tmp_path / "best.ckpt"), "--batches", "0"]
+    argv = ["convert", "specialize", "--ckpt_path", str(tmp_path / "best.ckpt"), "--batches", "0"]
     assert main([*argv, "--pair", "en-fr", "--output", str(tmp_path / "new")]) == 0
     dense = apps.load(tmp_path / "new")
     assert isinstance(dense, Translator)

@@ -44,7 +44,7 @@ def test_the_validation_stands_in_for_the_training():
 def test_a_dense_gate_may_prefer_experts_and_not_one_alone():
     # 0.95 and 0.05 have 0.29 of the entropy of two even ones; half of it is the bound.
     assert log_findings(rows("shared.task0", load_entropy=0.3, load_imbalance=5.0)) == []
-    assert names(log_findings(rows("shared.task0", load_entropy=0.1))) == [("polarised_gates", "shared.task0")]
+    assert names(log_findings(rows("shared.task0", load_entropy=0.1))) == [("polarized_gates", "shared.task0")]
 
 
 @pytest.mark.parametrize(

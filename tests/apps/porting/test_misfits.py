@@ -37,7 +37,7 @@ def test_weights_go_into_a_model_that_is_built_as_theirs(tmp_path):
     assert same_weights(model, load_pretrained(tmp_path))
 
 
-def test_nllb_gates_normalised_after_drops_are_written_so_and_are_no_misfit(tmp_path):
+def test_nllb_gates_normalized_after_drops_are_written_so_and_are_no_misfit(tmp_path):
     # Without a capacity nothing is dropped, so that the logits are the same.
     before = TranslationModel(NLLB, source_vocab=VOCAB, ffn=two_of_four()).eval()
     kept = replace(two_of_four(), router=core.TokenChoice(top_k=2, normalize="kept"))

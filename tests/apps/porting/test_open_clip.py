@@ -24,8 +24,8 @@ class Slow:
         self.quick_gelu = quick_gelu
 
     def norm(self, x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        scaled = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         return scaled * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
 
     def act(self, x):

@@ -43,8 +43,8 @@ def by_hand(folder, ids):
     w = load_file(folder / "model.safetensors")
 
     def norm(x, name):
-        centred = x - x.mean(1, keepdim=True)
-        scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-12).sqrt()
+        centered = x - x.mean(1, keepdim=True)
+        scaled = centered / (centered.square().mean(1, keepdim=True) + 1e-12).sqrt()
         return scaled * w[f"{name}.LayerNorm.weight"] + w[f"{name}.LayerNorm.bias"]
 
     def linear(x, name):

@@ -37,7 +37,7 @@ def written_out(sparse: LightningModule, batch, lr: float) -> None:
 
 
 @pytest.mark.parametrize("returns", ["tensor", "dict"])
-def test_a_step_minimises_the_tasks_loss_plus_the_balance_losses_and_moves_the_biases(returns, tmp_path: Path) -> None:
+def test_a_step_minimizes_the_tasks_loss_plus_the_balance_losses_and_moves_the_biases(returns, tmp_path: Path) -> None:
     sparse = sparsified(Net(lr=0.1, returns=returns), CONFIG)
     expected = copy.deepcopy(sparse)
     data = Points(batch_size=24)

@@ -226,7 +226,7 @@ def test_a_gate_of_a_task_that_one_expert_has_taken():
         ((net(x).mean(-1) - target) ** 2).mean().backward()
         optimizer.step()
     (finding,) = core.diagnose(net, [x])
-    assert (finding.name, finding.layer) == ("polarised_gates", "moe.task0")
+    assert (finding.name, finding.layer) == ("polarized_gates", "moe.task0")
     assert finding.evidence.startswith("the gate gives expert 2 ")
 
 

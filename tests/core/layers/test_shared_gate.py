@@ -277,7 +277,7 @@ def test_a_scale_of_the_gates_gives_the_unscaled_masking_of_the_paper():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_pair_of_a_token_is_masked_by_itself_without_renormalisation(backend):
+def test_each_pair_of_a_token_is_masked_by_itself_without_renormalization(backend):
     layer = MoEConfig(4, TokenChoice(2), FFN(6, bias=True), backend=backend, expert_output_masking=0.5).build(8)
     x = torch.randn(1, 64, 8)
     routing = layer.router(x)

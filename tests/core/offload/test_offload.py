@@ -146,7 +146,7 @@ def test_experts_that_need_no_more_than_the_slots_are_computed_at_once():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_experts(bits: int, tmp_path: Path):
+def test_quantized_experts(bits: int, tmp_path: Path):
     layer = core.quantize_experts(layer_of(SwiGLU(F)), bits, group_size=32)
     expected = passes(layer)
     offloaded = core.offload_experts(layer, one_expert(layer) * 4, tmp_path / "experts.safetensors")

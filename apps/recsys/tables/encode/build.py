@@ -271,8 +271,8 @@ class _Build(ColumnWriter):
         for t, (name, column) in enumerate(columns.items()):
             matrix[:, t] = 1.0
             if column is not None:
-                labelled = self.masks["train"] & ~np.isnan(self.labels[name])
-                matrix[:, t] = of_mean_one(to_weights(self.parts(column), column), column, name, labelled)
+                labeled = self.masks["train"] & ~np.isnan(self.labels[name])
+                matrix[:, t] = of_mean_one(to_weights(self.parts(column), column), column, name, labeled)
 
     def _write_cold(self) -> None:
         """Write the sum, for each row, of the flags of what has no row in training: its user, its item."""
@@ -399,9 +399,9 @@ def _of_positives(raw: RawTables, config: TableConfig, drawn: NegativesConfig) -
             )
         return raw, config
 
-    def labelled(table: pa.Table) -> pa.Table:
+    def labeled(table: pa.Table) -> pa.Table:
         return table.append_column(_ALL_ROWS, pa.array(np.ones(len(table), np.int8)))
 
-    val, test = (None if table is None else labelled(table) for table in (raw.val, raw.test))
+    val, test = (None if table is None else labeled(table) for table in (raw.val, raw.test))
     config = replace(config, tasks={drawn.task or "positive": TaskConfig(_ALL_ROWS)})
-    return RawTables(labelled(raw.train), val, test, config), config
+    return RawTables(labeled(raw.train), val, test, config), config

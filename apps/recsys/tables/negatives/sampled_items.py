@@ -209,7 +209,7 @@ class DrawnRows(Dataset[TableBatch]):
         config, without = self.items.config, self.items.num_without
         words = (
             f"negatives of each positive row: {self.per_positive} of {len(self.items):,} items of column "
-            f"{config.column}, drawn anew in each epoch ({config.distribution}), labelled 0"
+            f"{config.column}, drawn anew in each epoch ({config.distribution}), labeled 0"
         )
         return f"{words}; {without:,} training rows without a known item are left out" if without else words
 
@@ -257,7 +257,7 @@ class FixedDraws(Dataset[TableBatch]):
     def __str__(self) -> str:
         return (
             f"{len(self.rows):,} positive rows, and for each {self.num_drawn} of {len(self.items):,} items of column "
-            f"{self.items.column}, drawn once (uniform) and labelled 0: metrics are of these {len(self):,} rows"
+            f"{self.items.column}, drawn once (uniform) and labeled 0: metrics are of these {len(self):,} rows"
         )
 
 

@@ -75,7 +75,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
             ``embedding.fused_optimizer``, so that kind="fused" on one process trains alike.
         embedding_lr: its peak learning rate; the schedule of the module's optimizer applies to it. None: the model's
             ``embedding.fused_lr``.
-        expert_parallel_size: neighbouring processes that share out the experts of each layer with routers, as in
+        expert_parallel_size: neighboring processes that share out the experts of each layer with routers, as in
             ``apps.train.sharded.expert_parallel.ExpertParallelStrategy``; "auto": all on a machine. Tables lie on all
             processes, whatever the number.
         process_group_backend: "gloo" or "nccl"; None: gloo on CPUs, nccl on GPUs.

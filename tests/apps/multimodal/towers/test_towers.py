@@ -136,7 +136,7 @@ def test_limeo_s_losses_are_of_both_modalities():
 
 
 def test_tokens_of_higher_scores_are_served_first_whatever_their_modality():
-    # Batch-prioritised routing: with a third of the room, the best-scored tokens of images and texts are computed.
+    # Batch-prioritized routing: with a third of the room, the best-scored tokens of images and texts are computed.
     moe = core.MoEConfig(1, core.TokenChoice(1), core.FFN(8), capacity_factor=1 / 3, priority="score")
     two = core.MoEConfig(2, core.TokenChoice(1), core.FFN(8), capacity_factor=1 / 3, priority="score")
     for config in (moe, two):

@@ -18,7 +18,7 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 
 
 def made_use(**changed):
-    # Items 1 and 2 are of the first and the last quarter; item 0 is in no catalogue.
+    # Items 1 and 2 are of the first and the last quarter; item 0 is in no catalog.
     values = {
         "ks": (2, 5), "group_V": np.array([4, 0, 3]), "item_N": np.array([1, 1, 2, 0]),
         "rank_N": np.array([1, 4, 9, 3]), "best_Nk": np.array([[1, 2], [2, 1], [1, 0], [2, 1]]),

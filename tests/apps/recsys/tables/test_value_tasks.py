@@ -79,7 +79,7 @@ def test_a_level_or_class_that_training_lacks_is_no_label(tmp_path):
     assert [w.split(":")[0] for w in lines] == ["task 'stars'", "task 'colour'"]
 
 
-def test_weights_have_the_mean_one_over_a_task_s_labelled_rows(tmp_path):
+def test_weights_have_the_mean_one_over_a_task_s_labeled_rows(tmp_path):
     tasks = {**TASKS, "visits": TaskConfig("visits", kind="count", weight="x")}
     weight_Bt = table(tmp_path, tasks, weight="weight").rows("train")[:].weight_Bt
     # Weights 1, 3, 0, 2 of mean 3/2; the price has two labels, of weights 1 and 3 and mean 2; x has mean 3/2.

@@ -240,12 +240,12 @@ def test_rows_without_an_item_do_not_train(tmp_path, caplog):
     data = data_of(tmp_path, columns=columns)
     data.setup("fit")
     expected = (
-        "negatives of each positive row: 3 of 4 items of column item, drawn anew in each epoch (uniform), labelled 0; "
+        "negatives of each positive row: 3 of 4 items of column item, drawn anew in each epoch (uniform), labeled 0; "
         "1 training rows without a known item are left out"
     )
     assert expected in caplog.text
     assert "val: 2 positive rows, and for each 2 of 4 items of column item, drawn once (uniform)" in caplog.text
-    assert "labelled 0: metrics are of these 6 rows" in caplog.text
+    assert "labeled 0: metrics are of these 6 rows" in caplog.text
     assert "item_features" not in caplog.text
     batches = epoch_of(data.train_dataloader())
     assert sorted({int(row) for batch in batches for row in batch.index_B}) == [*range(1, 8)]
@@ -291,7 +291,7 @@ def test_a_model_is_trained_tested_and_reported(tmp_path):
     (section,) = (s for s in load_sections(tmp_path / "report") if s.title == "Drawn negatives")
     (line,) = section.parts[0].lines
     assert line == (
-        "test: 2 positive rows, and for each 2 of 4 items of column item, drawn once (uniform) and labelled 0: metrics "
+        "test: 2 positive rows, and for each 2 of 4 items of column item, drawn once (uniform) and labeled 0: metrics "
         "are of these 6 rows"
     )
 
