@@ -91,7 +91,6 @@ FORMER = {
 That is the short name of a public class, and the class path of a registered config.
 """
 
-_OLD_TERMS = {"load_balancing": "load_balancing_loss", "router_z": "router_z_loss"}
 RENAMED = {
     "strategy": {
         "experts": "expert_parallel_size",
@@ -104,8 +103,8 @@ RENAMED = {
     "model": {"train_unseen": "mask_seen_items"},
     "negatives": {"moves_with": "item_features"},
     "model.optimizer": {"warmup": "warmup_steps"},
-    "balance": _OLD_TERMS,
-    "mixing_balance": _OLD_TERMS,
+    "balance": {"load_balancing": "load_balancing_loss", "router_z": "router_z_loss"},
+    "mixing_balance": {"load_balancing": "load_balancing_loss", "router_z": "router_z_loss"},
     "router": {"second": "second_expert_policy", "eval_second": "eval_second_expert_policy"},
 }
 """New names of options by their old ones, which work until version 0.2, by the end of their section's name."""

@@ -185,8 +185,10 @@ def with_new_names(kind: type, arguments: Mapping[str, Any]) -> Mapping[str, Any
     return {new_names.get(name, name): value for name, value in arguments.items()}
 
 
-def new_terms(terms: frozenset[str]) -> frozenset[str]:
-    """Return names of balance losses by their new names, with one log line for each old one."""
+def new_terms(terms: Any) -> Any:
+    """Return a set of balance losses, or a property that is one, by their new names, with one log line an old one."""
+    if isinstance(terms, property):
+        return property(lambda self: new_terms(terms.__get__(self)), doc=terms.__doc__)
     for old in OLD_TERMS.keys() & terms:
         tell_renamed(old, OLD_TERMS[old])
     return frozenset(OLD_TERMS.get(name, name) for name in terms)
@@ -218,7 +220,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    int: ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    int: ("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool)),
     float: ("a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)),
     str: ("text", lambda value: isinstance(value, str)),
     bool: ("True or False", lambda value: isinstance(value, bool)),

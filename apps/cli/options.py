@@ -17,7 +17,7 @@ from apps.train.cost.quantizing import read_form
 
 ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
 """Endings of a file of predictions; each stands for a format."""
-_WHICH = f"{', '.join(NAMES)}, or {MEANING}; fit goes on from it"
+_WHICH = f"{', '.join(NAMES)}, or {MEANING}; fit continues from it"
 
 
 def _form(text: str) -> str:

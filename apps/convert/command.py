@@ -181,7 +181,7 @@ def run(options: Options) -> int:
         with quiet():
             before, after, file = consolidated(options)
         print(table(before, after))
-        print(f"{options.output}: moesaic test --ckpt_path {file} tests it, and fit goes on with it in one process")
+        print(f"{options.output}: moesaic test --ckpt_path {file} tests it, and fit continues with it in one process")
         return 0
     with quiet():
         before, after = convert(options)

@@ -50,15 +50,13 @@ def log_findings(rows: Sequence[Mapping[str, Any]]) -> list[core.Finding]:
     for layer, figures in layers.items():
         last = {name: values[-1] for name, values in figures.items()}
         findings += _gate(layer, last) if _GATE.search(layer) else _loads(layer, last, figures)
-    findings += _level(
-        [*series(rows, "train/router_z"), *series(rows, "train/router_z_loss")]
-    )  # a log of before 0.1 has the first
+    findings += _level(series(rows, "train/router_z", "train/router_z_loss"))  # the first is its name before 0.1
     return findings
 
 
-def series(rows: Sequence[Mapping[str, Any]], column: str) -> list[float]:
-    """Return the numbers of a column, in the order of the rows."""
-    values = (row.get(column) for row in rows)
+def series(rows: Sequence[Mapping[str, Any]], *columns: str) -> list[float]:
+    """Return the numbers of a column, in the order of the rows; and after them those of other columns."""
+    values = (row.get(column) for column in columns for row in rows)
     return [float(v) for v in values if v not in (None, "")]
 
 

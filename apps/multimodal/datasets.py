@@ -48,7 +48,7 @@ PAIR_DATASETS: dict[str, PairDataset] = {
     for d in (
         PairDataset(
             name="shapes",
-            title="drawn colored shapes with a sentence each, 32x32, 2,000 train, 250 val, 250 test",
+            title="synthetic colored shapes with a sentence each, 32x32, 2,000 train, 250 val, 250 test",
             layouts=(("shapes.py",),),
             sources=(Made(Path(shapes.__file__)),),
             license="free",

@@ -27,7 +27,7 @@ LEAST_ROWS = 20
 
 _ENDINGS = (".csv", ".tsv", ".parquet")
 _FEW_VALUES = 20
-"""Whole numbers of at most so many values are categories."""
+"""Integers of at most so many values are categories."""
 _STEPS = 1500
 TARGET = "target"
 

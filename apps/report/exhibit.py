@@ -261,7 +261,7 @@ class Pieces:
     def __post_init__(self) -> None:
         count = sum(map(len, self.words))
         if len(self.experts) != count:
-            raise ValueError(f"{self.title!r} has {count} pieces, and experts of {len(self.experts)}")
+            raise ValueError(f"{self.title!r} has {count} tokens, and experts of {len(self.experts)}")
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,8 @@ REMEDIES = {
     "skew_by_class": "shuffle the batches, and balance within a sequence by balance.sequence_balance",
     "starved_modality": "give the layer more room (capacity_factor, eval_capacity_factor), and ",
     "collapsed_modality": "give the layer ",
-    "logits_overflow": "set balance.router_z_loss to 0.001, lower the router's learning rate "
-    "(optimizer.router_lr_scale)",
-    "logits_drift": "set balance.router_z_loss to 0.001, or lower the router's learning rate "
-    "(optimizer.router_lr_scale)",
+    "logits_overflow": "set balance.router_z_loss to 0.001, lower the router learning rate (optimizer.router_lr_scale)",
+    "logits_drift": "set balance.router_z_loss to 0.001, or lower the router learning rate (optimizer.router_lr_scale)",
     "flat_logits": "look at the gate's weights and input: both must differ from 0 by more than rounding; start the "
     "gate again",
     "token_blind": "look at what the gate is given: a norm of weight 0, a detached or constant input; start the gate "

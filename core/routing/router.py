@@ -228,13 +228,6 @@ def _with_paper(method: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
-def _with_new_terms(terms: Any) -> Any:
-    """Return a config's ``terms``, a set or a property, by their new names."""
-    if isinstance(terms, property):
-        return property(lambda self: new_terms(terms.__get__(self)), doc=terms.__doc__)
-    return new_terms(terms)
-
-
 @dataclass(frozen=True)
 class RouterConfig(OpenConfig):
     """Base of the router configs. A subclass is a frozen dataclass of options, with its facts and its costs.
@@ -253,7 +246,7 @@ class RouterConfig(OpenConfig):
             if name in vars(cls):
                 setattr(cls, name, _with_paper(vars(cls)[name]))
         if "terms" in vars(cls):
-            cls.terms = _with_new_terms(vars(cls)["terms"])  # type: ignore[method-assign]
+            cls.terms = new_terms(vars(cls)["terms"])  # type: ignore[method-assign]
 
     @_with_paper
     def __post_init__(self) -> None:

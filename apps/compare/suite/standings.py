@@ -344,9 +344,9 @@ def legend(suite: Suite, boards: Sequence[Standings]) -> list[str]:
         "Each model trains at the learning rate of its configuration, a baseline at that of the configuration that it "
         "belongs to; trees and linear models search their settings on validation data.",
         "FLOPs are those of one forward, without padding, products alone, two a multiply-add. Speeds and memory are of "
-        "the first seed's model, or of a freshly drawn one where its weights are no longer kept, each measured alone, "
-        "without reading data; the memory is above what the process held before the model was built. Training times "
-        "are as recorded, whatever else the machine did.",
+        "the first seed's model, or of a randomly initialized one if its weights are no longer kept, each measured "
+        "alone, without reading data; the memory is above what the process held before the model was built. Training "
+        "times are as recorded, whatever else the machine did.",
     ]
 
 

@@ -333,8 +333,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         shards_tables = getattr(trainer and trainer.strategy, "shards_tables", False)
         if fitting and not shards_tables and sharded.has_tables(checkpoint):
             raise ValueError(
-                "the checkpoint's tables are sharded: training goes on from it with trainer.strategy=TorchRecStrategy; "
-                "validate, test and predict take it as it is"
+                "the checkpoint's tables are sharded: training continues from it with "
+                "trainer.strategy=TorchRecStrategy; validate, test and predict take it as it is"
             )
         if fitting or self.embedding.kind == "fused":  # a test takes only the weights, whatever the kind
             for member, state in zip(self.members, checkpoint.get("fused_embeddings", []), strict=False):
@@ -407,7 +407,7 @@ def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
     groups = groups[-1] if isinstance(groups, tuple) else groups  # one a level
     if isinstance(weight, DTensor):
         raise ValueError(
-            "weighting.kind='gradnorm' needs the gradient of every expert on each process, and they are divided among "
+            "weighting.kind='gradnorm' needs the gradient of every expert on each process, and they are sharded over "
             "processes: take kind 'fixed' or 'uncertainty', or the strategy's experts: 1"
         )
     num_shared = len(weight) if groups is None else groups.num_shared

@@ -16,7 +16,7 @@ from ..router import LinearGateConfig, PairRouter, Tokens
 from ..selection import Choice
 
 WHOLE = 0.25
-"""Probability that the gate of a drawn expert that is not the best counts whole, and not by a third (Heun's rule)."""
+"""Probability that the gate of a sampled expert that is not the best counts whole, and not by a third (Heun's rule)."""
 
 
 class SparseMixerRouter(PairRouter):

@@ -76,7 +76,7 @@ def test_a_sweep_that_was_stopped_goes_on_and_another_one_begins_anew(trained, t
     assert swept(rounds=2) == every
     path.write_text("{")
     assert swept(rounds=2) == every
-    assert "sweep.json cannot be read: the sweep begins anew" in capsys.readouterr().out
+    assert "sweep.json cannot be read: the sweep starts again" in capsys.readouterr().out
     path.unlink()
     (tmp_path / ".moesaic-run").unlink()
     (tmp_path / "sweep.png").touch()

@@ -245,7 +245,7 @@ def test_what_is_refused():
     _kept = core.offload_experts(offloaded, 2 * core.expert_bytes(offloaded) // 4)
     with pytest.raises(ValueError, match="the experts experts are offloaded: they are quantized before"):
         core.quantize_experts(offloaded)
-    with pytest.raises(ValueError, match="quantized do not start anew"):
+    with pytest.raises(ValueError, match="are quantized and cannot be initialized"):
         layer.experts.init_each(torch.nn.init.xavier_uniform_)
     if torch.accelerator.is_available():
         return

@@ -249,4 +249,4 @@ def test_a_refusal_says_why_without_ranks():
     units = "the layer has experts of 6 hidden units (FFNExperts.w_in), which 4 ranks do not divide"
     assert refusal(layer, 2, hidden=4) == units
     soft = MoEConfig(4, SoftSlots(1), FFN(6)).build(D)
-    assert refusal(soft, 1) == "the layer, SoftMoE, has experts that cannot be divided among ranks"
+    assert refusal(soft, 1) == "the layer, SoftMoE, has experts that cannot be sharded over ranks"

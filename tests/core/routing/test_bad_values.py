@@ -22,7 +22,7 @@ def test_a_width_that_is_none_is_refused(config, dim, message):
         with pytest.raises(ValueError, match=f"^out_{message}"):
             config.build(8, dim)
     else:
-        with pytest.raises(ValueError, match=r"^num_domains=1\.5 is not a whole number"):
+        with pytest.raises(ValueError, match=r"^num_domains=1\.5 is not an integer"):
             config.build(8, 2, 1.5)
 
 

@@ -74,7 +74,7 @@ def build(
         given: encoding of the values; None: it is learned from the training rows of ``raw``.
         extends: whether values and domains that ``given`` lacks get rows of their own after its rows, as the training
             rows of ``raw`` teach. All else is as ``given`` has it.
-        drawn: rule of the items that training draws as negatives, where all rows are positives.
+        drawn: rule of the items that training samples as negatives, where all rows are positives.
 
     Raises:
         ValueError: a column is missing or holds a value of a wrong type, a split is empty, a task has one class in
@@ -395,7 +395,7 @@ def _of_positives(raw: RawTables, config: TableConfig, drawn: NegativesConfig) -
         if drawn.task is not None:
             raise ValueError(
                 f"negatives.task={drawn.task!r} names the task of a table without one, and this has "
-                f"{', '.join(config.tasks)}: items are drawn for all"
+                f"{', '.join(config.tasks)}: items are sampled for all"
             )
         return raw, config
 

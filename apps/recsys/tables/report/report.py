@@ -127,7 +127,7 @@ class RecommenderReport(Report):
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
         sections = [write_tasks(collected.metrics, folder, self.config.pictures)]
         if note := getattr(collected.data, "notes", {}).get("test"):
-            sections.append(Section("Drawn negatives", (Text.of(note),)))
+            sections.append(Section("Sampled negatives", (Text.of(note),)))
         if collected.parts:
             sections.append(write_parts(collected.parts, folder))
         findings = checks.suspicious_metrics(collected.metrics, "test")

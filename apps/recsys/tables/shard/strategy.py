@@ -300,7 +300,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
         is_sharded = sharded.is_sharded(path)
         if fitting and not is_sharded:
             raise ValueError(
-                f"{path} is not sharded: its optimizer's state is of other parameters. Training goes on from it "
+                f"{path} is not sharded: its optimizer's state is of other parameters. Training continues from it "
                 "without TorchRecStrategy; validate, test and predict take it"
             )
         checkpoint = self.read_divided(path)

@@ -1,4 +1,4 @@
-"""The drawn shapes: what their sentences and labels say is in the picture."""
+"""The synthetic shapes: what their sentences and labels say is in the picture."""
 
 from __future__ import annotations
 

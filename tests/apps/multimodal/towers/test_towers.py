@@ -164,7 +164,7 @@ def test_bad_input():
     module, batch = retriever(), pair_batch(2)
     with pytest.raises(ValueError, match=r"images have shape \(2, 3, 4, 8\): it must be \(B, 3, 8, 8\)"):
         module.image_vectors(batch.image[:, :, :4])
-    with pytest.raises(ValueError, match="a text of 7 pieces is longer than max_tokens=6"):
+    with pytest.raises(ValueError, match="a text of 7 subwords is longer than max_tokens=6"):
         module.text_vectors(torch.full((1, 7), 3))
     with pytest.raises(ValueError, match=r"texts are torch.float32 of shape \(2, 3\)"):
         module.text_vectors(torch.zeros(2, 3))

@@ -347,7 +347,7 @@ def tied(weight_alone: bool) -> nn.Module:
         (net, MoEConfig(4, ExpertChoice()), "blocks.*.mlp", {"exact": False, "causal": True}, r"not for a causal"),
         (net, MOE, "blocks.*.mlp", {"start": "clone"}, r"start='clone' is not one of copy, "),
         (net, MOE, "blocks.*.mlp", {"noise": -1.0}, r"noise=-1.0 is not at least 0"),
-        (net, MOE, "blocks.*.mlp", {"seed": 0.5}, r"seed=0.5 is not a whole number"),
+        (net, MOE, "blocks.*.mlp", {"seed": 0.5}, r"seed=0.5 is not an integer"),
         (net, TokenChoice(2), "blocks.*.mlp", {}, r"moe=TokenChoice.* is not of class MoEConfig"),
         (net, MoEConfig(2, TokenChoice(2), core.MLP((3,))), "blocks.*.mlp", {"start": "random"}, r"out_dim=8 is not 3"),
     ],
