@@ -148,7 +148,7 @@ def pairs_table(use: RetrievalUse, places: Sequence[int]) -> Table:
     """Return pairs with the rank of their item, and the items retrieved for their user."""
 
     def named(number: int) -> str:
-        return str(use.index.values[number - 1]) if number else "not in the catalogue"
+        return str(use.index.values[number - 1]) if number else "not in the catalog"
 
     rows = tuple(
         (

@@ -191,8 +191,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
             self.members[0].head.check_labels(label_Bt, tasks)
         by_gradients = self.training and self.weighting_config.kind == "gradnorm"
         shared = last_weight(self.members[0].shared) if by_gradients else None
-        loss, learnt = self.weighting(loss_t, (label_Bt == label_Bt).any(0), shared)
-        for what, value_t in learnt.items():
+        loss, learned = self.weighting(loss_t, (label_Bt == label_Bt).any(0), shared)
+        for what, value_t in learned.items():
             terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
         for name, value in self._head_losses(z).items():
             loss = loss + value

@@ -45,7 +45,7 @@ def test_the_metrics_of_groups_by_hand(tmp_path):
 def test_pairs_are_shown_by_name():
     assert pairs_table(made_use(), [2, 3]).rows == (
         ("cy", "rye", "9", "tea"),
-        ("dot", "not in the catalogue", "3", "rye · tea"),
+        ("dot", "not in the catalog", "3", "rye · tea"),
     )
 
 
