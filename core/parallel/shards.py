@@ -113,7 +113,7 @@ def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
         if any(isinstance(other, Experts) for other in part.modules() if other is not part):
             raise ValueError(f"{where} has experts of several kinds ({kind}), which are not sharded over ranks")
         if next(part.parameters(recurse=False), None) is None:
-            raise ValueError(f"{where} has {kind}, without parameters of their own: there is nothing to divide")
+            raise ValueError(f"{where} has {kind}, without parameters of their own: there is nothing to shard")
         if part.reads_context:
             raise ValueError(f"{where} has {kind}, which read the context of each token: it does not go to other ranks")
         if any(True for _ in part.buffers(recurse=False)):
@@ -123,7 +123,7 @@ def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
         for key, tensor in part.named_parameters(recurse=False):
             axis = part.hidden_axes.get(key)
             if axis is None:
-                raise ValueError(f"{where} has {kind} with {key}, which has no hidden units to divide among ranks")
+                raise ValueError(f"{where} has {kind} with {key}, which has no hidden units to shard over ranks")
             if tensor.shape[axis] % hidden:
                 units = f"{tensor.shape[axis]} hidden units ({kind}.{key})"
                 raise ValueError(f"{where} has experts of {units}, which {hidden} ranks do not divide")
