@@ -99,7 +99,9 @@ class NumberField:
         try:
             number = int(text) if self.whole else float(text)
         except ValueError:
-            raise ValueError(f"{self.label}={excerpt(text)} is not a {'whole ' if self.whole else ''}number") from None
+            raise ValueError(
+                f"{self.label}={excerpt(text)} is not {'an integer' if self.whole else 'a number'}"
+            ) from None
         if not math.isfinite(number):
             raise ValueError(f"{self.label}={text} is not a finite number")
         if self.least is not None and number < self.least:

@@ -87,7 +87,7 @@ def _one_update(updates: nn.Module) -> OneExpert:
     gates = config.constant_gates(updates.num_experts) if isinstance(config, RouterConfig) else None
     if gates is None:
         source = config.source() if isinstance(config, RouterConfig) else type(updates.router).__name__
-        raise ValueError(f"router {source} gives tokens gates of their own: densify makes one update of them first")
+        raise ValueError(f"router {source} gives tokens gates of their own: densify makes one adapter of them first")
     if updates.router.capacity.ratio(training=False) is not None:
         raise ValueError("with a capacity tokens are dropped: set it to None before")
     return OneExpert.in_place_of(updates, joined(updates.experts, range(updates.num_experts), torch.tensor(gates)))

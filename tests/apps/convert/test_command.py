@@ -165,9 +165,9 @@ def test_what_no_run_with_updates_becomes_is_one_line(runs, tmp_path, adapted, c
     there = sorted(path.name for path in tmp_path.iterdir())
     end = ["--output", str(tmp_path / "new"), "--batches", "0"]
     for argv, message in (
-        (["merge"], "the updates cannot be merged: router TokenChoice gives tokens gates of their own: densify"),
+        (["merge"], "the adapters cannot be merged: router TokenChoice gives tokens gates of their own: densify"),
         (["merge", "--weights", "1"], "--how, --weights and --moe are for several runs"),
-        (["merge", str(runs / "dense")], "make them a part of these first, by moesaic convert merge"),
+        (["merge", str(runs / "dense")], "merge them first, by moesaic convert merge"),
         (["prune", "--keep", "1"], "has adapters on its linear layers"),
         (["adapt", "--moe", str(runs / "lora.yaml"), "--modules", "*"], "has adapters on its linear layers"),
     ):

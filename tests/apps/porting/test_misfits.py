@@ -170,7 +170,11 @@ def test_what_published_architectures_lack_is_named(build, message):
         ("m2m_100", {"encoder_ffn_dim": 7}, "encoder_ffn_dim=7 is not decoder_ffn_dim=128: here they are one"),
         ("nllb-moe", {"second_expert_policy": "sampling"}, "second_expert_policy='sampling' is not one of all, random"),
         ("t5", {"d_model": "16"}, "config.json of a t5 says d_model='16', which is not an integer"),
-        ("m2m_100", {"encoder_layers": True}, "config.json of a m2m_100 says encoder_layers=True, which is no whole"),
+        (
+            "m2m_100",
+            {"encoder_layers": True},
+            "config.json of a m2m_100 says encoder_layers=True, which is not an integer",
+        ),
         ("t5", {"dropout_rate": None}, "config.json of a t5 holds a value of another kind than it should: float()"),
         ("mixtral", {"rope_parameters": [1]}, "config.json of a mixtral holds a value of another kind than it"),
         ("t5", {"eos_token_id": []}, "config.json says eos_token_id=[], which is no id"),

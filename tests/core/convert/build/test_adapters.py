@@ -92,7 +92,7 @@ REFUSED = {
     "none": (lambda: model(), "a Sequential without adapted layers has no adapters to merge"),
     "by token": (
         lambda: add_adapters(model(), MoEConfig(4, TokenChoice(2), LoRA(2)), "0"),
-        "the updates of '0' cannot be merged: router TokenChoice gives tokens gates of their own",
+        "the adapters of '0' cannot be merged: router TokenChoice gives tokens gates of their own",
     ),
     "a gate": (
         lambda: add_adapters(model(), MoEConfig(1, TokenChoice(1, score_func="sigmoid"), LoRA(2)), "0"),
