@@ -99,9 +99,8 @@ class NumberField:
         try:
             number = int(text) if self.whole else float(text)
         except ValueError:
-            raise ValueError(
-                f"{self.label}={excerpt(text)} is not {'an integer' if self.whole else 'a number'}"
-            ) from None
+            kind = "an integer" if self.whole else "a number"
+            raise ValueError(f"{self.label}={excerpt(text)} is not {kind}") from None
         if not math.isfinite(number):
             raise ValueError(f"{self.label}={text} is not a finite number")
         if self.least is not None and number < self.least:
