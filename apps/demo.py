@@ -1,6 +1,6 @@
 """``make demo``: sparse and dense models of equal cost on images, a table, text, and images with texts, on 2 cores.
 
-It runs ``moesaic compare`` on the handwritten digits that come with scikit-learn, on drawn shapes with sentences, and
+It runs ``moesaic compare`` on the handwritten digits that come with scikit-learn, on synthetic shapes with texts, and
 on Fashion-MNIST, Census-Income and the strings of a program where they can be had, with few steps and seeds, and ends
 with one report over all of them.
 A slow machine trains for less, by its measured speed, so that no part is left out. What is finished is not done again.
@@ -125,8 +125,8 @@ PARTS = (
         name="shapes",
         config="multimodal/shapes.yaml",
         dataset="shapes",
-        says="2,000 drawn shapes and a sentence on each, read in {amount} epochs: which of 250 new images does a new\n"
-        "sentence describe? One transformer reads both, with 8 experts, 2 a patch or piece of a word, in one of its\n"
+        says="2,000 synthetic shapes and a sentence on each, read in {amount} epochs: which of 250 new images does a\n"
+        "new sentence describe? One transformer reads both, with 8 experts, 2 a patch or subword, in one of its\n"
         "two blocks; and the dense one of equal FLOPs.",
         title="Sparse and dense on images with sentences",
         arguments="--seeds 1 --rounds 1 --baselines dense_equal_flops --learning_rates 0.005",
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(args)
         return _run(options.output, rest)
     except (KeyboardInterrupt, SystemExit) as stop:
-        return stopped(stop, "; make demo goes on from here")
+        return stopped(stop, "; make demo continues from here")
     except Exception as error:
         return failed(error, show_traceback)
 

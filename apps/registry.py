@@ -105,6 +105,8 @@ RENAMED = {
     "model": {"train_unseen": "mask_seen_items"},
     "negatives": {"moves_with": "item_features"},
     "model.optimizer": {"warmup": "warmup_steps"},
+    "balance": {"load_balancing": "load_balancing_loss", "router_z": "router_z_loss"},
+    "mixing_balance": {"load_balancing": "load_balancing_loss", "router_z": "router_z_loss"},
     "router": {"second": "second_expert_policy", "eval_second": "eval_second_expert_policy"},
 }
 """New names of options by their old ones, which work until version 0.2, by the end of their section's name."""

@@ -132,7 +132,7 @@ def launches(
         products.linear(hidden_R, w, offsets_E, x_R, transposed=True, clear=True)
         products.linear(hidden_R, w, offsets_E, x_R, transposed=True, second=(hidden_R, w))
         for bits, size in ((8, None), (4, None), (8, 64), (4, 64)):
-            into, out = (_quantised(of, E, *shape, bits, size) for shape in ((D, F), (F, D)))
+            into, out = (_quantized(of, E, *shape, bits, size) for shape in ((D, F), (F, D)))
             if into is None or out is None:
                 continue  # 64 does not divide the widths
             products.up(x, index_R, offsets_E, into, None, b_in, "gelu", R, False)
@@ -179,7 +179,7 @@ def launches(
     return starts
 
 
-def _quantised(
+def _quantized(
     of: Callable[..., Tensor], E: int, K: int, N: int, bits: int, group_size: int | None
 ) -> QuantizedWeight | None:
     """Return matrices on the meta device; None where the groups do not divide them."""

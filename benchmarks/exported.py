@@ -34,7 +34,7 @@ from apps.serve.export.command import difference
 from apps.serve.export.onnx import to_onnx
 from apps.serve.export.programs import to_aoti, to_torch_export
 from apps.train.checkpoint.loading import load
-from apps.train.cost.quantizing import quantise
+from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.exporting import Graph
 from benchmarks._rounds import write_rows
 
@@ -162,7 +162,7 @@ def layers(quantize: str | None) -> Iterator[tuple[str, Graph]]:
         torch.manual_seed(0)
         layer = core.MoEConfig(num_experts=8, router=core.TokenChoice(top_k=2), expert=expert).build(128).eval()
         if quantize is not None:
-            quantise(layer, quantize)
+            quantize_model(layer, quantize)
         yield name, Graph("layer", layer, {"x": torch.randn(2, 49, 128)}, ("y",), {"x": {0: "batch"}})
 
 
@@ -171,7 +171,7 @@ def graphs(runs: list[str], quantize: str | None) -> Iterator[tuple[str, Graph]]
     for run in runs:
         model = load(Path(run)).eval()
         if quantize is not None:
-            quantise(model, quantize)
+            quantize_model(model, quantize)
         for graph in registry.exported_task(type(model))(model).exported().graphs:
             yield f"{type(model).__name__} {graph.name}", graph
 

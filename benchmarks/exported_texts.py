@@ -30,7 +30,7 @@ from apps.base.machine import machine_line
 from apps.base.sealed import seal
 from apps.serve.export.onnx import to_onnx
 from apps.train.checkpoint.loading import load
-from apps.train.cost.quantizing import quantise
+from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.exported import OnnxGraph
 from benchmarks._rounds import write_rows
 
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{machine_line()}, onnxruntime {version('onnxruntime')}, {args.method}, {args.threads} threads")
     model = load(args.run).eval()
     if args.quantize is not None:
-        quantise(model, args.quantize)
+        quantize_model(model, args.quantize)
     options: dict[str, Any] = {"method": args.method, **({"pair": args.pair} if args.pair else {})}
     texts = texts_of(args.texts, args.count, args.pair)
     models = {"eager": model}

@@ -4,7 +4,7 @@
     moesaic fit --config configs/recsys/movielens_1m.yaml
     python benchmarks/retrieval.py runs/movielens_1m_retrieval runs/movielens_1m
 
-All systems rank the same pairs of the test among the same candidates: all items of the catalogue, without those of the
+All systems rank the same pairs of the test among the same candidates: all items of the catalog, without those of the
 user's training rows. "most popular" ranks them by the training pairs that have them. The ranking model scores each user
 with each item, which takes most of the time: ``--pairs`` is the number of test pairs, taken at equal steps.
 """
@@ -26,7 +26,7 @@ import apps
 from apps.base.machine import machine_line
 from apps.demonstrate.command import data_of
 from apps.recsys.metrics import target_ranks
-from apps.recsys.retrieval.catalogue import Catalogue
+from apps.recsys.retrieval.catalog import Catalog
 from apps.recsys.retrieval.metrics import RetrievalMetrics
 from apps.recsys.retrieval.scoring import Ranking, Retrieved
 from apps.recsys.tables.rows.scoring import encoding_of
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     data: Any = data_of(args.retriever / "config.yaml", model)
     examples = data.examples("test")
     batch = examples.__getitems__(spread_places(len(examples), args.pairs))
-    catalogue, index = Catalogue.from_state(encoding_of(model)["catalogue"]), model.index()
+    catalog, index = Catalog.from_state(encoding_of(model)["catalogue"]), model.index()
     ranking, item_B, seen_BH = Ranking.load(model, args.ranker), batch.item_B, batch.seen_BH
     if seen_BH is None:
         seen_BH = torch.zeros(len(batch), 1, dtype=torch.int64)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     rank_B = index.ranks(vectors, item_B, seen_BH)
     seconds = {"two towers": time.perf_counter() - begun}
     ranks = {"two towers": rank_B}
-    ranks["most popular"] = ranks_by(catalogue.count_I.float().expand(len(batch), -1), item_B, seen_BH)
+    ranks["most popular"] = ranks_by(catalog.count_I.float().expand(len(batch), -1), item_B, seen_BH)
 
     begun = time.perf_counter()
     found = ranking.order(users, Retrieved.of(index, vectors, args.candidates, seen_BH), args.candidates)
@@ -79,17 +79,15 @@ def main(argv: list[str] | None = None) -> int:
     ranks["two towers, then the ranking model"] = place_of(found, item_B, rank_B, args.candidates)
 
     begun = time.perf_counter()
-    everything = np.tile(np.arange(1, len(catalogue) + 1), len(batch))
-    whole = Retrieved(
-        np.repeat(np.arange(len(batch)), len(catalogue)), everything, np.zeros(len(everything), np.float32)
-    )
-    ordered = ranking.order(users, whole, len(catalogue))
-    scores_BI = torch.empty(len(batch), len(catalogue))
+    everything = np.tile(np.arange(1, len(catalog) + 1), len(batch))
+    whole = Retrieved(np.repeat(np.arange(len(batch)), len(catalog)), everything, np.zeros(len(everything), np.float32))
+    ordered = ranking.order(users, whole, len(catalog))
+    scores_BI = torch.empty(len(batch), len(catalog))
     scores_BI[ordered.user_N, ordered.item_N - 1] = torch.from_numpy(ordered.ranked[ranking.key].astype(np.float32))
     ranks["ranking model, all items"] = ranks_by(scores_BI, item_B, seen_BH)
     seconds["ranking model, all items"] = time.perf_counter() - begun
 
-    print(f"{len(batch)} test pairs, {len(catalogue):,} items; {machine_line()}")
+    print(f"{len(batch)} test pairs, {len(catalog):,} items; {machine_line()}")
     for name, rank in ranks.items():
         metric = RetrievalMetrics(model.ks)
         metric.update(rank, item_B)

@@ -60,8 +60,8 @@ def tokens(shape: Shape, skewed: bool) -> tuple[Tensor, Tensor]:
         return x.to(DEVICE), torch.randint(0, 1024, (shape.B, shape.S), generator=generator).to(DEVICE)
     size = 1 / torch.arange(1, 17, dtype=torch.float32)
     cluster = torch.multinomial(size, shape.B * shape.S, True, generator=generator).view(shape.B, shape.S)
-    centre = torch.randn(16, shape.D, generator=generator)
-    return (centre[cluster] + 0.3 * x).to(DEVICE), cluster.to(DEVICE)
+    center = torch.randn(16, shape.D, generator=generator)
+    return (center[cluster] + 0.3 * x).to(DEVICE), cluster.to(DEVICE)
 
 
 def context(config: Any, ids_BS: Tensor) -> core.RoutingContext:

@@ -309,23 +309,23 @@ async def _send(
     connections: int,
     result: Load,
 ) -> None:
-    numbers, signalled = iter(range(requests)), False
+    numbers, signaled = iter(range(requests)), False
 
     async def ask() -> None:
-        nonlocal signalled
+        nonlocal signaled
         connection = Connection(server.port)
         for number in numbers:
             if number % max(1, requests // 100) == 0 and (ending is None or number < requests // 2):
                 result.memory.append(server.memory)
             if ending is not None and number == requests // 2:
                 server.process.send_signal(ending)
-                signalled = True
+                signaled = True
             request, status, outputs = kinds[number % len(kinds)]
             try:
                 answer, body = await connection.ask(request)
             except (OSError, EOFError):
                 result.closed += 1
-                if not signalled:
+                if not signaled:
                     result.wrong.append(f"request {number}: the connection was closed")
                 continue
             result.answered[answer] += 1

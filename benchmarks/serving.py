@@ -1,7 +1,7 @@
 """All figures of docs/results/serving.md, one benchmark after the other.
 
     moesaic bench serving --translator runs/bible --runs runs/digits runs/adult
-    moesaic bench serving --translator runs/bible --runs runs/digits --only quantised offloaded --output /tmp/figures
+    moesaic bench serving --translator runs/bible --runs runs/digits --only quantized offloaded --output /tmp/figures
 
 Each benchmark is a process of its own and leaves a JSON file. One that fails does not stop those after it.
 """
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-BENCHMARKS = ("quantised", "offloaded", "exported", "exported_texts", "service")
+BENCHMARKS = ("quantized", "offloaded", "exported", "exported_texts", "service")
 
 
 def commands(translator: Path, pair: str | None, runs: Sequence[Path], output: Path) -> dict[str, list[str]]:
@@ -29,7 +29,7 @@ def commands(translator: Path, pair: str | None, runs: Sequence[Path], output: P
     sentences = translator / "report" / "sentences.jsonl"
     of_pair = [] if pair is None else ["--pair", pair]
     options = {
-        "quantised": ["--ckpt_path", str(translator)],
+        "quantized": ["--ckpt_path", str(translator)],
         "offloaded": ["--run", str(translator)],
         "exported": [*map(str, runs), "--layers"],
         "exported_texts": [str(translator), "--texts", str(sentences), *of_pair, "--forms", "standard", "contrib"],

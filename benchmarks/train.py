@@ -45,7 +45,7 @@ PEER = "torch-rechub, bare loop"
 
 
 def build(data: TableData, norm: str | None, embedding: str) -> MultiTaskRecommender:
-    """Return a model with embeddings of 4, standardised numbers, 8 experts of 16, a gate a task and towers of 8."""
+    """Return a model with embeddings of 4, standardized numbers, 8 experts of 16, a gate a task and towers of 8."""
     return MultiTaskRecommender(
         features=data.features,
         shared=core.MMoE(num_experts=8, expert=core.MLP(hidden_dims=(16,), norm=norm)),

@@ -51,7 +51,7 @@ from apps.vision.module import VisionClassifier
 Batch = tuple[Tensor, Tensor]
 
 NOISE = 0.1
-BALANCE = core.Balance(load_balancing=0.01)
+BALANCE = core.Balance(load_balancing_loss=0.01)
 TWO_OF_EIGHT = core.MoEConfig(8, core.TokenChoice(2), balance=BALANCE)
 ONE_GROUP_OF_EIGHT = core.MoEConfig(8, core.TokenChoice(1), granularity=2, balance=BALANCE)
 SIX_EIGHTHS = core.MoEConfig(8, core.TokenChoice(6, normalize="unit"), balance=BALANCE)

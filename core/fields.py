@@ -134,6 +134,9 @@ def check_values(hint: Any, **values: Any) -> None:
 OLD_NAMES = {"Copy": "Identity", "adapt": "add_adapters"}
 """New names of public names of ``core`` by their old ones, which work until version 0.2."""
 
+OLD_TERMS = {"load_balancing": "load_balancing_loss", "router_z": "router_z_loss"}
+"""New names of balance losses by their old ones, which work until version 0.2."""
+
 
 def renames(**new_names: str) -> Callable[[T], T]:
     """Let a class's constructor also take options by their old names. Use it as a decorator, above ``@dataclass``.
@@ -156,8 +159,13 @@ def renames(**new_names: str) -> Callable[[T], T]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             made(self, *args, **with_new_names(kind, kwargs))
 
+        def __setstate__(self: Any, state: Mapping[str, Any]) -> None:
+            self.__dict__.update(with_new_names(kind, state))
+
         kind.new_names = new_names  # type: ignore[attr-defined]
         kind.__init__ = __init__  # type: ignore[misc]
+        if is_dataclass(kind):  # a pickle sets its fields without the constructor
+            kind.__setstate__ = __setstate__  # type: ignore[attr-defined]
         return kind
 
     return renaming
@@ -175,6 +183,15 @@ def with_new_names(kind: type, arguments: Mapping[str, Any]) -> Mapping[str, Any
             raise ValueError(f"{old} is the old name of {new_names[old]}: give {new_names[old]} only")
         tell_renamed(old, new_names[old])
     return {new_names.get(name, name): value for name, value in arguments.items()}
+
+
+def new_terms(terms: Any) -> Any:
+    """Return a set of balance losses, or a property that is one, by their new names, with one log line an old one."""
+    if isinstance(terms, property):
+        return property(lambda self: new_terms(terms.__get__(self)), doc=terms.__doc__)
+    for old in OLD_TERMS.keys() & terms:
+        tell_renamed(old, OLD_TERMS[old])
+    return frozenset(OLD_TERMS.get(name, name) for name in terms)
 
 
 @functools.cache
@@ -203,7 +220,7 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 
 
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    int: ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    int: ("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool)),
     float: ("a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)),
     str: ("text", lambda value: isinstance(value, str)),
     bool: ("True or False", lambda value: isinstance(value, bool)),

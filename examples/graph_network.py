@@ -17,7 +17,7 @@ from apps.report.intervals import mean_interval
 
 
 class GraphNetwork(nn.Module):
-    """In each step a node adds the mean of its neighbours to itself, and then what a small network makes of the sum."""
+    """In each step a node adds the mean of its neighbors to itself, and then what a small network makes of the sum."""
 
     def __init__(self, features: int, classes: int, dim: int = 64) -> None:
         super().__init__()
@@ -26,9 +26,9 @@ class GraphNetwork(nn.Module):
 
     def forward(self, x_NF: Tensor, source_M: Tensor, target_M: Tensor) -> Tensor:
         x_ND = self.embed(x_NF)
-        neighbours = len(source_M) / len(x_ND)  # all nodes have as many
+        neighbors = len(source_M) / len(x_ND)  # all nodes have as many
         for mlp in self.mlps:
-            x_ND = x_ND.index_add(0, target_M, x_ND[source_M] / neighbours)
+            x_ND = x_ND.index_add(0, target_M, x_ND[source_M] / neighbors)
             x_ND = x_ND + mlp(nn.functional.layer_norm(x_ND, x_ND.shape[1:]))
         return self.head(x_ND)
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     known, test = torch.randperm(len(y)).tensor_split([len(y) // 10])
 
     dense = GraphNetwork(pixels.shape[1], 10).eval()
-    moe = core.MoEConfig(4, core.TokenChoice(2), balance=core.Balance(load_balancing=0.01))
+    moe = core.MoEConfig(4, core.TokenChoice(2), balance=core.Balance(load_balancing_loss=0.01))
     sparse = core.sparsify(dense, moe, modules="mlps.*")
     print(core.summary(sparse, *graph))
     right, expected = {}, dense(*graph)

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     classes = sorted(set(labels))
     y = torch.tensor([classes.index(label) for label in labels])
     test, rest = torch.randperm(len(y)).tensor_split([min(len(y) // 5, 400)])
-    moe = core.MoEConfig(8, core.TokenChoice(2), balance=core.Balance(load_balancing=0.01))
+    moe = core.MoEConfig(8, core.TokenChoice(2), balance=core.Balance(load_balancing_loss=0.01))
     sparse = core.sparsify(bert.eval(), moe, modules="encoder.layer.*")
     print(core.summary(sparse, ids[:1]))
     right, expected = {}, embed(bert, ids[test])

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     test, rest = torch.randperm(len(x)).tensor_split([len(x) // 5])
     if not args.weights:
         train(dense, x[rest], y[rest], args.steps)
-    moe = core.MoEConfig(8, core.TokenChoice(2), balance=core.Balance(load_balancing=0.01))
+    moe = core.MoEConfig(8, core.TokenChoice(2), balance=core.Balance(load_balancing_loss=0.01))
     sparse = core.sparsify(dense, moe, modules="blocks.*.mlp")
     print(core.summary(sparse, x[:1]))
     right, expected = {}, dense(x[test])

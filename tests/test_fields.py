@@ -156,8 +156,8 @@ class Window(Checked):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"length": True}, "length=True is not a whole number or None"),
-        ({"length": 2.0}, "length=2.0 is not a whole number or None"),
+        ({"length": True}, "length=True is not an integer or None"),
+        ({"length": 2.0}, "length=2.0 is not an integer or None"),
         ({"length": 0}, "length=0 is not at least 1"),
         ({"shape": "Flat-Top"}, "shape='Flat-Top' is not one of hann, flat_top; did you mean 'flat_top'?"),
         ({"shape": None}, "shape=None is not text"),

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_core()
         return _dispatch(args)
     except (KeyboardInterrupt, SystemExit) as stop:
-        advice = "; --ckpt_path last goes on from the last checkpoint, if there is one"
+        advice = "; --ckpt_path last continues from the last checkpoint, if there is one"
         return stopped(stop, "" if args[:1] == ["predict"] else advice)
     except BrokenPipeError:  # such as `moesaic data list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

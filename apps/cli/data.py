@@ -54,8 +54,8 @@ def _list(cache_dir: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "app", "here", "what", "licence", title="datasets")
+    table = Table("name", "app", "here", "what", "license", title="datasets")
     for dataset in datasets.list_datasets():
         here = "yes" if datasets.available(dataset.name, cache_dir) else "" if dataset.sources else "bring it"
-        table.add_row(dataset.name, dataset.app, here, dataset.title, dataset.licence)
+        table.add_row(dataset.name, dataset.app, here, dataset.title, dataset.license)
     Console().print(table)

@@ -17,7 +17,7 @@ from apps.train.cost.quantizing import read_form
 
 ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
 """Endings of a file of predictions; each stands for a format."""
-_WHICH = f"{', '.join(NAMES)}, or {MEANING}; fit goes on from it"
+_WHICH = f"{', '.join(NAMES)}, or {MEANING}; fit continues from it"
 
 
 def _form(text: str) -> str:
@@ -141,7 +141,7 @@ class Test(RunOptions):
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value} must be at least 1")
         if self.sweep and self.quantize is not None:
-            raise UsageError(f"quantize={self.quantize} with sweep, which quantises the model by itself: leave it out")
+            raise UsageError(f"quantize={self.quantize} with sweep, which quantizes the model by itself: leave it out")
         if self.sweep and self.offload is not None:
             raise UsageError(
                 f"offload={self.offload} with sweep, which makes other models of the experts: leave it out"

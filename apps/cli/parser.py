@@ -209,7 +209,7 @@ def _number_or_share(text: str) -> int | float:
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a share such as 0.5") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor a share such as 0.5") from None
 
 
 def _texts(kind: type[CommandLine]) -> tuple[str, str, dict[str, str]]:

@@ -149,7 +149,7 @@ class Request:
             config = with_remembered_data(config, flags, loaded)
             check_superseded(config, flags, source)
         if command == "fit" and loaded is not None and "optimizer_states" not in loaded:
-            raise UsageError(f"{checkpoint} has no optimizer's state to go on with: begin anew, --weights")
+            raise UsageError(f"{checkpoint} has no optimizer state to continue with: start a new run with --weights")
         # A resumed run has its weights from its own checkpoint.
         weights = find_checkpoint(given_weights) if given_weights is not None and loaded is None else None
         start = weights or (_grown_from(config, flags) if command == "fit" and loaded is None else None)

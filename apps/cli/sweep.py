@@ -300,7 +300,7 @@ class _Forms(Runner[Cheaper, Measured | str]):
             if saved is not None and saved["of"] == self._identity:
                 self._found = {own["name"]: Measured.read(own) for own in saved["forms"]}
         except (ValueError, KeyError, TypeError, AttributeError):
-            say(f"{self.path} cannot be read: the sweep begins anew")
+            say(f"{self.path} cannot be read: the sweep starts again")
         if self._found:
             say(f"sweep: {len(self._found)} forms are in {self.path} already")
 

@@ -44,7 +44,7 @@ def until_stopped(work: Callable[[], object], command: str) -> int:
     try:
         work()
     except (KeyboardInterrupt, SystemExit) as stop:
-        return stopped(stop, f"; what is finished is kept. To go on: {command}")
+        return stopped(stop, f"; what is finished is kept. To continue: {command}")
     return 0
 
 

@@ -203,7 +203,7 @@ def tables(summary: Summary) -> list[Table]:
 
 
 _COSTS = {FLOPS: "active FLOPs", **{name: name for name in SIZES}, SECONDS: "training time", LATENCY: "latency"}
-"""What headings call the costs that quality is drawn against."""
+"""What headings call the costs that quality is plotted against."""
 
 
 def comparison_page(

@@ -69,8 +69,8 @@ def own_converted(kind: str, request: Request) -> tuple[nn.Module, dict[str, Any
         section = from_plain(run.checkpoint["sparsify"], SparsifyConfig, f"{run.file}: sparsify")
         section = replace(section, moe=configs[0], start="random", noise=0.0, seed=0, exact=False)
         return sparse, {"sparsify": to_plain(section, SparsifyConfig)}
-    if kind not in ("densify", "specialise"):
-        raise ValueError(f"{run.file} is of a model of your own, which densify, prune and specialise take, not {kind}")
+    if kind not in ("densify", "specialize"):
+        raise ValueError(f"{run.file} is of a model of your own, which densify, prune and specialize take, not {kind}")
     one = one_for_all(request) if kind == "densify" else one_of_many(request)
     return _dense(request, layers, one), {}
 
@@ -181,7 +181,7 @@ def run(options: Options) -> int:
         with quiet():
             before, after, file = consolidated(options)
         print(table(before, after))
-        print(f"{options.output}: moesaic test --ckpt_path {file} tests it, and fit goes on with it in one process")
+        print(f"{options.output}: moesaic test --ckpt_path {file} tests it, and fit continues with it in one process")
         return 0
     with quiet():
         before, after = convert(options)

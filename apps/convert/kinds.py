@@ -38,13 +38,13 @@ def check_runs(kind: str, options: Any, runs: Sequence[Run]) -> None:
     adapted = next((run for run in runs if run.is_adapted), None)
     if kind == "merge" and len(runs) == 1:
         if adapted is None:
-            raise UsageError(f"--ckpt_path {runs[0].file} is one run: merge takes two or more, or one with updates")
+            raise UsageError(f"--ckpt_path {runs[0].file} is one run: merge takes two or more, or one with adapters")
         if options.how != "average" or options.weights or options.moe:
-            raise ValueError(f"--how, --weights and --moe are for several runs, and {runs[0].file} is one with updates")
+            raise ValueError(f"--how, --weights and --moe are for several runs, not for {runs[0].file} with adapters")
     elif adapted is not None and kind != "densify":
         raise ValueError(
-            f"{adapted.file} has updates beside its linear layers: make them a part of these first, by moesaic convert "
-            "merge, or convert the run that was adapted"
+            f"{adapted.file} has adapters on its linear layers: merge them first, by moesaic convert merge, or "
+            "convert the run that was adapted"
         )
 
 
@@ -183,7 +183,7 @@ def adapted(request: Request) -> Conversion:
     options, run = request.options, request.run
     plain = model_section(read_config(options.moe)).get("moe")
     if plain is None:
-        raise ValueError(f"{options.moe} has no model.moe, which says what the updates are")
+        raise ValueError(f"{options.moe} has no model.moe, which says what the adapters are")
     if plain.get("expert") is None:
         raise ValueError(f"{options.moe} has no model.moe.expert, which is an update, such as core.LoRA or core.IA3")
     extra = {"adapted": {"moe": plain, "modules": list(options.modules)}}
@@ -235,7 +235,7 @@ def part_of(module: Any, name: str) -> DataPart:
     return cast(DataPart, module.part(name))
 
 
-def specialised(request: Request) -> Conversion:
+def specialized(request: Request) -> Conversion:
     """Return the network of one part of the data, or the experts that it uses most."""
     options = request.options
     if options.keep is not None:
@@ -255,7 +255,7 @@ KINDS: dict[str, Callable[[Request], Conversion]] = {
     "prune": pruned,
     "merge": merged,
     "adapt": adapted,
-    "specialise": specialised,
+    "specialize": specialized,
 }
 BY_LOAD = ("use", "most_used")
 

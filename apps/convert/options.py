@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -33,6 +33,7 @@ class Options(CommandLine):
     kind: ClassVar[str]
     prog: ClassVar[str] = "moesaic convert"
     sections: ClassVar[tuple[str, ...]] = ("data",)
+    renamed: ClassVar[Mapping[str, str]] = {"specialise": "specialize"}
 
     ckpt_path: Run
     output: Annotated[Path, Shown("DIR")]
@@ -151,7 +152,7 @@ class Consolidate(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Specialise(Options):
+class Specialize(Options):
     """The network of one task, domain, pair or expert, or the experts that one part of the data uses.
 
     Attributes:
@@ -163,7 +164,7 @@ class Specialise(Options):
         by: score: use, reap, man, msan or spread
     """
 
-    kind = "specialise"
+    kind = "specialize"
     task: int | None = None
     domain: int | None = None
     expert: int | None = None
@@ -172,4 +173,4 @@ class Specialise(Options):
     by: str = "reap"
 
 
-KINDS = {one.kind: one for one in (Upcycle, Densify, Prune, Merge, Adapt, Consolidate, Specialise)}
+KINDS = {one.kind: one for one in (Upcycle, Densify, Prune, Merge, Adapt, Consolidate, Specialize)}

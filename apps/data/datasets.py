@@ -4,7 +4,7 @@ Every standard dataset is one `Dataset` record: the files of its own layout and 
 register their records; nothing here knows an app. `prepare` returns a folder in that layout, from the first of
 
 1. ``root``, a folder of the user's: taken as it is, never written, never replaced by anything else;
-2. the cache, ``~/.cache/moesaic/NAME`` (``XDG_CACHE_HOME`` is honoured);
+2. the cache, ``~/.cache/moesaic/NAME`` (``XDG_CACHE_HOME`` is honored);
 3. a source that is already on this machine (a ``UrlSource`` never is): a Debian or a Python package, read where it lies
    and never imported;
 4. each source in turn, fetched into the cache.
@@ -21,7 +21,7 @@ import contextvars
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 
 from apps import registry
@@ -29,6 +29,7 @@ from apps.base.checks import check_name
 from apps.base.progress import bar
 from apps.data.cache import DataError, SourceFailed, cache_root, locked, whole_folder
 from apps.data.sources import Source
+from apps.registry import tell_renamed
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,9 @@ class Dataset:
         layouts: the accepted layouts; each one lists the files, or patterns of files, that a complete folder holds. The
             first one is the sources' own.
         sources: sources in the order they are tried; empty for data that only the user can bring.
-        licence: licence of the data.
+        license: license of the data.
         note: a caveat for results, or how to get data that has no source.
+        licence: the old name of ``license``, which works until version 0.2.
     """
 
     name: str
@@ -53,8 +55,14 @@ class Dataset:
     title: str
     layouts: tuple[tuple[str, ...], ...]
     sources: tuple[Source, ...] = ()
-    licence: str = ""
+    license: str = ""
     note: str = ""
+    licence: InitVar[str] = ""
+
+    def __post_init__(self, licence: str) -> None:
+        if licence:
+            tell_renamed("licence", "license")
+            object.__setattr__(self, "license", licence)
 
     def missing(self, folder: Path) -> str | None:
         """Return the first file ``folder`` lacks of the layout it comes closest to; None if one layout is complete."""

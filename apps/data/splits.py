@@ -22,7 +22,7 @@ def check_size(name: str, size: int | float | None) -> None:
     """
     check_at_least(0, **{name: size})
     if isinstance(size, float) and size >= 1:
-        raise ValueError(f"{name}={size} is neither a whole number nor a share below 1")
+        raise ValueError(f"{name}={size} is neither an integer nor a share below 1")
 
 
 def count_of(size: int | float, total: int) -> int:

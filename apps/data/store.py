@@ -100,7 +100,7 @@ def _open_whole(folder: Path) -> ArrayFiles | None:
     try:
         return ArrayFiles(folder)
     except Damaged as damage:
-        log.warning("%s is damaged (%s): it is encoded anew", folder, damage)
+        log.warning("%s is damaged (%s): it is encoded again", folder, damage)
         return None
 
 

@@ -20,7 +20,7 @@ from apps.train.step.module import SparseModule
 from apps.train.watch.doctor import RoutingDoctor
 from apps.train.watch.logs import read_rows
 from core.diagnose.alike import experts_of
-from core.diagnose.rules import DRIFT, HIGH_LEVEL, LARGE_LOGIT, POLARISED, drift_finding
+from core.diagnose.rules import DRIFT, HIGH_LEVEL, LARGE_LOGIT, POLARIZED, drift_finding
 
 FEW = 0.5
 """Load entropy over log E below which a load has collapsed: of 8 experts fewer than 3 are in use, or 2 of 4."""
@@ -50,20 +50,20 @@ def log_findings(rows: Sequence[Mapping[str, Any]]) -> list[core.Finding]:
     for layer, figures in layers.items():
         last = {name: values[-1] for name, values in figures.items()}
         findings += _gate(layer, last) if _GATE.search(layer) else _loads(layer, last, figures)
-    findings += _level(series(rows, "train/router_z"))
+    findings += _level(series(rows, "train/router_z", "train/router_z_loss"))  # the first is its name before 0.1
     return findings
 
 
-def series(rows: Sequence[Mapping[str, Any]], column: str) -> list[float]:
-    """Return the numbers of a column, in the order of the rows."""
-    values = (row.get(column) for row in rows)
+def series(rows: Sequence[Mapping[str, Any]], *columns: str) -> list[float]:
+    """Return the numbers of a column, in the order of the rows; and after them those of other columns."""
+    values = (row.get(column) for column in columns for row in rows)
     return [float(v) for v in values if v not in (None, "")]
 
 
 def _loads(layer: str, last: Mapping[str, float], figures: Mapping[str, Sequence[float]]) -> Iterator[core.Finding]:
     entropy, imbalance = last.get("load_entropy", 1.0), last.get("load_imbalance", 1.0)
     dead = figures.get("dead_experts", [0.0])
-    balance = "raise the weight of balance.load_balancing, or lower the learning rate"
+    balance = "raise the weight of balance.load_balancing_loss, or lower the learning rate"
     if entropy < FEW and imbalance >= 2:
         yield core.Finding(
             "collapsed_load",
@@ -95,12 +95,12 @@ def _loads(layer: str, last: Mapping[str, float], figures: Mapping[str, Sequence
 
 def _gate(layer: str, last: Mapping[str, float]) -> Iterator[core.Finding]:
     """Yield whether a dense gate gives nearly all to one expert: then the load's entropy is below the entropy of one
-    that has ``POLARISED`` and another that has the rest, over log 2, the least E."""
-    bound = -(POLARISED * math.log(POLARISED) + (1 - POLARISED) * math.log(1 - POLARISED)) / math.log(2)
+    that has ``POLARIZED`` and another that has the rest, over log 2, the least E."""
+    bound = -(POLARIZED * math.log(POLARIZED) + (1 - POLARIZED) * math.log(1 - POLARIZED)) / math.log(2)
     entropy = last.get("load_entropy", 1.0)
     if entropy < bound / 2:
         yield core.Finding(
-            "polarised_gates",
+            "polarized_gates",
             layer,
             "warning",
             f"the mean gate's entropy is {entropy:.0%} of an even one's",
@@ -109,12 +109,12 @@ def _gate(layer: str, last: Mapping[str, float]) -> Iterator[core.Finding]:
         )
 
 
-def _level(router_z: Sequence[float]) -> Iterator[core.Finding]:
-    """Yield whether the logits have grown: ``router_z`` is the mean square of their logsumexp over all layers."""
-    if len(router_z) < 8:
+def _level(router_z_loss: Sequence[float]) -> Iterator[core.Finding]:
+    """Yield whether the logits have grown: ``router_z_loss`` is the mean square of their logsumexp over all layers."""
+    if len(router_z_loss) < 8:
         return
-    quarter = len(router_z) // 4
-    levels = [math.sqrt(max(v, 0.0)) for v in router_z]
+    quarter = len(router_z_loss) // 4
+    levels = [math.sqrt(max(v, 0.0)) for v in router_z_loss]
     first, last = sum(levels[:quarter]) / quarter, sum(levels[-quarter:]) / quarter
     if not all(map(math.isfinite, levels)) or last >= LARGE_LOGIT:
         yield core.Finding(
@@ -122,7 +122,7 @@ def _level(router_z: Sequence[float]) -> Iterator[core.Finding]:
             "",
             "error",
             f"logsumexp of the logits is {levels[-1]:.3g} (root mean square)",
-            "set balance.router_z to 0.001, or lower the router's learning rate (optimizer.router_lr_scale)",
+            "set balance.router_z_loss to 0.001, or lower the router's learning rate (optimizer.router_lr_scale)",
             {"last": levels[-1]},
         )
     elif last > max(HIGH_LEVEL, DRIFT * first):

@@ -18,7 +18,7 @@ import core
 from apps.hub.adapter_files import save_adapters
 from apps.hub.data import IGNORED, HubBatch
 from apps.hub.folders import load_model, load_tokenizer, save_model
-from apps.train.cost.quantizing import quantise
+from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
@@ -118,7 +118,7 @@ class HubCausalLM(SparseModule):
         sparse = self._adopt(balance)
         if self.lora is not None:
             if sparse and quantize is not None:
-                quantise(self, quantize)
+                quantize_model(self, quantize)
             config = core.LoRA(self.lora.rank, self.lora.alpha)
             wanted = [m for m in self.lora.modules if sparse or m not in ("experts", "router")]
             core.add_adapters(self.model, config, wanted)
@@ -132,7 +132,7 @@ class HubCausalLM(SparseModule):
         config.output_router_logits = False  # transformers would add a balance loss of its own
         own = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
         try:
-            core.adopt(self.model, balance or core.Balance(load_balancing=0.0, router_z=0.0))
+            core.adopt(self.model, balance or core.Balance(load_balancing_loss=0.0, router_z_loss=0.0))
         except ValueError as error:
             if "no MoE block of a known layout" in str(error):
                 return False
@@ -142,7 +142,7 @@ class HubCausalLM(SparseModule):
             # transformers' loss counts each of K choices, once for all layers together.
             for layer in layers.values():
                 weight = own * float(getattr(layer, "pairs_per_token", 1)) / len(layers)
-                layer.balance = core.Balance(load_balancing=weight, router_z=0.0)
+                layer.balance = core.Balance(load_balancing_loss=weight, router_z_loss=0.0)
         weights = next(iter(layers.values())).balance.weights()
         shown = ", ".join(f"{name}={weight:g}" for name, weight in weights.items() if weight) or "none"
         _logger.info("balance losses of each of the %d MoE layers: %s", len(layers), shown)

@@ -338,7 +338,7 @@ class ImageTextData(ImageData):
         """Return one line: the pairs of each split, the images, the text encoding, the attributes, and the rows left
         out."""
         opened = self.opened
-        parts = [super().describe(), f"{len(opened.image_N.unique()):,} images", f"{self.vocab_size:,} pieces"]
+        parts = [super().describe(), f"{len(opened.image_N.unique()):,} images", f"{self.vocab_size:,} subwords"]
         if self.attributes:
             parts.append("attributes " + ", ".join(f"{name} ({count})" for name, count in self.attributes.items()))
         if opened.pairs.left_out:

@@ -251,7 +251,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         Raises:
             ValueError: there is neither.
         """
-        return self.known_encoding(PairEncoding, "its pieces of words and the scale of its pixels", "ImageTextData")
+        return self.known_encoding(PairEncoding, "its subwords and the scale of its pixels", "ImageTextData")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -120,7 +120,7 @@ class ImageTextMatching(Task):
         search = "" if self.searched is None else " The first text also searches the validation images."
         return (
             "Give an image and some texts, each on a line: the model says which of them fits, and which expert took "
-            f"each patch and each piece.{search}"
+            f"each patch and each subword.{search}"
         )
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ class ImageTextMatching(Task):
             for own, experts_LK in zip(ids, rows.piece_experts(routing, MOST_EXPERTS), strict=False):
                 words = tuple(words_of(text.marked(own)))
                 title = " ".join("".join(word) for word in words[1:-1])
-                parts.append(Pieces(title, words, experts_LK[: len(own)].numpy(), names, "pieces"))
+                parts.append(Pieces(title, words, experts_LK[: len(own)].numpy(), names))
             name = layer_label(entry.name)
             layers[name] = (*layers.get(name, ()), *parts)
         return {name: parts for name, parts in layers.items() if parts}
@@ -281,7 +281,7 @@ class ImageTextMatching(Task):
         image = images_on_meta(model, batch, dtype)
         loss = Loss(working=4.0 * 4 * batch**2, flops=2.0 * 2 * batch**2 * model.dim)
         run = lambda: model.model(image, ids_on_meta(batch, length))  # noqa: E731
-        return Trial(run, batch, batch * per_pair, loss, "patches and pieces")
+        return Trial(run, batch, batch * per_pair, loss, "patches and subwords")
 
     @classmethod
     def own_data(cls, given: GivenData) -> GivenConfig | None:

@@ -57,7 +57,7 @@ def begin_as(
         name for name in {**own, **state} if name not in own or name not in state or own[name] != state[name].shape
     ]
     if unfit:
-        raise ValueError(f"the dense network is another beside its MoE layers: {some(unfit, 3)} differ")
+        raise ValueError(f"the dense network differs outside its MoE layers: {some(unfit, 3)}")
     model.load_state_dict(state)
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from apps.data.subwords import Side
-from apps.nlp.specialisation import (
+from apps.nlp.specialization import (
     CLASSES,
     SIDES,
     SPECIAL,
     LayerUse,
-    Specialisation,
+    Specialization,
     TextUse,
     by_class,
     by_label,
-    specialisation,
+    specialization,
 )
 from apps.report.page import Section, Table
 from apps.report.tables import write_csv
@@ -28,14 +28,14 @@ _MOST_PAIRS = 16  # language pairs up to which each has a row
 
 
 def write_use(use: TextUse, folder: Path, draw: bool = True) -> Section:
-    """Write how specialized the layers are: ``specialisation.csv``, ``expert_subwords.csv`` and, with ``draw``,
+    """Write how specialized the layers are: ``specialization.csv``, ``expert_subwords.csv`` and, with ``draw``,
     ``expert_language.png`` if there are several pairs, and ``expert_class.png``.
 
     Returns:
         The section for the page.
     """
-    rows = specialisation(use)
-    write_csv(folder / "specialisation.csv", [asdict(row) for row in rows])
+    rows = specialization(use)
+    write_csv(folder / "specialization.csv", [asdict(row) for row in rows])
     by_piece = {layer.name: layer.by_piece for layer in use.layers}
     pieces = {side: use.pieces(side) for side in SIDES}
     words = {layer.name: pieces[layer.side] for layer in use.layers}
@@ -49,7 +49,7 @@ def write_use(use: TextUse, folder: Path, draw: bool = True) -> Section:
     return Section("What the experts are used for", (_table(rows), *maps, *load_parts(use.stats), typical))
 
 
-def _table(rows: Sequence[Specialisation]) -> Table:
+def _table(rows: Sequence[Specialization]) -> Table:
     abouts = list(dict.fromkeys(s.about for s in rows))
     cells: dict[str, dict[str, str]] = {}
     for s in rows:

@@ -141,7 +141,7 @@ class TextModule(WritingModule):
         if subwords is not None and subwords.digest != self.subwords.digest:
             raise ValueError(
                 f"the model's subwords have digest {self.subwords.digest}, the data's {subwords.digest}: it would "
-                "read other words. Give the data the model's (data.subwords), or train anew"
+                "read other words. Give the data the model's (data.subwords), or train from scratch"
             )
 
     # ---- published weights

@@ -181,7 +181,7 @@ def _decoded(lines: Iterable[bytes], name: str, bad_lines: BadLines) -> Iterator
             if bad_lines == "error":
                 raise ValueError(
                     f"{name}, line {number}: byte 0x{line[error.start]:02x} is not valid UTF-8; "
-                    "bad_lines (--data.bad_lines replace, or skip) goes on with the others"
+                    "bad_lines (--data.bad_lines replace, or skip) continues with the others"
                 ) from error
             bad.append(number)
             text = "" if bad_lines == "skip" else line.decode(encoding, "replace")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import core
 from apps.data.subwords import Subwords
-from apps.nlp.specialisation import tokens
+from apps.nlp.specialization import tokens
 from apps.task import Missing, Sizes, Task
 from core.fields import Length
 

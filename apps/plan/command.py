@@ -59,9 +59,9 @@ def rows(sweep: Sweep) -> list[dict[str, Any]]:
             "GB": _short(one.memory.total / 1e9),
             "step ms": _short(1e3 * one.seconds),
             "compute": _short(1e3 * one.compute),
-            "exchange": _short(1e3 * one.exchange),
+            "all-to-all": _short(1e3 * one.exchange),
             "sharding": _short(1e3 * one.data),
-            "exchange %": f"{100 * one.share:.0f}",
+            "all-to-all %": f"{100 * one.share:.0f}",
         }
         for one in sweep.costs
     ]
@@ -93,7 +93,7 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
         **({"tables": f"{row['tables']}{row['best']}"} if "tables" in row else first),
         "GB": row["GB"] + ("" if row["fits"] == "yes" else "!"),
         "step": row["step ms"],
-        **{name: row[name] for name in ("compute", "exchange", "sharding")},
+        **{name: row[name] for name in ("compute", "all-to-all", "sharding")},
     }
 
 

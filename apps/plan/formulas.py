@@ -59,7 +59,7 @@ class Traffic:
         return Traffic(self.within + other.within, self.between + other.between, self.messages + other.messages)
 
     def times(self, factor: float) -> Traffic:
-        """Return the traffic of ``factor`` such exchanges."""
+        """Return the traffic of ``factor`` such collectives."""
         return Traffic(factor * self.within, factor * self.between, factor * self.messages)
 
     @property

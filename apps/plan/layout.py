@@ -12,7 +12,7 @@ from apps.plan.outline import Block, Layer, Outline
 from core.parallel import refusal
 
 _INDEX_BYTES = 48
-"""Bytes of the indices that the exchange keeps for a row, six of int64."""
+"""Bytes of the indices that the all-to-all keeps for a row, six of int64."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class Sweep:
         slow = [_name(c) for c in self.costs if c.exchange > c.compute]
         return [
             f"memory does not fit at {', '.join(large)}" if large else "memory fits everywhere",
-            f"exchange exceeds compute at {', '.join(slow)}" if slow else "exchange takes less than compute everywhere",
+            f"all-to-all exceeds compute at {', '.join(slow)}" if slow else "all-to-all is below compute everywhere",
         ]
 
 

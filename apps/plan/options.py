@@ -118,7 +118,7 @@ class Options(CommandLine):
                 f"histories={[*self.histories]} has the ids of as many tables, of {len(self.tables)} (tables)"
             )
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
-            raise ValueError(f"gpus={self.gpus} is no whole number of nodes: gpus_per_node={self.gpus_per_node}")
+            raise ValueError(f"gpus={self.gpus} is not a multiple of gpus_per_node={self.gpus_per_node}")
         for name in ("efficiency", "usable_memory"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} must lie in (0, 1]")

@@ -259,7 +259,7 @@ def _places(layer: Layer) -> int:
     """
     factors = [router.capacity.factor for router in layer.module.routers().values()]
     if None in factors:
-        raise UsageError("a static exchange needs a capacity: give --model.moe.capacity_factor N")
+        raise UsageError("a static all-to-all needs a capacity: give --model.moe.capacity_factor N")
     return math.ceil(layer.rows * max(factors))
 
 

@@ -280,7 +280,7 @@ def needed(config: Mapping[str, Any], name: str) -> Any:
         raise ValueError(f"config.json of a {config['model_type']} says no {name}")
     if type(config[name]) is not int:
         raise ValueError(
-            f"config.json of a {config['model_type']} says {name}={config[name]!r}, which is no whole number"
+            f"config.json of a {config['model_type']} says {name}={config[name]!r}, which is not an integer"
         )
     return config[name]
 

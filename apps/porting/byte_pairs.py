@@ -42,7 +42,7 @@ class BytePairs:
         pairs = [merge.partition(" ")[::2] for merge in merges]
         for merge, pair in zip(merges, pairs, strict=True):
             if not {*pair} <= known:
-                raise ValueError(f"the merge {merge!r} is not of two pieces that stand before it")
+                raise ValueError(f"the merge {merge!r} does not join two earlier subwords")
             pieces.append("".join(pair))
             known.add(pieces[-1])
         self.pieces = (*pieces, BEGIN, END)

@@ -137,7 +137,7 @@ class TextEncoder(EncoderTower):
             ValueError: a text is longer than ``max_positions``.
         """
         if not torch.compiler.is_exporting() and ids_BL.shape[1] > self.config.max_positions:
-            raise ValueError(f"a text of {ids_BL.shape[1]} pieces exceeds max_positions={self.config.max_positions}")
+            raise ValueError(f"a text of {ids_BL.shape[1]} subwords exceeds max_positions={self.config.max_positions}")
         return context or core.RoutingContext(valid_BS=self.is_real(ids_BL), token_ids_BS=ids_BL)
 
 

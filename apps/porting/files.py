@@ -33,12 +33,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def check_config(config: Mapping[str, Any], path: Path, *sizes: str) -> None:
     """Raise a ``ValueError`` if a configuration lacks ``model_type``, ``vocab_size`` or one of ``sizes``."""
-    kinds: dict[str, tuple[type, str]] = {"model_type": (str, "name")}
-    for name, (kind, kind_name) in (kinds | dict.fromkeys(("vocab_size", *sizes), (int, "whole number"))).items():
+    kinds: dict[str, tuple[type, str]] = {"model_type": (str, "a name")}
+    for name, (kind, kind_name) in (kinds | dict.fromkeys(("vocab_size", *sizes), (int, "an integer"))).items():
         if config.get(name) is None:
             raise ValueError(f"{path} says no {name}")
         if type(config[name]) is not kind:
-            raise ValueError(f"{path} says {name}={config[name]!r}, which is no {kind_name}")
+            raise ValueError(f"{path} says {name}={config[name]!r}, which is not {kind_name}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

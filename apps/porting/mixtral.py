@@ -158,13 +158,13 @@ def _glm(config: Mapping[str, Any], transformer: TransformerConfig) -> core.MoEC
         router,
         core.SwiGLU(needed(config, "moe_intermediate_size"), transformer.activation),
         num_shared_experts=config.get("n_shared_experts", 1),
-        balance=core.Balance(load_balancing=0.0, router_z=0.0),
+        balance=core.Balance(load_balancing_loss=0.0, router_z_loss=0.0),
     )
 
 
 def _balance(config: Mapping[str, Any], top_k: int) -> core.Balance:
     # Theirs is K times ours.
-    return core.Balance(load_balancing=top_k * config.get("router_aux_loss_coef", 0.001), router_z=0.0)
+    return core.Balance(load_balancing_loss=top_k * config.get("router_aux_loss_coef", 0.001), router_z_loss=0.0)
 
 
 def _qwen_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -212,7 +212,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
     hidden_dim = expert.hidden(shape.dim)
     written["hidden_act"] = THEIR_ACTIVATIONS[expert.activation]
     written["num_experts_per_tok"] = router.top_k
-    written["router_aux_loss_coef"] = moe.balance.load_balancing / router.top_k
+    written["router_aux_loss_coef"] = moe.balance.load_balancing_loss / router.top_k
     if model_type == "mixtral":
         return {
             **written,

@@ -86,8 +86,8 @@ def _moe(config: Mapping[str, Any], act: str) -> core.MoEConfig:
         expert_output_masking=masking,
         # Theirs is K times ours.
         balance=core.Balance(
-            load_balancing=2 * config.get("router_aux_loss_coef", 0.001),
-            router_z=config.get("router_z_loss_coef", 0.001),
+            load_balancing_loss=2 * config.get("router_aux_loss_coef", 0.001),
+            router_z_loss=config.get("router_z_loss_coef", 0.001),
         ),
     )
 
@@ -120,8 +120,8 @@ def write(architecture: Architecture) -> dict[str, Any]:
             normalize_router_prob_before_dropping=router.normalize != "kept",
             batch_prioritized_routing=moe.priority == "score",
             router_bias=router.gate_bias,
-            router_aux_loss_coef=moe.balance.load_balancing / 2,
-            router_z_loss_coef=moe.balance.router_z,
+            router_aux_loss_coef=moe.balance.load_balancing_loss / 2,
+            router_z_loss_coef=moe.balance.router_z_loss,
         )
     for side, depth, indices in sides(architecture):
         written[f"{side}_layers"] = depth

@@ -81,8 +81,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architectu
         ),
         core.FFN(config["d_ff"], transformer.activation),
         balance=core.Balance(
-            load_balancing=config.get("router_aux_loss_coef", 0.001),
-            router_z=config.get("router_z_loss_coef", 0.001),
+            load_balancing_loss=config.get("router_aux_loss_coef", 0.001),
+            router_z_loss=config.get("router_z_loss_coef", 0.001),
         ),
     )
     return Architecture(model_type, transformer, vocabulary, moe if encoder or decoder else None, encoder, decoder)
@@ -137,8 +137,8 @@ def write(architecture: Architecture) -> dict[str, Any]:
         "num_experts": moe.num_experts,
         "router_bias": router.gate_bias,
         "router_jitter_noise": router.jitter_eps,
-        "router_aux_loss_coef": moe.balance.load_balancing,
-        "router_z_loss_coef": moe.balance.router_z,
+        "router_aux_loss_coef": moe.balance.load_balancing_loss,
+        "router_z_loss_coef": moe.balance.router_z_loss,
     }
 
 

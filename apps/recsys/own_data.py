@@ -27,7 +27,7 @@ LEAST_ROWS = 20
 
 _ENDINGS = (".csv", ".tsv", ".parquet")
 _FEW_VALUES = 20
-"""Whole numbers of at most so many values are categories."""
+"""Integers of at most so many values are categories."""
 _STEPS = 1500
 TARGET = "target"
 
@@ -285,7 +285,7 @@ def _config(
     by = next(iter(split), "random")
     stratify = None if split or kind in NUMBERS else TARGET
     expert = {"class_path": "core.MLP", "init_args": {"hidden_dims": [32]}}
-    gates = {**EXPERTS, "expert": expert, "balance": {"load_balancing": 0.01, "router_z": 0.001}}
+    gates = {**EXPERTS, "expert": expert, "balance": {"load_balancing_loss": 0.01, "router_z_loss": 0.001}}
     model = {
         "shared": {"class_path": "core.MMoE", "init_args": gates},
         "embedding": {"dim": 8},

@@ -334,7 +334,7 @@ class NegativesConfig(Checked):
             ``apps.recsys.tables.negatives.sampled_items`` explains.
         kind: "rows" or "items".
         column: categorical column of the items. This and what follows are for "items".
-        item_features: columns that belong to the item, such as its kind and price; a drawn row has those of its item.
+        item_features: columns that belong to the item, such as its kind and price; a sampled row has those of its item.
         distribution: "uniform": the items of the training rows are equally likely; "frequency": as likely as they are
             frequent in these rows.
         exclude_seen: whether the items that the row's user (``table.user``) has in training are never sampled; else
@@ -368,7 +368,7 @@ class NegativesConfig(Checked):
             raise ValueError("negatives.kind='items' needs negatives.column, the column of the items to draw")
         if not (self.per_positive >= 1 and float(self.per_positive).is_integer()):
             raise ValueError(
-                f"negatives.per_positive={self.per_positive:g} must be a whole number of at least 1 with kind 'items'"
+                f"negatives.per_positive={self.per_positive:g} must be an integer of at least 1 with kind 'items'"
             )
         if self.column in self.item_features:
             raise ValueError(f"negatives.item_features names {self.column!r}, which is negatives.column itself")

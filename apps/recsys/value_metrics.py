@@ -79,8 +79,8 @@ def number_metrics(
     from scipy.stats import rankdata
 
     names = NUMBERS if log_p_NL is None else (*NUMBERS, *LEVELS)
-    is_labelled_N = ~np.isnan(label_N)
-    y_n, v_n = label_N[is_labelled_N].astype(np.float64), value_N[is_labelled_N].astype(np.float64)
+    is_labeled_N = ~np.isnan(label_N)
+    y_n, v_n = label_N[is_labeled_N].astype(np.float64), value_N[is_labeled_N].astype(np.float64)
     invalid = int((~np.isfinite(v_n)).sum())
     if not len(y_n) or invalid:
         mean = float(y_n.mean()) if len(y_n) else math.nan
@@ -95,7 +95,7 @@ def number_metrics(
         "pcc": correlation(v_n, y_n),
     }
     if log_p_NL is not None and place_N is not None:
-        by_name |= _of_probabilities(log_p_NL[is_labelled_N], place_N[is_labelled_N].astype(np.int64))
+        by_name |= _of_probabilities(log_p_NL[is_labeled_N], place_N[is_labeled_N].astype(np.int64))
     constant = bool((v_n == v_n[0]).all())
     return ValueMetrics(len(y_n), float(y_n.mean()), float(v_n.mean()), constant, 0, by_name, bins(v_n, y_n))
 
@@ -109,8 +109,8 @@ def class_metrics(z_NC: np.ndarray, place_N: np.ndarray) -> ValueMetrics:
         z_NC: logits.
         place_N: place of each label's class; NaN for none.
     """
-    is_labelled_N = ~np.isnan(place_N)
-    z_nC, y_n = z_NC[is_labelled_N].astype(np.float64), place_N[is_labelled_N].astype(np.int64)
+    is_labeled_N = ~np.isnan(place_N)
+    z_nC, y_n = z_NC[is_labeled_N].astype(np.float64), place_N[is_labeled_N].astype(np.int64)
     invalid = int(np.isnan(z_nC).any(1).sum())
     if not len(y_n) or invalid:
         return ValueMetrics(len(y_n), invalid=invalid, by_name=dict.fromkeys(CLASSES, math.nan))

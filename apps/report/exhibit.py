@@ -99,7 +99,8 @@ class NumberField:
         try:
             number = int(text) if self.whole else float(text)
         except ValueError:
-            raise ValueError(f"{self.label}={excerpt(text)} is not a {'whole ' if self.whole else ''}number") from None
+            kind = "an integer" if self.whole else "a number"
+            raise ValueError(f"{self.label}={excerpt(text)} is not {kind}") from None
         if not math.isfinite(number):
             raise ValueError(f"{self.label}={text} is not a finite number")
         if self.least is not None and number < self.least:
@@ -261,7 +262,7 @@ class Pieces:
     def __post_init__(self) -> None:
         count = sum(map(len, self.words))
         if len(self.experts) != count:
-            raise ValueError(f"{self.title!r} has {count} pieces, and experts of {len(self.experts)}")
+            raise ValueError(f"{self.title!r} has {count} tokens, and experts of {len(self.experts)}")
 
 
 @dataclass(frozen=True)

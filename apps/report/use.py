@@ -117,7 +117,7 @@ def maps_by_label(
     size_C = np.sum([counts_CE.sum(1) for counts_CE in counts.values()], axis=0)
     kept = np.flatnonzero(size_C)
     if len(kept) > most_rows:
-        title += f": the most specialised of {len(names)}"
+        title += f": the most specialized of {len(names)}"
         peak_C = np.max([np.nan_to_num(shares(counts_CE)).max(1) for counts_CE in counts.values()], axis=0)
         kept = kept[np.sort(np.argsort(-peak_C[kept], kind="stable")[:most_rows])]
     rows = row_names([names[c] for c in kept.tolist()], size_C[kept] / max(size_C.sum(), 1))

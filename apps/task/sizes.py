@@ -48,7 +48,7 @@ class Sizes:
         """
         if self.tokens is not None:
             if self.tokens % per_example:
-                raise ValueError(f"tokens_per_gpu={self.tokens} is no whole number of examples of {per_example} tokens")
+                raise ValueError(f"tokens_per_gpu={self.tokens} is not a multiple of an example's {per_example} tokens")
             return self.tokens // per_example
         batch = self.batch or self.option(configured)
         if batch is None:

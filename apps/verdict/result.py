@@ -149,7 +149,7 @@ def _to_decide(gain: CrossedInterval | None, minutes: float) -> str:
     of_examples = gain.half_width_at(_MOST_SEEDS, gain.num_examples)
     times = (of_examples / size) ** 2 if size else math.inf
     if times <= 1 or times > _MOST_TIMES:  # hundreds of seeds, or of times as many examples
-        return "the difference is small beside its spread; no budget near this one would decide it."
+        return "the difference is small compared to its spread; no budget near this one would decide it."
     return (
         f"more minutes alone would not decide it: the {gain.num_examples:,} test examples leave "
         f"{of_examples:.4g} of uncertainty; about {times:.1f} times as many would be needed."

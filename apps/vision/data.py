@@ -29,7 +29,7 @@ from apps.vision.datasets import VISION_DATASETS
 from apps.vision.encoding import ImageEncoding, evaluation_transform, file_transform, middle_of_strip
 from apps.vision.image_data import ImageData
 from apps.vision.image_files import FromFiles, without_bad_images
-from apps.vision.image_folders import check_classes, class_folders, read_image_folder, read_unlabelled
+from apps.vision.image_folders import check_classes, class_folders, read_image_folder, read_unlabeled
 from apps.vision.image_set import ImageSet, Splits, stratified_split
 
 log = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ class VisionData(ImageData):
             assert images is not None
             return images
         if self._predicted is None:
-            images = read_unlabelled(Path(self.predict_folder), self._file_transform(train=False))
+            images = read_unlabeled(Path(self.predict_folder), self._file_transform(train=False))
             self._predicted = self._readable(images, "images") if self.on_bad_image == "skip" else images
         return self._predicted
 

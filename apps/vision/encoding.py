@@ -102,14 +102,14 @@ def evaluation_transform(image_size: int, in_chans: int, eval_crop: float) -> v2
 
 def file_transform(cut: Sequence[Any], in_chans: int) -> v2.Compose:
     """Return the transforms ``cut``, followed by one to gray where the model has one channel."""
-    return v2.Compose([*cut, v2.Lambda(_grey)] if in_chans == 1 else list(cut))
+    return v2.Compose([*cut, v2.Lambda(_gray)] if in_chans == 1 else list(cut))
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return uint8 (B, C, H, W) as float32 of mean 0 and standard deviation 1, by the mean and standard deviation of
     pixels in [0, 1]."""
-    centre, scale = (torch.tensor(v, dtype=torch.float32) for v in (mean, std))
-    factors, shifts = (1 / (255 * scale)).tolist(), (centre / scale).tolist()
+    center, scale = (torch.tensor(v, dtype=torch.float32) for v in (mean, std))
+    factors, shifts = (1 / (255 * scale)).tolist(), (center / scale).tolist()
     out = images.to(torch.float32, copy=True)
     for channel, factor, shift in zip(out.unbind(1), factors, shifts, strict=True):
         channel.mul_(factor).sub_(shift)  # numbers, not tensors: a copy to the device would make the host wait
@@ -126,6 +126,6 @@ def middle_of_strip(image: Tensor) -> Tensor:
     return v2.functional.center_crop(image, [min(height, most), min(width, most)])
 
 
-def _grey(image: Tensor) -> Tensor:
+def _gray(image: Tensor) -> Tensor:
     """Turn uint8 (3, H, W) into (1, H, W), rounded. On uint8, torchvision cuts the fraction off: a level darker."""
     return v2.functional.rgb_to_grayscale(image.float()).round().to(torch.uint8)

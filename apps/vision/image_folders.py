@@ -71,7 +71,7 @@ def read_small_images(folder: Path, class_names: Sequence[str], side: int) -> Im
     return in_memory(images, np.array([label for _, label in samples]), folder, len(class_names))
 
 
-def read_unlabelled(folder: Path, transform: Callable[[Tensor], Tensor]) -> ImageSet:
+def read_unlabeled(folder: Path, transform: Callable[[Tensor], Tensor]) -> ImageSet:
     """Return all images in ``folder`` and below it, by path; their label is -1, which is none.
 
     Raises:

@@ -189,7 +189,7 @@ class VisionReport(Report):
             return {}
         support = support_batches(trainer)
         if support is None:
-            _logger.info("few-shot evaluation left out: no images to draw labelled ones from")
+            _logger.info("few-shot evaluation left out: no images to draw labeled ones from")
             return {}
         features, labels = extract_features(pl_module.model, support, pl_module.device)
         test_features, test_labels = extract_features(pl_module.model, batches_of_test(trainer), pl_module.device)
@@ -214,7 +214,7 @@ def _write_few_shot(results: Mapping[int, Interval], folder: Path) -> Section:
     )
     rows = [{"shots": k, "accuracy": a.mean, "interval": a.half_width, "seeds": seeds} for k, a in results.items()]
     write_csv(folder / "few_shot.csv", rows)
-    return Section("Few labelled images", (table,))
+    return Section("Few labeled images", (table,))
 
 
 def support_batches(trainer: Trainer) -> Iterable[Any] | None:

@@ -32,7 +32,7 @@ _GROUPS = ("n_group", "num_group", "n_groups")
 """Names under which routers that choose groups of experts first have their number."""
 
 
-def adopt(model: nn.Module, balance: Balance = Balance(load_balancing=0.0, router_z=0.0)) -> nn.Module:
+def adopt(model: nn.Module, balance: Balance = Balance(load_balancing_loss=0.0, router_z_loss=0.0)) -> nn.Module:
     """Make every MoE block of a transformers model a ``core.MoE``, in place.
 
     Parameters, ``state_dict``, ``save_pretrained``, ``generate`` and optimizers stay as they are: no tensor is copied.

@@ -43,7 +43,7 @@ class Adopted:
 class AdoptedRouter(Adopted, Router):
     """A router that decides as before, and records its logits."""
 
-    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z_loss"}
     config = None
     num_groups: int
 

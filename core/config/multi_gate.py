@@ -19,7 +19,7 @@ from ..routing.router import RouterConfig
 from ..routing.selection import Capacity
 from .plain import from_plain, make, to_plain
 
-DENSE_GATE_TERMS = DENSE_TERMS | {"router_z"}
+DENSE_GATE_TERMS = DENSE_TERMS | {"router_z_loss"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MultiGateConfig(OpenConfig):
         gate_bias: whether the gates' logits have a learned bias.
         init_scale: variance of the gates' initial weights times D.
         balance: weights of the balance losses of each gate; dense gates have ``importance``, ``mutual_information``,
-            ``local_entropy``, ``global_entropy`` and ``router_z``, all 0 as they are published.
+            ``local_entropy``, ``global_entropy`` and ``router_z_loss``, all 0 as they are published.
         backend: kernels that compute: "auto", "eager", "cpu", "grouped" or "triton".
 
     Raises:
@@ -56,7 +56,7 @@ class MultiGateConfig(OpenConfig):
     gate_hidden_dims: tuple[Count, ...] = field(default=(), kw_only=True)
     gate_bias: bool = field(default=False, kw_only=True)
     init_scale: Positive = field(default=0.1, kw_only=True)
-    balance: Balance = field(default=Balance(router_z=0.0), kw_only=True)
+    balance: Balance = field(default=Balance(router_z_loss=0.0), kw_only=True)
     backend: Backend = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ class Evidence:
         threshold_TE: float32, broadcastable to (T, E): value that a noisy logit had to reach to be chosen.
         extra: the gate's own losses by name, float32 (T,) each; padding may hold any finite value. Their means over
             the non-padding tokens join the balance losses with the weights of ``RouterConfig.extra_weights``.
-        balance_scores, balance_chosen: float32 (T, M) and (M,), scores and counts that the ``load_balancing`` and
+        balance_scores, balance_chosen: float32 (T, M) and (M,), scores and counts that the ``load_balancing_loss`` and
             ``importance`` losses read instead of ``scores_TE`` and ``Routing.chosen_per_expert_E``, if they judge more
             than the E experts (null experts), or another choice than the computed one.
         sums: sums for the balance losses that were made elsewhere: over the non-padding tokens by a kernel, see

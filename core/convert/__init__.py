@@ -26,7 +26,7 @@ from .read.feed_forward import (
     affine as affine,
     feed_forward_part as feed_forward_part,
 )
-from .read.readers import read_ffn, recognised_ffns, register_ffn as register_ffn
+from .read.readers import read_ffn, recognized_ffns, register_ffn as register_ffn
 from .reduce.cut_out import cut_out
 from .reduce.densify import densify
 from .reduce.importance import unit_importances as unit_importances

@@ -111,7 +111,7 @@ def facts_of(name: str, layer: MoELayer, router: Router | None) -> Facts:
     needs = tuple(getattr(router, "needs", ()))
     terms = layer.router.terms if router is None and hasattr(layer.router, "terms") else getattr(router, "terms", ())
     weights = {**layer.balance.weights(), **getattr(router, "extra_weights", {})}
-    loads = ("load_balancing", "importance", "load", "mutual_information", "global_entropy", "sequence_balance")
+    loads = ("load_balancing_loss", "importance", "load", "mutual_information", "global_entropy", "sequence_balance")
     is_balanced = any(weights.get(term, 0.0) > 0 for term in loads if term in terms)
     ratio = None if router is None else router.capacity.ratio(False)
     capacity = None if ratio is None or router is None else (ratio[0] / ratio[1], router.capacity.group)

@@ -47,7 +47,7 @@ PLACE_ONLY = 0.98
 """Share of the tokens' part of the variance that the place explains, from which the token itself has no say."""
 ALIKE = 0.02
 """Distance of two experts' outputs, 1 for unrelated ones: 0.02 is a correlation of 0.98."""
-POLARISED = 0.95
+POLARIZED = 0.95
 """Mean weight of one expert under a gate: the others together have a twentieth."""
 NO_GRADIENT = 1e-6
 """The task's gradient in the router over that in the experts; float32 rounds at 1e-7."""
@@ -71,13 +71,13 @@ REMEDIES = {
     "skew_by_class": "shuffle the batches, and balance within a sequence by balance.sequence_balance",
     "starved_modality": "give the layer more room (capacity_factor, eval_capacity_factor), and ",
     "collapsed_modality": "give the layer ",
-    "logits_overflow": "set balance.router_z to 0.001, lower the router's learning rate (optimizer.router_lr_scale)",
-    "logits_drift": "set balance.router_z to 0.001, or lower the router's learning rate (optimizer.router_lr_scale)",
+    "logits_overflow": "set balance.router_z_loss to 0.001, lower the router learning rate (optimizer.router_lr_scale)",
+    "logits_drift": "set balance.router_z_loss to 0.001, or lower the router learning rate (optimizer.router_lr_scale)",
     "flat_logits": "look at the gate's weights and input: both must differ from 0 by more than rounding; start the "
     "gate again",
     "token_blind": "look at what the gate is given: a norm of weight 0, a detached or constant input; start the gate "
     "again",
-    "polarised_gates": "set expert_dropout to 0.1, a balance loss on the gates, or a lower learning rate of the router",
+    "polarized_gates": "set expert_dropout to 0.1, a balance loss on the gates, or a lower learning rate of the router",
     "same_experts": "start the experts apart (--noise of moesaic convert upcycle, start='split'), or give them a "
     "balance loss; moesaic convert prune --merge makes one of each such group",
     "no_router_gradient": "with top_k=1 leave gates as they are (normalize=False); look for a detach, and for "
@@ -114,9 +114,9 @@ def load_findings(layer: str, f: LayerFigures, used_E: Tensor | None = None) -> 
         dead = int(((f.chosen_E if used_E is None else used_E) == 0).sum())
         in_use, least = f.experts_in_use, max(K, 1.0)
         balance = (
-            "raise the weight of balance.load_balancing, or lower the learning rate"
+            "raise the weight of balance.load_balancing_loss, or lower the learning rate"
             if f.facts.is_balanced
-            else "give the layer a balance: balance.load_balancing of 0.01, or a router with expert_bias"
+            else "give the layer a balance: balance.load_balancing_loss of 0.01, or a router with expert_bias"
         )
         # Of tokens that take most experts, and not equally many, an even share is not known.
         if K <= MOST_TAKEN * E and (in_use - least) / (E - least) < COLLAPSED:
@@ -225,10 +225,10 @@ def gate_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
         return
     mean_E = f.mean_gates()
     largest = float(mean_E.max() / mean_E.sum().clamp_min(1e-12))
-    if largest > POLARISED:
+    if largest > POLARIZED:
         others = f"{f.num_experts - 1} others the rest"
         seen = f"the gate gives expert {int(mean_E.argmax())} {largest:.0%} of its weight, and {others}"
-        yield _warning(layer, "polarised_gates", seen, largest=largest)
+        yield _warning(layer, "polarized_gates", seen, largest=largest)
 
 
 def alike_findings(layer: str, distance_EE: Tensor) -> Iterator[Finding]:
@@ -256,10 +256,10 @@ def step_findings(layer: str, s: StepFigures) -> Iterator[Finding]:
     if s.times is None or not s.is_balanced:
         return
     if s.times < SILENT:
-        seen = f"the balance loss has a weight, and is {abs(s.times):.2g} times in the loss that is minimised"
+        seen = f"the balance loss has a weight, and is {abs(s.times):.2g} times in the loss that is minimized"
         yield _error(layer, "silent_balance", seen, times=s.times)
     elif s.times > DOUBLED:
-        seen = f"the balance loss is {s.times:.2g} times in the loss that is minimised"
+        seen = f"the balance loss is {s.times:.2g} times in the loss that is minimized"
         yield _error(layer, "doubled_balance", seen, times=s.times)
 
 

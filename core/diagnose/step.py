@@ -21,7 +21,7 @@ from .passes import Pass
 from .ranks import parallel, summed
 
 Loss = Callable[[Any, Any], Tensor]
-"""Takes a model and a batch, and returns the loss that a training step minimises, ()."""
+"""Takes a model and a batch, and returns the loss that a training step minimizes, ()."""
 
 VISIBLE = 1e-4
 """A balance loss whose gradient is a smaller part of the whole is lost in the rounding of float32, whose numbers have 7

@@ -16,7 +16,7 @@ from ..registry import OpenConfig
 from .matrices import QuantizedMatrices
 
 HIDDEN = "hidden"
-"""Name of the axis of a mesh along which the hidden units of each expert are divided."""
+"""Name of the axis of a mesh along which the hidden units of each expert are sharded."""
 Way = Literal["rows", "dense", "each", "merged", "queries", "outputs"]
 
 
@@ -213,7 +213,7 @@ class Experts(nn.Module):
             ValueError: the experts are quantized.
         """
         if self.is_quantized:
-            raise ValueError(f"{type(self).__name__} that are quantised do not start anew: fill them before")
+            raise ValueError(f"{type(self).__name__} are quantized and cannot be initialized: fill them before")
         with torch.no_grad():
             for parameter in self.parameters():
                 if parameter.ndim >= 3:

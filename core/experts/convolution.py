@@ -62,12 +62,12 @@ class ConvolutionExperts(Experts):
         D = C // area
         # A place after the last position holds the zeros that lie beyond the edge.
         x_RPD = F.pad(x_RC.reshape(R, area, D), (0, 0, 0, 1))
-        x_RPK = x_RPD.index_select(1, self._neighbours(x_RC.device))
+        x_RPK = x_RPD.index_select(1, self._neighbors(x_RC.device))
         x_QK = x_RPK.reshape(R * area, self.kernel_size**2 * D)
         y_QF = expert_linear(x_QK, w, offsets_E * area, b, backend=self.backend)
         return y_QF.reshape(R, area * w.shape[-1])
 
-    def _neighbours(self, device: torch.device) -> Tensor:
+    def _neighbors(self, device: torch.device) -> Tensor:
         """Return the position under each tap of each position of a patch, int64 (p * p * k * k,); p * p beyond it."""
         p, k = self.patch_size, self.kernel_size
         at_pk = torch.arange(p, device=device)[:, None] + torch.arange(k, device=device) - k // 2

@@ -126,8 +126,8 @@ class MLPExperts(Experts):
             x_TnF = _wide(h_TnF).masked_fill(~real_T[:, None, None], 0.0)
             count = real_T.sum().to(x_TnF.dtype)
             mean = x_TnF.sum(0) / count.clamp_min(1)
-            centred = (x_TnF - mean).masked_fill(~real_T[:, None, None], 0.0)
-            used = _statistics(running, count, mean, centred.square().sum(0))
+            centered = (x_TnF - mean).masked_fill(~real_T[:, None, None], 0.0)
+            used = _statistics(running, count, mean, centered.square().sum(0))
             return _scaled(_wide(h_TnF), *used, weight, bias).to(h_TnF.dtype)
         # One channel for each expert and feature is what ``nn.BatchNorm1d`` computes.
         moves = self.training and T >= 2

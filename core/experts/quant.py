@@ -47,19 +47,19 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
     }
     already = next((name for name, module in experts.items() if module.is_quantized), None)
     if already is not None:
-        raise ValueError(f"the experts {already or 'of the model'} are quantised already")
+        raise ValueError(f"the experts {already or 'of the model'} are quantized already")
     offloaded = next((name for name, module in experts.items() if module.cache is not None), None)
     if offloaded is not None:
-        raise ValueError(f"the experts {offloaded or 'of the model'} are offloaded: they are quantised before")
+        raise ValueError(f"the experts {offloaded or 'of the model'} are offloaded: they are quantized before")
     if not matrices:
-        raise ValueError(f"a {type(model).__name__} has no experts with matrices to quantise")
+        raise ValueError(f"a {type(model).__name__} has no experts with matrices to quantize")
     for name, (_, _, parameter) in matrices.items():
         if hasattr(parameter, "to_local"):
-            raise ValueError(f"{name} is split over ranks: experts are quantised before")
+            raise ValueError(f"{name} is split over ranks: experts are quantized before")
         try:  # of a matrix without outputs nothing is computed
             quantize(parameter[:1, :, :0], bits, group_size)
         except ValueError as error:
-            raise ValueError(f"{name} cannot be quantised: {error}") from None
+            raise ValueError(f"{name} cannot be quantized: {error}") from None
         if not (parameter.is_meta or bool(parameter.isfinite().all())):
             raise ValueError(f"{name} has weights that are not finite: they have no scale")
     for module, name, parameter in matrices.values():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 LARGEST = {8: 127, 4: 7}
-"""The largest whole number, by the bits of each."""
+"""The largest integer, by the bits of each."""
 ZERO = 8
 """Half a byte that stands for zero."""
 

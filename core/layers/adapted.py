@@ -1,4 +1,4 @@
-"""``AdaptedLinear``: a frozen linear layer with a mixture of updates."""
+"""``AdaptedLinear``: a frozen linear layer with a mixture of adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .moe import MoE
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer and a mixture of updates: ``base(x) + updates(x)``, or ``updates(base(x))``.
+    """A frozen linear layer and a mixture of adapters: ``base(x) + updates(x)``, or ``updates(base(x))``.
 
     Its ``state_dict`` has the base's tensors under ``base.``, the others under ``updates.``.
     ``core.add_adapters`` makes it.
@@ -27,12 +27,12 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Linear, updates: MoE, after: bool = False) -> None:
         super().__init__()
         if not isinstance(base, nn.Linear):
-            raise ValueError(f"base is a {type(base).__name__}: updates stand beside an nn.Linear")
+            raise ValueError(f"base is a {type(base).__name__}: adapters belong to an nn.Linear")
         taken = base.out_features if after else base.in_features
         for side, width, wanted in (("dim", updates.dim, taken), ("out_dim", updates.out_dim, base.out_features)):
             if width is not None and width != wanted:
                 shape = f"in_features={base.in_features}, out_features={base.out_features}"
-                raise ValueError(f"updates of {side}={width} do not fit the base of {shape}: they need {side}={wanted}")
+                raise ValueError(f"adapters of {side}={width} do not fit a base of {shape}: they need {side}={wanted}")
         self.base, self.updates, self.after = base.requires_grad_(False), updates, after
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:

@@ -78,7 +78,7 @@ class MoELayer(nn.Module):
     def reset_parameters(self) -> None:
         """Initialize the layer's own parameters and buffers. Router and experts have methods of their own."""
         if self.load_balancing_weight is not None:
-            self.load_balancing_weight.fill_(self.balance.load_balancing)
+            self.load_balancing_weight.fill_(self.balance.load_balancing_loss)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoELayer:
         before = self.load_balancing_weight

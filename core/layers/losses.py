@@ -96,7 +96,7 @@ def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None, step: Sequenc
         }  # they move in place
         factors: dict[str, float | Tensor] = {**entry.balance.weights(), **own}
         if entry.load_balancing_weight is not None:
-            factors["load_balancing"] = entry.load_balancing_weight.clone()
+            factors["load_balancing_loss"] = entry.load_balancing_weight.clone()
         # A term of weight 0 is not wanted: it could be NaN.
         for name, value in balance_terms(entry_sums, wanted, entry.balance).items():
             seen.setdefault(name, []).append(value.detach())

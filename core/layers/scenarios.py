@@ -235,7 +235,7 @@ class STARLayer(MultiGateLayer):
 
     def __init__(self, experts: StarExperts, num_tasks: int, dim: int, norm: DomainNorm | None = None) -> None:
         num_domains = experts.num_experts
-        super().__init__(num_tasks, num_domains, balance=Balance(router_z=0.0), dim=dim)
+        super().__init__(num_tasks, num_domains, balance=Balance(router_z_loss=0.0), dim=dim)
         self.router, self.experts, self.norm = Domain(num_domains).build(dim, num_domains), experts, norm
 
     def _compute(self, examples: Examples) -> Tensor:

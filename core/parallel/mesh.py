@@ -11,7 +11,7 @@ from ..experts.base import HIDDEN
 from ..fields import Count, check_values
 
 REPLICATE, SHARD, NODE, EXPERT = "replicate", "shard", "node", "expert"
-"""Names of the mesh's axes, from the outermost one to that of neighbouring ranks; ``HIDDEN`` is the innermost."""
+"""Names of the mesh's axes, from the outermost one to that of neighboring ranks; ``HIDDEN`` is the innermost."""
 
 
 def expert_mesh(

@@ -41,7 +41,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
     """
     layers = layers_of_experts(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layer whose experts could be divided among ranks")
+        raise ValueError(f"{type(model).__name__} has no MoE layer whose experts could be sharded over ranks")
     hidden = hidden_ranks(mesh)
     ranks = mesh.size() // hidden
     for name, layer in layers.items():
@@ -101,19 +101,19 @@ def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
     """Raise a ``ValueError`` if the experts of a layer cannot be sharded among so many ranks, and the hidden units of
     each among so many."""
     if not layer.splits_experts:
-        raise ValueError(f"{where}, {type(layer).__name__}, has experts that cannot be divided among ranks")
+        raise ValueError(f"{where}, {type(layer).__name__}, has experts that cannot be sharded over ranks")
     for part in _parts(layer):
         kind = type(part).__name__
         if part.num_experts % ranks:
             raise ValueError(f"{where} has {part.num_experts} experts ({kind}), which {ranks} ranks do not divide")
         if part.num_local_experts != part.num_experts:
             raise ValueError(
-                f"{where} has {part.num_local_experts} of {part.num_experts} experts here: divided already"
+                f"{where} has {part.num_local_experts} of {part.num_experts} experts here: sharded already"
             )
         if any(isinstance(other, Experts) for other in part.modules() if other is not part):
-            raise ValueError(f"{where} has experts of several kinds ({kind}), which are not divided among ranks")
+            raise ValueError(f"{where} has experts of several kinds ({kind}), which are not sharded over ranks")
         if next(part.parameters(recurse=False), None) is None:
-            raise ValueError(f"{where} has {kind}, without parameters of their own: there is nothing to divide")
+            raise ValueError(f"{where} has {kind}, without parameters of their own: there is nothing to shard")
         if part.reads_context:
             raise ValueError(f"{where} has {kind}, which read the context of each token: it does not go to other ranks")
         if any(True for _ in part.buffers(recurse=False)):
@@ -123,7 +123,7 @@ def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
         for key, tensor in part.named_parameters(recurse=False):
             axis = part.hidden_axes.get(key)
             if axis is None:
-                raise ValueError(f"{where} has {kind} with {key}, which has no hidden units to divide among ranks")
+                raise ValueError(f"{where} has {kind} with {key}, which has no hidden units to shard over ranks")
             if tensor.shape[axis] % hidden:
                 units = f"{tensor.shape[axis]} hidden units ({kind}.{key})"
                 raise ValueError(f"{where} has experts of {units}, which {hidden} ranks do not divide")

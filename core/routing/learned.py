@@ -161,7 +161,7 @@ class Stable(LinearGateConfig):
 
     paper = "2204.08396"
     router_class = StableRouter
-    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z_loss"}
     needs = ("token_ids_BS",)
 
     vocab_size: Count

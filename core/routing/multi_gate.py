@@ -240,7 +240,7 @@ class DenseGates(Router):
         hidden_dims: tuple[int, ...] = (),
         bias: bool = False,
         init_scale: float = 0.1,
-        terms: frozenset[str] = DENSE_TERMS | {"router_z"},
+        terms: frozenset[str] = DENSE_TERMS | {"router_z_loss"},
     ) -> None:
         super().__init__()
         self.groups, self.terms, self.init_scale, self.num_hidden = groups, terms, init_scale, len(hidden_dims)

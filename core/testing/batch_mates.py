@@ -130,7 +130,7 @@ def _(case: RouterCase) -> None:
     close(layer(x[:, :4], take(context, slice(None), slice(4))), expected[:, :4], "the output of a prefix")
 
 
-@CHECKS.keeps("a causal decoder is refused", lambda c: not c.router.is_causal)
+@CHECKS.keeps("a causal decoder is rejected", lambda c: not c.router.is_causal)
 def _(case: RouterCase) -> None:
     try:
         case.config().build(case.dim, causal=True)

@@ -76,7 +76,7 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch, capsys, digits, stop,
 
     monkeypatch.setattr(training, "_fit", stopping)
     assert demo.main(["--output", str(tmp_path), *FEW]) == code
-    assert capsys.readouterr().err == f"\n{how}; make demo goes on from here\n"
+    assert capsys.readouterr().err == f"\n{how}; make demo continues from here\n"
 
 
 def part(fixed: float, scaled: float) -> demo.Part:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from apps import registry
 from apps.cli.configs import read_config
 from apps.cli.options import Fit
 from apps.compare.options import Command as Compare
+from apps.convert.options import Options as Convert
+from apps.data.datasets import Dataset
 from apps.nlp.decode import DecodeConfig, decoding, one_each
 from apps.plan.options import Options as Plan
 from apps.recsys.schema import NegativesConfig
@@ -74,11 +77,14 @@ def test_a_command_takes_an_old_word_with_one_line(lines, tmp_path: Path):
     assert len(Compare.read([text, *overlays]).overlays) == 2
     export = ["--ckpt_path", "run", "--output", str(tmp_path / "new"), "--form", "contrib"]
     assert Export.read(export).onnx_ops == "contrib"
+    convert = ["specialise", "--ckpt_path", "run", "--output", str(tmp_path / "new"), "--expert", "1"]
+    assert Convert.read(convert) == Convert.read(["specialize", *convert[1:]])
     new = {
         "--static_exchange": "--static_all_to_all",
         "-c": "--overlay",
         "--config": "--overlay",
         "--form": "--onnx_ops",
+        "specialise": "specialize",
     }
     assert lines() == sorted(told(*names) for names in new.items())
 
@@ -103,6 +109,7 @@ def test_a_checkpoint_with_old_names_loads_with_one_line_each(name, tmp_path, li
         model = apps.load(file)
         assert model.hparams["optimizer"]["warmup_steps"] == 3
     assert told("model.optimizer.warmup", "model.optimizer.warmup_steps") in lines()
+    assert told("balance.router_z", "balance.router_z_loss") in lines()
     assert aged(dict(model.hparams), "model")["optimizer"]["warmup"] == 3
     assert all(line.count(" is now called ") == 1 for line in lines())
     assert len(lines()) == len(set(lines()))
@@ -136,11 +143,57 @@ def test_a_config_takes_an_old_field_in_python_and_as_plain_values(lines):
     assert lines() == [told("moves_with", "item_features")]
 
 
+def test_a_dataset_takes_the_old_spelling_of_its_license(lines):
+    assert Dataset("d", "recsys", "", (), licence="MIT").license == "MIT"
+    assert lines() == [told("licence", "license")]
+
+
 def test_the_table_of_files_is_that_of_the_classes():
     routers = {**TokenChoice.new_names, **Threshold.new_names}
     assert routers == registry.RENAMED["router"]
     plain = {"class_path": "core.TokenChoice", "init_args": {"top_k": 2, "second": "random"}}
     assert TokenChoice(2, second="random") == from_plain(plain) == TokenChoice(2, second_expert_policy="random")
+
+
+def test_a_balance_takes_old_weights_in_python_and_everywhere_in_files(tmp_path: Path, lines):
+    new = core.Balance(load_balancing_loss=0.5, router_z_loss=0.1)
+    plain = {"load_balancing": 0.5, "router_z": 0.1}
+    names = fields.OLD_TERMS
+    assert core.Balance.new_names == names == registry.RENAMED["balance"] == registry.RENAMED["mixing_balance"]
+    assert core.Balance(**plain) == new
+    moe = core.MoEConfig.from_dict({"num_experts": 4, "balance": plain})
+    assert moe.balance == new
+    in_python = [told(*pair) for pair in names.items()]
+    assert lines() == in_python
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({"model": {"moe": {"balance": plain}, "mixing_balance": plain}}))
+    model = read_config(tmp_path / "old.yaml")["model"]
+    assert core.MoEConfig.from_dict({"num_experts": 4, **model["moe"]}) == moe
+    assert model["mixing_balance"] == model["moe"]["balance"]
+    for _ in range(2):
+        flags = ("--model.moe.balance.router_z_loss=0.1", "--sparsify.moe.balance.load_balancing_loss", "0")
+        assert Fit.read([word.replace("_loss", "") for word in flags]).rest == flags
+    in_files = [told(f"{s}.{old}", f"{s}.{new}") for s in ("balance", "mixing_balance") for old, new in names.items()]
+    assert lines() == sorted(in_python + in_files)
+
+
+def test_a_router_and_a_pickled_tape_may_name_balance_losses_by_their_old_names(lines):
+    class Old(core.TokenChoice):
+        terms = frozenset({"router_z", "importance"})
+
+    class Asked(core.TokenChoice):
+        @property
+        def terms(self):
+            return frozenset({"router_z"})
+
+    assert Old().terms == {"router_z_loss", "importance"}
+    assert Asked().terms == {"router_z_loss"}
+    layer = core.MoEConfig(4, core.TokenChoice(2), core.FFN(8), balance=core.Balance(router_z_loss=0.1)).build(8)
+    with core.record(layer) as tape:
+        layer(torch.ones(1, 3, 8))
+    old = pickle.dumps(tape.detach(), protocol=0).replace(b"load_balancing_loss", b"load_balancing")
+    old = old.replace(b"router_z_loss", b"router_z")
+    assert core.aux_losses(pickle.loads(old)).terms == core.aux_losses(tape).terms
+    assert len(lines()) == 2
 
 
 def test_an_option_of_the_same_name_elsewhere_stays():

@@ -29,7 +29,7 @@ from core import (
 )
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-BALANCE = Balance(load_balancing=1.0, router_z=0.1, importance=1.0)
+BALANCE = Balance(load_balancing_loss=1.0, router_z_loss=0.1, importance=1.0)
 CONFIGS = {
     "dropless": MoEConfig(4, TokenChoice(2), FFN(12), balance=BALANCE),
     "switch": MoEConfig(4, TokenChoice(1), FFN(12, bias=True), capacity_factor=1.1, balance=BALANCE),

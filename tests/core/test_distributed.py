@@ -37,7 +37,7 @@ from core import (
 from core.routing.balance.terms import TERMS
 
 # Every term, so heavy that the aux loss makes most of the gradient; but for the contrast of a rank's own rows.
-WEIGHTS = {name: 0.1 if name == "router_z" else 1.0 for name in TERMS if name != "contrast"}
+WEIGHTS = {name: 0.1 if name == "router_z_loss" else 1.0 for name in TERMS if name != "contrast"}
 BALANCE = Balance(**WEIGHTS, expert_types=(0, 0, 1, 1))
 # "fsdp": fully_shard of each block and the root.
 WRAPS = ("ddp", "fsdp")
@@ -135,7 +135,7 @@ def one_step(rank: int, kind: str, noise: str, checkpointed: bool = False, facto
 
 
 def accumulation(rank: int, kind: str) -> Outcome:
-    """Two micro-batches, gradients synchronised with the second one."""
+    """Two micro-batches, gradients synchronized with the second one."""
     net = wrap(model("fixed"), kind)
     for micro in range(2):
         if isinstance(net, DistributedDataParallel) and micro == 0:
@@ -218,7 +218,7 @@ TOKENS = (torch.eye(3)[None, [0, 0, 0, 1]], torch.eye(3)[None, [1, 1]])
 def other_passes(rank: int, name: str, scope: str = "global") -> str | Tensor:
     """Return the loss of this rank's passes, or the error; for -1 that of both ranks' passes in one process."""
     passes, _ = PASSES[name]
-    net = Towers(balance=Balance(load_balancing=1.0, router_z=0.0, scope=scope))
+    net = Towers(balance=Balance(load_balancing_loss=1.0, router_z_loss=0.0, scope=scope))
     with record(net) as tape:
         if rank < 0:
             net(torch.cat(TOKENS, 1), passes[0])
@@ -339,7 +339,7 @@ def test_the_loss_is_not_a_mean_of_the_ranks_own_losses():
         net = model("fixed")
         halves.append(run(net, *share_of(batch(), rank)) | gradients(net))
     whole = one_step(-1, "none", "fixed")
-    for key in ("load_balancing", "importance", "load", "blocks.0.router.gate.weight"):
+    for key in ("load_balancing_loss", "importance", "load", "blocks.0.router.gate.weight"):
         mean = (halves[0][key] + halves[1][key]) / 2
         assert (mean - whole[key]).abs().max() > 1e-2 * whole[key].abs().max(), key
 
@@ -402,7 +402,7 @@ def test_sharded_parameters_count_as_whole(ranks):
 
 
 def test_losses_of_each_rank_alone_may_be_of_different_passes(ranks):
-    layer = Towers(balance=Balance(load_balancing=1.0, router_z=0.0))
+    layer = Towers(balance=Balance(load_balancing_loss=1.0, router_z_loss=0.0))
     with record(layer) as tape:
         layer(TOKENS[0], "b")
     torch.testing.assert_close(ranks[0]["losses"]["by rank"], aux_losses(tape).total.detach())

@@ -113,7 +113,7 @@ def longcat_layout(block: Any, read: Read) -> dict[str, Tensor]:
 
 
 class Gemma4Block(nn.Module):
-    """Router and experts of a Gemma 4 layer on the same tokens: in the model, the experts' are normalised with a scale
+    """Router and experts of a Gemma 4 layer on the same tokens: in the model, the experts' are normalized with a scale
     of their own."""
 
     def __init__(self, config: Any) -> None:

@@ -267,7 +267,7 @@ def test_a_copy_computes_with_its_own_experts():
 
 
 def test_balance_losses_reach_the_routers():
-    net = adopt(model("Mixtral"), core.Balance(load_balancing=1.0, router_z=0.0)).train()
+    net = adopt(model("Mixtral"), core.Balance(load_balancing_loss=1.0, router_z_loss=0.0)).train()
     with core.record(net) as tape:
         net(IDS, attention_mask=MASK)
     core.aux_loss(tape).backward()

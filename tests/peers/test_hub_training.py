@@ -148,7 +148,7 @@ def test_fit_test_predict(config, folder, tmp_path, capsys):
     assert fit(folder, tmp_path, "--trainer.max_epochs", "3", config=config) == 0
     said = capsys.readouterr().err
     # 0.02 of the model, 2 experts a token, 2 layers
-    assert "balance losses of each of the 2 MoE layers: load_balancing" in said
+    assert "balance losses of each of the 2 MoE layers: load_balancing_loss" in said
     assert "=0.02" in said
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     losses = [float(row[rows[0].index("val/loss")]) for row in rows[1:] if row[rows[0].index("val/loss")]]

@@ -86,7 +86,7 @@ def test_their_block_is_another_model():
 
 @pytest.mark.parametrize("before", [True, False])
 @torch.no_grad()
-def test_gates_are_normalised_before_or_after_drops_as_the_configuration_says(before):
+def test_gates_are_normalized_before_or_after_drops_as_the_configuration_says(before):
     # Each of 4 experts takes 2 * 16 / 4 = 8 pairs of 16 tokens: a factor of 1, where the published one drops none.
     config = transformers.NllbMoeConfig(**NLLB, normalize_router_prob_before_dropping=before)
     pair = Pair.of(randomize(transformers.NllbMoeForConditionalGeneration(config), std=0.7))

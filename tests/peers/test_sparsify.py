@@ -28,11 +28,11 @@ def check_begins_and_trains(
         y, expected = call(sparse), call(dense)
     assert (y - expected).norm() <= 1e-6 * expected.norm()
     result = summary(sparse)
-    assert (len(result.replaced), result.recognised, len(moe_layers(sparse))) == (layers, layers, layers)
+    assert (len(result.replaced), result.recognized, len(moe_layers(sparse))) == (layers, layers, layers)
     sparse.train()
     call(sparse).square().sum().backward()
     for layer in moe_layers(sparse).values():
-        # Equal experts under normalised gates leave the gate a gradient of zero, but for rounding.
+        # Equal experts under normalized gates leave the gate a gradient of zero, but for rounding.
         assert all(p.grad is not None for p in layer.parameters())
         assert all(p.grad.any() for p in layer.experts.parameters())
     return sparse

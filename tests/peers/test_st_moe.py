@@ -132,7 +132,7 @@ def test_layers_give_the_same_output_gradients_and_z_loss():
     ]
     for ours_grad, their_grad in pairs:
         torch.testing.assert_close(ours_grad, their_grad, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(aux_losses(tape).terms["router_z"], out.router_z_loss)
+    torch.testing.assert_close(aux_losses(tape).terms["router_z_loss"], out.router_z_loss)
 
 
 def first_choice_loss(routing: Routing, counted_T: Tensor) -> Tensor:
@@ -154,13 +154,13 @@ def test_balance_loss_is_of_first_choices_and_of_all_choices_in_ours():
     # The same function as ours, on other counts.
     first_E = torch.bincount(routing.expert_ids_N[::2], minlength=E)
     torch.testing.assert_close(theirs, load_balancing_loss(routing.evidence.scores_TE.sum(0), first_E, S))
-    layer = MoEConfig(E, TokenChoice(top_k=2), FFN(1), balance=Balance(load_balancing=1.0)).build(D)
+    layer = MoEConfig(E, TokenChoice(top_k=2), FFN(1), balance=Balance(load_balancing_loss=1.0)).build(D)
     layer.router.gate.weight.data.copy_(peer.to_gates.weight)
     with record(layer) as tape:
         layer(x)
     all_E = torch.bincount(routing.expert_ids_N, minlength=E)
     wanted = E * (all_E / (2 * S) * routing.evidence.scores_TE.mean(0)).sum()
-    torch.testing.assert_close(aux_losses(tape).terms["load_balancing"], wanted)
+    torch.testing.assert_close(aux_losses(tape).terms["load_balancing_loss"], wanted)
 
 
 def test_their_balance_loss_counts_after_capacity():

@@ -31,8 +31,8 @@ def test_their_load_balancing_loss_is_top_k_times_ours(model, top_k, padded):
     terms, logits_TE = loss_terms(TokenChoice(top_k=top_k), x, Balance(), valid)
     mask = None if valid is None else valid.long()
     theirs = modeling(model).load_balancing_loss_func((logits_TE,), E, top_k, mask)
-    assert terms["load_balancing"] != 1
-    torch.testing.assert_close(theirs, top_k * terms["load_balancing"])
+    assert terms["load_balancing_loss"] != 1
+    torch.testing.assert_close(theirs, top_k * terms["load_balancing_loss"])
 
 
 def test_their_load_balancing_loss_pools_the_layers_and_misses_a_collapse():
@@ -47,7 +47,7 @@ def test_their_load_balancing_loss_pools_the_layers_and_misses_a_collapse():
         layer.router.gate.weight.data.copy_(torch.eye(2))
         with record(layer) as tape:
             layer(logits_TE)
-        ours.append(aux_losses(tape).terms["load_balancing"])
+        ours.append(aux_losses(tape).terms["load_balancing_loss"])
     assert torch.stack(ours).tolist() == pytest.approx([1.8, 1.8])
     skip_if_mended(theirs, torch.tensor(1.8), "loss of several layers")
     assert theirs.item() == pytest.approx(1.0)
@@ -57,11 +57,11 @@ def test_switch_losses():
     module, x = modeling("switch_transformers"), torch.randn(B, S, D)
     terms, logits_TE = loss_terms(TokenChoice(top_k=1), x, Balance(sequence_balance=1e-4))
     logits_BSE = logits_TE.view(B, S, E)
-    torch.testing.assert_close(module.router_z_loss_func(logits_BSE), terms["router_z"])
-    # Theirs is a mean over sequences: over the whole batch it is our load_balancing, by sequence our sequence_balance.
+    torch.testing.assert_close(module.router_z_loss_func(logits_BSE), terms["router_z_loss"])
+    # Theirs is a mean over sequences: of the batch it is our load_balancing_loss, by sequence our sequence_balance.
     scores_BSE, best_BS = logits_BSE.softmax(-1), logits_BSE.argmax(-1)
     whole = module.load_balancing_loss_func(scores_BSE.view(1, T, E), best_BS.view(1, T))
     by_sequence = module.load_balancing_loss_func(scores_BSE, best_BS)
-    torch.testing.assert_close(whole, terms["load_balancing"])
+    torch.testing.assert_close(whole, terms["load_balancing_loss"])
     torch.testing.assert_close(by_sequence, terms["sequence_balance"])
     assert by_sequence != whole

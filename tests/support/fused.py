@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operations(TorchDispatchMode):
-    """The names of the operations that run inside the block, without views and uninitialised memory.
+    """The names of the operations that run inside the block, without views and uninitialized memory.
 
     ``zeros`` has the shapes of tensors of zeros. An operation of our own is one name, whatever it runs.
     """

@@ -31,7 +31,7 @@ OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.01, warmup_steps=5, schedule
 ROUTERS: dict[str, core.RouterConfig] = {
     "top1": core.TokenChoice(top_k=1),
     "top2": core.TokenChoice(top_k=2),
-    "normalised": core.TokenChoice(top_k=2, normalize=True),
+    "normalized": core.TokenChoice(top_k=2, normalize=True),
     "sigmoid": core.TokenChoice(top_k=2, score_func="sigmoid", normalize=True),
     "bias": core.TokenChoice(top_k=2, score_func="sigmoid", normalize=True, bias_update_rate=1e-3),
     "noisy": core.TokenChoice(top_k=2, noise="learned"),

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from core import FFN, Balance, MoE, MoEConfig, TokenChoice
 
 BACKENDS = ["eager", "cpu", "grouped", "triton"]
-EVERY_TERM = Balance(load_balancing=1.0, router_z=0.1, importance=1.0)
+EVERY_TERM = Balance(load_balancing_loss=1.0, router_z_loss=0.1, importance=1.0)
 
 
 def identity_gate(layer: MoE) -> MoE:

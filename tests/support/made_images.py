@@ -58,7 +58,7 @@ def ready(dataset: str, root: Path | None = None, **options: Any) -> VisionData:
 
 
 def pixels(batch: ImageBatch, data: VisionData) -> Tensor:
-    """Return the images before they were normalised, 0 to 255."""
+    """Return the images before they were normalized, 0 to 255."""
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.encoding.mean, data.encoding.std))
     return ((batch.image * std + mean) * 255).round()
 

@@ -41,7 +41,7 @@ TABLE: dict[str, Any] = {
 }
 SIDES: dict[str, Any] = {"item_column": "film", "item_columns": ["film", "genres", "year"], "positive": "like"}
 FILMS = ("Alien", "Brazil", "Casablanca", "Dune", "Fargo")
-"""The catalogue, in the order of the table's rows."""
+"""The catalog, in the order of the table's rows."""
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=8))
 
 

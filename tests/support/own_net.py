@@ -18,7 +18,7 @@ sparsify:
   moe:
     num_experts: 4
     router: {class_path: core.TokenChoice, init_args: {top_k: 2, expert_bias: true}}
-    balance: {load_balancing: 0.5}
+    balance: {load_balancing_loss: 0.5}
   metric: val_acc
 """
 

@@ -72,7 +72,7 @@ class Training:
         steps: number of steps.
         lr, router_lr, expert_lr: learning rates; None: ``lr``; 0 leaves the weights out of the optimizer.
         plant: changes the network before the first step.
-        loss: what a step minimises.
+        loss: what a step minimizes.
         padded, heed_padding: as in ``batches`` and ``Patient``.
     """
 

@@ -122,7 +122,7 @@ class LooseModule(TinyModule):
 
 
 class NoisyPoints(Dataset):
-    """Points around ``num_classes`` centres on a circle, moved at random each time they are read."""
+    """Points around ``num_classes`` centers on a circle, moved at random each time they are read."""
 
     def __init__(self, n: int, num_classes: int) -> None:
         self.label = torch.arange(n) % num_classes

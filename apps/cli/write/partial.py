@@ -129,7 +129,7 @@ class Partial:
                     self.file.flush()
                     self._note()
                     done = f"{self._whole['inputs']:,} predictions"
-                    log.info("%s are in %s: a run like this one goes on after them", done, self.path)
+                    log.info("%s are in %s: a run like this one continues after them", done, self.path)
                     return
             finally:
                 with contextlib.suppress(OSError):  # a full disk raises once more

@@ -146,7 +146,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         self.budget.check()
         changes = self.figures.changes(entry)
         if changes:
-            say(f"{entry.title}: its configuration is another one ({some(changes, 3)}): it is trained anew")
+            say(f"{entry.title}: its configuration has changed ({some(changes, 3)}): it is trained again")
         with self._with_data(board):
             try:
                 with quiet(own_notes=False), bar(f"{entry.title}: counting FLOPs"):
@@ -356,7 +356,7 @@ def run_suite(command: Command, again: str, clock: Callable[[], float] = time.mo
             estimate = sum(run.entry.minutes or 0.0 for run in left)
             about = f", about {duration(estimate)} by the suite's estimates" if estimate else ""
             why = "the time is up" if queue.is_over else "the data of some boards cannot be had"
-            say(f"{why}; runs left: {len(left)}{about}. To go on: {again}")
+            say(f"{why}; runs left: {len(left)}{about}. To continue: {again}")
     if command.open:
         open_page(runs / FILE)
     return queue

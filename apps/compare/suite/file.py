@@ -319,7 +319,7 @@ def _check_once(names: Sequence[str], what: str) -> None:
 _OF_THE_COMMAND = ("path", "chosen")
 """Fields of a suite that its file does not have."""
 
-_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Mapping: "a mapping"}
+_KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", Mapping: "a mapping"}
 """What messages call a value."""
 
 

@@ -54,7 +54,7 @@ class TextEncoding(Checked):
         if (self.subwords is not None) + bool(self.pieces) + bool(self.merges) != 1:
             raise ValueError("a text encoding has either subwords, word pieces or merges")
         if self.merges and not self.lower_case:
-            raise ValueError("lower_case=False does not apply to CLIP's pieces, which have no upper case")
+            raise ValueError("lower_case=False does not apply to CLIP's subwords, which have no upper case")
         if self.pieces and self.pieces[PAD_ID] != "[PAD]":
             raise ValueError(f"the word piece {PAD_ID} is {self.pieces[PAD_ID]!r}, not [PAD]")
 
@@ -201,17 +201,17 @@ class TextOptions:
                 raise ValueError(f"data.{name}={value} is not the checkpoint's, {trained}")
         if self.tokenizer is None:
             return
-        pieces = "subwords" if text.subwords else "pieces of CLIP" if text.merges else "pieces of a sentence encoder"
+        kind = "subwords" if text.subwords else "subwords of CLIP" if text.merges else "subwords of a sentence encoder"
         if self.tokenizer.path is not None:
             other = self.encoding((), cache)
             is_same = (other.pieces, other.merges, other.subwords) == (text.pieces, text.merges, text.subwords)
-            wanted = f"the {other.vocab_size:,} pieces of {self.tokenizer.path}"
+            wanted = f"the {other.vocab_size:,} subwords of {self.tokenizer.path}"
         else:
             is_same = text.subwords is not None and text.vocab_size <= self.tokenizer.vocab_size
             wanted = f"{self.tokenizer.vocab_size:,} learned subwords"
         if not is_same:
             raise ValueError(
-                f"data.tokenizer asks for {wanted}, and the checkpoint has {text.vocab_size:,} {pieces}: leave it out"
+                f"data.tokenizer asks for {wanted}, and the checkpoint has {text.vocab_size:,} {kind}: leave it out"
             )
 
 

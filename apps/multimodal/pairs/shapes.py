@@ -105,12 +105,12 @@ def _draw(class_NA: NDArray[np.int64], random: np.random.RandomState) -> NDArray
     """Return the images of classes (N, A), uint8 (N, 3, SIDE, SIDE)."""
     num = len(class_NA)
     colour_N, shape_N, size_N, texture_N, place_N, background_N = class_NA.T
-    centre_N2 = SIDE / 2 - 0.5 + np.array(list(PLACES.values()))[place_N] + random.uniform(-1, 1, (num, 2))
+    center_N2 = SIDE / 2 - 0.5 + np.array(list(PLACES.values()))[place_N] + random.uniform(-1, 1, (num, 2))
     radius_N = np.array(list(RADIUS.values()))[size_N] * random.uniform(0.92, 1.05, num)
     grid = np.arange(SIDE, dtype=np.float32)
     radius = radius_N[:, None, None].astype(np.float32)
     x, y = (  # in units of the radius, from the center
-        np.broadcast_to((axis - centre_N2[:, i, None, None]).astype(np.float32) / radius, (num, SIDE, SIDE))
+        np.broadcast_to((axis - center_N2[:, i, None, None]).astype(np.float32) / radius, (num, SIDE, SIDE))
         for i, axis in ((0, grid[None, None, :]), (1, grid[None, :, None]))
     )
     distance = np.empty((num, SIDE, SIDE), np.float32)

@@ -185,11 +185,11 @@ class PairReport(Report):
                 known = ", ".join(attributes) or "none"
                 raise ValueError(f"report.zero_shot names {name!r}, which is no attribute of the data ({known})")
         texts = {name: class_vectors(module, attributes[name], self.config.templates_of(name)) for name in wanted}
-        labelled = None
+        labeled = None
         training = getattr(data, "train_eval_dataloader", None)
         if attributes and self.config.probe_images and training is not None:
-            labelled = image_vectors(module, training(), self.config.probe_images)
-        return class_scores(image_ID, label_IA, attributes, texts, labelled)
+            labeled = image_vectors(module, training(), self.config.probe_images)
+        return class_scores(image_ID, label_IA, attributes, texts, labeled)
 
     def write(self, collected: PairTest, folder: Path) -> list[Section]:
         test = collected
@@ -338,10 +338,10 @@ def write_use(test: PairTest, folder: Path, draw: bool) -> Section:
     if len(pieces):
         counts = {name: own[pieces] for name, own in use.counts["piece"].items() if name in by_modality}
         names = [_plain(word) for word in text.marked(pieces.tolist())]
-        parts += map_parts([(counts, names)], "a frequent piece of the texts", "piece", path("piece"))
+        parts += map_parts([(counts, names)], "a frequent subword of the texts", "piece", path("piece"))
         names = [_plain(word) for word in text.marked(range(text.vocab_size))]
         by_piece = use.counts["piece"]
-        parts.append(typical_parts(by_piece, dict.fromkeys(by_piece, names), "pieces", folder / "expert_pieces.csv"))
+        parts.append(typical_parts(by_piece, dict.fromkeys(by_piece, names), "subwords", folder / "expert_pieces.csv"))
     if draw:
         parts += _draw_patches(test, folder)
     return Section("What the experts are used for", (*parts, *load_parts(use.stats)))
@@ -398,7 +398,7 @@ def words_of(pair: Shown, test: PairTest) -> Words:
     """Return a text with the experts of its tokens, as a part of a page."""
     number = next(i for i, one in enumerate(test.use.shown, 1) if one is pair)
     return Words.of_pieces(
-        f"Text {number}, with the experts of each piece",
+        f"Text {number}, with the experts of each subword",
         test.encoding.text.marked(pair.ids),
         _of_some_layers(pair.pieces),
         _most_experts(test.use),

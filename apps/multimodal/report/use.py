@@ -18,7 +18,7 @@ from apps.report.routed import experts_of_token, gate_weights, layer_label
 from apps.report.use import ExpertUse, Labels, tokens_of
 from core.diagnose.figures import explained
 
-TOKENS = ("patches", "pieces of texts")
+TOKENS = ("patches", "subwords of texts")
 """Names of the modalities' tokens, by number."""
 
 _MOST_PATCHES = 8

@@ -178,7 +178,7 @@ def _opened(path: Path, is_named: bool) -> ImageIndex | None:
     except ValueError as error:
         if is_named:
             raise ValueError(f"{error}: it stays as it is; give data.index another file") from None
-        log.warning("%s: all images are encoded anew", error)
+        log.warning("%s: all images are encoded again", error)
         return None
 
 

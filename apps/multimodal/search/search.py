@@ -131,7 +131,7 @@ def _fitting(queries: Sequence[str], encoding: TextEncoding) -> list[str]:
         length = len(replace(encoding, max_tokens=4 * len(text) + 2).ids(text))
         if length > encoding.max_tokens:
             log.warning(
-                "query %d of %d has %s pieces: the model reads the first %d (max_tokens)",
+                "query %d of %d has %s subwords: the model reads the first %d (max_tokens)",
                 *(number, len(texts), f"{length:,}", encoding.max_tokens),
             )
     return texts

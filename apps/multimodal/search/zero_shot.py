@@ -88,7 +88,7 @@ def class_scores(
     label_NA: Tensor,
     attributes: Mapping[str, Sequence[str]],
     texts: Mapping[str, Tensor] | None = None,
-    labelled: tuple[Tensor, Tensor] | None = None,
+    labeled: tuple[Tensor, Tensor] | None = None,
 ) -> list[ClassScore]:
     """Return the scores of the attributes that have a test image of a known class.
 
@@ -97,7 +97,7 @@ def class_scores(
         label_NA: int64 (N, A), their classes, -1 if one is not known.
         attributes: the names of each attribute's classes.
         texts: ``class_vectors`` of the attributes that are told by texts.
-        labelled: vectors and classes of training images, for the linear probe; None: there is none.
+        labeled: vectors and classes of training images, for the linear probe; None: there is none.
     """
     scores = []
     for a, (name, classes) in enumerate(attributes.items()):
@@ -108,7 +108,7 @@ def class_scores(
         commonest = float(label_K.bincount().max()) / len(label_K)
         of_texts = None if texts is None else texts.get(name)
         zero_shot = None if of_texts is None else zero_shot_accuracy(image_KD, label_K, of_texts)
-        probe = None if labelled is None else _probe(*labelled, a, image_KD, label_K)
+        probe = None if labeled is None else _probe(*labeled, a, image_KD, label_K)
         scores.append(ClassScore(name, len(classes), len(label_K), commonest, zero_shot, probe))
     return scores
 

@@ -204,7 +204,7 @@ class OneTower(nn.Module):
             weights = dense.state_dict() | {n: v for n, v in self.network.state_dict().items() if n.startswith(kept)}
             weights = {n: v for n, v in weights.items() if n in self.network.state_dict()}
             self.network.load_state_dict(weights)
-            _logger.info("pretrained %s: the FFNs of blocks %s are drawn", source, list(self.moe_blocks))
+            _logger.info("pretrained %s: the FFNs of blocks %s are randomly initialized", source, list(self.moe_blocks))
             return published
         moe = None if not self.moes else self.moes[0] if len(self.moes) == 1 else list(self.moes)
         begin_as(self.network, dense, moe, self.part.start, seed=int(torch.randint(2**31, ())))
@@ -262,6 +262,6 @@ class TextTower(OneTower):
         """Raise a ``ValueError`` if published weights have another vocabulary."""
         if there != self.sizes.vocab_size:
             raise ValueError(
-                f"pretrained={source} has {there:,} pieces, and the data {self.sizes.vocab_size:,}: give the data its "
-                "vocabulary by data.tokenizer.path"
+                f"pretrained={source} has {there:,} subwords, and the data {self.sizes.vocab_size:,}: give the data "
+                "its vocabulary by data.tokenizer.path"
             )

@@ -259,7 +259,7 @@ class PieceEmbedding(nn.Module):
         known = not (text_BL.is_meta or torch.compiler.is_exporting())  # a runtime stops where a place is missing
         if known and packing.length > self.pos_embed.num_embeddings:
             most = self.pos_embed.num_embeddings
-            raise ValueError(f"a text of {packing.length} pieces is longer than max_tokens={most}")
+            raise ValueError(f"a text of {packing.length} subwords is longer than max_tokens={most}")
         ids_T = text_BL.flatten()[index_T]
         return Part(self.embed(ids_T) + self.pos_embed(packing.position_T), packing, ids_T, TEXT)
 

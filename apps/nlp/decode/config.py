@@ -21,9 +21,9 @@ class DecodeConfig(Checked):
     """The options of a search for translations or continuations.
 
     Attributes:
-        method: "greedy": the best id each step; "beam"; "sample": each id is drawn.
+        method: "greedy": the best id each step; "beam"; "sample": each id is sampled.
         beam_size: open hypotheses a sentence of "beam".
-        num_return_sequences: hypotheses a sentence that are returned, best first; of "sample", how many are drawn.
+        num_return_sequences: hypotheses a sentence that are returned, best first; of "sample", how many are sampled.
         early_stopping: when "beam" ends a sentence, as in transformers. "never": when no open hypothesis can still be
             among the ``num_return_sequences`` best, so that the search misses none. False: when none would be among the
             ``beam_size`` best if it ended at its present length, which is often right. True: when ``beam_size`` are

@@ -16,7 +16,7 @@ from torch import Tensor
 import core
 from apps.data.loader import batches_of_test
 from apps.nlp.expert_use import write_use
-from apps.nlp.specialisation import CLASSES, TextUse, token_classes
+from apps.nlp.specialization import CLASSES, TextUse, token_classes
 from apps.nlp.text.foreseen import perplexity
 from apps.report.base import Report, ReportConfig, is_left_out, spread_places
 from apps.report.page import BarChart, Line, LineChart, Section, Table, Words
@@ -132,7 +132,7 @@ class LanguageReport(Report):
     """After a test in one process: the loss by class of token and by place in the block, the use of the experts, and
     excerpts of the text with the experts and the loss of each subword.
 
-    It writes ``token_classes.csv``, ``places.csv``; and of a sparse model ``specialisation.csv``,
+    It writes ``token_classes.csv``, ``places.csv``; and of a sparse model ``specialization.csv``,
     ``expert_subwords.csv`` and ``expert_class.png``.
 
     Args:

@@ -46,7 +46,7 @@ class Continued(NamedTuple):
 
 def _said(answer: Continued) -> tuple[Said]:
     own = answer.whole.removeprefix(answer.given) or " (the text ends here)"
-    return (Said("The text goes on", own, answer.given),)
+    return (Said("Continuation", own, answer.given),)
 
 
 class Continuation(TextTask):
@@ -54,7 +54,7 @@ class Continuation(TextTask):
 
     app, noun, verb = "language", "Beginning", "Continue"
     asks = "The beginning of a text: the answer is the text with what follows."
-    invites = "Type the beginning of a text: the model goes on, and shows which experts took each subword."
+    invites = "Type the beginning of a text: the model continues it, and shows which experts took each subword."
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -117,7 +117,7 @@ def _find_bible(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[
 
 
 def _catalogs(
-    name: str, title: str, pattern: str, languages: str, source: Source, licence: str, mnemonic: Mnemonic
+    name: str, title: str, pattern: str, languages: str, source: Source, license: str, mnemonic: Mnemonic
 ) -> NlpDataset:
     """Return the catalogs of a program, which a package ships."""
 
@@ -129,7 +129,7 @@ def _catalogs(
         title=title,
         layouts=((pattern,),),
         sources=(source,),
-        licence=licence,
+        license=license,
         note="Short sentences; another version of the package has other ones.",
         languages=(catalogs.SOURCE, *languages.split()),
         find=find,
@@ -169,7 +169,7 @@ NLP_DATASETS: dict[str, NlpDataset] = {
             sources=(
                 UrlSource(_MULTI30K, tuple(File(f"{_RAW}/{name}.gz", sha) for name, sha in _MULTI30K_HASHES.items())),
             ),
-            licence="none stated; captions of Flickr30k: research use; cite Elliott et al. 2016, 2017",
+            license="none stated; captions of Flickr30k: research use; cite Elliott et al. 2016, 2017",
             note="cs has no test_2017_flickr.",
             languages=("en", "de", "fr", "cs"),
             find=_find_multi30k,
@@ -181,7 +181,7 @@ NLP_DATASETS: dict[str, NlpDataset] = {
             layouts=(("deu.txt",), ("deu-eng.zip",)),
             # the archive grows, so it has no hash; the reader checks its columns
             sources=(UrlSource("https://www.manythings.org/anki/deu-eng.zip", (File("deu-eng.zip"),)),),
-            licence="CC BY 2.0; tatoeba.org, manythings.org/anki",
+            license="CC BY 2.0; tatoeba.org, manythings.org/anki",
             note="No sentence is in two splits. The archive grows: say of which date yours is.",
             languages=("en", "de"),
             find=_find_tatoeba,
@@ -197,7 +197,7 @@ NLP_DATASETS: dict[str, NlpDataset] = {
                     (File("bible.db", "9605a855220e9b8ca752e5addd7bd3e567ffd31bd8418edee541f38183cbd40a"),),
                 ),
             ),
-            licence="public domain, these seven texts",
+            license="public domain, these seven texts",
             note="The package holds other texts, which are not free; they are not read.",
             languages=tuple(bible.CODES),
             pairs=("en-de", "en-fr", "en-es", "en-it", "en-ru"),

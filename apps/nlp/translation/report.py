@@ -76,7 +76,7 @@ class TranslationReport(WrittenReport):
     sparse model how far its experts are specialized.
 
     It writes ``pairs.csv``, ``lengths.csv``, ``sentences.jsonl`` (source, reference, hypothesis, sentence chrF++ and
-    search score of each sentence), ``signatures.txt``; ``specialisation.csv``, ``expert_subwords.csv``,
+    search score of each sentence), ``signatures.txt``; ``specialization.csv``, ``expert_subwords.csv``,
     ``expert_language.png``, ``expert_class.png``; ``sentence_1_attention.png``, ``sentence_1_experts.png``, ...; and,
     after a training too, ``learning_curves.png`` of the run's ``metrics.csv``.
 

@@ -11,7 +11,7 @@ import torch
 
 import core
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
-from apps.nlp.specialisation import TextUse, side_of
+from apps.nlp.specialization import TextUse, side_of
 from apps.nlp.text.batches import TranslationBatch
 from apps.report.page import HeatmapChart, Part, Words, save_charts
 from apps.report.routed import experts_by_layer, experts_of_token, largest_number

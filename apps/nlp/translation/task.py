@@ -18,7 +18,7 @@ from apps.nlp.decode.graphs import exported_writer, graphs_with_memory
 from apps.nlp.decode.run import dropless
 from apps.nlp.predict import source_batches
 from apps.nlp.sizes import TextTask
-from apps.nlp.specialisation import side_of
+from apps.nlp.specialization import side_of
 from apps.nlp.text.words import words_of
 from apps.nlp.translation.module import task_numbers
 from apps.nlp.translation.routes import traced

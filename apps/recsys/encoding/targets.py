@@ -70,7 +70,7 @@ def read_labels(parts: Sequence[Part], name: str, task: TaskConfig, mask: Sequen
 def _check_numbers(values_N: NDArray[np.float64], name: str, task: TaskConfig) -> None:
     what, bad_N = "finite numbers", np.isinf(values_N)
     if task.kind == "count":
-        what, bad_N = "whole numbers of at least 0", bad_N | (values_N < 0) | (np.floor(values_N) < values_N)
+        what, bad_N = "integers of at least 0", bad_N | (values_N < 0) | (np.floor(values_N) < values_N)
     elif task.loss == "weighted_logistic":
         what, bad_N = "numbers of at least 0 for loss 'weighted_logistic'", bad_N | (values_N < 0)
     if bad_N.any():

@@ -16,7 +16,7 @@ from apps.data.splits import SPLITS, Split
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.retrieval.batch import PairBatch
-from apps.recsys.retrieval.catalogue import Catalogue, Seen, last_rows
+from apps.recsys.retrieval.catalog import Catalog, Seen, last_rows
 from apps.recsys.retrieval.columns import (
     arrays_of,
     column_of,
@@ -182,8 +182,8 @@ class RetrievalData(TableData):
         self.item_column, self.item_columns, self.user_columns = item_column, tuple(item_columns), tuple(user_columns)
         self.positive, self.user_column, self.exclude_seen = positive, user_column, exclude_seen
         self.num_uniform = num_uniform
-        self._given_catalogue: Catalogue | None = None
-        self._own_catalogue: Catalogue | None = None
+        self._given_catalog: Catalog | None = None
+        self._own_catalog: Catalog | None = None
 
     # ---- for models and readers of results
 
@@ -215,13 +215,13 @@ class RetrievalData(TableData):
         return tuple(value or "" for value in self.vocabulary(self.item_column))
 
     @property
-    def catalogue(self) -> Catalogue:
+    def catalog(self) -> Catalog:
         """The items of the checkpoint, or else of the training rows."""
-        if self._given_catalogue is not None:
-            return self._given_catalogue
-        if self._own_catalogue is None:
-            self._own_catalogue = self._make_catalogue()
-        return self._own_catalogue
+        if self._given_catalog is not None:
+            return self._given_catalog
+        if self._own_catalog is None:
+            self._own_catalog = self._make_catalog()
+        return self._own_catalog
 
     @property
     def _seen(self) -> Seen | None:
@@ -230,25 +230,25 @@ class RetrievalData(TableData):
         Raises:
             ValueError: the checkpoint does not keep them.
         """
-        if self.exclude_seen and self.catalogue.seen is None:
+        if self.exclude_seen and self.catalog.seen is None:
             raise ValueError(
                 "exclude_seen=True: the checkpoint does not keep what users had, for it was trained without"
             )
-        return self.catalogue.seen if self.exclude_seen else None
+        return self.catalog.seen if self.exclude_seen else None
 
     @property
     def encoding_state(self) -> dict[str, Any]:
         """The encoding of the columns and the catalog, as plain values and tensors, for a checkpoint."""
         sides = {"item_column": self.item_column, "user_column": self.user_column}
-        return {**self.encoding.state(), **sides, "catalogue": self.catalogue.state()}
+        return {**self.encoding.state(), **sides, "catalogue": self.catalog.state()}
 
     def adopt(self, encoding_state: Mapping[str, Any]) -> None:
         super().adopt(encoding_state)
-        self._given_catalogue = Catalogue.from_state(encoding_state["catalogue"])
+        self._given_catalog = Catalog.from_state(encoding_state["catalogue"])
 
     def forget(self) -> None:
         super().forget()
-        self._own_catalogue = None
+        self._own_catalog = None
 
     # ---- Lightning
 
@@ -259,13 +259,13 @@ class RetrievalData(TableData):
             self._users_to_predict(self.predict_file).check()
 
     def examples(self, split: Split) -> Pairs:  # type: ignore[override]
-        catalogue, is_train = self.catalogue, split == "train"
+        catalog, is_train = self.catalog, split == "train"
         return Pairs(
             TableRows(self.opened, self.features, self._pairs(split)),
             self.user_features,
-            catalogue.rows(self.item_features),
+            catalog.rows(self.item_features),
             self.item_column,
-            log_probability(catalogue.count_I, self.batch_size or 1, self.num_uniform),
+            log_probability(catalog.count_I, self.batch_size or 1, self.num_uniform),
             self.num_uniform if is_train else 0,
             None if is_train else self._seen,
             self.user_column,
@@ -345,7 +345,7 @@ class RetrievalData(TableData):
         """Return the row of each of the table's rows in the table of a column of one value, (N,)."""
         return self.opened["categorical"][:, self.features.single.index(id_feature(self.features, column))]
 
-    def _make_catalogue(self) -> Catalogue:
+    def _make_catalog(self) -> Catalog:
         item_features = self.item_features  # it checks the options
         train = self.opened["train"]
         item_N = self._column(self.item_column)
@@ -362,4 +362,4 @@ class RetrievalData(TableData):
             assert self.user_column is not None
             user_N = self._column(self.user_column).index_select(0, train).long()
             seen = Seen.of(user_N, of_train, id_feature(self.features, self.user_column).num_rows)
-        return Catalogue(arrays, count_I, seen)
+        return Catalog(arrays, count_I, seen)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from apps.train.publish.exported import ExportedModel, OnnxGraph
 
 TOWERS = ("user_tower", "item_tower")
-VECTORS, CATALOGUE = "items.npy", "catalogue.npz"
+VECTORS, CATALOG = "items.npy", "catalogue.npz"
 """The vectors of all items, float32 (I, dim); the items' columns, and what each user had in training."""
 
 
@@ -49,7 +49,7 @@ def export(model: TwoTowerRetriever) -> Exported:
     values = encoding.vocabularies[state["item_column"]].texts()
     preprocessing = {**columns, "table": described_columns(encoding), "items": list(values), "sides": others,
                      "features": state["features"]}  # fmt: skip
-    files = {VECTORS: _npy(model.index().vectors_ID), CATALOGUE: _npz(state["catalogue"])}
+    files = {VECTORS: _npy(model.index().vectors_ID), CATALOG: _npz(state["catalogue"])}
     return Exported("retrieval", tuple(graphs), preprocessing, files)
 
 
@@ -63,7 +63,7 @@ def encoding_state(exported: ExportedModel) -> dict[str, Any]:
     """Return the encoding of a checkpoint."""
     known = exported.description.preprocessing
     columns = state_of_columns(known["table"], known["features"])
-    return {**columns, **known["sides"], "catalogue": _catalogue(exported.file(CATALOGUE))}
+    return {**columns, **known["sides"], "catalogue": _catalog(exported.file(CATALOG))}
 
 
 class PlainTower(nn.Module):
@@ -90,16 +90,16 @@ def _npy(values: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _npz(catalogue: Mapping[str, Any]) -> bytes:
-    seen = catalogue["seen"] or {}
-    arrays = {f"arrays.{name}": values for name, values in catalogue["arrays"].items()}
-    arrays |= {"count": catalogue["count"], **{f"seen.{name}": values for name, values in seen.items()}}
+def _npz(catalog: Mapping[str, Any]) -> bytes:
+    seen = catalog["seen"] or {}
+    arrays = {f"arrays.{name}": values for name, values in catalog["arrays"].items()}
+    arrays |= {"count": catalog["count"], **{f"seen.{name}": values for name, values in seen.items()}}
     file = io.BytesIO()
     np.savez_compressed(file, allow_pickle=False, **{name: values.numpy() for name, values in arrays.items()})
     return file.getvalue()
 
 
-def _catalogue(content: bytes) -> dict[str, Any]:
+def _catalog(content: bytes) -> dict[str, Any]:
     """Return the state of a catalog.
 
     Raises:
@@ -109,7 +109,7 @@ def _catalogue(content: bytes) -> dict[str, Any]:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
     except Exception as error:  # zipfile, zlib and numpy have errors of their own
-        raise ValueError(f"{CATALOGUE} is damaged: {error}") from error
+        raise ValueError(f"{CATALOG} is damaged: {error}") from error
     parts = {
         part: {n.partition(".")[2]: v for n, v in arrays.items() if n.startswith(part)} for part in ("arrays", "seen")
     }

@@ -20,7 +20,7 @@ from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.retrieval import scoring
 from apps.recsys.retrieval.batch import PairBatch
-from apps.recsys.retrieval.catalogue import Catalogue
+from apps.recsys.retrieval.catalog import Catalog
 from apps.recsys.retrieval.index import ItemIndex
 from apps.recsys.retrieval.loss import sampled_softmax
 from apps.recsys.retrieval.metrics import RetrievalMetrics
@@ -317,10 +317,10 @@ class TwoTowerRetriever(SparseModule, Comparable):
         """
         if self._index is None:
             state = encoding_of(self)
-            catalogue, encoding = Catalogue.from_state(state["catalogue"]), Encoding.from_state(state)
+            catalog, encoding = Catalog.from_state(state["catalogue"]), Encoding.from_state(state)
             values = encoding.vocabularies[state["item_column"]].texts()
             with in_evaluation(self), torch.no_grad():
-                batches = catalogue.batches(self.item_features)
+                batches = catalog.batches(self.item_features)
                 vectors = [self.item_tower(batch.to(self.device)) for batch in batches]
             self._index = ItemIndex(values, torch.cat(vectors), fingerprint(self))
         return self._index

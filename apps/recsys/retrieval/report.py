@@ -16,7 +16,7 @@ import core
 from apps.data.loader import batches_of_test
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.ranks import POPULARITY, QUARTERS, popularity_groups, rank_parts
-from apps.recsys.retrieval.catalogue import Catalogue
+from apps.recsys.retrieval.catalog import Catalog
 from apps.recsys.retrieval.columns import column_of
 from apps.recsys.retrieval.index import FILE, ItemIndex
 from apps.recsys.tables.rows.scoring import encoding_of
@@ -72,8 +72,8 @@ class RetrievalUse:
     @torch.no_grad()
     def of(cls, module: Any, batches: Sequence[Any]) -> RetrievalUse:
         """Return the use of a model in evaluation, given batches of pairs on its device."""
-        catalogue, index = Catalogue.from_state(encoding_of(module)["catalogue"]), module.index()
-        group_V = popularity_groups(np.concatenate(([0], catalogue.count_I.numpy())))
+        catalog, index = Catalog.from_state(encoding_of(module)["catalogue"]), module.index()
+        group_V = popularity_groups(np.concatenate(([0], catalog.count_I.numpy())))
         column = encoding_of(module)["user_column"]
         known = () if column is None else Encoding.from_state(encoding_of(module)).vocabularies[column].texts()
         use = ExpertUse(tokens_of(module), {"popularity": Labels("item", len(POPULARITY), group_V)})
@@ -93,7 +93,7 @@ class RetrievalUse:
             ranks.append(index.ranks(vectors_BD, batch.item_B, batch.seen_BH).cpu())
             best.append(index.search(vectors_BD, _BEST_SHOWN, batch.seen_BH)[0].cpu())
         first = 1
-        for rows in catalogue.batches(module.item_features):
+        for rows in catalog.batches(module.item_features):
             with core.record(module) as tape:
                 module.item_tower(rows.to(module.device))
             use.add(tape, torch.arange(first, first + len(rows)))
@@ -148,7 +148,7 @@ def pairs_table(use: RetrievalUse, places: Sequence[int]) -> Table:
     """Return pairs with the rank of their item, and the items retrieved for their user."""
 
     def named(number: int) -> str:
-        return str(use.index.values[number - 1]) if number else "not in the catalogue"
+        return str(use.index.values[number - 1]) if number else "not in the catalog"
 
     rows = tuple(
         (

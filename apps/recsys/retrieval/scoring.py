@@ -15,7 +15,7 @@ from torch import Tensor
 from apps.base.checks import check_at_least, check_name
 from apps.recsys.encoding.numbers import plain
 from apps.recsys.encoding.table_encoding import Encoding
-from apps.recsys.retrieval.catalogue import Catalogue
+from apps.recsys.retrieval.catalog import Catalog
 from apps.recsys.retrieval.columns import column_of, encoding_of_part, names_of, numbers_of, raw_columns
 from apps.recsys.retrieval.index import ItemIndex
 from apps.recsys.tables.rows.scoring import encoded, encoding_of, framed, like, pieces
@@ -106,7 +106,7 @@ class Ranking:
         state = encoding_of(retriever)
         encoding, column = Encoding.from_state(state), state["item_column"]
         part = encoding_of_part(encoding, names_of(retriever.item_features))
-        items = raw_columns(Catalogue.from_state(state["catalogue"]).rows(part.features)[:], part)
+        items = raw_columns(Catalog.from_state(state["catalogue"]).rows(part.features)[:], part)
         if column not in items.column_names:
             items = items.append_column(column, [list(encoding.vocabularies[column].texts())])
         return cls(model, items, task)
@@ -217,7 +217,7 @@ def predict(
         ranking = Ranking.load(model, rank, rank_task)
     index = model.index() if index is None else open_index(model, index)
     roles = encoding.roles | ({} if ranking is None else ranking.user_roles)
-    seen = None if include_seen else Catalogue.from_state(state["catalogue"]).seen
+    seen = None if include_seen else Catalog.from_state(state["catalogue"]).seen
     names, parts = [], []
     users = framed(users, roles)
     tables = pieces(users, roles, numbers_of(roles), _BATCHES * batch_size)

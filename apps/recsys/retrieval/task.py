@@ -11,7 +11,7 @@ from torch import Tensor
 import core
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.retrieval import export
-from apps.recsys.retrieval.catalogue import Catalogue
+from apps.recsys.retrieval.catalog import Catalog
 from apps.recsys.retrieval.columns import encoding_of_part, names_of
 from apps.recsys.row import RowTask
 from apps.recsys.tables.rows.scoring import encoding_of
@@ -59,19 +59,19 @@ class Retrieval(RowTask):
         self.state = encoding_of(model)
         self.whole = Encoding.from_state(self.state)
         self.encoding = encoding_of_part(self.whole, names_of(model.user_features))
-        self.catalogue, self.output = Catalogue.from_state(self.state["catalogue"]), retrieved(_TOP)
+        self.catalog, self.output = Catalog.from_state(self.state["catalogue"]), retrieved(_TOP)
 
     @property
     def asks(self) -> str:
         return (
-            f"A user: the answer is the best of {len(self.catalogue):,} items. Each column may be null, but for that "
+            f"A user: the answer is the best of {len(self.catalog):,} items. Each column may be null, but for that "
             "of a domain; others are left out."
         )
 
     @property
     def invites(self) -> str:
         return (
-            f"Fill in a user: the model retrieves the best of its {len(self.catalogue):,} items, and shows which "
+            f"Fill in a user: the model retrieves the best of its {len(self.catalog):,} items, and shows which "
             "experts took the user and the items. An empty field is a missing value."
         )
 
@@ -91,7 +91,7 @@ class Retrieval(RowTask):
     def layers(self, tape: core.Tape, example: Any, answer: Best) -> Mapping[str, tuple[LayerPart, ...]]:
         names = [str(item) for item, _ in answer]
         values = self.whole.vocabularies[self.state["item_column"]].texts()
-        rows = self.catalogue.rows(self.model.item_features)
+        rows = self.catalog.rows(self.model.item_features)
         with core.record(self.model) as of_items:
             self.model.item_tower(rows.__getitems__([values.index(name) for name in names]).to(self.model.device))
         users = words_by_layer(tape.entries, [["the user"]], "The user", "rows")

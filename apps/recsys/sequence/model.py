@@ -40,7 +40,7 @@ EXPERTS = ("convolution", "attention")
 """The experts of a ``TokenMixing`` layer, in the order of its gates."""
 
 _DENSE = core.Dense()
-_UNBALANCED = core.Balance(load_balancing=0.0, router_z=0.0)
+_UNBALANCED = core.Balance(load_balancing_loss=0.0, router_z_loss=0.0)
 
 
 @core.register_config

@@ -286,8 +286,8 @@ class TableData(SuiteData):
         if self._drawn is not None:
             for column in self.items.kept_by_positives():
                 log.warning(
-                    "column %r has one value for each %s and is not in negatives.item_features: a drawn row keeps the "
-                    "positive's, which gives it away",
+                    "column %r has one value for each %s and is not in negatives.item_features: a sampled row "
+                    "keeps the positive's, which gives it away",
                     column,
                     self._drawn.column,
                 )

@@ -26,7 +26,7 @@ from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are
 from apps.recsys.tables.columns.history import HistoryConfig
 from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
 from apps.recsys.tables.negatives.weighting import WeightingConfig
-from apps.recsys.tables.outputs import TaskOutputs, difference, labelled_mean
+from apps.recsys.tables.outputs import TaskOutputs, difference, labeled_mean
 from apps.recsys.tables.report.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.rows import scoring
 from apps.recsys.tables.rows.batch import TableBatch
@@ -184,15 +184,15 @@ class MultiTaskRecommender(SparseModule, Comparable):
         predicted = self.distribution(batch)
         z, label_Bt = predicted.z, predicted.label_Bt
         trained = z if batch.offset_Bt is None else self.outputs.shifted(z, batch.offset_Bt)
-        loss_t = labelled_mean(self.outputs.losses(trained, label_Bt), label_Bt, predicted.weight_Bt)
+        loss_t = labeled_mean(self.outputs.losses(trained, label_Bt), label_Bt, predicted.weight_Bt)
         tasks = self.features.tasks
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
         if not self.training:
             self.members[0].head.check_labels(label_Bt, tasks)
         by_gradients = self.training and self.weighting_config.kind == "gradnorm"
         shared = last_weight(self.members[0].shared) if by_gradients else None
-        loss, learnt = self.weighting(loss_t, (label_Bt == label_Bt).any(0), shared)
-        for what, value_t in learnt.items():
+        loss, learned = self.weighting(loss_t, (label_Bt == label_Bt).any(0), shared)
+        for what, value_t in learned.items():
             terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
         for name, value in self._head_losses(z).items():
             loss = loss + value
@@ -333,8 +333,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         shards_tables = getattr(trainer and trainer.strategy, "shards_tables", False)
         if fitting and not shards_tables and sharded.has_tables(checkpoint):
             raise ValueError(
-                "the checkpoint's tables are sharded: training goes on from it with trainer.strategy=TorchRecStrategy; "
-                "validate, test and predict take it as it is"
+                "the checkpoint's tables are sharded: training continues from it with "
+                "trainer.strategy=TorchRecStrategy; validate, test and predict take it as it is"
             )
         if fitting or self.embedding.kind == "fused":  # a test takes only the weights, whatever the kind
             for member, state in zip(self.members, checkpoint.get("fused_embeddings", []), strict=False):
@@ -407,7 +407,7 @@ def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
     groups = groups[-1] if isinstance(groups, tuple) else groups  # one a level
     if isinstance(weight, DTensor):
         raise ValueError(
-            "weighting.kind='gradnorm' needs the gradient of every expert on each process, and they are divided among "
+            "weighting.kind='gradnorm' needs the gradient of every expert on each process, and they are sharded over "
             "processes: take kind 'fixed' or 'uncertainty', or the strategy's experts: 1"
         )
     num_shared = len(weight) if groups is None else groups.num_shared

@@ -32,10 +32,10 @@ class TaskOutputs:
         that have a label of the task. Each member of an ensemble learns the teacher's mean prediction."""
         given_BZ = teacher.z if teacher.z.ndim == 2 else self.outputs.mean(teacher.z)
         value = self.outputs.divergences(self.z, given_BZ, temperature)
-        return labelled_mean(value, self.label_Bt, self.weight_Bt).sum()
+        return labeled_mean(value, self.label_Bt, self.weight_Bt).sum()
 
 
-def labelled_mean(value: Tensor, label_Bt: Tensor, weight_Bt: Tensor | None = None) -> Tensor:
+def labeled_mean(value: Tensor, label_Bt: Tensor, weight_Bt: Tensor | None = None) -> Tensor:
     """Return the mean of (B, t) or (M, B, t) values over the labeled examples of each task, (t,); 0 without any.
 
     Weights have mean 1 over the training rows, and the sum is divided by the number of examples: a batch of heavy rows

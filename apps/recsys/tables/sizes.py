@@ -52,7 +52,7 @@ def read_on_meta(model: Any, features: Features, batch: int, dtype: torch.dtype)
     kind = model.sparse.config.kind
     if features.sequences and kind != "joined":
         raise Missing(
-            f"histories are planned with embedding.kind='joined', not {kind!r}: what TorchRec exchanges for them is "
+            f"histories are planned with embedding.kind='joined', not {kind!r}: TorchRec's all-to-all for them is "
             "not counted"
         )
     pooled = None

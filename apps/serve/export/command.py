@@ -23,7 +23,7 @@ from apps.registry import name_of
 from apps.serve.export.options import ENDINGS, Options
 from apps.train.checkpoint.loading import check_beside, load
 from apps.train.checkpoint.paths import find_checkpoint
-from apps.train.cost.quantizing import quantise
+from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.exported import DESCRIPTION, MANIFEST, Description, OnnxGraph
 from apps.train.publish.exporting import Exported, Graph
 from apps.train.step.module import SparseModule
@@ -100,7 +100,7 @@ def run(options: Options) -> int:
         checkpoint = find_checkpoint(options.ckpt_path)
         model = load(checkpoint)
         if options.quantize is not None:
-            quantise(model, options.quantize)
+            quantize_model(model, options.quantize)
         exported = registry.exported_task(type(model))(model).exported()
         check_output(options.output, exported)
         files = export(model, exported, options)

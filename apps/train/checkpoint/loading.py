@@ -22,7 +22,7 @@ from apps.train.checkpoint.linked import LinkedModule
 from apps.train.checkpoint.paths import find_checkpoint
 from apps.train.compiling import CompileConfig
 from apps.train.cost.offloading import offload as offload_experts, room_for_experts
-from apps.train.cost.quantizing import quantise
+from apps.train.cost.quantizing import quantize_model
 from apps.train.optim.chosen import SECTIONS, is_torchs
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, restored
 from apps.train.step.balanced import BalancedModule
@@ -70,7 +70,7 @@ def load(
         model = restored(kind, checkpoint, file) if "sparsify" in checkpoint else kind.restored(checkpoint, str(file))
         model.eval()
     if quantize is not None:
-        quantise(model, quantize)
+        quantize_model(model, quantize)
     if offload is not None:
         offload_experts(model, offload, device)
     return model.to(device)

@@ -14,13 +14,13 @@ from typing import Any
 
 import core
 from apps.train.cost.kinds import DENSE, kind_of_network
-from apps.train.cost.quantizing import quantise
+from apps.train.cost.quantizing import quantize_model
 from apps.train.step.module import SparseModule
 from core.routing.pairs.top_k import TopKConfig
 
 TRAINED = "as trained"
 FEWER_A_TOKEN, CAPACITY, PRUNED = "fewer experts a token", "less capacity", "fewer experts"
-QUANTISED, UNPRUNED_BATCH = "quantised experts", "no batch pruning"
+QUANTIZED, UNPRUNED_BATCH = "quantized experts", "no batch pruning"
 
 CAPACITIES = (2.0, 1.25, 1.0, 0.75, 0.5)
 SHARES = (0.75, 0.5, 0.25)
@@ -64,7 +64,7 @@ def cheaper_forms(model: Any, statistics: Mapping[str, core.ExpertStatistics] | 
             for c in _smaller_capacities(model)
         ),
         *_pruned(model, statistics),
-        *(Cheaper(QUANTISED, name, name, partial(_quantise, name=name)) for name in ("int8", "int4")),
+        *(Cheaper(QUANTIZED, name, name, partial(_quantize, name=name)) for name in ("int8", "int4")),
         *([Cheaper(UNPRUNED_BATCH, UNPRUNED_BATCH, "", _keep_finished)] if _prunes_batches(model) else []),
     ]
 
@@ -153,8 +153,8 @@ def _refuse(model: Any, reason: str) -> None:
 # ---- quantized experts, and batches
 
 
-def _quantise(model: Any, name: str) -> None:
-    quantise(model, name)
+def _quantize(model: Any, name: str) -> None:
+    quantize_model(model, name)
 
 
 def _prunes_batches(model: Any) -> bool:

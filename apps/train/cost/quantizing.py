@@ -16,7 +16,7 @@ M = TypeVar("M", bound="nn.Module")
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """The quantized part of a model.
 
     Attributes:
@@ -51,7 +51,7 @@ def read_form(how: str) -> tuple[int, int | None]:
     return int(match[1]), None if match[2] is None else int(match[2])
 
 
-def quantise(model: M, how: str) -> M:
+def quantize_model(model: M, how: str) -> M:
     """Quantize the experts of a trained model in place, and return it.
 
     Args:
@@ -69,7 +69,7 @@ def quantise(model: M, how: str) -> M:
 
 
 def form_of(model: nn.Module) -> str | None:
-    """Return how the experts of a model are quantized, as the word for ``quantise``; None: they are not.
+    """Return how the experts of a model are quantized, as the word for ``quantize_model``; None: they are not.
 
     If every channel has one scale, a group size that is as long as a channel is not told from none.
     """

@@ -81,9 +81,7 @@ class OptimizerConfig(Checked):
         if self.name != "adamw" and self.fused:
             raise ValueError(f"optimizer.fused=True is a kernel of AdamW's; optimizer.name={self.name!r} has none")
         if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
-            raise ValueError(
-                f"optimizer.warmup_steps={self.warmup_steps} must be a whole number of steps, or a fraction below 1"
-            )
+            raise ValueError(f"optimizer.warmup_steps={self.warmup_steps} is neither an integer nor a fraction below 1")
 
     def num_warmup_steps(self, total_steps: float) -> int:
         """Return the steps of warm-up in a run of ``total_steps`` (``inf`` where it has no end)."""

@@ -42,7 +42,7 @@ class HubModule(LinkedModule):
 
         It has the weights as safetensors, ``config.json`` with the values that rebuild the model and the meaning of its
         data's numbers, and a card, ``README.md``. The card has the figures of ``moesaic test`` if the run's folder
-        has a test of these very weights. Its licence is for you to add.
+        has a test of these very weights. Its license is for you to add.
 
         Args:
             save_directory: a folder that is new or empty.

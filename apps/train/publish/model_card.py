@@ -78,7 +78,7 @@ def measured(run: Path | None, state: Mapping[str, Any]) -> Measured | str:
     tested = next((place for place in places if place.exists()), None)
     if "quantized" in values:
         how = values["quantized"].get("experts") if isinstance(values["quantized"], Mapping) else values["quantized"]
-        return f"the test in the run's folder is of experts in {how}, quantised for it alone"
+        return f"the test in the run's folder is of experts in {how}, quantized for it alone"
     if tested is None or not _same(read_checkpoint(tested)["state_dict"], state):
         return f"the test in the run's folder is of other weights ({checkpoint.name})"
     figures, routing = split_routing({k: float(v) for k, v in values.items() if isinstance(v, (int, float))}, "test")
@@ -150,9 +150,9 @@ def card(name: str, module: Any, figures: Measured | str) -> str:
         "",
         *_figures(figures, module),
         "",
-        "## Licence, data and limits",
+        "## License, data and limits",
         "",
-        "To be filled in by who publishes the model: its licence, where its training data come from, what it is for "
+        "To be filled in by who publishes the model: its license, where its training data come from, what it is for "
         "and what it is not for.",
     ]
     return "\n".join([*_front_matter(name, module, figures), *lines]) + "\n"
@@ -163,7 +163,7 @@ def _network(module: Any) -> list[str]:
     params, active = core.num_params(module), core.active_params(module)
     lines = [f"- parameters: {params:,}, of which one token or example touches at most {active:,}"]
     if (form := form_of(module)) is not None:
-        lines.append(f"- the matrices of the experts are quantised, as `--quantize {form}` does it")
+        lines.append(f"- the matrices of the experts are quantized, as `--quantize {form}` does it")
     for layer_name, layer in core.moe_layers(module).items():
         if isinstance(layer, TokenGate):
             continue
@@ -208,7 +208,7 @@ def _cell(text: str) -> str:
 
 
 def _front_matter(name: str, module: Any, figures: Measured | str) -> list[str]:
-    """Return the metadata that a hub reads; the licence is the publisher's to add."""
+    """Return the metadata that a hub reads; the license is the publisher's to add."""
     from huggingface_hub import EvalResult, ModelCardData
 
     kind: ModelKind = module.model_kind

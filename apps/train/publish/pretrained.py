@@ -156,7 +156,7 @@ def _alone(value: Tensor, memories: set[int]) -> Tensor:
 
 def _check_whole(name: str, value: Tensor) -> None:
     if isinstance(value, DTensor) or type(value).__name__ == "ShardedTensor":
-        raise ValueError(f"{name} is divided over processes: save the model of its checkpoint, apps.load(checkpoint)")
+        raise ValueError(f"{name} is sharded over processes: save the model of its checkpoint, apps.load(checkpoint)")
     if value.is_meta:
         raise ValueError(f"{name} has a shape and no values: load the model's weights before it is saved")
 

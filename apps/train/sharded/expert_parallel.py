@@ -59,14 +59,14 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
     of the global batch. With ``expert_parallel_size: 1`` it is DDP or FSDP2 alone, for models without experts too.
 
     Checkpoints are folders of shards (``apps.train.checkpoint.sharded``). A run resumes from them on another number of
-    processes, with another division, or on one process without this strategy; ``moesaic convert consolidate`` makes one
+    processes, with another sharding, or on one process without this strategy; ``moesaic convert consolidate`` makes one
     file.
 
     Args:
         expert_parallel_size: processes that share out the experts of a layer; "auto": all on a machine that
             ``expert_tensor_parallel_size`` leaves.
         fsdp_size: groups of such processes among which parameters are sharded further.
-        nodes: machines that share out the experts too, with an exchange within each machine first.
+        nodes: machines that share out the experts too, with an all-to-all within each machine first.
         expert_tensor_parallel_size: processes that share out the hidden units of each expert, where there are more
             processes than experts.
         static_all_to_all: whether every expert is sent as many rows as its capacity allows, so that no host waits for a

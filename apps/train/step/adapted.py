@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import core
-from apps.train.cost.quantizing import form_of, quantise
+from apps.train.cost.quantizing import form_of, quantize_model
 from core.config.plain import from_plain
 
 
@@ -14,12 +14,12 @@ def take_form(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """Make the parts of a ``SparseModule`` that a checkpoint's tensors belong to.
 
     Raises:
-        ValueError: as ``adapt_linears``, and as ``quantise``.
+        ValueError: as ``adapt_linears``, and as ``quantize_model``.
     """
     adapt_linears(module, checkpoint)
     form = checkpoint.get("quantized")
     if form is not None and form_of(module) is None:
-        quantise(module, str(form))
+        quantize_model(module, str(form))
 
 
 def adapt_linears(module: Any, checkpoint: Mapping[str, Any]) -> None:

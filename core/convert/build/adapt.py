@@ -1,4 +1,4 @@
-"""``add_adapters`` freezes a model and gives linear layers of it a mixture of updates."""
+"""``add_adapters`` freezes a model and gives linear layers of it a mixture of adapters."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _linear(name: str, module: nn.Module) -> nn.Linear:
     if not isinstance(module, nn.Linear):
-        raise ValueError(f"{name} is a {type(module).__name__}: updates stand beside an nn.Linear")
+        raise ValueError(f"{name} is a {type(module).__name__}: adapters belong to an nn.Linear")
     return module
 
 
 def _updates(linear: nn.Linear, moe: MoEConfig) -> MoE:
-    """Return updates of a linear layer, on its device, in its dtype and mode."""
+    """Return adapters of a linear layer, on its device, in its dtype and mode."""
     dim = linear.out_features if moe.expert.follows_base else linear.in_features
     return moe.build(dim, linear.out_features).to(linear.weight.device, linear.weight.dtype).train(linear.training)

@@ -48,10 +48,10 @@ def merge_adapters(model: nn.Module) -> nn.Module:
                 merged[module] = _merged(module)
             except ValueError as error:
                 of = f" of {name!r}" if name else ""
-                raise ValueError(f"the updates{of} cannot be merged: {error}") from None
+                raise ValueError(f"the adapters{of} cannot be merged: {error}") from None
     had_low_rank = merge_low_rank(model)
     if not merged and not had_low_rank:
-        raise ValueError(f"a {type(model).__name__} without adapted layers has no updates to merge")
+        raise ValueError(f"a {type(model).__name__} without adapted layers has no adapters to merge")
     return replace_modules(model, merged)
 
 
@@ -59,11 +59,11 @@ def _merged(adapted: AdaptedLinear) -> nn.Linear:
     """Return the linear layer that computes the same as an adapted one."""
     one = _one_update(adapted.updates)
     if one.shared_gate is not None:
-        raise ValueError("a shared_gate weights the updates token by token")
+        raise ValueError("a shared_gate weights the adapters token by token")
     linear: nn.Linear = copy.deepcopy(adapted.base)
     parts = [part for part in (one.expert, one.shared_experts) if part is not None]
     for part in parts:
-        check_all_here(part, "updates are merged")
+        check_all_here(part, "adapters are merged")
     wide = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
     if adapted.after:
         scale_D = torch.stack([_scale(part, wide) for part in parts]).sum(0)
@@ -80,7 +80,7 @@ def _merged(adapted: AdaptedLinear) -> nn.Linear:
 
 
 def _one_update(updates: nn.Module) -> OneExpert:
-    """Return the updates as one expert that every token takes."""
+    """Return the adapters as one expert that every token takes."""
     if isinstance(updates, OneExpert):
         return updates
     if isinstance(updates, AveragedMoE):
@@ -90,7 +90,7 @@ def _one_update(updates: nn.Module) -> OneExpert:
     gates = config.constant_gates(updates.num_experts) if isinstance(config, RouterConfig) else None
     if gates is None:
         source = config.source() if isinstance(config, RouterConfig) else type(updates.router).__name__
-        raise ValueError(f"router {source} gives tokens gates of their own: densify makes one update of them first")
+        raise ValueError(f"router {source} gives tokens gates of their own: densify makes one adapter of them first")
     if updates.router.capacity.ratio(training=False) is not None:
         raise ValueError("with a capacity tokens are dropped: set it to None before")
     return OneExpert.in_place_of(updates, joined(updates.experts, range(updates.num_experts), torch.tensor(gates)))

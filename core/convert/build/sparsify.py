@@ -20,7 +20,7 @@ from ..read.calls import call, evaluating, hooked, naming_module
 from ..read.feed_forward import FeedForwardPart, copy_weights
 from ..read.names import matches, matching_names
 from ..read.parts import value_of_layer
-from ..read.readers import named_part, recognised_ffns
+from ..read.readers import named_part, recognized_ffns
 from .sparse_ffn import SparseFFN, put_layer
 from .starts import Start, outputs_of, start_of
 
@@ -128,7 +128,7 @@ def matching_parts(model: nn.Module, modules: str | Sequence[str]) -> dict[str, 
         ValueError: as ``sparsify``.
     """
     patterns = [modules] if isinstance(modules, str) else modules
-    names = matching_names(model, patterns, list(recognised_ffns(model)), "feed-forward networks")
+    names = matching_names(model, patterns, list(recognized_ffns(model)), "feed-forward networks")
     for name in names:
         by = [pattern for pattern in patterns if matches(name, pattern)]
         if len(by) > 1:

@@ -154,7 +154,7 @@ def _mean(name: str, tensors: list[Tensor], share_N: list[float]) -> Tensor:
         if first.ndim == 0 and first.dtype != torch.bool:
             return torch.stack(same).amax()
         if not all(torch.equal(first, tensor) for tensor in same):
-            raise ValueError(f"{name} holds whole numbers that differ: they have no mean")
+            raise ValueError(f"{name} holds integers that differ: they have no mean")
         return first.clone()
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     total = torch.zeros_like(first, dtype=dtype)

@@ -13,7 +13,7 @@ from ...flops import count_flops
 from ...layers import MoE, active_params
 from ..build.sparse_ffn import SparseFFN
 from ..read.calls import evaluating, hooked
-from ..read.readers import recognised_ffns
+from ..read.readers import recognized_ffns
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Summary:
 
     Attributes:
         replaced: the networks that are MoE layers, in the model's order.
-        recognised: number of the model's feed-forward networks, sparse and dense.
+        recognized: number of the model's feed-forward networks, sparse and dense.
         params_before, params_after: parameters of the model.
         active_params: parameters that a token touches at most.
         expert_bytes: memory of the experts' parameters and buffers.
@@ -53,7 +53,7 @@ class Summary:
     """
 
     replaced: tuple[Replaced, ...]
-    recognised: int
+    recognized: int
     params_before: int
     params_after: int
     active_params: int
@@ -63,7 +63,7 @@ class Summary:
 
     def __str__(self) -> str:
         sparse = sum(not layer.is_dense for layer in self.replaced)
-        lines = [f"{sparse} of {self.recognised} feed-forward networks are sparse"]
+        lines = [f"{sparse} of {self.recognized} feed-forward networks are sparse"]
         for layer in self.replaced:
             after = "by the sequence" if layer.flops_after is None else f"{layer.flops_after:,}"
             lines.append(
@@ -95,7 +95,7 @@ def summary(model: nn.Module, *inputs: Any) -> Summary:
         print(core.summary(sparse, torch.randn(1, 3, 224, 224)))
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseFFN)}
-    dense = [name for name in recognised_ffns(model) if name not in layers]
+    dense = [name for name in recognized_ffns(model) if name not in layers]
     if not layers:
         some = ", ".join(dense[:4]) + (", ..." if len(dense) > 4 else "") if dense else "none"
         raise ValueError(f"no network of the model was made sparse; its feed-forward networks are {some}")

@@ -49,14 +49,14 @@ def balanced_clusters(features_FN: Tensor, num_groups: int, generator: torch.Gen
     """
     F, E = features_FN.shape[0], num_groups
     x_FN = torch.nn.functional.normalize(features_FN, dim=-1)
-    centre_EN = _spread_units(x_FN, E, generator)
+    center_EN = _spread_units(x_FN, E, generator)
     group_F = torch.full((F,), -1)
     for _ in range(ROUNDS):
-        before_F, group_F = group_F, _nearest_with_room(x_FN @ centre_EN.t())
+        before_F, group_F = group_F, _nearest_with_room(x_FN @ center_EN.t())
         if torch.equal(before_F, group_F):
             break
-        sums_EN = torch.zeros_like(centre_EN).index_add(0, group_F, x_FN)
-        centre_EN = torch.nn.functional.normalize(sums_EN, dim=-1)
+        sums_EN = torch.zeros_like(center_EN).index_add(0, group_F, x_FN)
+        center_EN = torch.nn.functional.normalize(sums_EN, dim=-1)
     return group_F.argsort(stable=True).view(E, -1)
 
 

@@ -47,7 +47,7 @@ def parts_of(layer: nn.Module, verb: str) -> tuple[Any, Experts]:
 def check_all_here(experts: Experts, what: str) -> None:
     """Raise a ``ValueError`` if some of the experts are on other ranks, or are quantized; ``what`` starts the rule."""
     if any(isinstance(m, Experts) and m.is_quantized for m in experts.modules()):
-        raise ValueError(f"{type(experts).__name__} are quantised: {what} before core.quantize_experts")
+        raise ValueError(f"{type(experts).__name__} are quantized: {what} before core.quantize_experts")
     if experts.num_local_experts != experts.num_experts:
         here = f"{experts.num_local_experts} of {experts.num_experts}"
         raise ValueError(f"{here} experts are here: {what} before it is split over ranks")

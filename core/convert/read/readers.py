@@ -79,7 +79,7 @@ def read_ffn(module: nn.Module) -> FeedForwardPart | None:
     return None
 
 
-def recognised_ffns(model: nn.Module) -> dict[str, FeedForwardPart]:
+def recognized_ffns(model: nn.Module) -> dict[str, FeedForwardPart]:
     """Return the dense feed-forward networks of a model that can be replaced, by dotted name, in the model's order.
 
     A network within another one, or within an MoE layer, is not listed. Nothing is computed: see ``check_part``.
@@ -395,7 +395,7 @@ def named_part(name: str, module: nn.Module) -> FeedForwardPart:
             return part
     if isinstance(module, SparseFFN):
         raise ValueError(f"module {name!r} is sparse already")
-    within = [f"{name}.{inner}".lstrip(".") for inner in recognised_ffns(module)]
+    within = [f"{name}.{inner}".lstrip(".") for inner in recognized_ffns(module)]
     hint = f"; there are {', '.join(within[:3])} in it" if within else ""
     raise ValueError(f"module {name!r} is a {type(module).__name__}, which is no feed-forward network{hint}")
 

@@ -252,7 +252,7 @@ def number_to_keep(keep: int | float, num_experts: int) -> int:
     """
     if isinstance(keep, float):
         if not 0 < keep < 1:
-            raise ValueError(f"keep={keep} is neither a whole number nor a share between 0 and 1")
+            raise ValueError(f"keep={keep} is neither an integer nor a share between 0 and 1")
         return max(1, round(keep * num_experts))
     check_values(Count, keep=keep)
     at_most_experts("keep", keep, num_experts)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from ...fields import Bounds, Checked, Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
+from ...fields import Bounds, Checked, Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne, renames
 from ...registry import register_config
 
 
@@ -18,8 +18,8 @@ class BalanceWeights(Checked):
     and raises an error when set by hand.
 
     Attributes:
-        load_balancing: ``E * sum_e f_e P_e`` (Switch, arXiv 2101.03961, eq. 4); 1 at balance.
-        router_z: mean of ``logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906, eq. 5).
+        load_balancing_loss: ``E * sum_e f_e P_e`` (Switch, arXiv 2101.03961, eq. 4); 1 at balance.
+        router_z_loss: mean of ``logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906, eq. 5).
         importance: squared coefficient of variation of the experts' summed scores, over all experts, not the gates of
             the chosen ones (V-MoE, arXiv 2106.05974, section A.1, and its code).
         load: squared coefficient of variation of the experts' smooth load, which needs noise on the logits
@@ -28,13 +28,13 @@ class BalanceWeights(Checked):
             ``num_tasks``, of task and expert (Mod-Squad, arXiv 2212.08066); in nats.
         local_entropy: mean entropy of a token's scores, summed over modalities (LIMoE, arXiv 2206.02770); in nats.
         global_entropy: ``max(0, entropy_threshold - entropy of the mean scores)``, summed over modalities (LIMoE).
-        sequence_balance: ``load_balancing`` within each sequence, the mean over sequences; the choice is the top-k of
-            the scores without bias or noise (DeepSeek-V3, arXiv 2412.19437, eq. 17-20, which sets the weight to 1e-4).
+        sequence_balance: mean over sequences of ``load_balancing_loss`` within each; the choice is the top-k of the
+            scores without bias or noise (DeepSeek-V3, arXiv 2412.19437, eq. 17-20, which sets the weight to 1e-4).
         localized: variance over mean of the importance of each expert in each sequence, ``Z = (1 + delta) Q`` if the
             expert has the sequence's type and ``(1 - delta) Q`` elsewhere, with Q the sum of its scores over the
             sequence; the type is ``context.task_ids_B`` (LoRAMoE, arXiv 2312.09979).
-        first_choice: ``load_balancing`` with only the shares of first choices, the best by the scores without bias or
-            noise, instead of all K (GShard, arXiv 2006.16668, algorithm 1).
+        first_choice: ``load_balancing_loss`` with only the shares of first choices, the best by the scores without bias
+            or noise, instead of all K (GShard, arXiv 2006.16668, algorithm 1).
         gate_importance: squared coefficient of variation of the experts' summed gates, which are 0 for experts that a
             token did not take, or that were full (arXiv 1701.06538, eq. 6-7).
         contrast: mean of ``contrast_losses`` over rows of the pass, in training (MoELoRA, arXiv 2402.12851); in nats.
@@ -42,8 +42,8 @@ class BalanceWeights(Checked):
             gives a token (NLLB, arXiv 2207.04672).
     """
 
-    load_balancing: NotNegative = 0.01
-    router_z: NotNegative = 0.001
+    load_balancing_loss: NotNegative = 0.01
+    router_z_loss: NotNegative = 0.001
     importance: NotNegative = 0.0
     load: NotNegative = 0.0
     mutual_information: NotNegative = 0.0
@@ -62,6 +62,7 @@ class BalanceWeights(Checked):
 
 
 @register_config
+@renames(load_balancing="load_balancing_loss", router_z="router_z_loss")
 @dataclass(frozen=True)
 class Balance(BalanceWeights):
     """Weights and options of the balance losses of a layer.
@@ -80,12 +81,12 @@ class Balance(BalanceWeights):
         expert_types: type of each expert, for ``localized``; types are the tasks, from 0 on.
         scope: "global": a term is a function of the tokens of all ranks; "rank": of each rank's own, with the mean of
             the ranks as its gradient (as Switch and most others do; cheaper, and stricter if a rank has few tokens).
-        adaptive: whether the layer's weight of ``load_balancing``, which starts at that field, follows the drop rate:
-            ``update_expert_bias`` moves it once per optimizer step by ``adaptive_weight`` (Skywork-MoE, arXiv
+        adaptive: whether the layer's weight of ``load_balancing_loss``, which starts at that field, follows the drop
+            rate: ``update_expert_bias`` moves it once per optimizer step by ``adaptive_weight`` (Skywork-MoE, arXiv
             2406.06563). This needs a capacity factor.
         adaptive_scale, adaptive_max, adaptive_momentum: weight per drop rate, largest weight, and momentum.
 
-    V-MoE's loss is ``Balance(load_balancing=0, router_z=0, importance=0.005, load=0.005)``; LIMoE adds
+    V-MoE's loss is ``Balance(load_balancing_loss=0, router_z_loss=0, importance=0.005, load=0.005)``; LIMoE adds
     ``local_entropy`` and ``global_entropy`` with ``num_modalities=2`` to it. ``Balance(adaptive=True)`` is Skywork's.
 
     Raises:
@@ -121,8 +122,8 @@ class Balance(BalanceWeights):
             )
         if self.localized and not self.expert_types:
             raise ValueError(f"balance.localized={self.localized} needs expert_types, the type of each expert")
-        if self.adaptive and self.load_balancing == 0:
-            raise ValueError("balance.adaptive=True moves load_balancing, which is 0: its term would be left out")
+        if self.adaptive and self.load_balancing_loss == 0:
+            raise ValueError("balance.adaptive=True moves load_balancing_loss, which is 0: its term would be left out")
 
     @property
     def num_types(self) -> int:
@@ -157,13 +158,13 @@ class Balance(BalanceWeights):
             )
         if self.localized and len(self.expert_types) != num_experts:
             raise ValueError(f"balance.expert_types has {len(self.expert_types)} types for num_experts={num_experts}")
-        if self.adaptive and "load_balancing" not in terms:
-            raise ValueError(f"balance.adaptive=True moves load_balancing, which does not apply to {router}")
+        if self.adaptive and "load_balancing_loss" not in terms:
+            raise ValueError(f"balance.adaptive=True moves load_balancing_loss, which does not apply to {router}")
 
 
 def adaptive_weight(weight: Tensor, drop_rate: Tensor, balance: Balance) -> Tensor:
-    """Return the next weight of ``load_balancing``, ``m * weight + (1 - m) * min(scale * drop_rate, max)``, with m the
-    momentum (Skywork-MoE, arXiv 2406.06563, section 4.2; there scale 1/5, max 0.01, momentum 0.99)."""
+    """Return the next weight of ``load_balancing_loss``, ``m * weight + (1 - m) * min(scale * drop_rate, max)``, with m
+    the momentum (Skywork-MoE, arXiv 2406.06563, section 4.2; there scale 1/5, max 0.01, momentum 0.99)."""
     target = (balance.adaptive_scale * drop_rate).clamp_max(balance.adaptive_max)
     return balance.adaptive_momentum * weight + (1 - balance.adaptive_momentum) * target
 

@@ -273,7 +273,7 @@ def _members(one: Pass, count: int, name: str) -> Tensor:
 
 
 TERMS: dict[str, Term] = {
-    "load_balancing": Term(
+    "load_balancing_loss": Term(
         "score",
         _scores,
         lambda sums, _: load_balancing_loss(_judged(sums), sums["chosen"], sums["num_tokens"][0]),
@@ -296,7 +296,7 @@ TERMS: dict[str, Term] = {
     ),
     "gate_importance": Term("gate", _sparse_gates, lambda sums, _: squared_cv(sums["gate"])),
     "contrast": Term("contrast", _contrasts, lambda sums, _: mean_over(sums["contrast"][0], sums["num_contrasts"][0])),
-    "router_z": Term("square", _squares, lambda sums, _: mean_over(sums["square"][0], sums["num_tokens"][0])),
+    "router_z_loss": Term("square", _squares, lambda sums, _: mean_over(sums["square"][0], sums["num_tokens"][0])),
     "load": Term("load", _smooth_loads, lambda sums, _: squared_cv(sums["load"])),
     "gate_budget": Term(
         "gate_distance",

@@ -28,22 +28,22 @@ def balanced_clusters(points_ND: Tensor, num_clusters: int, *, seed: int = 0, nu
         raise ValueError("a point to cluster is not finite")
     points_ND = points_ND.detach().float()
     drawn = torch.randperm(N, generator=torch.Generator().manual_seed(seed), device="cpu")[:num_clusters]
-    centres = points_ND[drawn.to(points_ND.device)]
-    cluster_N = assign_equally(points_ND, centres)
+    centers = points_ND[drawn.to(points_ND.device)]
+    cluster_N = assign_equally(points_ND, centers)
     for _ in range(num_iterations):
         sizes = torch.bincount(cluster_N, minlength=num_clusters)
-        centres = torch.zeros_like(centres).index_add_(0, cluster_N, points_ND) / sizes[:, None]
-        before, cluster_N = cluster_N, assign_equally(points_ND, centres)
+        centers = torch.zeros_like(centers).index_add_(0, cluster_N, points_ND) / sizes[:, None]
+        before, cluster_N = cluster_N, assign_equally(points_ND, centers)
         if torch.equal(before, cluster_N):
             break
     return cluster_N
 
 
-def assign_equally(points_ND: Tensor, centres_ED: Tensor) -> Tensor:
+def assign_equally(points_ND: Tensor, centers_ED: Tensor) -> Tensor:
     """Assign each of (N, D) points to a near one of (E, D) centers, int64 (N,): each center takes N // E points or one
     more, the nearest points that prefer it, and the others take their next nearest center with room."""
-    N, E = len(points_ND), len(centres_ED)
-    distance_NE = torch.cdist(points_ND, centres_ED)
+    N, E = len(points_ND), len(centers_ED)
+    distance_NE = torch.cdist(points_ND, centers_ED)
     cluster_N = torch.full((N,), E, device=points_ND.device)
     # Each cluster takes N // E points first; then some take one more.
     for size in (N // E, 1):

@@ -199,7 +199,7 @@ class Hash(FixedKConfig):
     @property
     def terms(self) -> frozenset[str]:
         # No gate moves a token, so there is nothing to balance.
-        return frozenset({"router_z"}) if self.score_func else frozenset()
+        return frozenset({"router_z_loss"}) if self.score_func else frozenset()
 
     def make_gate(self, dim: int, num_experts: int) -> LinearGate | None:
         return LinearGate(dim, num_experts, self.init_scale) if self.score_func else None

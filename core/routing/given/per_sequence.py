@@ -19,7 +19,7 @@ from ..router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from ..selection import Capacity, Choice
 
 # A balance within a sequence is left out, since its tokens all take the same experts.
-SEQUENCE_TERMS = SCORE_TERMS | {"router_z"}
+SEQUENCE_TERMS = SCORE_TERMS | {"router_z_loss"}
 
 
 class SentenceRouter(SequenceTopKRouter):

@@ -59,7 +59,7 @@ class Threshold(LinearGateConfig):
 
     paper = "2202.08906"
     router_class = ThresholdRouter
-    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z_loss"}
 
     threshold: PositiveShare = 0.2
     second_expert_policy: Literal["random", "threshold"] = "random"
@@ -117,7 +117,7 @@ class NullExperts(RouterConfig):
 
     Loss, with M = E + num_null_experts: ``M sum_i f_i P_i`` over all M, where every null expert has the null experts'
     mean ``f``: the choice among null experts does not matter. ``importance`` averages their scores likewise, and
-    ``router_z`` covers all M logits. The statistics and the other losses see the softmax over the real experts.
+    ``router_z_loss`` covers all M logits. The statistics and the other losses see the softmax over the real experts.
 
     A capacity factor counts ``top_k`` places a token: for c times the balanced load give ``c * E / M``.
 
@@ -129,7 +129,7 @@ class NullExperts(RouterConfig):
 
     paper = "2406.13233"
     router_class = NullExpertsRouter
-    terms = SCORE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | {"router_z_loss"}
 
     top_k: Annotated[int, Bounds(2, why="every gate would be 1 and the router untrained")] = 4
     num_null_experts: Count = 8
@@ -388,7 +388,7 @@ class TokenRounding(TopKConfig, LinearGateConfig):
 
     paper = "2512.14080"
     router_class = TokenRoundingRouter
-    terms = SCORE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | {"router_z_loss"}
     is_causal = False  # in training: in evaluation a token decides by itself
     depends_on = "token"
     layer_options = frozenset({"backend"})

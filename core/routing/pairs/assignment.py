@@ -123,7 +123,7 @@ class Sinkhorn(FixedKConfig, LinearGateConfig):
 
     paper = "2202.01169"
     router_class = SinkhornRouter
-    terms = frozenset({"router_z"})  # the choice is always balanced; large logits are held down as in Megatron-LM
+    terms = frozenset({"router_z_loss"})  # the choice is always balanced; large logits are held down as in Megatron-LM
     is_causal = False  # in training: in evaluation a token decides by itself
     depends_on = "token"
 

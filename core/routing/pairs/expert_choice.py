@@ -117,8 +117,8 @@ class ExpertChoice(LinearGateConfig):
     it (arXiv 2202.09368, section 3.2, without its limit of experts per token).
 
     A token is computed by 0 to E experts, ``capacity_factor`` on average. The load is even by construction, so no
-    balance loss applies but ``router_z``. A token's experts depend on all tokens of its group, so it is not for causal
-    decoders. The group is the sequence if ``MoEConfig.group`` does not say.
+    balance loss applies but ``router_z_loss``. A token's experts depend on all tokens of its group, so it is not for
+    causal decoders. The group is the sequence if ``MoEConfig.group`` does not say.
 
     The softmax over one expert is 1 for every token. With ``num_experts=1`` the router therefore gets no gradient: the
     layer is the expert itself if ``capacity_factor`` is 1 or more, and raises an error below 1, when the expert would
@@ -131,7 +131,7 @@ class ExpertChoice(LinearGateConfig):
 
     paper = "2202.09368"
     router_class = ExpertChoiceRouter
-    terms = frozenset({"router_z"})
+    terms = frozenset({"router_z_loss"})
     is_causal = False
     default_group = "sequence"
     layer_options = frozenset({"backend"})

@@ -53,7 +53,7 @@ class Prototypes(LinearGateConfig):
 
     paper = "2105.15082"
     router_class = PrototypesRouter
-    terms = SCORE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | {"router_z_loss"}
 
     num_prototypes: Count = 2
     init_scale: Positive = 0.1
@@ -204,7 +204,7 @@ class Ensemble(TopKConfig, LinearGateConfig):
 
     paper = "2110.03360"
     router_class = EnsembleRouter
-    terms = SCORE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | {"router_z_loss"}
     reads_batch_index = True  # the place of a sequence in the batch says its member
 
     num_members: Count = 2

@@ -24,7 +24,7 @@ from ..router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from ..selection import Capacity, Choice
 
 # Where (nearly) every token takes every expert the shares of pairs are equal, and the term is constant.
-DENSE_TERMS = SCORE_TERMS - {"load_balancing"}
+DENSE_TERMS = SCORE_TERMS - {"load_balancing_loss"}
 
 
 class DenseRouter(PairRouter):
@@ -55,7 +55,7 @@ class Dense(LinearGateConfig):
 
     paper = "2404.05567"
     router_class = DenseRouter
-    terms = DENSE_TERMS | {"router_z"}
+    terms = DENSE_TERMS | {"router_z_loss"}
 
     eval_top_k: Count | None = None
     init_scale: Positive = 0.1
@@ -323,7 +323,7 @@ class DenseToSparse(LinearGateConfig):
 
     paper = "2112.14397"
     router_class = DenseToSparseRouter
-    terms = SCORE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | {"router_z_loss"}
 
     tau_start: Positive = 2.0
     tau_end: Positive = 0.3

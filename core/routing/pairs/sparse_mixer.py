@@ -16,7 +16,7 @@ from ..router import LinearGateConfig, PairRouter, Tokens
 from ..selection import Choice
 
 WHOLE = 0.25
-"""Probability that the gate of a drawn expert that is not the best counts whole, and not by a third (Heun's rule)."""
+"""Probability that the gate of a sampled expert that is not the best counts whole, and not by a third (Heun's rule)."""
 
 
 class SparseMixerRouter(PairRouter):
@@ -69,7 +69,7 @@ class SparseMixer(LinearGateConfig):
 
     paper = "2310.00811"
     router_class = SparseMixerRouter
-    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
+    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z_loss"}
     has_exact_gradient = False  # in training gates count by a third at the gradient of the whole
 
     jitter_eps: Annotated[float, Bounds(0, 1, "()")] = 0.1

@@ -115,9 +115,9 @@ class TokenChoiceRouter(PairRouter):
 
 def normalize_logits(logits_TE: Tensor, factor: float) -> Tensor:
     """Return ``factor * (l - mean) / std`` over the experts of each token (Skywork-MoE, arXiv 2406.06563)."""
-    centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
+    centered_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
     # A floor of 1e-4 for the deviation: equal logits stay equal, with a finite gradient.
-    return factor * centred_TE * (centred_TE.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
+    return factor * centered_TE * (centered_TE.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
 
 
 def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:
@@ -248,7 +248,7 @@ class TokenChoice(TopKConfig, LinearGateConfig):
     @property
     def terms(self) -> frozenset[str]:
         # Normalized logits have no size for the z-loss to hold down.
-        terms = SCORE_TERMS | CHOICE_TERMS | (set() if self.logit_norm else {"router_z"})
+        terms = SCORE_TERMS | CHOICE_TERMS | (set() if self.logit_norm else {"router_z_loss"})
         # The smooth load asks what noise on the logits would choose; a bias or group limit chooses by more than them.
         plain = not self.expert_bias and self.limited_groups == self.num_groups
         return terms | {"load"} if self.noise and plain else terms

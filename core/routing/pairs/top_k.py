@@ -34,7 +34,7 @@ class TopKConfig(FixedKConfig):
 
     @property
     def terms(self) -> frozenset[str]:
-        return SCORE_TERMS | CHOICE_TERMS | {"router_z"}
+        return SCORE_TERMS | CHOICE_TERMS | {"router_z_loss"}
 
 
 def without_some(logits_TE: Tensor, rate: float, keep: int) -> Tensor:

@@ -22,7 +22,7 @@ from ..selection import Capacity
 def check_sequence_group(group: str | int, router: str) -> None:
     """Raise a ``ValueError`` for a group other than the sequence."""
     if group != "sequence":
-        raise ValueError(f"group={group!r} would mix a sequence with its neighbours: {router} takes 'sequence' alone")
+        raise ValueError(f"group={group!r} would mix a sequence with its neighbors: {router} takes 'sequence' alone")
 
 
 def by_sequence(x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Tensor | None]:

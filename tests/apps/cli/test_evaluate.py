@@ -47,7 +47,7 @@ def test_a_pretrained_folder_is_tested_and_carries_the_figures_of_its_run(traine
     assert main(["test", *argv]) == 0
     assert json.loads((tmp_path / "other" / "test.json").read_text())["test/loss"] == own["test/loss"]
     assert fails(capsys, 2, "fit", *argv).endswith(
-        "folder has no optimizer's state to go on with: begin anew, --weights"
+        "folder has no optimizer state to continue with: start a new run with --weights"
     )
 
 

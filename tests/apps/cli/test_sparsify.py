@@ -71,7 +71,7 @@ def test_a_test_makes_the_sparse_model_again(folder, capsys) -> None:
 
 def test_a_flag_overrides_the_section(folder) -> None:
     flags = ["--sparsify.moe.num_experts", "2", "--sparsify.moe.router", "core.ExpertChoice"]
-    flags += ["--sparsify.moe.balance.load_balancing", "0", "--sparsify.exact=false"]
+    flags += ["--sparsify.moe.balance.load_balancing_loss", "0", "--sparsify.exact=false"]
     assert main(["fit", *sparse(folder, "flagged"), *flags, "--trainer.max_epochs", "1"]) == 0
     section = yaml.safe_load((folder / "flagged" / "config.yaml").read_text())["sparsify"]
     assert section["moe"]["num_experts"] == 2
@@ -118,13 +118,13 @@ def converted(folder: Path, kind: str, *options: str) -> tuple[dict[str, torch.T
     return tuple(weights(path / "checkpoints" / "best.ckpt") for path in (folder / "sparse", new))
 
 
-@pytest.mark.parametrize("options", [("densify",), ("densify", "--how", "use"), ("specialise", "--expert", "1")])
+@pytest.mark.parametrize("options", [("densify",), ("densify", "--how", "use"), ("specialize", "--expert", "1")])
 def test_a_run_made_sparse_becomes_the_users_dense_module(folder, options) -> None:
     old, new = converted(folder, *options)
     w_in_EDF = old["blocks.0.moe.experts.w_in"]
     if options == ("densify",):
         assert torch.allclose(new["blocks.0.0.weight"], w_in_EDF.mean(0).t(), rtol=1e-6, atol=0)
-    elif options[0] == "specialise":
+    elif options[0] == "specialize":
         assert torch.equal(new["blocks.0.0.weight"], w_in_EDF[1].t())
         assert torch.equal(new["blocks.0.2.bias"], old["blocks.0.moe.experts.b_out"][1])
     assert new.keys() == own_net.Net().state_dict().keys()
@@ -151,7 +151,7 @@ def test_a_conversion_that_is_not_for_a_users_module_writes_nothing(folder, caps
     lora = str(CONFIGS / "experts" / "lora.yaml")
     argv = convert(folder, "adapt", "--moe", lora, "--modules", "head")
     line = fails(capsys, 1, *argv)
-    assert "is of a model of your own, which densify, prune and specialise take, not adapt" in line
+    assert "is of a model of your own, which densify, prune and specialize take, not adapt" in line
     assert not Path(argv[7]).exists()
     narrow = [
         "--sparsify.start",

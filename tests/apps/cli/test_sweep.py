@@ -36,7 +36,7 @@ def test_every_form_is_tested_and_shown(trained, capsys):
     first, *others = record["forms"]
     assert first["name"] == "as trained"
     assert first["metrics"] == {k: own[k] for k in ("test/loss", "test/top1")}
-    names = [form["name"] for form in others if form["kind"] != cheaper.QUANTISED]
+    names = [form["name"] for form in others if form["kind"] != cheaper.QUANTIZED]
     assert names == ["top_k=1", "capacity 0.5", "50 % of the experts"]  # a quarter is less than a token takes
     assert record["left_out"] == {"25 % of the experts": "top_k=2 exceeds num_experts=1"}
     assert "25 % of the experts is left out: top_k=2 exceeds num_experts=1" in printed
@@ -76,7 +76,7 @@ def test_a_sweep_that_was_stopped_goes_on_and_another_one_begins_anew(trained, t
     assert swept(rounds=2) == every
     path.write_text("{")
     assert swept(rounds=2) == every
-    assert "sweep.json cannot be read: the sweep begins anew" in capsys.readouterr().out
+    assert "sweep.json cannot be read: the sweep starts again" in capsys.readouterr().out
     path.unlink()
     (tmp_path / ".moesaic-run").unlink()
     (tmp_path / "sweep.png").touch()
@@ -95,7 +95,7 @@ def test_what_cannot_be_swept_is_one_line(tmp_path, trained, capsys):
     line = fails(capsys, 2, "test", "--config", config, "--sweep", "--batches", "few")
     assert line == "argument --batches: invalid int value: 'few'"
     line = fails(capsys, 2, "test", "--config", config, "--sweep", "--quantize", "int8")
-    assert line == "quantize=int8 with sweep, which quantises the model by itself: leave it out"
+    assert line == "quantize=int8 with sweep, which quantizes the model by itself: leave it out"
     line = fails(capsys, 2, "test", "--config", config, "--ckpt_path", "none", "--sweep")
     assert line == "sweep measures a trained model: give --ckpt_path"
     dense = ["--config", config, "--model.moe", "null", "--run_dir", str(tmp_path / "dense")]

@@ -48,7 +48,7 @@ def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(work, "train", stopping)
     assert moesaic(argv) == 130
-    assert f"To go on: moesaic compare {config}" in capsys.readouterr().err
+    assert f"To continue: moesaic compare {config}" in capsys.readouterr().err
     stop_after = 99
     assert moesaic(argv) == 0
     # 2 rates of two systems, then a seed of three: each once, the three before the stop not again.
@@ -120,7 +120,7 @@ def test_a_termination_is_no_success_and_says_how_to_go_on(config, tmp_path, mon
 
     monkeypatch.setattr(work.Work, "show", terminated)
     assert moesaic(argv) == 143
-    assert f"terminated; what is finished is kept. To go on: moesaic {' '.join(argv)}" in capsys.readouterr().err
+    assert f"terminated; what is finished is kept. To continue: moesaic {' '.join(argv)}" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not multiprocessing.active_children()
 
@@ -142,7 +142,7 @@ def test_a_termination_outside_lightnings_loops_is_one_too(config, tmp_path, mon
     with monkeypatch.context() as patched:
         patched.setattr(kind, hook, terminated)
         assert moesaic(argv) == 143
-    assert "terminated; what is finished is kept. To go on: moesaic compare" in capsys.readouterr().err
+    assert "terminated; what is finished is kept. To continue: moesaic compare" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finished = [path.parts[-3] for path in output.glob("units/*/*/result.json")]
     assert finished == (["sparse"] if kind is compare_app.Centroids else [])

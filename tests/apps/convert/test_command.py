@@ -165,18 +165,18 @@ def test_what_no_run_with_updates_becomes_is_one_line(runs, tmp_path, adapted, c
     there = sorted(path.name for path in tmp_path.iterdir())
     end = ["--output", str(tmp_path / "new"), "--batches", "0"]
     for argv, message in (
-        (["merge"], "the updates cannot be merged: router TokenChoice gives tokens gates of their own: densify"),
+        (["merge"], "the adapters cannot be merged: router TokenChoice gives tokens gates of their own: densify"),
         (["merge", "--weights", "1"], "--how, --weights and --moe are for several runs"),
-        (["merge", str(runs / "dense")], "make them a part of these first, by moesaic convert merge"),
-        (["prune", "--keep", "1"], "has updates beside its linear layers"),
-        (["adapt", "--moe", str(runs / "lora.yaml"), "--modules", "*"], "has updates beside its linear layers"),
+        (["merge", str(runs / "dense")], "merge them first, by moesaic convert merge"),
+        (["prune", "--keep", "1"], "has adapters on its linear layers"),
+        (["adapt", "--moe", str(runs / "lora.yaml"), "--modules", "*"], "has adapters on its linear layers"),
     ):
         assert message in fails(capsys, 1, "convert", argv[0], "--ckpt_path", run, *argv[1:], *end)
     assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
 def test_one_expert_as_a_dense_run(runs, tmp_path):
-    new, _ = convert("specialise", runs / "sparse", output=tmp_path / "new", expert=2)
+    new, _ = convert("specialize", runs / "sparse", output=tmp_path / "new", expert=2)
     dense = apps.load(runs / "sparse")
     dense.model = core.cut_out(dense.model, expert=2)
     assert_close(outputs(new), outputs(dense))
@@ -185,7 +185,7 @@ def test_one_expert_as_a_dense_run(runs, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["prune", "--keep", "two"], 2, "'two' is neither a whole number nor a share such as 0.5"),
+        (["prune", "--keep", "two"], 2, "'two' is neither an integer nor a share such as 0.5"),
         (["prune", "--keep", "2"], 1, "--batches 0 leaves out the statistics"),
         (["prune", "--keep", "2", "--kept", "3"], 2, "kept does not exist; did you mean 'keep'?"),
         (["densify", "--how", "mean"], 1, "how='mean' is not one of average, use"),
@@ -197,9 +197,9 @@ def test_one_expert_as_a_dense_run(runs, tmp_path):
             "moe.yaml has no model.moe.expert, which is an update",
         ),
         (["upcycle", "--moe", "missing.yaml"], 2, "no configuration missing.yaml"),
-        (["specialise"], 1, "one of --task, --domain, --expert, --pair and --keep"),
-        (["specialise", "--task", "0"], 1, "does not decide by the task alone"),
-        (["specialise", "--pair", "en-de"], 1, "VisionClassifier knows no parts of its data by name"),
+        (["specialize"], 1, "one of --task, --domain, --expert, --pair and --keep"),
+        (["specialize", "--task", "0"], 1, "does not decide by the task alone"),
+        (["specialize", "--pair", "en-de"], 1, "VisionClassifier knows no parts of its data by name"),
         (["merge"], 2, "is one run: merge takes two or more"),
         (["melt"], 2, "invalid choice: 'melt'"),
     ],
@@ -248,6 +248,6 @@ def test_a_checkpoint_without_a_configuration_has_no_batches(runs, tmp_path, cap
 def test_a_converted_checkpoint_is_not_gone_on_with(runs, tmp_path, capsys):
     convert("densify", runs / "sparse", output=tmp_path / "new")
     assert main(["fit", "--ckpt_path", str(tmp_path / "new"), "--run_dir", str(tmp_path / "on")]) == 2
-    assert "has no optimizer's state to go on with: begin anew, --weights" in capsys.readouterr().err
+    assert "has no optimizer state to continue with: start a new run with --weights" in capsys.readouterr().err
     assert "is an option of fit" in fails(capsys, 2, "test", "--weights", str(tmp_path / "new"))
     assert "give --run_dir" in fails(capsys, 2, "fit", "--weights", str(tmp_path / "new"))

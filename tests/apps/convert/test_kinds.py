@@ -64,7 +64,7 @@ def test_like_experts_are_merged(runs):
     ("options", "message"),
     [
         ({"keep": 5}, "keep=5 exceeds num_experts=4"),
-        ({"keep": 1.5}, "keep=1.5 is neither a whole number nor a share between 0 and 1"),
+        ({"keep": 1.5}, "keep=1.5 is neither an integer nor a share between 0 and 1"),
         ({"constants": True, "merge": True}, "an expert that goes is merged or becomes a constant"),
     ],
 )
@@ -84,7 +84,7 @@ def test_one_pair_of_a_translator_is_the_dense_model_of_the_pair(tmp_path):
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(sparse)
     trainer.save_checkpoint(tmp_path / "best.ckpt")
-    argv = ["convert", "specialise", "--ckpt_path", str(tmp_path / "best.ckpt"), "--batches", "0"]
+    argv = ["convert", "specialize", "--ckpt_path", str(tmp_path / "best.ckpt"), "--batches", "0"]
     assert main([*argv, "--pair", "en-fr", "--output", str(tmp_path / "new")]) == 0
     dense = apps.load(tmp_path / "new")
     assert isinstance(dense, Translator)

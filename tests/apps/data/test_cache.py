@@ -56,7 +56,7 @@ def test_what_the_disk_refuses_is_one_line_that_names_the_cache_or_the_file(tmp_
     assert message == "'/data/own.csv' cannot be read while making tea (No such file or directory)"
 
 
-def test_the_default_cache_honours_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_cache_honors_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_root(None) == tmp_path / "moesaic"
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -22,8 +22,8 @@ def test_numbers_and_shares_are_sizes(size):
     "size, message",
     [
         (-1, "val_size=-1 must not be negative"),
-        (1.0, "val_size=1.0 is neither a whole number nor a share below 1"),
-        (1.5, "val_size=1.5 is neither a whole number nor a share below 1"),
+        (1.0, "val_size=1.0 is neither an integer nor a share below 1"),
+        (1.5, "val_size=1.5 is neither an integer nor a share below 1"),
     ],
 )
 def test_others_are_refused(size, message):

@@ -202,7 +202,7 @@ def test_a_text_and_what_follows_it(browser, served):
     assert "the green fox" in tab.press("Continue")
     assert tab.words()[0].split()[0] == "</s>"  # with which texts begin
     tab.page.get_by_label("Subwords to write, at most").fill("four")
-    assert tab.problem("Continue") == "Subwords to write, at most='four' is not a whole number"
+    assert tab.problem("Continue") == "Subwords to write, at most='four' is not an integer"
     tab.end()
 
 

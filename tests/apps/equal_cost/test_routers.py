@@ -27,10 +27,13 @@ model:
 
 def test_an_overlay_of_experts_keeps_router_and_balance(tmp_path: Path):
     (tmp_path / "experts.yaml").write_text(EXPERTS)
-    moe = core.MoEConfig(8, core.TokenChoice(1), balance=core.Balance(load_balancing=0.5))
+    moe = core.MoEConfig(8, core.TokenChoice(1), balance=core.Balance(load_balancing_loss=0.5))
     other = routers.with_router(moe, str(tmp_path / "experts.yaml"))
     assert other == core.MoEConfig(
-        3, core.TokenChoice(1), core.Mixed((core.FFN(8), core.Zero()), (2, 1)), balance=core.Balance(load_balancing=0.5)
+        3,
+        core.TokenChoice(1),
+        core.Mixed((core.FFN(8), core.Zero()), (2, 1)),
+        balance=core.Balance(load_balancing_loss=0.5),
     )
 
 

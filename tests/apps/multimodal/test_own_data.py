@@ -1,4 +1,4 @@
-"""A user's catalogue of images with titles becomes a configuration; what belongs to other apps does not."""
+"""A user's catalog of images with titles becomes a configuration; what belongs to other apps does not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def titles(count: int, image: str = "{}") -> list[dict[str, str]]:
     return [{"id": image.format(n), "price": str(n % 7), "title": f"red shoe number {n}"} for n in range(count)]
 
 
-def test_a_catalogue_is_recognised_and_can_be_read(tmp_path):
+def test_a_catalog_is_recognized_and_can_be_read(tmp_path):
     shop = tmp_path / "shop"
     write_pictures(shop / "photos" / "all", 240)
     write_csv(shop / "catalogue.csv", titles(240))
@@ -77,7 +77,7 @@ def test_the_column_that_names_most_files_is_that_of_the_images(tmp_path):
     assert (arguments["image_column"], arguments["image_pattern"]) == ("photo", "photos/{}")
 
 
-def test_a_datasets_own_layout_is_recognised(tmp_path):
+def test_a_datasets_own_layout_is_recognized(tmp_path):
     write_products(tmp_path / "products", [f"title {n}" for n in range(20)])
     made = config_for(given(tmp_path / "products", tmp_path))
     assert made.config["data"]["init_args"]["dataset"] == "fashion_products"

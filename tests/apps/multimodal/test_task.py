@@ -106,7 +106,7 @@ def test_without_data_there_must_be_an_image(made, file):
     model, _ = made
     alone = model.task.exhibit(None, 3)
     assert alone.examples == ()
-    assert alone.about.endswith("took each patch and each piece.")
+    assert alone.about.endswith("took each patch and each subword.")
     assert len(answered(alone, file, TEXTS).parts) == 2
     with pytest.raises(ValueError, match="Image: there is none yet"):
         answered(alone, None, TEXTS)

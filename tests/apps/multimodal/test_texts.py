@@ -54,8 +54,12 @@ def test_a_checkpoints_tokenizer_must_be_the_one_that_is_asked_for(tmp_path):
     of_pieces, of_learned = (options.encoding(CAPTIONS, tmp_path) for options in (pieces, learned))
     TextOptions().check(of_pieces, tmp_path)  # nothing is asked for
     cases = [
-        (pieces, of_learned, r"tokenizer asks for the 13 pieces of .*encoder, and the checkpoint has \d+ subwords"),
-        (learned, of_pieces, "tokenizer asks for 300 learned subwords, and the checkpoint has 13 pieces of a sentence"),
+        (pieces, of_learned, r"tokenizer asks for the 13 subwords of .*encoder, and the checkpoint has \d+ subwords"),
+        (
+            learned,
+            of_pieces,
+            "tokenizer asks for 300 learned subwords, and the checkpoint has 13 subwords of a sentence",
+        ),
         (TextOptions(SubwordConfig(vocab_size=270)), of_learned, "asks for 270 learned subwords, and the checkpoint"),
         (TextOptions(max_tokens=9), of_learned, "max_tokens=9 is not the checkpoint's, .* with max_tokens=32"),
         (TextOptions(lower_case=False), of_learned, "lower_case=False is not the checkpoint's"),

@@ -63,5 +63,5 @@ def test_what_does_not_fit_is_refused():
     top1 = core.MoEConfig(4, core.TokenChoice(1), MOE.expert)
     with pytest.raises(ValueError, match=r"layer '1' cannot begin as the dense network: .* do not sum to a constant"):
         begin_as(net(top1), net(DENSE), top1)
-    with pytest.raises(ValueError, match=r"is another beside its MoE layers: 2\.w_in\.weight"):
+    with pytest.raises(ValueError, match=r"differs outside its MoE layers: 2\.w_in\.weight"):
         begin_as(net(MOE, DENSE), net(DENSE, core.DenseFFN(7)), MOE)

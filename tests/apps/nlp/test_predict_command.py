@@ -212,7 +212,7 @@ def test_a_file_goes_on_where_a_killed_run_stopped_to_the_same_lines(name, tmp_p
     assert not path.exists()
     partial = tmp_path / f"{name}.partial"
     assert partial.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:4])
-    assert caplog.messages[-1] == f"4 predictions are in {partial}: a run like this one goes on after them"
+    assert caplog.messages[-1] == f"4 predictions are in {partial}: a run like this one continues after them"
     with open(partial, "a") as file:
         file.write("half a li")  # what a kill leaves behind the last note
 

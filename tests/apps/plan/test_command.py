@@ -238,12 +238,12 @@ def test_wrong_usage_is_one_line(argv, line, capsys):
     "argv, line",
     [
         ((*DIGITS[:2], "--gpus", "8", "--gpu", "h10"), "gpu='h10' is not one of a100"),
-        ((*DIGITS, "--gpus", "12"), "gpus=12 is no whole number of nodes: gpus_per_node=8"),
+        ((*DIGITS, "--gpus", "12"), "gpus=12 is not a multiple of gpus_per_node=8"),
         ((*DIGITS, "--gpus", "0"), "gpus=0 must be at least 1"),
         ((*DIGITS, "--gpus", "8", "--precision", "8-bit"), "precision='8-bit' is not one of"),
         ((*DIGITS, "--gpus", "8", "--efficiency", "2"), "efficiency=2 must lie in (0, 1]"),
         ((*TEXT, "--gpus", "8", "--batch", "2", "--tokens_per_gpu", "256"), "say the same: give one of them"),
-        ((*TEXT, "--gpus", "8", "--tokens_per_gpu", "200"), "no whole number of examples of 128 tokens"),
+        ((*TEXT, "--gpus", "8", "--tokens_per_gpu", "200"), "is not a multiple of an example's 128 tokens"),
         ((*TEXT, "--gpus", "8", "--model.moe.num_expert", "4"), "num_expert"),
     ],
 )

@@ -27,7 +27,7 @@ from apps.plan.formulas import (
 @pytest.mark.parametrize(
     "ranks, stride, node, per_node",
     [
-        (16, 1, 8, 8),  # neighbours: two whole nodes
+        (16, 1, 8, 8),  # neighbors: two whole nodes
         (4, 1, 8, 4),
         (16, 4, 8, 2),  # every fourth rank: two of them on a node of eight
         (16, 8, 8, 1),
@@ -52,9 +52,9 @@ def test_sums_and_gathers_send_all_but_the_own_part():
 
 
 def test_an_exchange_of_one_level_of_two_levels_and_to_parts_of_experts():
-    # 16 ranks get 1/16 each: 7 neighbours, and 8 ranks of the other node.
+    # 16 ranks get 1/16 each: 7 neighbors, and 8 ranks of the other node.
     assert all_to_all(1600, experts=16, hidden=1, nodes=1, node=8) == Traffic(700, 800, 15)
-    # By way of a neighbour: 7/8 to the neighbours, then half to the other node.
+    # By way of a neighbor: 7/8 to the neighbors, then half to the other node.
     assert all_to_all(1600, experts=8, hidden=1, nodes=2, node=8) == Traffic(1400, 800, 8)
     # Each row to both ranks that have half of its expert: 3200 bytes among 4 ranks of a node.
     assert all_to_all(1600, experts=2, hidden=2, nodes=1, node=8) == Traffic(2400, 0, 3)

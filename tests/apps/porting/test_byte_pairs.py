@@ -55,5 +55,5 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / FILE).write_bytes(b"no gzip")
     with pytest.raises(ValueError, match=r"bpe_simple_vocab_16e6.txt.gz cannot be read"):
         BytePairs.of(tmp_path)
-    with pytest.raises(ValueError, match=r"the merge 'sh o' is not of two pieces"):
+    with pytest.raises(ValueError, match=r"the merge 'sh o' does not join two"):
         BytePairs(["sh o"])

@@ -82,8 +82,8 @@ def test_files_that_cannot_be_read(tmp_path):
     assert message(model_type="t5") == "F/config.json says no vocab_size"
     assert message(model_type="bert", vocab_size=9).startswith("model_type='bert' is not one of t5, mt5, switch_")
     assert message(model_type="t5", vocab_size=9).startswith("F holds no weights: neither model.safetensors nor")
-    assert message(model_type=["t5"]) == "F/config.json says model_type=['t5'], which is no name"
-    assert message(model_type="t5", vocab_size="abc") == "F/config.json says vocab_size='abc', which is no whole number"
+    assert message(model_type=["t5"]) == "F/config.json says model_type=['t5'], which is not a name"
+    assert message(model_type="t5", vocab_size="abc") == "F/config.json says vocab_size='abc', which is not an integer"
     (tmp_path / "config.json").write_text("{")
     assert message().startswith("F/config.json cannot be read: Expecting property name")
     (tmp_path / "config.json").write_text("[]")

@@ -30,14 +30,14 @@ def test_weights_go_into_a_model_that_is_built_as_theirs(tmp_path):
         EXPERTS,
         router=core.TokenChoice(top_k=1, jitter_eps=0.1),
         capacity_factor=1.25,
-        balance=core.Balance(load_balancing=0.5),
+        balance=core.Balance(load_balancing_loss=0.5),
     )
     model = switch_model(replace(T5, dropout=0.3, ffn_dropout=0.2), ffn=moe)
     load_pretrained_weights(model, tmp_path)
     assert same_weights(model, load_pretrained(tmp_path))
 
 
-def test_nllb_gates_normalised_after_drops_are_written_so_and_are_no_misfit(tmp_path):
+def test_nllb_gates_normalized_after_drops_are_written_so_and_are_no_misfit(tmp_path):
     # Without a capacity nothing is dropped, so that the logits are the same.
     before = TranslationModel(NLLB, source_vocab=VOCAB, ffn=two_of_four()).eval()
     kept = replace(two_of_four(), router=core.TokenChoice(top_k=2, normalize="kept"))
@@ -169,8 +169,12 @@ def test_what_published_architectures_lack_is_named(build, message):
         ("qwen3_moe", {"attention_bias": True}, "attention_bias=True: our models have no bias after attention"),
         ("m2m_100", {"encoder_ffn_dim": 7}, "encoder_ffn_dim=7 is not decoder_ffn_dim=128: here they are one"),
         ("nllb-moe", {"second_expert_policy": "sampling"}, "second_expert_policy='sampling' is not one of all, random"),
-        ("t5", {"d_model": "16"}, "config.json of a t5 says d_model='16', which is no whole number"),
-        ("m2m_100", {"encoder_layers": True}, "config.json of a m2m_100 says encoder_layers=True, which is no whole"),
+        ("t5", {"d_model": "16"}, "config.json of a t5 says d_model='16', which is not an integer"),
+        (
+            "m2m_100",
+            {"encoder_layers": True},
+            "config.json of a m2m_100 says encoder_layers=True, which is not an integer",
+        ),
         ("t5", {"dropout_rate": None}, "config.json of a t5 holds a value of another kind than it should: float()"),
         ("mixtral", {"rope_parameters": [1]}, "config.json of a mixtral holds a value of another kind than it"),
         ("t5", {"eos_token_id": []}, "config.json says eos_token_id=[], which is no id"),

@@ -24,8 +24,8 @@ class Slow:
         self.quick_gelu = quick_gelu
 
     def norm(self, x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        scaled = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         return scaled * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
 
     def act(self, x):
@@ -161,7 +161,7 @@ def test_sizes(tmp_path):
     assert image_tower.tokens(torch.zeros(1, 3, 8, 8)).shape == (1, 5, IMAGE_DIM)
     assert text_tower.tokens(torch.ones(1, 4, dtype=torch.long)).shape == (1, 4, TEXT_DIM)
     assert image_tower.out_dim == text_tower.out_dim == OUT_DIM
-    with pytest.raises(ValueError, match="a text of 8 pieces exceeds max_positions=7"):
+    with pytest.raises(ValueError, match="a text of 8 subwords exceeds max_positions=7"):
         text_tower(torch.ones(1, 8, dtype=torch.long))
     with pytest.raises(ValueError, match="image_size=10 is not divisible by patch_size=4"):
         ClipImageTower(image_tower.config, 10, OUT_DIM)

@@ -43,8 +43,8 @@ def by_hand(folder, ids):
     w = load_file(folder / "model.safetensors")
 
     def norm(x, name):
-        centred = x - x.mean(1, keepdim=True)
-        scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-12).sqrt()
+        centered = x - x.mean(1, keepdim=True)
+        scaled = centered / (centered.square().mean(1, keepdim=True) + 1e-12).sqrt()
         return scaled * w[f"{name}.LayerNorm.weight"] + w[f"{name}.LayerNorm.bias"]
 
     def linear(x, name):
@@ -119,7 +119,7 @@ def test_a_mixture_in_the_tower_routes_no_padding():
     assert recorded.routing.tokens_per_expert_E.sum() == 2 * (5 + 3)  # two experts for each of 8 pieces
     assert_close(both[1:], tower(ids_BL[1:, :3]))
     assert not torch.equal(tower.train()(ids_BL), both)  # dropout
-    with pytest.raises(ValueError, match="a text of 17 pieces exceeds max_positions=16"):
+    with pytest.raises(ValueError, match="a text of 17 subwords exceeds max_positions=16"):
         tower(torch.ones(1, 17, dtype=torch.long))
 
 

@@ -30,7 +30,7 @@ def test_every_dataset_has_its_reader(name: str) -> None:
     dataset = RECSYS_DATASETS[name]
     assert dataset.name == name
     assert dataset.app == "recsys"
-    assert dataset.licence
+    assert dataset.license
     assert datasets.find(name) is dataset
     assert callable(getattr(importlib.import_module(f"apps.recsys.readers.{dataset.module}"), f"read_{name}"))
     assert pickle.loads(pickle.dumps(dataset)) == dataset

@@ -14,7 +14,7 @@ NAN = math.nan
 
 
 def test_errors_of_numbers():
-    # Errors 1, 0, -2 over the labels 1, 2, 6 of mean 3: squares 5 of 4 + 1 + 9 = 14; the unlabelled row counts nowhere.
+    # Errors 1, 0, -2 over the labels 1, 2, 6 of mean 3: squares 5 of 4 + 1 + 9 = 14; the unlabeled row counts nowhere.
     made = number_metrics(np.array([0.0, 2.0, 8.0, 99.0]), np.array([1.0, 2.0, 6.0, NAN]))
     values = made.values()
     assert made.num_examples == 3

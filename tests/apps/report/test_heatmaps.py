@@ -27,11 +27,11 @@ def test_maps_have_a_row_for_each_label_with_a_token_and_one_for_all():
     assert one.value_title == "share of the class's tokens, %"
 
 
-def test_of_many_labels_the_most_specialised_are_kept():
+def test_of_many_labels_the_most_specialized_are_kept():
     counts = np.full((50, 2), 5)
     counts[[7, 30]] = [[10, 0], [0, 10]]
     names = [f"class {i}" for i in range(50)]
     (one,) = maps_by_label({"block 1": counts}, names, "Which", "class", most_rows=2)
-    assert one.title == "Which: the most specialised of 50, block 1"
+    assert one.title == "Which: the most specialized of 50, block 1"
     assert one.rows == ("class 7 (2 %)", "class 30 (2 %)", "all")
     assert one.values[-1] == pytest.approx((50, 50))

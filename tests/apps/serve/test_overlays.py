@@ -27,7 +27,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 REFUSED: dict[str, str] = {}
 """The overlays that have no form in ONNX, and the error of each."""
-QUANTISED = [path for path in OVERLAYS if path.parent.name == "experts" and not path.stem.startswith("peer")]
+QUANTIZED = [path for path in OVERLAYS if path.parent.name == "experts" and not path.stem.startswith("peer")]
 """Overlays of experts with matrices: those of PEER are tables."""
 
 
@@ -90,8 +90,8 @@ def test_an_overlay_is_computed_as_in_eager_mode_or_refused_by_name(path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("path", QUANTISED, ids=name)
-def test_quantised_experts_of_an_overlay_are_computed_as_in_eager_mode(path, bits, tmp_path):
+@pytest.mark.parametrize("path", QUANTIZED, ids=name)
+def test_quantized_experts_of_an_overlay_are_computed_as_in_eager_mode(path, bits, tmp_path):
     graph = graph_of([path])
     core.quantize_experts(graph.network, bits)
     check(graph, tmp_path / "overlay.onnx", "fastest")

@@ -22,7 +22,7 @@ from apps.compare.experiment import Experiment
 from apps.train.sparsified import SparsifyConfig, sparsified
 from apps.train.step.module import TaskOutput
 
-LAYERS = core.MoEConfig(4, core.TokenChoice(2), balance=core.Balance(load_balancing=0.5))
+LAYERS = core.MoEConfig(4, core.TokenChoice(2), balance=core.Balance(load_balancing_loss=0.5))
 
 
 class Steady(TinyModule):

@@ -18,7 +18,7 @@ from apps.train.sparsified import SparsifyConfig, sparsified
 from core.convert import SplitStart
 
 LAYERS = core.MoEConfig(
-    4, core.TokenChoice(2, expert_bias=True), balance=core.Balance(load_balancing=0.5, router_z=0.0)
+    4, core.TokenChoice(2, expert_bias=True), balance=core.Balance(load_balancing_loss=0.5, router_z_loss=0.0)
 )
 CONFIG = SparsifyConfig("blocks.*", LAYERS, metric="val_acc")
 
@@ -37,7 +37,7 @@ def written_out(sparse: LightningModule, batch, lr: float) -> None:
 
 
 @pytest.mark.parametrize("returns", ["tensor", "dict"])
-def test_a_step_minimises_the_tasks_loss_plus_the_balance_losses_and_moves_the_biases(returns, tmp_path: Path) -> None:
+def test_a_step_minimizes_the_tasks_loss_plus_the_balance_losses_and_moves_the_biases(returns, tmp_path: Path) -> None:
     sparse = sparsified(Net(lr=0.1, returns=returns), CONFIG)
     expected = copy.deepcopy(sparse)
     data = Points(batch_size=24)
@@ -48,8 +48,8 @@ def test_a_step_minimises_the_tasks_loss_plus_the_balance_losses_and_moves_the_b
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-6, atol=1e-7)
     assert sparse.blocks[0].moe.router.expert_bias.abs().max() > 0
     logged = rows(tmp_path)[0]
-    # aux_loss = 0.5 load_balancing: the weight times the one term in use.
-    assert float(logged["train/aux_loss"]) == pytest.approx(0.5 * float(logged["train/load_balancing"]), rel=1e-6)
+    # aux_loss = 0.5 load_balancing_loss: the weight times the one term in use.
+    assert float(logged["train/aux_loss"]) == pytest.approx(0.5 * float(logged["train/load_balancing_loss"]), rel=1e-6)
     assert 1 <= float(logged["routing/blocks.0.moe/load_imbalance"]) <= 4
 
 

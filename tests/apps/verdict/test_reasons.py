@@ -79,7 +79,7 @@ def test_more_seeds_do_not_decide_what_the_examples_leave_open():
 
 def test_what_is_nearly_zero_is_called_so():
     (line,) = changes(both("undecided", "pays", gain(1e-5, 0.02, example_variance=0.01)), [], 10, 1.0)
-    assert "the difference is small beside its spread" in line
+    assert "the difference is small compared to its spread" in line
 
 
 def test_causes_have_their_remedies_and_a_short_training_is_named():

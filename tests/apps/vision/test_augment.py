@@ -82,7 +82,7 @@ def test_mixing_is_the_same_for_image_and_label() -> None:
             mixed, soft = mix(images, drawn), mix_labels(labels, 5, drawn.share)
             assert soft.shape == (4, 5)
             torch.testing.assert_close(soft.sum(1), torch.ones(4))
-            # the mean pixel is lambda * n + (1 - lambda) * neighbour, and so is the mean label
+            # the mean pixel is lambda * n + (1 - lambda) * neighbor, and so is the mean label
             torch.testing.assert_close(mixed.mean((1, 2, 3)), soft @ torch.arange(5.0))
 
 

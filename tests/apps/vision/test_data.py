@@ -187,7 +187,7 @@ def test_drop_last(tmp_path: Path) -> None:
         ({"image_size": 0}, "image_size=0 must be at least 1"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"subset": 0}, "subset=0 must be at least 1"),
-        ({"val_size": 1.0}, r"val_size=1\.0 is neither a whole number nor a share below 1"),
+        ({"val_size": 1.0}, r"val_size=1\.0 is neither an integer nor a share below 1"),
         ({"val_size": -5}, "val_size=-5 must not be negative"),
         ({"eval_crop": 0.875}, "eval_crop=0.875 is for folders of images; digits is never cropped"),
         ({"mean": (0.5, 0.5, 0.5)}, r"mean=\(0.5, 0.5, 0.5\) has 3 values for 1 channels"),

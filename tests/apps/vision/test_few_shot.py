@@ -15,8 +15,8 @@ def clusters(per_class, spread, seed=0):
     """Three classes around the corners of a triangle in 4 dimensions, of which 2 are noise."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(3), per_class)
-    centres = np.array([[3, 0, 0, 0], [-3, 0, 0, 0], [0, 3, 0, 0]], dtype=float)
-    return centres[labels] + spread * rng.standard_normal((len(labels), 4)), labels
+    centers = np.array([[3, 0, 0, 0], [-3, 0, 0, 0], [0, 3, 0, 0]], dtype=float)
+    return centers[labels] + spread * rng.standard_normal((len(labels), 4)), labels
 
 
 def test_shots_are_drawn_class_by_class_and_by_seed():

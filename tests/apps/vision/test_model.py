@@ -187,7 +187,7 @@ def test_left_out_patches_keep_the_positions_they_had():
     assert tape.entries[0].context.token_ids_BS.shape == (2, 18)
 
 
-def test_an_image_does_not_depend_on_its_neighbours_without_a_capacity():
+def test_an_image_does_not_depend_on_its_neighbors_without_a_capacity():
     model = build(moe=MOE).eval()
     x = images(4)
     assert_close(model(x)[:1], model(x[:1]))

@@ -316,7 +316,7 @@ def test_it_learns_and_its_checkpoint_loads_with_plain_values(tmp_path):
     fit.fit(module, datamodule=data)
     assert fit.callback_metrics["val/top1"] > 0.2  # guessing gets 0.1
     assert fit.callback_metrics["val/loss"] < start
-    assert {"train/load_balancing", "train/router_z", "train/aux_loss"} <= fit.logged_metrics.keys()
+    assert {"train/load_balancing_loss", "train/router_z_loss", "train/aux_loss"} <= fit.logged_metrics.keys()
     for measure in ("load_imbalance", "entropy", "drop_rate", "dead_experts"):
         assert f"val/routing/model.blocks.1.mlp/{measure}" in fit.callback_metrics
     fit.save_checkpoint(tmp_path / "m.ckpt")

@@ -46,7 +46,7 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
     assert [s.title for s in load_sections(folder)] == [
         "Answers",
         "What the experts are used for",
-        "Few labelled images",
+        "Few labeled images",
     ]
     assert "Few-shot linear evaluation" in repr(load_sections(folder))
     assert capsys.readouterr().out == ""

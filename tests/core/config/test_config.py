@@ -24,7 +24,7 @@ CONFIGS = [
         8,
         TokenChoice(2, score_func="sigmoid", expert_bias=True, num_groups=4, limited_groups=2, scale=2.5),
         group=16,
-        balance=Balance(load_balancing=0.0, router_z=1e-4),
+        balance=Balance(load_balancing_loss=0.0, router_z_loss=1e-4),
         backend="eager",
     ),
     MoEConfig(4, TokenChoice(noise="fixed"), balance=Balance(0.0, 0.0, importance=0.005, load=0.005)),
@@ -78,7 +78,7 @@ def test_plain_form_is_the_yaml_schema():
         "class_path": "core.SwiGLU",
         "init_args": {"hidden_dim": 16, "activation": "silu", "bias": False},
     }
-    expected = {"load_balancing": 0.01, "router_z": 0.001, "importance": 0.0, "load": 0.0, "scope": "global"}
+    expected = {"load_balancing_loss": 0.01, "router_z_loss": 0.001, "importance": 0.0, "load": 0.0, "scope": "global"}
     assert expected.items() <= plain["balance"].items()
     assert plain["capacity_factor"] is None
 

@@ -72,7 +72,7 @@ def test_an_entry_tells_the_routing_the_context_and_the_layers_own_balance():
     assert entry.name == ""
     assert entry.context is context
     assert entry.balance is layer.balance
-    assert {"load_balancing", "router_z", "importance"} < entry.terms
+    assert {"load_balancing_loss", "router_z_loss", "importance"} < entry.terms
     assert "load" not in entry.terms  # no noise
     assert entry.routing.tokens_per_expert_E.sum() == 2
 

@@ -16,7 +16,7 @@ import core
 
 FFN = core.FFN(hidden_dim=16)
 TOP2 = core.MoEConfig(4, core.TokenChoice(top_k=2), FFN)
-NO_BALANCE = core.Balance(load_balancing=0.0, router_z=0.0)
+NO_BALANCE = core.Balance(load_balancing_loss=0.0, router_z_loss=0.0)
 
 
 def names(findings):
@@ -38,7 +38,7 @@ def test_a_collapsed_load():
     (finding,) = (f for f in training.findings() if f.name == "collapsed_load")
     assert finding.severity == "error"
     assert finding.figures["experts_in_use"] < 1.75  # 1 + a quarter of the 3 others
-    assert "balance.load_balancing of 0.01" in finding.remedy
+    assert "balance.load_balancing_loss of 0.01" in finding.remedy
 
 
 def test_a_dead_expert():
@@ -226,7 +226,7 @@ def test_a_gate_of_a_task_that_one_expert_has_taken():
         ((net(x).mean(-1) - target) ** 2).mean().backward()
         optimizer.step()
     (finding,) = core.diagnose(net, [x])
-    assert (finding.name, finding.layer) == ("polarised_gates", "moe.task0")
+    assert (finding.name, finding.layer) == ("polarized_gates", "moe.task0")
     assert finding.evidence.startswith("the gate gives expert 2 ")
 
 

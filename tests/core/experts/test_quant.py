@@ -1,4 +1,4 @@
-"""Quantised experts of every kind: what they compute, keep, count and refuse."""
+"""Quantized experts of every kind: what they compute, keep, count and refuse."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def layer_of(kind, router=None, **options):
     return layer
 
 
-def dequantised(layer, quantised):
-    """Return ``layer`` with the numbers that ``quantised`` stands for, in floating point."""
-    layer, of = copy.deepcopy(layer), dict(quantised.named_modules())
+def dequantized(layer, quantized):
+    """Return ``layer`` with the numbers that ``quantized`` stands for, in floating point."""
+    layer, of = copy.deepcopy(layer), dict(quantized.named_modules())
     for name, parameter in layer.named_parameters():
         if hasattr(of.get(name), "scales"):
             parameter.data = of[name].weight.dequantized()
@@ -68,16 +68,16 @@ def dequantised(layer, quantised):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_every_kind_computes_what_its_dequantised_matrices_do(kind, bits):
+def test_every_kind_computes_what_its_dequantized_matrices_do(kind, bits):
     layer = layer_of(KINDS[kind])
-    quantised = core.quantize_experts(copy.deepcopy(layer), bits)
+    quantized = core.quantize_experts(copy.deepcopy(layer), bits)
     x = torch.randn(2, 16, 12)
-    expected = dequantised(layer, quantised)(x)
+    expected = dequantized(layer, quantized)(x)
     assert not torch.equal(expected, layer(x))
     with torch.no_grad():
         for backend in BACKENDS:
-            quantised.backend = backend
-            torch.testing.assert_close(quantised(x), expected, rtol=1e-5, atol=1e-5)
+            quantized.backend = backend
+            torch.testing.assert_close(quantized(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_so_does_every_way_of_asking(router, options, kind):
     if kind == "LoRA" and options:
         options = {"num_shared_experts": 1, "shared_expert": LoRA(2)}
     layer = layer_of(KINDS[kind], router, **options)
-    quantised = core.quantize_experts(copy.deepcopy(layer), 4, group_size=2)
+    quantized = core.quantize_experts(copy.deepcopy(layer), 4, group_size=2)
     x = torch.randn(2, 8, 12)
     with torch.no_grad():
-        torch.testing.assert_close(quantised(x), dequantised(layer, quantised)(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(quantized(x), dequantized(layer, quantized)(x), rtol=1e-5, atol=1e-5)
     if layer.shared_experts is not None:
-        assert quantised.shared_experts.is_quantized
+        assert quantized.shared_experts.is_quantized
 
 
 @pytest.mark.parametrize("config", [core.MMoE(3), CGC(1, num_task_experts=1), core.OMoE(3), core.HoME(1), core.STAR()])
@@ -108,12 +108,12 @@ def test_so_do_layers_of_several_gates(config):
     torch.manual_seed(0)
     of_domains = isinstance(config, core.STAR)
     layer = config.build(8, 2, 3 if of_domains else 0).eval()
-    quantised = core.quantize_experts(copy.deepcopy(layer), 8)
+    quantized = core.quantize_experts(copy.deepcopy(layer), 8)
     x = torch.randn(6, 8)
     given = (core.RoutingContext(domain_ids_B=torch.arange(6) % 3),) if of_domains else ()
     with torch.no_grad():
-        torch.testing.assert_close(quantised(x, *given), dequantised(layer, quantised)(x, *given), rtol=1e-5, atol=1e-5)
-    assert core.active_params(quantised) == core.active_params(layer)
+        torch.testing.assert_close(quantized(x, *given), dequantized(layer, quantized)(x, *given), rtol=1e-5, atol=1e-5)
+    assert core.active_params(quantized) == core.active_params(layer)
 
 
 def test_buffers_stand_where_the_matrices_were():
@@ -230,8 +230,8 @@ def test_gradients_pass_through_frozen_matrices(backend, bits):
 
 def test_what_is_refused():
     for bits, group_size, rule in (
-        (3, None, "experts.w_in cannot be quantised: bits=3 is not one of 4, 8"),
-        (8, 8, "experts.w_in cannot be quantised: group_size=8 does not divide the 12 inputs"),
+        (3, None, "experts.w_in cannot be quantized: bits=3 is not one of 4, 8"),
+        (8, 8, "experts.w_in cannot be quantized: group_size=8 does not divide the 12 inputs"),
         (4, 7, "group_size=7 does not divide"),
     ):
         layer = layer_of(FFN(24))
@@ -244,16 +244,16 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"experts.w_out has weights that are not finite"):
         core.quantize_experts(layer)
     assert not layer.experts.is_quantized
-    with pytest.raises(ValueError, match="a Linear has no experts with matrices to quantise"):
+    with pytest.raises(ValueError, match="a Linear has no experts with matrices to quantize"):
         core.quantize_experts(torch.nn.Linear(2, 2))
     layer = core.quantize_experts(layer_of(FFN(24)))
-    with pytest.raises(ValueError, match="the experts experts are quantised already"):
+    with pytest.raises(ValueError, match="the experts experts are quantized already"):
         core.quantize_experts(layer)
     offloaded = layer_of(FFN(24))
     _kept = core.offload_experts(offloaded, 2 * core.expert_bytes(offloaded) // 4)
-    with pytest.raises(ValueError, match="the experts experts are offloaded: they are quantised before"):
+    with pytest.raises(ValueError, match="the experts experts are offloaded: they are quantized before"):
         core.quantize_experts(offloaded)
-    with pytest.raises(ValueError, match="quantised do not start anew"):
+    with pytest.raises(ValueError, match="are quantized and cannot be initialized"):
         layer.experts.init_each(torch.nn.init.xavier_uniform_)
     if torch.accelerator.is_available():
         return
@@ -274,7 +274,7 @@ def test_what_is_refused():
 )
 def test_conversions_come_before(convert):
     layer = core.quantize_experts(layer_of(FFN(24)), 8)
-    with pytest.raises(ValueError, match=r"FFNExperts are quantised: .* before core\.quantize_experts"):
+    with pytest.raises(ValueError, match=r"FFNExperts are quantized: .* before core\.quantize_experts"):
         convert(layer)
 
 

@@ -35,7 +35,7 @@ def python(*arguments: str) -> str:
 
 
 FLOATING = (*KERNELS["products"], *KERNELS["sums"])
-QUANTISED = ("up", "linear")
+QUANTIZED = ("up", "linear")
 WITHOUT_PRODUCTS = (*KERNELS["sort"], *KERNELS["gate"])
 SIMPLE = ("column_sums", "gate_grad", "sum_of_k", "sum_grad")
 FLOATS = ["--dtypes", "bfloat16", "--matrices", "float", "--arch"]
@@ -49,7 +49,7 @@ FURTHER_REPORTS = {
     "every tile": [*FLOATS, "80", "--widths", "whole", "--kernels", *FLOATING],
     "float32": [*FLOATS, "80", "--dtypes", "float32", "--widths", "whole", "--kernels", "linear", "sum_of_any"],
     "eights": [*FLOATS, "80", "--widths", "eights", "--kernels", "linear", *SIMPLE],
-    "quantised": [*FLOATS, "90", "--widths", "whole", "--kernels", *QUANTISED, "--matrices", "int8", "int4"],
+    "quantized": [*FLOATS, "90", "--widths", "whole", "--kernels", *QUANTIZED, "--matrices", "int8", "int4"],
     "odd": [*FLOATS, "80", "--widths", "odd", "--kernels", "linear", *SIMPLE],
 }
 """Those of slow tests."""
@@ -170,11 +170,11 @@ def test_no_tile_spills_where_rows_are_not_of_whole_tiles(further_reports):
 
 
 @pytest.mark.slow
-def test_products_by_quantised_matrices_build_however_they_are_stored(further_reports):
-    rows = further_reports["quantised"]
+def test_products_by_quantized_matrices_build_however_they_are_stored(further_reports):
+    rows = further_reports["quantized"]
     check(rows, "bfloat16")
     assert {row["matrices"] for row in rows} == {"int8", "int4"}
-    most = {kernel: sum(row["kernel"] == f"products.{kernel}" for row in rows) for kernel in QUANTISED}
+    most = {kernel: sum(row["kernel"] == f"products.{kernel}" for row in rows) for kernel in QUANTIZED}
     # int8 and int4, by channel and by group.
     assert most["linear"] >= 4 * len(tuning.HALF_TILES["linear"])
     assert most["up"] >= 4 * len(tuning.HALF_TILES["up"])

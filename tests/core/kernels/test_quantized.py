@@ -1,4 +1,4 @@
-"""Quantised weights: the numbers bit by bit, the errors that they are held to, and the products of every backend."""
+"""Quantized weights: the numbers bit by bit, the errors that they are held to, and the products of every backend."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def problem(dtype=torch.float32, K=13, N=9):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, None), (8, 1), (4, 13)])
-def test_a_product_is_that_of_the_dequantised_matrix(backend, bits, group_size):
+def test_a_product_is_that_of_the_dequantized_matrix(backend, bits, group_size):
     x, w, offsets_E = problem(torch.float64)
     b = torch.randn(4, 9, dtype=torch.float64)
     weight = quantize(w, bits, group_size)
@@ -107,7 +107,7 @@ def test_a_product_is_that_of_the_dequantised_matrix(backend, bits, group_size):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("many", [False, True])  # the cpu's two ways
-def test_an_ffn_is_that_of_the_dequantised_matrices(backend, bits, gated, many, monkeypatch):
+def test_an_ffn_is_that_of_the_dequantized_matrices(backend, bits, gated, many, monkeypatch):
     if many:
         monkeypatch.setattr("core.kernels.cpu.experts.FEW", 0)
     x, w, offsets_E = problem()
@@ -128,7 +128,7 @@ def _double(weights: FFNWeights) -> FFNWeights:
     return FFNWeights(*(None if t is None else t.double() for t in weights))
 
 
-def test_one_expert_is_dequantised_at_a_time(monkeypatch):
+def test_one_expert_is_dequantized_at_a_time(monkeypatch):
     x, w, offsets_E = problem()
     seen, write = [], QuantizedWeight.write_whole_numbers
     monkeypatch.setattr(

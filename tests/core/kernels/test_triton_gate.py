@@ -17,7 +17,7 @@ GATES = {
     "v-moe": (8, 2, {"normalize": False}),
     "scaled": (6, 2, {"normalize": False, "scale": 2.5}),
     "sigmoid": (7, 3, {"score_func": "sigmoid"}),
-    "sigmoid, not normalised": (12, 2, {"score_func": "sigmoid", "normalize": False}),
+    "sigmoid, not normalized": (12, 2, {"score_func": "sigmoid", "normalize": False}),
     "deepseek-v3": (12, 4, {"score_func": "sigmoid", "num_groups": 3, "limited_groups": 2, "scale": 2.5}),
     "deepseek-v2": (12, 2, {"num_groups": 6, "limited_groups": 2, "group_score": "max"}),
     "groups of one": (6, 3, {"num_groups": 6, "limited_groups": 3}),

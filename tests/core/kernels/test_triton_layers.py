@@ -33,7 +33,7 @@ def layer(backend: str, router: core.TokenChoice, **options: object) -> nn.Modul
             {"balance": core.Balance(load=0.01, importance=0.01)},
         ),
         (core.ExpertChoice(), {}),
-        (core.SoftSlots(), {"balance": core.Balance(load_balancing=0, router_z=0)}),
+        (core.SoftSlots(), {"balance": core.Balance(load_balancing_loss=0, router_z_loss=0)}),
     ],
     ids=["top-2", "capacity", "by score", "sigmoid and bias", "gshard", "noise", "expert choice", "soft"],
 )

@@ -1,4 +1,4 @@
-"""Products by quantised matrices in Triton's interpreter, against those of the dequantised ones."""
+"""Products by quantized matrices in Triton's interpreter, against those of the dequantized ones."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_product_equals_the_oracle(bits, group_size):
     assert not y[9:].any()
 
 
-def test_no_matrix_is_dequantised_as_a_whole(monkeypatch):
+def test_no_matrix_is_dequantized_as_a_whole(monkeypatch):
     weights = weights_of(True, False, 4, None)
     monkeypatch.setattr("core.kernels.quantized.dequantize", None)
     x = torch.randn(5, 18)

@@ -223,7 +223,7 @@ def test_costs_are_numel_and_the_counter_s():
 
 def test_a_pass_is_one_entry_with_losses_and_a_bias_step():
     router = TokenChoice(2, score_func="sigmoid", expert_bias=True)
-    layer = build(router, balance=Balance(load_balancing=0.1)).train()
+    layer = build(router, balance=Balance(load_balancing_loss=0.1)).train()
     with record(layer) as tape:
         layer(torch.randn(2, 6, D).double())
     (entry,) = tape.entries

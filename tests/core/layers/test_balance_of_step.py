@@ -11,8 +11,8 @@ from torch import nn
 import core
 
 BALANCES = [
-    core.Balance(load_balancing=0.5, router_z=0.1),
-    core.Balance(load_balancing=0, router_z=0, importance=0.5, load=0.0, mutual_information=0.2),
+    core.Balance(load_balancing_loss=0.5, router_z_loss=0.1),
+    core.Balance(load_balancing_loss=0, router_z_loss=0, importance=0.5, load=0.0, mutual_information=0.2),
 ]
 
 

@@ -35,7 +35,7 @@ from core.memory import kept_bytes
 from core.routing.balance.losses import contrast_losses
 from core.routing.balance.terms import balance_sums, balance_terms
 
-ALONE = {"load_balancing": 0.0, "router_z": 0.0}
+ALONE = {"load_balancing_loss": 0.0, "router_z_loss": 0.0}
 OUTPUT = torch.tensor([[0.75, 0.0], [0.75, 0.0], [0.0, 0.75], [torch.nan, 0.0]])
 # |y|^2 = 9/16, so u = y / (5/4): u . u = 0.36, which a temperature of 0.36 makes a similarity of 1.
 

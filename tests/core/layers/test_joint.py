@@ -80,7 +80,7 @@ def test_without_shared_experts_it_is_a_router_a_task():
 
 def test_all_experts_for_all_tasks_are_the_dense_layer():
     dense = MMoE(5, MLP((6,))).build(D, TASKS)
-    none = Balance(load_balancing=0.0, router_z=0.0)
+    none = Balance(load_balancing_loss=0.0, router_z_loss=0.0)
     every = copied(SMES(5, MLP((6,)), 5, 0, balance=none).build(D, TASKS), dense.state_dict())
     assert_same(step(every, examples(7)), step(dense, examples(7)), rtol=1e-4, atol=1e-5)
 
@@ -100,7 +100,7 @@ def test_an_expert_computes_an_example_once(name):
 
 def test_the_computed_pairs_are_an_entry_and_carry_the_losses_of_all_gates():
     # As above, with three examples: both tasks ask for expert 0, one for 2 and one for 3.
-    layer = typed(1, 1, balance=Balance(load_balancing=0.5, router_z=0.0))
+    layer = typed(1, 1, balance=Balance(load_balancing_loss=0.5, router_z_loss=0.0))
     with record(layer) as tape:
         layer(torch.ones(3, 1))
     assert [entry.name for entry in tape.entries] == ["selection", "task0", "task1"]
@@ -111,7 +111,7 @@ def test_the_computed_pairs_are_an_entry_and_carry_the_losses_of_all_gates():
     ]
     # f = 2/4, 0, 1/4, 1/4 and P = 6/16, 2/16, 3/16, 5/16: 4 (6/32 + 3/64 + 5/64) = 5/4.
     losses = aux_losses(tape)
-    assert losses.terms["load_balancing"].item() == pytest.approx(5 / 4)
+    assert losses.terms["load_balancing_loss"].item() == pytest.approx(5 / 4)
     assert losses.total.item() == pytest.approx(5 / 8)
     # Gates of the computed pairs, the mean over the tasks: (4/7 + 2/7) / 2 of expert 0, 3/14 of 2, 5/14 of 3.
     selection = tape.entries[0].routing

@@ -133,7 +133,7 @@ def test_a_router_of_two_layers_moves_once_by_the_loads_of_both():
 
 
 def test_the_adaptive_weight_is_reset_with_its_layer():
-    balance = Balance(load_balancing=0.25, adaptive=True)
+    balance = Balance(load_balancing_loss=0.25, adaptive=True)
     with torch.device("meta"):
         layer = MoEConfig(2, balance=balance, capacity_factor=1.0).build(2)
     layer.to_empty(device="cpu").load_balancing_weight.fill_(77.0)

@@ -137,7 +137,7 @@ def test_mean_gates_of_a_sparse_router_by_hand():
 
 
 def test_the_balance_losses_are_each_gates_own():
-    layer = build("top-k", balance=Balance(load_balancing=0.5, router_z=0.25))
+    layer = build("top-k", balance=Balance(load_balancing_loss=0.5, router_z_loss=0.25))
     x = examples(12)
     with record(layer) as tape:
         layer(x)
@@ -161,7 +161,7 @@ def test_dense_gates_have_no_loss_unless_asked():
 
 def test_the_losses_of_dense_gates_by_hand():
     # Two experts; gates of task 0: (1/2, 1/2) on both examples, of task 1: (3/4, 1/4).
-    layer = MMoE(2, MLP((1,)), balance=Balance(router_z=1.0, importance=1.0)).build(1, 2)
+    layer = MMoE(2, MLP((1,)), balance=Balance(router_z_loss=1.0, importance=1.0)).build(1, 2)
     with torch.no_grad():
         layer.router.weight.copy_(torch.tensor([[[0.0], [0.0]], [[3.0], [1.0]]]).clamp_min(1.0).log())
     with record(layer) as tape:
@@ -170,7 +170,7 @@ def test_the_losses_of_dense_gates_by_hand():
     # Importance: 0, and masses 1.5, 0.5: variance 0.25 over mean^2 1. z: log(2)^2 and log(4)^2.
     z = (0.693147**2 + 1.386294**2) / 2
     torch.testing.assert_close(actual.terms["importance"], torch.tensor(0.125))
-    torch.testing.assert_close(actual.terms["router_z"], torch.tensor(z))
+    torch.testing.assert_close(actual.terms["router_z_loss"], torch.tensor(z))
     torch.testing.assert_close(actual.total, torch.tensor(0.25 + 2 * z))
 
 

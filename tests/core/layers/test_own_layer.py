@@ -13,7 +13,7 @@ class Weighted(core.MoELayer):
     """Every expert computes every token, and the chosen ones are summed by their gates."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
-        super().__init__(core.Balance(load_balancing=1.0, router_z=0.0), dim)
+        super().__init__(core.Balance(load_balancing_loss=1.0, router_z_loss=0.0), dim)
         self.router = core.TokenChoice(top_k=1, expert_bias=True, bias_update_rate=0.5).build(dim, num_experts)
         self.experts = core.FFN(hidden_dim=4).build(num_experts, dim)
 

@@ -146,10 +146,10 @@ def test_an_example_by_hand():
     with torch.no_grad():
         # By the sign of a patch's first position; the softmax of such logits is 1 for the larger, the gate of top-1.
         layer.router.gate.weight.copy_(torch.tensor([[100.0, 0, 0, 0], [-100.0, 0, 0, 0]]))
-        centre = torch.zeros(9, 1)
-        centre[4] = 1.0
-        layer.experts.w_in.copy_(torch.stack((torch.ones(9, 1), centre)))
-        layer.experts.w_out.copy_(torch.stack((centre, 10 * centre)))
+        center = torch.zeros(9, 1)
+        center[4] = 1.0
+        layer.experts.w_in.copy_(torch.stack((torch.ones(9, 1), center)))
+        layer.experts.w_out.copy_(torch.stack((center, 10 * center)))
     image = [[1.0, 2.0, -1.0, 2.0], [3.0, 4.0, 3.0, 4.0], [-9.0, 1.0, 1.0, 0.0], [0.0, 2.0, 0.0, 0.0]]
     y = layer(torch.tensor(image)[None, None])[0, 0]
     # Expert 0 puts the sum of a patch, which all its positions see, at each of them: 1 + 2 + 3 + 4, and 1.
@@ -285,7 +285,7 @@ def test_finer_experts_are_narrower_ones():
 
 def test_a_pass_is_one_entry_with_losses_and_a_bias_step():
     router = TokenChoice(2, score_func="sigmoid", expert_bias=True)
-    layer = build(router, balance=Balance(load_balancing=0.1)).train()
+    layer = build(router, balance=Balance(load_balancing_loss=0.1)).train()
     with record(layer) as tape:
         layer(tokens(), padded(router))
     (entry,) = tape.entries

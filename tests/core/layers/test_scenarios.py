@@ -166,7 +166,7 @@ def test_star_starts_as_one_network_and_an_absent_domain_learns_nothing():
     assert layer.experts.centre["w_0"].grad.any()
 
 
-def test_domains_are_normalised_apart():
+def test_domains_are_normalized_apart():
     # Domain 0 has 1 and 3: mean 2, variance 1. Domain 1 has 10 alone: no variance is known, so it is (10 - 0) / 1.
     norm = DomainNorm(2, 1)
     rows, domains = torch.tensor([[1.0], [3.0], [10.0]]), torch.tensor([0, 0, 1])

@@ -35,7 +35,7 @@ from core import (
 from core.routing.balance.losses import mean_over
 
 BACKENDS = ["eager", "cpu", "grouped", "triton"]
-OFF = {"load_balancing": 0.0, "router_z": 0.0}
+OFF = {"load_balancing_loss": 0.0, "router_z_loss": 0.0}
 # Gates sigmoid(log 3) = 3/4 and sigmoid(0) = 1/2, with w = (1, 0).
 TOKENS = [[math.log(3), 1.0], [0.0, 4.0]]
 
@@ -204,8 +204,8 @@ def test_the_weighted_budget_joins_the_other_terms():
         layer(torch.randn(2, 6, 8))
     losses = aux_losses(tape)
     terms = losses.terms
-    assert terms.keys() == {"load_balancing", "router_z", "gate_budget"}
-    expected = 0.01 * terms["load_balancing"] + 0.001 * terms["router_z"] + 0.5 * terms["gate_budget"]
+    assert terms.keys() == {"load_balancing_loss", "router_z_loss", "gate_budget"}
+    expected = 0.01 * terms["load_balancing_loss"] + 0.001 * terms["router_z_loss"] + 0.5 * terms["gate_budget"]
     torch.testing.assert_close(losses.total, expected)
 
 
@@ -277,7 +277,7 @@ def test_a_scale_of_the_gates_gives_the_unscaled_masking_of_the_paper():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_pair_of_a_token_is_masked_by_itself_without_renormalisation(backend):
+def test_each_pair_of_a_token_is_masked_by_itself_without_renormalization(backend):
     layer = MoEConfig(4, TokenChoice(2), FFN(6, bias=True), backend=backend, expert_output_masking=0.5).build(8)
     x = torch.randn(1, 64, 8)
     routing = layer.router(x)

@@ -80,7 +80,7 @@ def test_scores_are_the_weights_of_each_tokens_group():
 
 
 @pytest.mark.parametrize("router", [SoftSlots(), Merge()], ids=str)
-@pytest.mark.parametrize("term", ["load_balancing", "router_z", "importance", "load"])
+@pytest.mark.parametrize("term", ["load_balancing_loss", "router_z_loss", "importance", "load"])
 def test_a_balance_term_set_by_hand_is_refused(router, term):
     with pytest.raises(ValueError, match=rf"balance.{term}=0.5 does not apply to {type(router).__name__}"):
         MoEConfig(4, router, balance=Balance(**{term: 0.5}))
@@ -227,8 +227,8 @@ def test_a_number_of_an_older_checkpoint_is_read(router, name):
         ({"capacity_factor": 1.25}, r"capacity_factor=1.25 does not apply to {}\b"),
         ({"eval_capacity_factor": 1.25}, r"eval_capacity_factor=1.25 does not apply to {}\b"),
         ({"priority": "score"}, r"priority='score' does not apply to {}\b"),
-        ({"group": "batch"}, r"group='batch' would mix a sequence with its neighbours: {} takes 'sequence' alone"),
-        ({"group": 16}, r"group=16 would mix a sequence with its neighbours: {} takes 'sequence' alone"),
+        ({"group": "batch"}, r"group='batch' would mix a sequence with its neighbors: {} takes 'sequence' alone"),
+        ({"group": 16}, r"group=16 would mix a sequence with its neighbors: {} takes 'sequence' alone"),
     ],
 )
 def test_options_of_sparse_layers_are_refused_in_one_line(router, options, message):

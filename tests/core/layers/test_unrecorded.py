@@ -37,7 +37,7 @@ def test_a_training_without_a_tape_is_warned_once_for_a_model():
     net = model()
     assert warned(lambda: step(net), UNRECORDED_PASSES - 1) == []
     (text,) = warned(lambda: step(net), 3)  # of three layers
-    assert "load_balancing=0.01" in text
+    assert "load_balancing_loss=0.01" in text
     assert "with core.record(model) as tape" in text
     assert "(loss + core.aux_loss(tape)).backward()" in text
     other = copy.deepcopy(net)
@@ -46,7 +46,7 @@ def test_a_training_without_a_tape_is_warned_once_for_a_model():
 
 @pytest.mark.parametrize("how", ["recorded", "evaluation", "no_grad", "weights of 0", "frozen router"])
 def test_nothing_is_said_where_no_balance_loss_is_lost(how):
-    net = model(balance=core.Balance(load_balancing=0.0, router_z=0.0)) if how == "weights of 0" else model()
+    net = model(balance=core.Balance(load_balancing_loss=0.0, router_z_loss=0.0)) if how == "weights of 0" else model()
     net.train(how != "evaluation")
     for layer in net if how == "frozen router" else ():
         layer.router.requires_grad_(False)

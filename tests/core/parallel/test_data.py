@@ -41,7 +41,7 @@ from core.parallel import (
 )
 
 D, STEPS = 8, 8
-BALANCE = Balance(load_balancing=0.1, router_z=0.01)
+BALANCE = Balance(load_balancing_loss=0.1, router_z_loss=0.01)
 LAYERS: dict[str, MoEConfig | MMoE] = {
     "dropless": MoEConfig(4, TokenChoice(2), FFN(6, bias=True), balance=BALANCE),
     "capacity": MoEConfig(4, TokenChoice(2), FFN(6), balance=BALANCE, capacity_factor=0.75, group="sequence"),

@@ -132,20 +132,20 @@ def on_a_rank(kind: str, name: str, rank: int, mesh: DeviceMesh) -> Outcome:
 
 
 REFUSED = {
-    "merged experts": (MoEConfig(4, Merge(), FFN(5)), "the layer, MergedMoE, has experts that cannot be divided"),
-    "soft slots": (MoEConfig(4, SoftSlots(2), FFN(5)), "the layer, SoftMoE, has experts that cannot be divided"),
-    "dense gates": (MMoE(4, FFN(5)), "the layer, MultiGateMoE, has experts that cannot be divided"),
-    "neurons": (MoEConfig(16, ProductKeys(2), PEER()), "the layer, NeuronMoE, has experts that cannot be divided"),
+    "merged experts": (MoEConfig(4, Merge(), FFN(5)), "the layer, MergedMoE, has experts that cannot be sharded"),
+    "soft slots": (MoEConfig(4, SoftSlots(2), FFN(5)), "the layer, SoftMoE, has experts that cannot be sharded"),
+    "dense gates": (MMoE(4, FFN(5)), "the layer, MultiGateMoE, has experts that cannot be sharded"),
+    "neurons": (MoEConfig(16, ProductKeys(2), PEER()), "the layer, NeuronMoE, has experts that cannot be sharded"),
     "three experts": (
         MoEConfig(3, TokenChoice(2), FFN(5)),
         r"has 3 experts .*, which 2 ranks do not divide",
     ),
     "several kinds": (
         MoEConfig(4, TokenChoice(2), Mixed((FFN(5), Zero()), (2, 2))),
-        r"has experts of several kinds \(MixedExperts\), which are not divided",
+        r"has experts of several kinds \(MixedExperts\), which are not sharded",
     ),
     "statistics": (MoEConfig(4, TokenChoice(2), MLP((5, D), norm="batch")), "has MLPExperts with statistics"),
-    "no layer": (None, "Linear has no MoE layer whose experts could be divided"),
+    "no layer": (None, "Linear has no MoE layer whose experts could be sharded"),
 }
 
 
@@ -249,4 +249,4 @@ def test_a_refusal_says_why_without_ranks():
     units = "the layer has experts of 6 hidden units (FFNExperts.w_in), which 4 ranks do not divide"
     assert refusal(layer, 2, hidden=4) == units
     soft = MoEConfig(4, SoftSlots(1), FFN(6)).build(D)
-    assert refusal(soft, 1) == "the layer, SoftMoE, has experts that cannot be divided among ranks"
+    assert refusal(soft, 1) == "the layer, SoftMoE, has experts that cannot be sharded over ranks"

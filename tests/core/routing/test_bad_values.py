@@ -13,7 +13,8 @@ from core import CGC, MLP, PLE, Balance, MMoE, MoEConfig, RoutingContext, aux_lo
 
 @pytest.mark.parametrize("config", [MoEConfig(8), MMoE(4), PLE(2), MMoE(4, router=core.TokenChoice(2))], ids=str)
 @pytest.mark.parametrize(
-    "dim, message", [(8.0, "dim=8.0 is not a whole"), ("8", "dim='8' is not a whole"), (0, "dim=0 is not at least 1")]
+    "dim, message",
+    [(8.0, "dim=8.0 is not an integer"), ("8", "dim='8' is not an integer"), (0, "dim=0 is not at least 1")],
 )
 def test_a_width_that_is_none_is_refused(config, dim, message):
     with pytest.raises(ValueError, match=f"^{message}"):
@@ -22,7 +23,7 @@ def test_a_width_that_is_none_is_refused(config, dim, message):
         with pytest.raises(ValueError, match=f"^out_{message}"):
             config.build(8, dim)
     else:
-        with pytest.raises(ValueError, match=r"^num_domains=1\.5 is not a whole number"):
+        with pytest.raises(ValueError, match=r"^num_domains=1\.5 is not an integer"):
             config.build(8, 2, 1.5)
 
 

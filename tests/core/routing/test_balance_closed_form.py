@@ -40,7 +40,7 @@ from core.routing.balance.losses import (
 )
 from core.routing.balance.terms import SCORE_TERMS, TERMS, balance_sums, balance_terms
 
-OFF = {"load_balancing": 0.0, "router_z": 0.0}
+OFF = {"load_balancing_loss": 0.0, "router_z_loss": 0.0}
 NEW = ("mutual_information", "local_entropy", "global_entropy", "sequence_balance")
 # Of two experts: H(1) = 0, H(1/2) = log 2 = 0.693147, H(3/4) = 0.75 * 0.287682 + 0.25 * 1.386294 = 0.562335.
 
@@ -388,7 +388,7 @@ def test_what_is_switched_off_needs_no_context():
     assert Balance(mutual_information=1.0, local_entropy=1.0).needs == ()
 
 
-@pytest.mark.parametrize("name", sorted({*SCORE_TERMS, "sequence_balance"} - {"load_balancing", "importance"}))
+@pytest.mark.parametrize("name", sorted({*SCORE_TERMS, "sequence_balance"} - {"load_balancing_loss", "importance"}))
 def test_a_term_of_the_scores_is_refused_where_the_router_has_none(name):
     assert name in TokenChoice().terms
     with pytest.raises(ValueError, match=rf"balance.{name}=0.5 does not apply to Hash"):
@@ -401,7 +401,10 @@ def test_a_term_of_the_scores_is_refused_where_the_router_has_none(name):
         ({"local_entropy_modality": 2, "num_modalities": 2}, r"local_entropy_modality=2 is not below num_modalities=2"),
         ({"entropy_threshold": (1.0,), "num_modalities": 2}, r"\(1.0,\) has 1 numbers for num_modalities=2"),
         ({"localized": 1.0}, r"balance.localized=1.0 needs expert_types, the type of each expert"),
-        ({"adaptive": True, "load_balancing": 0.0}, r"balance.adaptive=True moves load_balancing, which is 0"),
+        (
+            {"adaptive": True, "load_balancing_loss": 0.0},
+            r"balance.adaptive=True moves load_balancing_loss, which is 0",
+        ),
     ],
 )
 def test_an_option_out_of_its_range_is_refused_with_the_rule(options, message):
@@ -424,7 +427,9 @@ def test_expert_types_are_one_for_each_expert_of_one_gate():
 
 
 def test_adaptive_needs_the_term_that_it_moves_and_a_drop_rate():
-    with pytest.raises(ValueError, match=r"balance.adaptive=True moves load_balancing, which does not apply to Hash"):
+    with pytest.raises(
+        ValueError, match=r"balance.adaptive=True moves load_balancing_loss, which does not apply to Hash"
+    ):
         Balance(adaptive=True).check(frozenset(), "Hash")
     with pytest.raises(ValueError, match=r"balance.adaptive=True follows the drop rate, which is 0 without a capacity"):
         MoEConfig(4, balance=Balance(adaptive=True))
@@ -440,7 +445,7 @@ def test_adaptive_weight_by_hand():
 
 def adaptive_layer(**options: float) -> torch.nn.Module:
     """Two experts, logits are the input; each takes half the tokens."""
-    balance = Balance(load_balancing=0.008, router_z=0, adaptive=True, **options)  # type: ignore[arg-type]
+    balance = Balance(load_balancing_loss=0.008, router_z_loss=0, adaptive=True, **options)  # type: ignore[arg-type]
     return identity_gate(MoEConfig(2, TokenChoice(1), FFN(4), capacity_factor=1.0, balance=balance).build(2))
 
 
@@ -456,8 +461,8 @@ def test_a_step_moves_the_adaptive_weight_by_the_drop_rate_of_the_tape():
     with record(layer) as tape:
         layer(x)
     after = aux_losses(tape)
-    assert before.total.item() == pytest.approx(0.008 * before.terms["load_balancing"].item(), rel=1e-6)
-    assert after.total.item() == pytest.approx(0.029 * after.terms["load_balancing"].item(), rel=1e-6)
+    assert before.total.item() == pytest.approx(0.008 * before.terms["load_balancing_loss"].item(), rel=1e-6)
+    assert after.total.item() == pytest.approx(0.029 * after.terms["load_balancing_loss"].item(), rel=1e-6)
     assert after.terms == before.terms  # the log shows the term unweighted
     # Nothing on the tape, or evaluation: it stays.
     update_expert_bias(layer, Tape())
@@ -502,7 +507,7 @@ def test_a_weight_moved_between_loss_and_backward_keeps_the_gradient_of_the_loss
 
 def test_the_scope_says_whether_ranks_share_their_sums():
     decided = routing(torch.rand(6, 3).softmax(-1))
-    other = balance_sums(routing(torch.tensor([[0.98, 0.01, 0.01]] * 4)), frozenset({"load_balancing"}))
+    other = balance_sums(routing(torch.tensor([[0.98, 0.01, 0.01]] * 4)), frozenset({"load_balancing_loss"}))
 
     def added_up(
         names: list[str], sums: list[dict[str, Tensor]], device: torch.device | None, group: object
@@ -511,12 +516,12 @@ def test_the_scope_says_whether_ranks_share_their_sums():
 
     loss_of = {}
     for scope in ("global", "rank"):
-        entry = Entry("", decided, None, Balance(router_z=0, scope=scope), frozenset(TERMS))
+        entry = Entry("", decided, None, Balance(router_z_loss=0, scope=scope), frozenset(TERMS))
         with mock.patch("core.layers.losses._all_reduce", added_up):
-            loss_of[scope] = aux_losses(Tape((entry,))).terms["load_balancing"].item()
-    wanted = frozenset({"load_balancing"})
+            loss_of[scope] = aux_losses(Tape((entry,))).terms["load_balancing_loss"].item()
+    wanted = frozenset({"load_balancing_loss"})
     alone = balance_sums(decided, wanted)
-    assert loss_of["rank"] == balance_terms(alone, wanted)["load_balancing"].item()
+    assert loss_of["rank"] == balance_terms(alone, wanted)["load_balancing_loss"].item()
     both = {name: value + other[name] for name, value in alone.items()}
-    assert loss_of["global"] == balance_terms(both, wanted)["load_balancing"].item()
+    assert loss_of["global"] == balance_terms(both, wanted)["load_balancing_loss"].item()
     assert loss_of["global"] != pytest.approx(loss_of["rank"], abs=1e-2)

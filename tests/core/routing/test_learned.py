@@ -193,11 +193,11 @@ def test_the_frozen_light_router_does_not_move_and_the_gate_does():
 
 
 def test_no_auxiliary_loss_is_left_in_stage_2():
-    layer = MoEConfig(4, Stable(10), FFN(8), balance=Balance(load_balancing=1.0)).build(6)
+    layer = MoEConfig(4, Stable(10), FFN(8), balance=Balance(load_balancing_loss=1.0)).build(6)
     x, given = torch.randn(2, 5, 6), context(2, 5)
     with record(layer) as tape:
         layer(x, given)
-    assert set(aux_losses(tape).terms) == {"load_balancing", "router_z", "distillation"}
+    assert set(aux_losses(tape).terms) == {"load_balancing_loss", "router_z_loss", "distillation"}
     layer.router.freeze_light_router()
     with record(layer) as tape:
         layer(x, given)
@@ -205,7 +205,9 @@ def test_no_auxiliary_loss_is_left_in_stage_2():
 
 
 def test_distillation_joins_the_auxiliary_loss_as_the_mean_over_real_tokens():
-    config = MoEConfig(2, Stable(3, 2, distillation=0.5), FFN(4), balance=Balance(load_balancing=0, router_z=0))
+    config = MoEConfig(
+        2, Stable(3, 2, distillation=0.5), FFN(4), balance=Balance(load_balancing_loss=0, router_z_loss=0)
+    )
     layer = config.build(2)
     layer.router.load_state_dict(stable().state_dict())
     x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, torch.nan]]])
@@ -277,7 +279,7 @@ class OfIds(nn.Module):
 
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
-        self.layer = MoEConfig(4, config, FFN(8), balance=Balance(load_balancing=1.0)).build(6)
+        self.layer = MoEConfig(4, config, FFN(8), balance=Balance(load_balancing_loss=1.0)).build(6)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         return self.layer(x, RoutingContext(token_ids_BS=tokens))

@@ -37,8 +37,8 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 def layer_of(config, **options):
     """A layer with every score loss that applies, and its router's own."""
-    terms = config.terms & {"load_balancing", "router_z", "importance", "mutual_information"}
-    balance = Balance(**{"load_balancing": 0.0, "router_z": 0.0, **dict.fromkeys(terms, 1.0)})
+    terms = config.terms & {"load_balancing_loss", "router_z_loss", "importance", "mutual_information"}
+    balance = Balance(**{"load_balancing_loss": 0.0, "router_z_loss": 0.0, **dict.fromkeys(terms, 1.0)})
     return MoEConfig(E, config, FFN(12), balance=balance, **options).build(D)
 
 

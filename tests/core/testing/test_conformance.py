@@ -142,7 +142,7 @@ class Faulty(RouterConfig):
     def terms(self) -> frozenset[str]:
         if self.fault == "cuts the gradient":
             return frozenset()
-        terms = frozenset({"load_balancing", "router_z"})
+        terms = frozenset({"load_balancing_loss", "router_z_loss"})
         return terms | {"load"} if self.fault == "names a term that it has not" else terms
 
     def make_gate(self, dim: int, num_experts: int) -> LinearGate:

@@ -70,10 +70,10 @@ class Dice(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         if self.training and len(x_ND) < 2:
-            normalised_ND = F.batch_norm(x_ND, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
+            normalized_ND = F.batch_norm(x_ND, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
         else:
-            normalised_ND = self.norm(x_ND)
-        share_ND = normalised_ND.sigmoid()
+            normalized_ND = self.norm(x_ND)
+        share_ND = normalized_ND.sigmoid()
         return share_ND * x_ND + (1 - share_ND) * self.slope * x_ND
 
 

@@ -74,7 +74,7 @@ def build(
         given: encoding of the values; None: it is learned from the training rows of ``raw``.
         extends: whether values and domains that ``given`` lacks get rows of their own after its rows, as the training
             rows of ``raw`` teach. All else is as ``given`` has it.
-        drawn: rule of the items that training draws as negatives, where all rows are positives.
+        drawn: rule of the items that training samples as negatives, where all rows are positives.
 
     Raises:
         ValueError: a column is missing or holds a value of a wrong type, a split is empty, a task has one class in
@@ -271,8 +271,8 @@ class _Build(ColumnWriter):
         for t, (name, column) in enumerate(columns.items()):
             matrix[:, t] = 1.0
             if column is not None:
-                labelled = self.masks["train"] & ~np.isnan(self.labels[name])
-                matrix[:, t] = of_mean_one(to_weights(self.parts(column), column), column, name, labelled)
+                labeled = self.masks["train"] & ~np.isnan(self.labels[name])
+                matrix[:, t] = of_mean_one(to_weights(self.parts(column), column), column, name, labeled)
 
     def _write_cold(self) -> None:
         """Write the sum, for each row, of the flags of what has no row in training: its user, its item."""
@@ -395,13 +395,13 @@ def _of_positives(raw: RawTables, config: TableConfig, drawn: NegativesConfig) -
         if drawn.task is not None:
             raise ValueError(
                 f"negatives.task={drawn.task!r} names the task of a table without one, and this has "
-                f"{', '.join(config.tasks)}: items are drawn for all"
+                f"{', '.join(config.tasks)}: items are sampled for all"
             )
         return raw, config
 
-    def labelled(table: pa.Table) -> pa.Table:
+    def labeled(table: pa.Table) -> pa.Table:
         return table.append_column(_ALL_ROWS, pa.array(np.ones(len(table), np.int8)))
 
-    val, test = (None if table is None else labelled(table) for table in (raw.val, raw.test))
+    val, test = (None if table is None else labeled(table) for table in (raw.val, raw.test))
     config = replace(config, tasks={drawn.task or "positive": TaskConfig(_ALL_ROWS)})
-    return RawTables(labelled(raw.train), val, test, config), config
+    return RawTables(labeled(raw.train), val, test, config), config

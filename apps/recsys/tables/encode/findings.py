@@ -18,7 +18,7 @@ class TableFindings:
         missing: share of rows without a value, by column. NaN and infinite numbers are missing; so is an empty list.
         unseen: share of values that the training split lacks, or has less often than ``min_count``, by categorical
             column. They are in row 0, unless the column is hashed. In the training split these are the rare ones.
-        labelled: number of rows with a label, by task.
+        labeled: number of rows with a label, by task.
         positives: share of positive labels among them, by binary task.
         means: mean of the labels, by task of numbers.
         classes: number of classes, by multiclass task.
@@ -31,7 +31,7 @@ class TableFindings:
     rows: dict[str, int] = field(default_factory=dict)
     missing: dict[str, _BySplit] = field(default_factory=dict)
     unseen: dict[str, _BySplit] = field(default_factory=dict)
-    labelled: dict[str, dict[str, int]] = field(default_factory=dict)
+    labeled: dict[str, dict[str, int]] = field(default_factory=dict)
     positives: dict[str, _BySplit] = field(default_factory=dict)
     means: dict[str, _BySplit] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
@@ -41,14 +41,14 @@ class TableFindings:
     def __str__(self) -> str:
         lines = ["rows: " + ", ".join(f"{n:,} {split}" for split, n in self.rows.items())]
         for task, share in self.positives.items():
-            labelled = self.labelled[task]
-            by_split = (f"{s} {share[s]:.2%} of {labelled[s]:,}" for s in SPLITS if self.rows[s])
+            labeled = self.labeled[task]
+            by_split = (f"{s} {share[s]:.2%} of {labeled[s]:,}" for s in SPLITS if self.rows[s])
             lines.append(f"task {task}: positive in " + ", ".join(by_split))
         for task, mean in self.means.items():
-            by_split = (f"{s} {mean[s]:.4g} of {self.labelled[task][s]:,}" for s in SPLITS if self.rows[s])
+            by_split = (f"{s} {mean[s]:.4g} of {self.labeled[task][s]:,}" for s in SPLITS if self.rows[s])
             lines.append(f"task {task}: mean in " + ", ".join(by_split))
         for task, count in self.classes.items():
-            by_split = (f"{s} {self.labelled[task][s]:,}" for s in SPLITS if self.rows[s])
+            by_split = (f"{s} {self.labeled[task][s]:,}" for s in SPLITS if self.rows[s])
             lines.append(f"task {task}: {count} classes, labels in " + ", ".join(by_split))
         lines += [f"{what}: new values: {count:,}" for what, count in self.added.items()]
         for what, shares in (("missing", self.missing), ("unseen", self.unseen)):

@@ -52,11 +52,11 @@ class Notes:
         self._in_train[name] = label[self.masks["train"]]
         if target.kind == "ordinal":
             label = target.numbers_of(label).astype(np.float32)
-        labelled, means = self.findings.labelled.setdefault(name, {}), dict[str, float]()
+        labeled, means = self.findings.labeled.setdefault(name, {}), dict[str, float]()
         for split, mask in self.masks.items():
             in_split = label[mask]
             in_split = in_split[~np.isnan(in_split)]
-            num = labelled[split] = len(in_split)
+            num = labeled[split] = len(in_split)
             means[split] = float(in_split.mean(dtype=np.float64)) if num else 0.0
             if target.kind == "binary":
                 self._check_classes(name, split, num, means[split], label)

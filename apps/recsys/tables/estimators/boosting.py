@@ -103,10 +103,10 @@ class HistGradientBoosting(PerTask):
         begins, ends = part
         until = begins + SOME_ROWS * (ends - begins)
         best, at = best_of(TREES, some_rows, search, f"{task.name}, some rows", until)
-        penalised, quality = best_of(
+        penalized, quality = best_of(
             [{**best, **penalty} for penalty in PENALTIES], some_rows, search, f"{task.name}, some rows", until
         )
-        best = penalised if quality > at else best
+        best = penalized if quality > at else best
         candidates = [{**best, **further} for further in _whole_settings(bool(_mask(rows).any()))]
         title = f"{task.name}, all rows"
         return best_of(candidates, lambda o: self._whole(rows, o).quality, search, title, ends, one_at_least=True)[0]

@@ -67,7 +67,7 @@ class Items:
         if len(self) < 2:
             raise ValueError(
                 f"negatives.column={self.column!r} has {len(self)} of the values that the model knows in the training "
-                "rows: there must be two, so that another one can be drawn"
+                "rows: there must be two, so that another one can be sampled"
             )
         self.row_I = train.new_zeros(num_rows).scatter_reduce(0, item_N, train, "amin", include_self=False)
         self._train = train[item_N > 0]
@@ -209,7 +209,7 @@ class DrawnRows(Dataset[TableBatch]):
         config, without = self.items.config, self.items.num_without
         words = (
             f"negatives of each positive row: {self.per_positive} of {len(self.items):,} items of column "
-            f"{config.column}, drawn anew in each epoch ({config.distribution}), labelled 0"
+            f"{config.column}, sampled again in each epoch ({config.distribution}), labeled 0"
         )
         return f"{words}; {without:,} training rows without a known item are left out" if without else words
 
@@ -257,7 +257,7 @@ class FixedDraws(Dataset[TableBatch]):
     def __str__(self) -> str:
         return (
             f"{len(self.rows):,} positive rows, and for each {self.num_drawn} of {len(self.items):,} items of column "
-            f"{self.items.column}, drawn once (uniform) and labelled 0: metrics are of these {len(self):,} rows"
+            f"{self.items.column}, sampled once (uniform) and labeled 0: metrics are of these {len(self):,} rows"
         )
 
 

@@ -79,13 +79,13 @@ class Weighting(nn.Module):
         self.register_buffer("_given_t", torch.tensor(weights), persistent=False)
 
     def forward(
-        self, loss_t: Tensor, labelled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
+        self, loss_t: Tensor, labeled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss () of the tasks' losses (t,), and the weights to log, (t,) each, by name.
 
         Args:
             loss_t: losses of a batch.
-            labelled_t: bool (t,), the tasks that have a label in the batch; the others' losses are 0, and no weight
+            labeled_t: bool (t,), the tasks that have a label in the batch; the others' losses are 0, and no weight
                 learns from them. None: all.
             shared: weight of the last layer, on which the losses depend, and how many of its entries, the first ones,
                 all tasks share. GradNorm reads it in training.
@@ -101,14 +101,14 @@ class Uncertainty(Weighting):
         self.log_variance = nn.Parameter(-torch.tensor(weights).log())
 
     def forward(
-        self, loss_t: Tensor, labelled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
+        self, loss_t: Tensor, labeled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not self.training:
             return super().forward(loss_t)
         weight_t = (-self.log_variance).exp()
         half_t = self.log_variance / 2
-        if labelled_t is not None:
-            half_t = half_t * labelled_t
+        if labeled_t is not None:
+            half_t = half_t * labeled_t
         return (weight_t * loss_t + half_t).sum(), {"weight": weight_t.detach()}
 
 
@@ -135,24 +135,24 @@ class GradNorm(Weighting):
         self.register_buffer("_initial_t", initial_t, persistent=False)
 
     def forward(
-        self, loss_t: Tensor, labelled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
+        self, loss_t: Tensor, labeled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not self.training or not torch.is_grad_enabled():
             return super().forward(loss_t)
         assert shared is not None
         weight, num_shared = shared
-        if labelled_t is None:
-            labelled_t = torch.ones_like(loss_t, dtype=torch.bool)
+        if labeled_t is None:
+            labeled_t = torch.ones_like(loss_t, dtype=torch.bool)
         gradients = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in loss_t)
         norm_t = torch.stack([gradient[:num_shared].norm() for gradient in gradients])
         weight_t = len(loss_t) * F.softmax(self.logits, dim=0)
         with torch.no_grad():
             ratio_t = loss_t / self._initial_t
             # The means are over the tasks that have labels; if no task has any, all is 0.
-            labels = labelled_t.sum().clamp_min(1)
+            labels = labeled_t.sum().clamp_min(1)
             rate_t = ratio_t / (ratio_t.sum() / labels).clamp_min(torch.finfo(ratio_t.dtype).tiny)
             target_t = (weight_t * norm_t).sum() / labels * rate_t**self.alpha
-        balance = ((weight_t * norm_t - target_t).abs() * labelled_t).sum()
+        balance = ((weight_t * norm_t - target_t).abs() * labeled_t).sum()
         # The balance adds a gradient and no value, so that the weighted loss is logged.
         loss = (weight_t.detach() * loss_t).sum() + balance - balance.detach()
         return loss, {"weight": weight_t.detach(), "gradient_norm": norm_t}

@@ -98,8 +98,8 @@ class RecommenderReport(Report):
     """After a test: the tasks' metrics, the gates and the experts; the checks are printed.
 
     It writes ``tasks.csv``, ``cold.csv`` where users or items are cold, ``gates.csv``, ``experts.csv``,
-    ``dependence.csv``, ``calibration.png``, ``gates_by_task.png``, ``gates_by_value.png``, ``utilisation.png``,
-    ``polarisation.png``.
+    ``dependence.csv``, ``calibration.png``, ``gates_by_task.png``, ``gates_by_value.png``, ``utilization.png``,
+    ``polarization.png``.
 
     Args:
         config: the options.
@@ -127,7 +127,7 @@ class RecommenderReport(Report):
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
         sections = [write_tasks(collected.metrics, folder, self.config.pictures)]
         if note := getattr(collected.data, "notes", {}).get("test"):
-            sections.append(Section("Drawn negatives", (Text.of(note),)))
+            sections.append(Section("Sampled negatives", (Text.of(note),)))
         if collected.parts:
             sections.append(write_parts(collected.parts, folder))
         findings = checks.suspicious_metrics(collected.metrics, "test")
@@ -273,15 +273,15 @@ def write_gates(
     blocks = list(dict.fromkeys(g.block for g in gates))
     files: dict[str, tuple[str, Sequence[Chart]]] = {
         "gates_by_task.png": ("Gate weights by task", [_by_task(block, use, gates) for block in blocks]),
-        "utilisation.png": ("Expert utilisation", load_charts(**_utilisation(gates))),
+        "utilization.png": ("Expert utilization", load_charts(**_utilization(gates))),
     }
     if config.gate_feature is not None or depends:
         column = config.gate_feature or max(depends, key=lambda c: sum(depends[c].values()))
         by_value = _by_value(column, gates, arrays, data, config.gate_values)
         title = f"Gate weights by {column}{f', {gates[-1].block}' if gates[-1].block else ''} (share of the rows)"
         files["gates_by_value.png"] = (title, by_value)
-    polarised = [chart for block in blocks for chart in polarisation(block, use, gates)]
-    files["polarisation.png"] = ("Expert polarisation", polarised)
+    polarized = [chart for block in blocks for chart in polarization(block, use, gates)]
+    files["polarization.png"] = ("Expert polarization", polarized)
     for name, (title, charts) in files.items():
         if config.pictures and charts:
             save_charts(charts, folder / name, title)
@@ -289,7 +289,7 @@ def write_gates(
     return Section("What the experts are used for", (*shown, *tables))
 
 
-def _utilisation(gates: Sequence[Gate]) -> dict[str, Any]:
+def _utilization(gates: Sequence[Gate]) -> dict[str, Any]:
     """Return for each gate the examples that each expert computes where some are left out, else its weight, as
     arguments of ``load_charts``."""
     sparse = any((g.weights_NE == 0).any() for g in gates)
@@ -332,7 +332,7 @@ def _expert_tables(use: Sequence[ExpertUse], folder: Path) -> list[Table]:
         left = f"; {len(own) - len(shown)} more in experts.csv" if len(own) > len(shown) else ""
         tables.append(
             _table(
-                f"Experts{f' of {block}' if block else ''}: outputs that are zero and mean weights, %; polarisation as "
+                f"Experts{f' of {block}' if block else ''}: outputs that are zero and mean weights, %; polarization as "
                 f"in HoME, arXiv 2408.05430{left}",
                 ("expert", "zero", *gates, "remark"),
                 [
@@ -380,7 +380,7 @@ def _of_block(title: str, block: str) -> str:
     return f"{title}, {block}" if block else title
 
 
-def polarisation(block: str, use: Sequence[ExpertUse], gates: Sequence[Gate]) -> list[BarChart]:
+def polarization(block: str, use: Sequence[ExpertUse], gates: Sequence[Gate]) -> list[BarChart]:
     """Return a block's zero outputs by expert, the gates' weights by expert, and how decided the gates are."""
     own, of_gates = [u for u in use if u.block == block], [g for g in gates if g.block == block]
     experts, names = tuple(u.label for u in own), tuple(g.label for g in of_gates)

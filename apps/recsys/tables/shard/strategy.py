@@ -75,7 +75,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
             ``embedding.fused_optimizer``, so that kind="fused" on one process trains alike.
         embedding_lr: its peak learning rate; the schedule of the module's optimizer applies to it. None: the model's
             ``embedding.fused_lr``.
-        expert_parallel_size: neighbouring processes that share out the experts of each layer with routers, as in
+        expert_parallel_size: neighboring processes that share out the experts of each layer with routers, as in
             ``apps.train.sharded.expert_parallel.ExpertParallelStrategy``; "auto": all on a machine. Tables lie on all
             processes, whatever the number.
         process_group_backend: "gloo" or "nccl"; None: gloo on CPUs, nccl on GPUs.
@@ -300,7 +300,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
         is_sharded = sharded.is_sharded(path)
         if fitting and not is_sharded:
             raise ValueError(
-                f"{path} is not sharded: its optimizer's state is of other parameters. Training goes on from it "
+                f"{path} is not sharded: its optimizer's state is of other parameters. Training continues from it "
                 "without TorchRecStrategy; validate, test and predict take it"
             )
         checkpoint = self.read_divided(path)

@@ -122,7 +122,7 @@ def test_what_may_differ_is_not_refused(tmp_path):
         ({"path": "x"}, "key of a suite='path' is not one of"),
         ({"boards": []}, "a suite needs at least one board"),
         ({"seeds": 0}, "seeds=0 must be at least 1"),
-        ({"seeds": True}, "seeds=True is not a whole number"),
+        ({"seeds": True}, "seeds=True is not an integer"),
         ({"title": None}, "title=None is not a text"),
     ],
 )

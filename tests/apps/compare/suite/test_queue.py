@@ -87,7 +87,7 @@ def test_a_suite_that_is_stopped_goes_on_and_trains_each_run_once(whole, tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(training.Curve, "on_train_batch_end", interrupted)
         assert moesaic(asked(path)) == 130
-    assert f"To go on: moesaic compare --suite {path}" in capsys.readouterr().err
+    assert f"To continue: moesaic compare --suite {path}" in capsys.readouterr().err
     assert list(measured_by(tmp_path)["two of four"]) == ["0"]
     assert "Not run: all four; centroids." in (tmp_path / "board.md").read_text()
     assert moesaic(asked(path)) == 0
@@ -159,9 +159,7 @@ def test_no_minutes_write_the_leaderboard_alone(tmp_path, done, capsys, suite_in
     assert f"Not run. {again}" in page
     assert "| two of four | – | not run | – |" in page
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "the time is up; runs left: 8, about 4.0 h by the suite's estimates. To go on: moesaic compare --suite" in said
-    )
+    assert "the time is up; runs left: 8, about 4.0 h by the suite's estimates. To continue: moesaic compare" in said
     assert "--minutes 0" not in said
     assert "Nothing has been run yet." in said
 
@@ -171,7 +169,7 @@ def test_another_configuration_is_trained_anew_and_says_so(finished, done, capsy
     suite_in(finished.parent, models=[{"name": "two of four", "values": values}], baselines=[])
     assert moesaic(asked(finished)) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Points: two of four: its configuration is another one" in said
+    assert "Points: two of four: its configuration has changed" in said
     assert "lr: 0.01 saved, 0.02 now" in said
     assert done == [("sparse", 0), ("sparse", 1)]
     suite_in(finished.parent, models=[{"name": "two of four"}], baselines=[])

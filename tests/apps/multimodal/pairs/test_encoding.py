@@ -50,10 +50,10 @@ def test_another_vocabulary_is_refused(clip_folder, tmp_path):
     text = of(write_encoder(tmp_path / "bert")).encoding((), tmp_path)
     assert text.words([4, 5]) == ["red", "shoe"]
     with pytest.raises(
-        ValueError, match=r"asks for the 516 pieces of .*, and the checkpoint has 13 pieces of a sentence"
+        ValueError, match=r"asks for the 516 subwords of .*, and the checkpoint has 13 subwords of a sentence"
     ):
         of(clip_folder).check(text, tmp_path)
-    with pytest.raises(ValueError, match="the checkpoint has 516 pieces of CLIP: leave it out"):
+    with pytest.raises(ValueError, match="the checkpoint has 516 subwords of CLIP: leave it out"):
         of(tmp_path / "bert").check(of(clip_folder).encoding((), tmp_path), tmp_path)
     assert text.digest != TextEncoding(None, (*PIECES, "more")).digest != TextEncoding(merges=MERGES).digest
 
@@ -69,7 +69,7 @@ def test_minilm_is_looked_for(monkeypatch, tmp_path):
     [
         ({}, "either subwords, word pieces or merges"),
         ({"pieces": PIECES, "merges": MERGES}, "either subwords, word pieces or merges"),
-        ({"merges": MERGES, "lower_case": False}, "lower_case=False does not apply to CLIP's pieces"),
+        ({"merges": MERGES, "lower_case": False}, "lower_case=False does not apply to CLIP's subwords"),
     ],
 )
 def test_one_vocabulary_is_given(options, match):

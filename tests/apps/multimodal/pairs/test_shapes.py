@@ -1,4 +1,4 @@
-"""The drawn shapes: what their sentences and labels say is in the picture."""
+"""The synthetic shapes: what their sentences and labels say is in the picture."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_colour_and_the_place_are_in_the_picture():
         is_paint = (pixels[n] - paint).abs().amax(0) < 30
         rows, columns = is_paint.nonzero().float().mean(0)
         x, y = PLACES[PAIRS.labels["place"][n]]
-        # the centre of gravity lies near the place: 15.5 is the middle
+        # the center of gravity lies near the place: 15.5 is the middle
         assert max(abs(columns - 15.5 - x), abs(rows - 15.5 - y)) < 3.5, n
 
 

@@ -141,7 +141,7 @@ def test_an_expert_set_that_a_modality_never_reaches():
     use, _ = used(only(1), [pair_batch(40)])
     lines = use.alarms()
     # 40 texts of 2 to 6 pieces, 4 on average.
-    assert "block 1: 1 of 2 experts (0) computed none of the 160 pieces of texts." in lines
+    assert "block 1: 1 of 2 experts (0) computed none of the 160 subwords of texts." in lines
     (of_doctor,) = (line for line in lines if "Remedy" in line)
     assert of_doctor.startswith("block 1: the tokens of text use 1.0 of 2 experts, and each takes 1.0. Remedy: give")
 

@@ -140,7 +140,7 @@ def test_a_damaged_index_of_the_cache_is_made_anew_and_a_named_file_stays(refres
     file.write_bytes(file.read_bytes()[:-9])
     assert refresh().num_encoded == 3
     assert "holds no index of images" in caplog.text
-    assert "all images are encoded anew" in caplog.text
+    assert "all images are encoded again" in caplog.text
     save_file({"w": torch.ones(1)}, own := tmp_path / "weights.safetensors")
     content = own.read_bytes()
     with pytest.raises(ValueError, match=r"it is another safetensors file: it stays as it is; give data\.index"):

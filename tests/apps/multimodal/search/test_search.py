@@ -96,7 +96,7 @@ def test_of_a_long_query_the_beginning_is_read_and_a_line_says_so(shop, caplog):
     assert hits.paths == (f"{shop}/green.png",)
     # [CLS], 10,000 words, [SEP]
     assert [r.getMessage() for r in caplog.records] == [
-        "query 1 of 1 has 10,002 pieces: the model reads the first 8 (max_tokens)"
+        "query 1 of 1 has 10,002 subwords: the model reads the first 8 (max_tokens)"
     ]
     caplog.clear()
     assert len(search(shop, query=["red " * 6]).hits) == 1

@@ -50,8 +50,8 @@ def slow_softmax(image_BD: Tensor, text_BD: Tensor, equal: str, same: Any, tempe
             score = {j: float(query_BD[i] @ key_BD[j]) / temperature for j in range(B)}
             right = [j for j in score if j == i or (equal == "positive" and same(i, j))]
             kept = [j for j in score if j == i or equal != "ignore" or not same(i, j)]
-            normaliser = math.log(sum(math.exp(score[j]) for j in kept))
-            total += sum(normaliser - score[j] for j in right) / len(right) / B / 2
+            normalizer = math.log(sum(math.exp(score[j]) for j in kept))
+            total += sum(normalizer - score[j] for j in right) / len(right) / B / 2
     return total
 
 

@@ -122,7 +122,7 @@ def test_images_of_another_size_and_grey_ones_are_adapted_to(tmp_path):
             {},
             r"tower.text.bert=.*depth=3.* is, in .*depth=2",
         ),
-        (BertTexts("folder", bert=BERT), {"vocab_size": 99}, "has 13 pieces, and the data 99: give the data its"),
+        (BertTexts("folder", bert=BERT), {"vocab_size": 99}, "has 13 subwords, and the data 99: give the data its"),
         (BertTexts("nowhere", bert=BERT), {}, "tower.text.pretrained='nowhere' is no folder of"),
     ],
 )

@@ -110,8 +110,8 @@ def test_recomputed_blocks_have_the_same_gradients():
 
 def test_limeo_s_losses_are_of_both_modalities():
     balance = core.Balance(
-        load_balancing=0.0,
-        router_z=0.0,
+        load_balancing_loss=0.0,
+        router_z_loss=0.0,
         local_entropy=0.5,
         global_entropy=0.25,
         num_modalities=2,
@@ -136,7 +136,7 @@ def test_limeo_s_losses_are_of_both_modalities():
 
 
 def test_tokens_of_higher_scores_are_served_first_whatever_their_modality():
-    # Batch-prioritised routing: with a third of the room, the best-scored tokens of images and texts are computed.
+    # Batch-prioritized routing: with a third of the room, the best-scored tokens of images and texts are computed.
     moe = core.MoEConfig(1, core.TokenChoice(1), core.FFN(8), capacity_factor=1 / 3, priority="score")
     two = core.MoEConfig(2, core.TokenChoice(1), core.FFN(8), capacity_factor=1 / 3, priority="score")
     for config in (moe, two):
@@ -164,7 +164,7 @@ def test_bad_input():
     module, batch = retriever(), pair_batch(2)
     with pytest.raises(ValueError, match=r"images have shape \(2, 3, 4, 8\): it must be \(B, 3, 8, 8\)"):
         module.image_vectors(batch.image[:, :, :4])
-    with pytest.raises(ValueError, match="a text of 7 pieces is longer than max_tokens=6"):
+    with pytest.raises(ValueError, match="a text of 7 subwords is longer than max_tokens=6"):
         module.text_vectors(torch.full((1, 7), 3))
     with pytest.raises(ValueError, match=r"texts are torch.float32 of shape \(2, 3\)"):
         module.text_vectors(torch.zeros(2, 3))

@@ -206,7 +206,7 @@ def test_prompts_are_read_one_by_one(root):
         ({"document": "book"}, "document='book' is not one of line, paragraph, file"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"val_files": None, "val_size": -1}, "val_size=-1 must not be negative"),
-        ({"val_files": None, "val_size": 1.5}, "val_size=1.5 is neither a whole number nor a share below 1"),
+        ({"val_files": None, "val_size": 1.5}, "val_size=1.5 is neither an integer nor a share below 1"),
         ({"val_size": 3}, r"val_size=3 is of train_files: val_files='val\.txt' are taken whole"),
         ({"language": "de"}, "language='de' is of a parallel corpus, not of dataset='text'"),
         ({"text": "a", "predict_file": "-"}, "text and predict_file are both given"),

@@ -200,7 +200,7 @@ def test_baselines_cost_what_they_say(data):
 
 
 ATTENTION = core.MoEConfig(
-    4, core.TokenChoice(2), core.AttentionExperts(8, 2), balance=core.Balance(load_balancing=0.01)
+    4, core.TokenChoice(2), core.AttentionExperts(8, 2), balance=core.Balance(load_balancing_loss=0.01)
 )
 
 

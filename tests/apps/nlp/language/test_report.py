@@ -108,7 +108,7 @@ def test_a_test_leaves_losses_experts_and_pieces_of_text(data, tmp_path):
     metrics, module = after_test(data, tmp_path)
     folder = tmp_path / "report"
     assert {p.name for p in folder.iterdir()} == {
-        "token_classes.csv", "places.csv", "specialisation.csv", "expert_subwords.csv", "expert_class.png",
+        "token_classes.csv", "places.csv", "specialization.csv", "expert_subwords.csv", "expert_class.png",
         "sections.json",
     }  # fmt: skip
     classes, places = rows(folder / "token_classes.csv"), rows(folder / "places.csv")

@@ -44,7 +44,7 @@ def test_every_beginning_is_spread_over_all():
         assert max(np.diff([*sorted(order[:4]), n])) <= -(-n // 4)
 
 
-def test_neighbours_are_alike_in_both_sides():
+def test_neighbors_are_alike_in_both_sides():
     source, target = np.array([5, 3, 4, 4, 1, 2]), np.array([1, 4, 2, 4, 5, 5])
     # a longer side of 4 (even): differences 2, 0, -1; of 5 (odd): -4, -3, 4
     order = by_length(source, target, np.arange(6))

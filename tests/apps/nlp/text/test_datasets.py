@@ -38,7 +38,7 @@ def test_every_dataset_is_listed(tmp_path):
     assert not set(OWN) & set(NLP_DATASETS)
     for name, dataset in NLP_DATASETS.items():
         TranslationData(name)  # its own pairs are among its languages
-        assert rows[name].licence
+        assert rows[name].license
         assert dataset.sources
 
 

@@ -16,7 +16,7 @@ import core
 from apps.data.subwords import PAD_ID
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.expert_use import language_counts, write_use
-from apps.nlp.specialisation import specialisation
+from apps.nlp.specialization import specialization
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.translation.report import TranslationReportConfig
 from apps.nlp.translation.routes import expert_use, usual_sentences, write_sentence
@@ -64,8 +64,8 @@ def test_use_is_read_from_all_real_tokens_of_both_sides(module, batches):
         assert np.count_nonzero(layer.by_sentence[use.pair_B == 1], axis=0).tolist() == [0, 0, 0, 20]
 
 
-def test_a_gate_by_language_is_specialised_as_far_as_can_be(module, batches):
-    rows_of = {(s.layer, s.about): s for s in specialisation(expert_use(module, batches))}
+def test_a_gate_by_language_is_specialized_as_far_as_can_be(module, batches):
+    rows_of = {(s.layer, s.about): s for s in specialization(expert_use(module, batches))}
     assert rows_of["encoder 0", "target language"].share == pytest.approx(1)
     assert rows_of["decoder 0", "target language"].share == pytest.approx(1)
     # Copies have the words of their sources, so a word does not tell which language it is in.
@@ -75,12 +75,12 @@ def test_a_gate_by_language_is_specialised_as_far_as_can_be(module, batches):
 def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batches, tmp_path):
     section = write_use(expert_use(module, batches), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
-        "specialisation.csv",
+        "specialization.csv",
         "expert_subwords.csv",
         "expert_language.png",
         "expert_class.png",
     }
-    table = rows(tmp_path / "specialisation.csv")
+    table = rows(tmp_path / "specialization.csv")
     assert [(r["layer"], r["about"]) for r in table] == [
         (layer, about) for layer in ("encoder 0", "decoder 0") for about in ("target language", "token class")
     ]
@@ -92,11 +92,11 @@ def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batche
     assert experts[1]["subwords"].split()[0] == "<2de>"
     assert experts[3]["subwords"].split()[0] == "<2fr>"
     assert (experts[0]["share"], experts[0]["subwords"]) == ("0.0", "")
-    specialised, *_, words = section.parts
-    assert isinstance(specialised, Table)
+    specialized, *_, words = section.parts
+    assert isinstance(specialized, Table)
     assert isinstance(words, Table)
-    assert "by chance at most" in specialised.title
-    assert specialised.rows[1][1].endswith("(100 %)")
+    assert "by chance at most" in specialized.title
+    assert specialized.rows[1][1].endswith("(100 %)")
     assert len(words.rows) == 8
 
 
@@ -195,7 +195,7 @@ def files_of(two, folder: Path, **options) -> set[str]:
 def test_a_test_leaves_pictures_and_tables_in_the_runs_folder(two, tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS)
     assert files_of(two, tmp_path, moe=MOE, report=TranslationReportConfig(sentences=1)) == {
-        "specialisation.csv",
+        "specialization.csv",
         "expert_subwords.csv",
         "expert_language.png",
         "expert_class.png",
@@ -203,7 +203,7 @@ def test_a_test_leaves_pictures_and_tables_in_the_runs_folder(two, tmp_path):
         "sentence_1_experts.png",
         "learning_curves.png",
     }
-    assert all(math.isfinite(float(r["bits"])) for r in rows(tmp_path / "report" / "specialisation.csv"))
+    assert all(math.isfinite(float(r["bits"])) for r in rows(tmp_path / "report" / "specialization.csv"))
 
 
 def test_a_dense_model_has_its_attention_drawn(two, tmp_path):
@@ -214,7 +214,7 @@ def test_a_dense_model_has_its_attention_drawn(two, tmp_path):
 def test_pictures_can_be_left_out(two, tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS)
     names = files_of(two, tmp_path, moe=MOE, report=TranslationReportConfig(pictures=False))
-    assert names == {"specialisation.csv", "expert_subwords.csv"}
+    assert names == {"specialization.csv", "expert_subwords.csv"}
 
 
 def test_a_training_leaves_its_curves(two, tmp_path):

@@ -1,4 +1,4 @@
-"""Pairs of users and items from a table, and the catalogue, by hand."""
+"""Pairs of users and items from a table, and the catalog, by hand."""
 
 import pyarrow as pa
 import pyarrow.csv
@@ -9,7 +9,7 @@ from own_table import by_row
 from torch.testing import assert_close
 
 from apps.data.array_files import ArraysInMemory
-from apps.recsys.retrieval.catalogue import Catalogue, Seen, last_rows
+from apps.recsys.retrieval.catalog import Catalog, Seen, last_rows
 from apps.recsys.retrieval.columns import arrays_of, encoding_of_part, names_of, raw_columns, take_columns
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.encode.new_rows import NewRows
@@ -36,10 +36,10 @@ def test_liked_rows_are_pairs(data):
     assert train.user.single_FB.shape == (1, 6)
 
 
-def test_the_catalogue_has_each_item_as_its_last_training_row_has_it(data):
-    catalogue = data.catalogue
-    assert catalogue.count_I.tolist() == [2, 1, 1, 2, 0]
-    (items,) = catalogue.batches(data.item_features)
+def test_the_catalog_has_each_item_as_its_last_training_row_has_it(data):
+    catalog = data.catalog
+    assert catalog.count_I.tolist() == [2, 1, 1, 2, 0]
+    (items,) = catalog.batches(data.item_features)
     part = encoding_of_part(data.encoding, names_of(data.item_features))
     assert raw_columns(items, part).to_pydict() == {
         "film": list(FILMS),
@@ -73,8 +73,8 @@ def test_the_last_rows_by_hand():
 def test_without_a_task_all_rows_are_pairs(tmp_path):
     data = made_pairs(tmp_path, positive=None, user_columns=["age"])
     assert data.sizes() == {"train": 9, "val": 3, "test": 3}
-    assert data.catalogue.count_I.tolist() == [2, 2, 2, 2, 1]
-    assert data.catalogue.seen is None
+    assert data.catalog.count_I.tolist() == [2, 2, 2, 2, 1]
+    assert data.catalog.seen is None
     assert data.examples("test").__getitems__([0]).seen_BH is None
     assert names_of(data.user_features) == ("age",)
 
@@ -88,7 +88,7 @@ def test_a_table_without_labels_is_enough(tmp_path):
         TableData("table", train_file="any.csv", table={**TABLE, "tasks": {}})
 
 
-def test_uniform_negatives_are_drawn_from_the_catalogue_by_the_seed(tmp_path):
+def test_uniform_negatives_are_drawn_from_the_catalog_by_the_seed(tmp_path):
     data = made_pairs(tmp_path, num_uniform=200, seed=3)
     data.setup("fit")
     first, again = (next(iter(data.train_dataloader())) for _ in range(2))
@@ -110,12 +110,12 @@ def test_parts_of_a_batch_are_its_columns(data):
     assert take_columns(rows[:], data.features, data.item_features).dense_BC[:, 0].tolist() == [row[4] for row in ROWS]
 
 
-def test_a_catalogue_is_kept_as_plain_values(data):
-    again = Catalogue.from_state(data.catalogue.state())
+def test_a_catalog_is_kept_as_plain_values(data):
+    again = Catalog.from_state(data.catalog.state())
     features = data.item_features
-    rows, own = (by_row(next(of.batches(features)), features) for of in (again, data.catalogue))
+    rows, own = (by_row(next(of.batches(features)), features) for of in (again, data.catalog))
     assert rows == own
-    assert again.seen.items.tolist() == data.catalogue.seen.items.tolist()
+    assert again.seen.items.tolist() == data.catalog.seen.items.tolist()
 
 
 def test_what_users_had_is_the_checkpoint_s(data, tmp_path):

@@ -35,10 +35,10 @@ def test_the_answer_is_the_models_and_the_experts_are_of_its_passes(made):
     (words,) = answer.layers["item block 0"]
     assert words.words == tuple((film,) for film in best["film"])
     state = model.encoding_state["catalogue"]
-    from apps.recsys.retrieval.catalogue import Catalogue
+    from apps.recsys.retrieval.catalog import Catalog
 
     films = ["Alien", "Brazil"]
-    items = Catalogue.from_state(state).rows(model.item_features).__getitems__([films.index(f) for f in best["film"]])
+    items = Catalog.from_state(state).rows(model.item_features).__getitems__([films.index(f) for f in best["film"]])
     with core.record(model) as tape:
         model.item_tower(items)
     assert words.experts.tolist() == best_experts(tape.entries[0].routing)

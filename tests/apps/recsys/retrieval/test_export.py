@@ -37,6 +37,6 @@ def test_the_items_of_a_script_and_of_the_model_are_those_of_the_weights(tmp_pat
     assert_alike(printed, [" ".join(films) for films in by_user])
 
 
-def test_a_damaged_catalogue_is_refused():
+def test_a_damaged_catalog_is_refused():
     with pytest.raises(ValueError, match=r"catalogue\.npz is damaged"):
-        module._catalogue(b"PK\x03\x04 and no more")
+        module._catalog(b"PK\x03\x04 and no more")

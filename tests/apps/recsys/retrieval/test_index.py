@@ -20,7 +20,7 @@ def made():
     query = torch.randn(USERS, DIM, generator=generator)
     seen = torch.randint(0, ITEMS + 1, (USERS, 4), generator=generator)
     own = torch.randint(1, ITEMS + 1, (USERS,), generator=generator)
-    own[2], own[3] = 0, seen[3].max()  # one that the catalogue lacks, and one that is no candidate
+    own[2], own[3] = 0, seen[3].max()  # one that the catalog lacks, and one that is no candidate
     return ItemIndex([f"i{n}" for n in range(1, ITEMS + 1)], vectors), query, seen, own
 
 

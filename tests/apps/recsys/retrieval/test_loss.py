@@ -54,7 +54,7 @@ def test_the_loss_and_its_gradients_are_those_of_a_column_for_each_place():
         assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
-def test_with_the_whole_catalogue_drawn_alike_it_is_the_full_softmax():
+def test_with_the_whole_catalog_drawn_alike_it_is_the_full_softmax():
     torch.manual_seed(0)
     user, item = torch.randn(3, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     own = torch.tensor([8, 2, 5])

@@ -81,13 +81,13 @@ def test_a_learned_temperature_has_a_gradient_and_a_floor(data):
 
 
 @torch.no_grad()
-def test_the_ranks_are_among_the_candidates_of_the_whole_catalogue(data):
+def test_the_ranks_are_among_the_candidates_of_the_whole_catalog(data):
     module = known(retriever(data), data)
     batch = data.examples("test").__getitems__([0, 1, 2])
     out = module.judged(batch, module.task_loss(batch), "test")
-    (items,) = data.catalogue.batches(data.item_features)
+    (items,) = data.catalog.batches(data.item_features)
     scores = module.user_tower(batch.user) @ module.item_tower(items).t()
-    # bob may get Casablanca and Fargo, cy Alien and Brazil; ann's film is in no catalogue of 5
+    # bob may get Casablanca and Fargo, cy Alien and Brazil; ann's film is in no catalog of 5
     bob = 1 + int(scores[1, 4] >= scores[1, 2])
     cy = 1 + int(scores[2, 1] >= scores[2, 0])
     assert out.outputs.tolist() == [6, bob, cy]

@@ -18,7 +18,7 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 
 
 def made_use(**changed):
-    # Items 1 and 2 are of the first and the last quarter; item 0 is in no catalogue.
+    # Items 1 and 2 are of the first and the last quarter; item 0 is in no catalog.
     values = {
         "ks": (2, 5), "group_V": np.array([4, 0, 3]), "item_N": np.array([1, 1, 2, 0]),
         "rank_N": np.array([1, 4, 9, 3]), "best_Nk": np.array([[1, 2], [2, 1], [1, 0], [2, 1]]),
@@ -45,7 +45,7 @@ def test_the_metrics_of_groups_by_hand(tmp_path):
 def test_pairs_are_shown_by_name():
     assert pairs_table(made_use(), [2, 3]).rows == (
         ("cy", "rye", "9", "tea"),
-        ("dot", "not in the catalogue", "3", "rye · tea"),
+        ("dot", "not in the catalog", "3", "rye · tea"),
     )
 
 

@@ -228,7 +228,7 @@ def test_gates_sum_to_one_and_their_sums_are_the_load():
 
 def test_a_router_of_one_expert_takes_convolution_or_attention():
     router = core.TokenChoice(top_k=1, normalize=False)
-    model = build(mixing_router=router, mixing_balance=core.Balance(load_balancing=0.1))
+    model = build(mixing_router=router, mixing_balance=core.Balance(load_balancing_loss=0.1))
     with core.record(model.train()) as tape:
         model(ITEMS)
     routing = tape.entries[0].routing
@@ -236,7 +236,7 @@ def test_a_router_of_one_expert_takes_convolution_or_attention():
     assert (gates_TE > 0).sum(-1).tolist() == [1] * 9
     assert_close(gates_TE.amax(-1), routing.evidence.scores_TE.amax(-1))
     assert int(routing.chosen_per_expert_E.sum()) == 9
-    assert float(core.aux_losses(tape).terms["load_balancing"]) > 0
+    assert float(core.aux_losses(tape).terms["load_balancing_loss"]) > 0
 
 
 def test_the_gate_learns():

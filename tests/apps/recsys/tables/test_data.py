@@ -75,7 +75,7 @@ def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
     assert findings.unseen["city"] == {"train": 0, "val": 0, "test": 1 / 2}
     assert findings.unseen["user"] == {"train": 0, "val": 0, "test": 1 / 2}
     assert findings.unseen["tags"] == {"train": 0, "val": 0, "test": 1 / 3}
-    assert findings.labelled["like"] == {"train": 5, "val": 0, "test": 2}
+    assert findings.labeled["like"] == {"train": 5, "val": 0, "test": 2}
     assert "column city: unseen in 0.00% train, 50.00% test" in str(findings)
 
 

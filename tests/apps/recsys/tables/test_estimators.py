@@ -46,7 +46,7 @@ def test_a_split_is_gathered_in_the_tables_order():
 def test_design_matrix_by_hand():
     data = EveryColumn()
     c, x = data.columns("val"), design_matrix(gather(data, "val"))
-    # kind 6, item 401, domain 2, age 4 bins and missing, the constant 1 bin and missing, 2 standardised, tags 90.
+    # kind 6, item 401, domain 2, age 4 bins and missing, the constant 1 bin and missing, 2 standardized, tags 90.
     assert x.shape == (500, 6 + 401 + 2 + 5 + 2 + 2 + 90)
     row = int(np.flatnonzero((c["lengths"] == 2) & ~np.isnan(c["age"]))[0])
     dense = x[[row]].toarray()[0]

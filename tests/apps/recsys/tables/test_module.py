@@ -23,7 +23,7 @@ from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig
 from apps.recsys.tables.module import MultiTaskRecommender, last_weight
 from apps.recsys.tables.negatives.weighting import WeightingConfig
-from apps.recsys.tables.outputs import TaskOutputs, labelled_mean
+from apps.recsys.tables.outputs import TaskOutputs, labeled_mean
 from apps.recsys.tables.tasks import HeadConfig
 from apps.train.optim.optimizers import OptimizerConfig, parameter_groups
 from apps.train.step.distilling import DistilConfig
@@ -78,7 +78,7 @@ def test_metrics_of_counts_are_an_option():
 
 
 def losses(z, label_Bt):
-    return labelled_mean(TWO_CLICKS.losses(z, label_Bt), label_Bt)
+    return labeled_mean(TWO_CLICKS.losses(z, label_Bt), label_Bt)
 
 
 def test_missing_labels_are_in_no_loss():
@@ -87,7 +87,7 @@ def test_missing_labels_are_in_no_loss():
     loss_t = losses(z_Bt, torch.tensor([[1.0, 0.0], [NAN, 1.0]]))
     assert_close(loss_t, torch.full((2,), math.log(2)))
     loss_t.sum().backward()
-    # (p - y) over the labelled: click -1/2 of one, nothing of the other; buy 1/4 and -1/4.
+    # (p - y) over the labeled: click -1/2 of one, nothing of the other; buy 1/4 and -1/4.
     assert_close(z_Bt.grad, torch.tensor([[-0.5, 0.25], [0.0, -0.25]]))
 
 
@@ -148,7 +148,7 @@ def test_members_are_weighed_alike():
 
 def test_balance_losses_weigh_as_much_in_an_ensemble_as_in_one_network():
     """Members that are one network: the loss of the step and its gradients are that network's."""
-    moe = core.MMoE(4, core.MLP((8,)), router=core.TokenChoice(top_k=2), balance=core.Balance(load_balancing=0.5))
+    moe = core.MMoE(4, core.MLP((8,)), router=core.TokenChoice(top_k=2), balance=core.Balance(load_balancing_loss=0.5))
     alone, together = build(moe), build(moe, num_members=3)
     for member in together.members:
         member.load_state_dict(alone.model.state_dict())

@@ -63,7 +63,7 @@ def test_the_rest_of_the_layer_and_of_the_model_stay():
         router=core.TokenChoice(4),
         selection="shared",
         expert_dropout=0.1,
-        balance=core.Balance(load_balancing=0.5, importance=0.1),
+        balance=core.Balance(load_balancing_loss=0.5, importance=0.1),
     )
     twin = routers.Variant(build(shared, num_members=2), "v_moe")()
     made = twin.shared_config
@@ -71,7 +71,7 @@ def test_the_rest_of_the_layer_and_of_the_model_stay():
     assert (made.selection, made.expert_dropout) == ("shared", 0.1)
     assert made.router == core.TokenChoice(2, normalize=False, noise="fixed")
     # The overlay's weights, not the model's: those of another router mean nothing here.
-    assert made.balance == core.Balance(importance=0.005, load=0.005, load_balancing=0.0, router_z=0.0)
+    assert made.balance == core.Balance(importance=0.005, load=0.005, load_balancing_loss=0.0, router_z_loss=0.0)
 
 
 @pytest.mark.parametrize("name", routers.overlays())

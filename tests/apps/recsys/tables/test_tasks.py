@@ -103,7 +103,7 @@ def test_a_step_without_the_one_before_is_refused(kind):
 
 
 def test_a_step_without_a_label_is_0_where_an_earlier_one_is():
-    # Not clicked, so neither carted nor bought, written or not; clicked, or not known: what is not labelled stays so.
+    # Not clicked, so neither carted nor bought, written or not; clicked, or not known: what is not labeled stays so.
     label_Bt = torch.tensor([[0.0, NAN, NAN], [0.0, 0.0, NAN], [1.0, NAN, NAN], [NAN, NAN, 1.0], [1.0, 0.0, NAN]])
     filled = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, NAN, NAN], [NAN, NAN, 1.0], [1.0, 0.0, 0.0]]
     assert_close(step_labels(label_Bt), torch.tensor(filled), equal_nan=True)

@@ -79,7 +79,7 @@ def test_a_level_or_class_that_training_lacks_is_no_label(tmp_path):
     assert [w.split(":")[0] for w in lines] == ["task 'stars'", "task 'colour'"]
 
 
-def test_weights_have_the_mean_one_over_a_task_s_labelled_rows(tmp_path):
+def test_weights_have_the_mean_one_over_a_task_s_labeled_rows(tmp_path):
     tasks = {**TASKS, "visits": TaskConfig("visits", kind="count", weight="x")}
     weight_Bt = table(tmp_path, tasks, weight="weight").rows("train")[:].weight_Bt
     # Weights 1, 3, 0, 2 of mean 3/2; the price has two labels, of weights 1 and 3 and mean 2; x has mean 3/2.
@@ -155,7 +155,7 @@ def test_rows_of_cold_users_have_no_mean_over_tasks_of_two_units():
         ({"price": TaskConfig("colour", kind="regression")}, ROWS, {}, "'colour' of the training table must hold "
          "numbers: row 0 holds 'red'"),
         ({"visits": TaskConfig("price", kind="count")}, [*ROWS, ("a", 0.0, 0, 4.5, 1, 0, 1, "red", 1.0)], {},
-         r"'visits': column 'price' must hold whole numbers of at least 0, but row 4 holds 4\.5"),
+         r"'visits': column 'price' must hold integers of at least 0, but row 4 holds 4\.5"),
         ({"x": TaskConfig("price", kind="regression", loss="weighted_logistic")},
          [*ROWS, ("a", 0.0, 0, -4.5, 1, 0, 1, "red", 1.0)], {}, r"at least 0 for loss 'weighted_logistic', but row 4"),
         ({"sold": TaskConfig("sold", kind="ordinal", mask="sold")}, ROWS, {}, "'sold' has the value 1 alone in"),

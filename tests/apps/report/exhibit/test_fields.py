@@ -43,7 +43,7 @@ def test_a_field_takes(field, raw, value):
         (NumberField("age"), "old", "age='old' is not a number"),
         (NumberField("age"), "", "age='' is not a number"),
         (NumberField("age"), "nan", "age=nan is not a finite number"),
-        (NumberField("count", whole=True), "1.5", "count='1.5' is not a whole number"),
+        (NumberField("count", whole=True), "1.5", "count='1.5' is not an integer"),
         (NumberField("count", least=1), "0", "count=0 must be at least 1"),
         (NumberField("count", most=3), "4", "count=4 must be at most 3"),
         (

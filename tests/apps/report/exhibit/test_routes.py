@@ -39,5 +39,5 @@ def test_words_have_the_experts_of_the_largest_logits():
 
 
 def test_words_and_experts_are_as_many():
-    with pytest.raises(ValueError, match="'A text' has 2 pieces, and experts of 1"):
+    with pytest.raises(ValueError, match="'A text' has 2 tokens, and experts of 1"):
         Pieces("A text", (("a", "b"),), np.zeros((1, 1), int), ("0",))

@@ -65,7 +65,7 @@ def check(network: SideBySide, path: Path, form: str, axis: str = "length") -> C
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-def test_the_standard_form_computes_as_eager_mode_quantised_experts_too(tmp_path):
+def test_the_standard_form_computes_as_eager_mode_quantized_experts_too(tmp_path):
     torch.manual_seed(0)
     whole = layer(core.FFN(hidden_dim=16, bias=True), capacity_factor=0.75)  # some pairs are not computed
     # Of a shared expert as large as this the whole numbers are unpacked in the graph, not before.

@@ -149,7 +149,7 @@ def test_a_stopped_process_saves_its_last_step_is_no_success_and_says_how_to_go_
     # The log holds the steps before it, and one row of the model's size at step 0.
     assert {int(row["step"]) for row in log(tmp_path / "run")} == set(range(step))
     last = stderr.strip().splitlines()[-1]
-    assert last == f"{how}; --ckpt_path last goes on from the last checkpoint, if there is one"
+    assert last == f"{how}; --ckpt_path last continues from the last checkpoint, if there is one"
     assert "Traceback" not in stderr
     last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     fit(str(config), tmp_path / "run", "--ckpt_path", last, "--model.seconds", "0.0")

@@ -14,7 +14,7 @@ from apps.train.cost.cheaper import cheaper_forms, limit, take_fewer
 
 
 def names(model, statistics="no batches"):
-    return [form.name for form in cheaper_forms(model, statistics) if form.kind != cheaper.QUANTISED]
+    return [form.name for form in cheaper_forms(model, statistics) if form.kind != cheaper.QUANTIZED]
 
 
 def forms(model, statistics="no batches"):

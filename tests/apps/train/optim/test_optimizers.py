@@ -110,7 +110,7 @@ def test_adamw_moves_the_parts_that_are_named_under_muon():
     }
 
 
-def test_a_frozen_parameter_and_a_model_s_own_exemptions_are_honoured():
+def test_a_frozen_parameter_and_a_model_s_own_exemptions_are_honored():
     module = TinyModule(3)
     module.net[0].weight.requires_grad = False
     module.net.no_weight_decay = lambda: {"3.weight"}

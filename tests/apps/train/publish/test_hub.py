@@ -19,7 +19,7 @@ from tiny_app import TinyModule
 from torch import Tensor
 
 import apps
-from apps.train.cost.quantizing import form_of, quantise
+from apps.train.cost.quantizing import form_of, quantize_model
 from apps.train.step.adapted import adapt_linears
 from apps.train.step.module import SparseModule
 from apps.vision.module import VisionClassifier
@@ -110,8 +110,8 @@ def test_an_adapted_model_returns_with_its_updates(digits, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["int8", "int4:4"])
-def test_a_quantised_model_returns_as_it_was(digits, tmp_path, form):
-    quantise(digits, form)
+def test_a_quantized_model_returns_as_it_was(digits, tmp_path, form):
+    quantize_model(digits, form)
     digits.save_pretrained(tmp_path / "folder")
     again = apps.load(tmp_path / "folder")
     assert form_of(again) == form

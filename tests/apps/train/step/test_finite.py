@@ -13,7 +13,7 @@ from apps.train.step.finite import NonFiniteError
 
 def test_a_loss_that_is_nan_names_step_terms_and_advice_and_spares_the_checkpoint(tmp_path):
     module = TinyModule(3, moe=MOE, explode_at=12, ema_decay=0.9)  # 9 steps an epoch
-    with pytest.raises(NonFiniteError, match=r"nan at step 13 \(task loss=nan, load_balancing=.*lr \(now 0.001\)"):
+    with pytest.raises(NonFiniteError, match=r"nan at step 13 \(task loss=nan, load_balancing_loss=.*lr \(now 0.001\)"):
         fit(module, tmp_path, max_epochs=3)
     checkpoint = load(tmp_path / "last.ckpt")
     assert checkpoint["global_step"] == 9

@@ -34,8 +34,8 @@ def test_the_returned_loss_is_the_task_s_plus_the_weighted_auxiliary_loss(tmp_pa
 
     fit(module, tmp_path, Spy(), data=TinyData(n=8))
     row = next(r for r in rows(tmp_path) if r["train/loss"])
-    # Balance's defaults: 0.01 * load_balancing + 0.001 * router_z; the terms are logged without their weights.
-    aux = 0.01 * float(row["train/load_balancing"]) + 0.001 * float(row["train/router_z"])
+    # Balance's defaults: 0.01 * load_balancing_loss + 0.001 * router_z_loss; terms are logged without weights.
+    aux = 0.01 * float(row["train/load_balancing_loss"]) + 0.001 * float(row["train/router_z_loss"])
     assert float(row["train/aux_loss"]) == pytest.approx(aux, rel=1e-5)
     assert seen["returned"] == pytest.approx(float(row["train/loss"]) + aux, rel=1e-5)
 

@@ -74,7 +74,7 @@ def test_weights_that_stood_still_and_a_gradient_that_is_cut(tmp_path):
         router = module.net[3].router
         router.register_forward_hook(lambda m, args, out: replace(out, gates_N=out.gates_N.detach()))
 
-    balance = core.Balance(load_balancing=0.0, router_z=0.0)
+    balance = core.Balance(load_balancing_loss=0.0, router_z_loss=0.0)
     doctor = RoutingDoctor()
     trained(tmp_path, doctor, plant=cut, moe=replace(MOE, balance=balance), weight_decay=0.0, expert_lr_scale=0.01)
     assert [f.name for f in doctor.findings] == ["no_router_gradient", "gates_at_start", "slow_experts"]

@@ -110,19 +110,19 @@ def test_an_encoder_layer_of_torch_computes_its_updates_in_evaluation_too():
     [
         (
             lambda: AdaptedLinear(nn.Linear(6, 10), MOE.build(6, 9)),
-            r"updates of out_dim=9 do not fit the base of in_features=6, out_features=10: they need out_dim=10",
+            r"adapters of out_dim=9 do not fit a base of in_features=6, out_features=10: they need out_dim=10",
         ),
-        (lambda: AdaptedLinear(nn.Linear(6, 10), MOE.build(5, 10)), r"updates of dim=5 .* they need dim=6"),
-        (lambda: AdaptedLinear(nn.Linear(6, 1), MOE.build(6)), r"updates of out_dim=6 .* they need out_dim=1"),
+        (lambda: AdaptedLinear(nn.Linear(6, 10), MOE.build(5, 10)), r"adapters of dim=5 .* they need dim=6"),
+        (lambda: AdaptedLinear(nn.Linear(6, 1), MOE.build(6)), r"adapters of out_dim=6 .* they need out_dim=1"),
         (
             lambda: AdaptedLinear(nn.Linear(6, 10), MoEConfig(2, Dense(), IA3()).build(6), after=True),
-            r"updates of dim=6 .* they need dim=10",
+            r"adapters of dim=6 .* they need dim=10",
         ),
         (
             lambda: AdaptedLinear(nn.Conv1d(6, 6, 1), MOE.build(6)),
-            "base is a Conv1d: updates stand beside",
+            "base is a Conv1d: adapters belong to",
         ),
-        (lambda: add_adapters(nn.LayerNorm(6), MOE), "model is a LayerNorm: updates stand beside an nn.Linear"),
+        (lambda: add_adapters(nn.LayerNorm(6), MOE), "model is a LayerNorm: adapters belong to an nn.Linear"),
         (lambda: add_adapters(model(), MOE, "*.norm"), "module '0.norm' is a LayerNorm"),
         (
             lambda: add_adapters(model(), MOE, "*.kqv"),

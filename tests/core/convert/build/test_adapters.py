@@ -89,10 +89,10 @@ def test_the_updates_of_one_task_are_taken_out_and_merged(expert):
 
 
 REFUSED = {
-    "none": (lambda: model(), "a Sequential without adapted layers has no updates to merge"),
+    "none": (lambda: model(), "a Sequential without adapted layers has no adapters to merge"),
     "by token": (
         lambda: add_adapters(model(), MoEConfig(4, TokenChoice(2), LoRA(2)), "0"),
-        "the updates of '0' cannot be merged: router TokenChoice gives tokens gates of their own",
+        "the adapters of '0' cannot be merged: router TokenChoice gives tokens gates of their own",
     ),
     "a gate": (
         lambda: add_adapters(model(), MoEConfig(1, TokenChoice(1, score_func="sigmoid"), LoRA(2)), "0"),
@@ -110,7 +110,7 @@ REFUSED = {
         lambda: add_adapters(
             model(), MoEConfig(1, TokenChoice(1), LoRA(2), num_shared_experts=1, shared_gate="scale"), "0"
         ),
-        "a shared_gate weights the updates token by token",
+        "a shared_gate weights the adapters token by token",
     ),
     "no bias": (
         lambda: add_adapters(model(), MoEConfig(1, TokenChoice(1), LoRA(2), output_bias=True), "2"),
@@ -135,7 +135,7 @@ def test_refused_in_one_line(make, message):
 def test_a_refusal_leaves_the_model_as_it_was():
     net = add_adapters(model(), MoEConfig(1, TokenChoice(1), LoRA(2)), "0")
     net[2] = add_adapters(net[2], MoEConfig(2, TokenChoice(1), LoRA(2)))
-    with pytest.raises(ValueError, match="the updates of '2' cannot be merged"):
+    with pytest.raises(ValueError, match="the adapters of '2' cannot be merged"):
         merge_adapters(net)
     assert isinstance(net[0], core.AdaptedLinear)
 

@@ -221,7 +221,7 @@ def test_a_seed_decides_the_gates():
 
 
 def test_experts_and_routers_train():
-    sparse = sparsify(net(), MoEConfig(4, TokenChoice(2), balance=Balance(load_balancing=0.01)), "blocks.*.mlp")
+    sparse = sparsify(net(), MoEConfig(4, TokenChoice(2), balance=Balance(load_balancing_loss=0.01)), "blocks.*.mlp")
     with record(sparse) as tape:
         loss = sparse["head"](sparse["blocks"](torch.randn(4, 5, 8))).square().mean()
     assert [entry.name for entry in tape.entries] == ["blocks.0.mlp.moe", "blocks.1.mlp.moe"]
@@ -347,7 +347,7 @@ def tied(weight_alone: bool) -> nn.Module:
         (net, MoEConfig(4, ExpertChoice()), "blocks.*.mlp", {"exact": False, "causal": True}, r"not for a causal"),
         (net, MOE, "blocks.*.mlp", {"start": "clone"}, r"start='clone' is not one of copy, "),
         (net, MOE, "blocks.*.mlp", {"noise": -1.0}, r"noise=-1.0 is not at least 0"),
-        (net, MOE, "blocks.*.mlp", {"seed": 0.5}, r"seed=0.5 is not a whole number"),
+        (net, MOE, "blocks.*.mlp", {"seed": 0.5}, r"seed=0.5 is not an integer"),
         (net, TokenChoice(2), "blocks.*.mlp", {}, r"moe=TokenChoice.* is not of class MoEConfig"),
         (net, MoEConfig(2, TokenChoice(2), core.MLP((3,))), "blocks.*.mlp", {"start": "random"}, r"out_dim=8 is not 3"),
     ],

@@ -45,7 +45,7 @@ def test_tables_have_to_be_the_same():
     models = [core.MoEConfig(4, core.Hash(20, seed=seed)).build(8) for seed in (0, 0, 1)]
     table = models[0].router.table.clone()
     assert torch.equal(average_models(models[:2]).router.table, table)
-    with pytest.raises(ValueError, match=r"router\.table holds whole numbers that differ: they have no mean"):
+    with pytest.raises(ValueError, match=r"router\.table holds integers that differ: they have no mean"):
         average_models(models)
 
 

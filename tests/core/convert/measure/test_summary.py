@@ -29,7 +29,7 @@ def net() -> nn.Sequential:
 def test_numbers_by_hand():
     dense = net()
     result = summary(sparsify(dense, MoEConfig(3, TokenChoice(2)), "0"), torch.randn(5, 4))
-    assert (len(result.replaced), result.recognised) == (1, 2)
+    assert (len(result.replaced), result.recognized) == (1, 2)
     # An FFN has 4 * 6 + 6 + 6 * 4 + 4 = 58 parameters and 2 * (24 + 24) = 96 FLOPs a token; the head 15 and 24.
     assert (result.params_before, result.params_after) == (2 * 58 + 15, 4 * 58 + 3 * 4 + 15)
     assert result.active_params == 3 * 58 + 3 * 4 + 15

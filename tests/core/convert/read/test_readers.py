@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core import FFN, GEGLU, MLP, DenseFFN, GeneralFFN, MoEConfig, SwiGLU, sparsify
-from core.convert import activation_name, affine, feed_forward_part, read_ffn, recognised_ffns, register_ffn
+from core.convert import activation_name, affine, feed_forward_part, read_ffn, recognized_ffns, register_ffn
 from core.convert.read import readers
 from core.convert.read.readers import named_part
 
@@ -160,8 +160,8 @@ def test_networks_of_a_model_are_listed_by_name():
             "pair": nn.Sequential(nn.Linear(4, 4), nn.Tanh()),
         }
     )
-    assert list(recognised_ffns(model)) == ["block.mlp", "wrapped", "layer"]
-    assert list(recognised_ffns(Named())) == [""]
+    assert list(recognized_ffns(model)) == ["block.mlp", "wrapped", "layer"]
+    assert list(recognized_ffns(Named())) == [""]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_networks_of_a_model_are_listed_by_name():
         (3, None),
     ],
 )
-def test_activations_are_recognised_by_what_they_compute(act, name):
+def test_activations_are_recognized_by_what_they_compute(act, name):
     assert activation_name(act) == name
 
 
@@ -267,7 +267,7 @@ def test_shapes_that_do_not_fit_are_refused(tensors, message):
         feed_forward_part(w_in, w_out, w_gate, activation="relu")
 
 
-def test_a_quantised_weight_is_refused():
+def test_a_quantized_weight_is_refused():
     linear = nn.Linear(4, 4)
     linear.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="a Linear has no weight of floating-point numbers"):

@@ -203,7 +203,7 @@ def test_clusters_are_those_of_a_loop_over_all_pairs(seed):
 REFUSED = {
     "too many": (MoEConfig(4), given([1] * 4), 5, {}, "keep=5 exceeds num_experts=4"),
     "none": (MoEConfig(4), given([1] * 4), 0, {}, "keep=0 is not at least 1"),
-    "a share": (MoEConfig(4), given([1] * 4), 1.5, {}, "keep=1.5 is neither a whole number nor a share"),
+    "a share": (MoEConfig(4), given([1] * 4), 1.5, {}, "keep=1.5 is neither an integer nor a share"),
     "top_k": (MoEConfig(4, TokenChoice(3)), given([1] * 4), 2, {}, "top_k=3 exceeds num_experts=2"),
     "a score": (MoEConfig(4), given([1] * 4), 2, {"by": "size"}, "by='size' is not one of use, reap, man, msan"),
     "of others": (MoEConfig(4), given([1] * 3), 2, {}, "statistics of layer '' are of 3 experts, and it has 4"),

@@ -99,13 +99,13 @@ def test_first_choice_counts_the_best_expert_of_each_token_alone():
     # choices: 1/2, 1/2, 0, the same. With the second token the other way round: 2/2 of expert 0 alone.
     one = built(TokenChoice(2), 3)(logits_of((0.6, 0.25, 0.15), (0.35, 0.45, 0.2)))
     other = built(TokenChoice(2), 3)(logits_of((0.6, 0.25, 0.15), (0.45, 0.35, 0.2)))
-    names = ("load_balancing", "first_choice")
-    assert terms_of(one, *names) == pytest.approx({"load_balancing": 3 * 1.65 / 4, "first_choice": 3 * 1.65 / 4})
+    names = ("load_balancing_loss", "first_choice")
+    assert terms_of(one, *names) == pytest.approx({"load_balancing_loss": 3 * 1.65 / 4, "first_choice": 3 * 1.65 / 4})
     # 3 * 1.05 / 2 of the sums 1.05, 0.6, 0.35.
-    assert terms_of(other, *names) == pytest.approx({"load_balancing": 3 * 1.65 / 4, "first_choice": 3 * 1.05 / 2})
+    assert terms_of(other, *names) == pytest.approx({"load_balancing_loss": 3 * 1.65 / 4, "first_choice": 3 * 1.05 / 2})
     # For K = 1 they are one.
     single = terms_of(built(TokenChoice(1), 3)(logits_of((0.6, 0.25, 0.15), (0.35, 0.45, 0.2))), *names)
-    assert single["first_choice"] == pytest.approx(single["load_balancing"])
+    assert single["first_choice"] == pytest.approx(single["load_balancing_loss"])
 
 
 def test_padding_is_in_neither_first_choices_nor_gates():
@@ -150,9 +150,9 @@ def test_losses_when_one_of_four_experts_takes_all_are_e_and_e_minus_one():
 
 def test_terms_of_a_routing_by_hand():
     terms = balance_terms(balance_sums(routing(SCORES, [2, 1, 0]), ALL), ALL)
-    assert terms["load_balancing"].item() == pytest.approx(1.233333, abs=1e-6)
+    assert terms["load_balancing_loss"].item() == pytest.approx(1.233333, abs=1e-6)
     assert terms["importance"].item() == pytest.approx(0.086667, abs=1e-6)
-    assert terms["router_z"].item() == pytest.approx(0.0, abs=1e-6)  # logsumexp(log p) = log 1
+    assert terms["router_z_loss"].item() == pytest.approx(0.0, abs=1e-6)  # logsumexp(log p) = log 1
     assert "load" not in terms  # no noise
 
 
@@ -190,7 +190,7 @@ def test_sigmoid_scores_count_by_their_share():
         scores = factor * torch.tensor([[0.8, 0.4], [0.1, 0.3]])
         terms = balance_terms(balance_sums(routing(scores, [1, 1]), ALL), ALL)
         assert terms["importance"].item() == pytest.approx(1 / 144, abs=1e-6)
-        assert terms["load_balancing"].item() == pytest.approx(1.0, abs=1e-6)
+        assert terms["load_balancing_loss"].item() == pytest.approx(1.0, abs=1e-6)
 
 
 def kth_of_the_others(noisy: Tensor, k: int) -> Tensor:
@@ -232,7 +232,7 @@ def test_smooth_load_is_the_probability_of_a_choice_under_fresh_noise(noise, top
 def test_smooth_load_of_a_choice_of_all_experts_is_one_and_its_gradient_finite():
     router = TokenChoice(top_k=2, noise="learned").build(3, 2).train()
     decided = router(torch.randn(1, 5, 3))
-    losses = aux_losses(tape_of(decided, balance=Balance(load_balancing=0, router_z=0, load=1.0)))
+    losses = aux_losses(tape_of(decided, balance=Balance(load_balancing_loss=0, router_z_loss=0, load=1.0)))
     assert losses.total.item() == 0.0  # both experts are always chosen: loads 5 and 5
     losses.total.backward()
     for parameter in router.parameters():
@@ -243,7 +243,7 @@ def test_learned_noise_of_almost_zero_gives_a_finite_load_loss_and_gradient():
     router = TokenChoice(top_k=1, noise="learned").build(3, 4).train()
     torch.nn.init.constant_(router.gate.noise_weight, -100.0)  # softplus(-300) is 0 in float32
     decided = router(torch.ones(1, 5, 3))
-    loss = aux_loss(tape_of(decided, balance=Balance(load_balancing=0, router_z=0, load=1.0)))
+    loss = aux_loss(tape_of(decided, balance=Balance(load_balancing_loss=0, router_z_loss=0, load=1.0)))
     assert loss.item() == pytest.approx(3.0)  # as without noise: one of four experts takes all
     loss.backward()
     assert all(p.grad.isfinite().all() for p in router.parameters())
@@ -259,7 +259,7 @@ def test_load_loss_is_refused_where_the_choice_is_not_by_noisy_logits_alone(limi
 def test_load_loss_trains_the_learned_noise():
     router = TokenChoice(top_k=1, noise="learned").build(3, 4).train()
     decided = router(torch.randn(1, 50, 3))
-    aux_loss(tape_of(decided, balance=Balance(load_balancing=0, router_z=0, load=1.0))).backward()
+    aux_loss(tape_of(decided, balance=Balance(load_balancing_loss=0, router_z_loss=0, load=1.0))).backward()
     assert router.gate.noise_weight.grad.abs().max() > 0
     assert router.gate.weight.grad.abs().max() > 0
 
@@ -269,57 +269,57 @@ def test_aux_loss_is_the_weighted_sum_and_terms_are_unweighted_means_over_passes
     skewed = [[0.7, 0.1, 0.1, 0.1]] * 4
     # load balancing: 1 and 4 * 0.7 = 2.8; importance: 0 and, of sums 2.8, 0.4, 0.4, 0.4 with mean 1,
     # (1.8^2 + 3 * 0.6^2) / 4 = 1.08.
-    balance = Balance(load_balancing=0.1, router_z=0, importance=0.01)
+    balance = Balance(load_balancing_loss=0.1, router_z_loss=0, importance=0.01)
     losses = aux_losses(tape_of(routing(even, [1, 1, 1, 1]), routing(skewed, [4, 0, 0, 0]), balance=balance))
     assert losses.total.item() == pytest.approx(0.1 * 3.8 + 0.01 * 1.08, abs=1e-6)
     assert {k: v.item() for k, v in losses.terms.items()} == pytest.approx(
-        {"load_balancing": 1.9, "importance": 0.54}, abs=1e-6
+        {"load_balancing_loss": 1.9, "importance": 0.54}, abs=1e-6
     )
 
 
 def test_each_layer_is_weighted_by_its_own_balance():
     skewed = routing([[0.7, 0.3]] * 2, [2, 0])  # load balancing 2 * 0.7 = 1.4
     entries = [
-        Entry(name, skewed, None, Balance(load_balancing=weight, router_z=0), ALL)
+        Entry(name, skewed, None, Balance(load_balancing_loss=weight, router_z_loss=0), ALL)
         for name, weight in (("a", 0.5), ("b", 0.0), ("c", 2.0))
     ]
     losses = aux_losses(Tape(tuple(entries)))
     assert losses.total.item() == pytest.approx(2.5 * 1.4, abs=1e-6)
-    assert losses.terms["load_balancing"].item() == pytest.approx(1.4, abs=1e-6)  # of the two that want it
+    assert losses.terms["load_balancing_loss"].item() == pytest.approx(1.4, abs=1e-6)  # of the two that want it
 
 
-@pytest.mark.parametrize("weights", [{"load_balancing": 0.1}, {"importance": 0.1}])
+@pytest.mark.parametrize("weights", [{"load_balancing_loss": 0.1}, {"importance": 0.1}])
 def test_a_term_of_weight_zero_cannot_bring_nan_in(weights):
     logits = torch.tensor([[0.2, -0.4], [0.1, 0.3]], requires_grad=True)
     decided = routing(SCORES, [1, 1])
-    # logsumexp of a row with inf is inf, and its square's gradient NaN: router_z must not be in the graph.
+    # logsumexp of a row with inf is inf, and its square's gradient NaN: router_z_loss must not be in the graph.
     decided = replace(decided, evidence=Evidence(logits.softmax(-1), logits * torch.tensor([torch.inf, 1.0])))
-    balance = Balance(**{"load_balancing": 0.0, "router_z": 0.0, **weights})
+    balance = Balance(**{"load_balancing_loss": 0.0, "router_z_loss": 0.0, **weights})
     losses = aux_losses(tape_of(decided, balance=balance))
     losses.total.backward()
     assert losses.terms.keys() == weights.keys()
     assert losses.total.isfinite()
     assert logits.grad.isfinite().all()
     # The same tape with the term on is not finite: the case is a real one.
-    assert not aux_losses(tape_of(decided, balance=Balance(router_z=0.1))).total.isfinite()
+    assert not aux_losses(tape_of(decided, balance=Balance(router_z_loss=0.1))).total.isfinite()
 
 
 def test_nothing_to_balance_is_a_loss_of_zero():
     assert aux_loss(Tape()).item() == 0.0
-    off = Balance(load_balancing=0, router_z=0)
+    off = Balance(load_balancing_loss=0, router_z_loss=0)
     losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=off))
     assert (losses.total.item(), losses.terms) == (0.0, {})
 
 
 def test_a_load_term_alone_is_zero_in_evaluation_where_there_is_no_noise():
-    only_load = Balance(load_balancing=0, router_z=0, load=0.1)
+    only_load = Balance(load_balancing_loss=0, router_z_loss=0, load=0.1)
     losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=only_load))
     assert (losses.total.item(), losses.terms) == (0.0, {})
 
 
 def test_a_term_that_does_not_apply_is_skipped():
-    losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=Balance(), terms=frozenset({"router_z"})))
-    assert losses.terms.keys() == {"router_z"}
+    losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=Balance(), terms=frozenset({"router_z_loss"})))
+    assert losses.terms.keys() == {"router_z_loss"}
 
 
 def test_an_expert_below_the_mean_load_rises():
@@ -331,7 +331,7 @@ def test_a_term_set_by_hand_that_does_not_apply_is_refused_and_a_default_is_not(
     with pytest.raises(ValueError, match=r"balance.load=0.1 does not apply to TokenChoice without noise on its logits"):
         Balance(load=0.1).check(TokenChoice().terms, "TokenChoice")
     Balance(load=0.1).check(TokenChoice(noise="fixed").terms, "TokenChoice")
-    with pytest.raises(ValueError, match=r"balance.load_balancing=0.5 does not apply to Hash"):
-        Balance(load_balancing=0.5).check(frozenset(), "Hash")
+    with pytest.raises(ValueError, match=r"balance.load_balancing_loss=0.5 does not apply to Hash"):
+        Balance(load_balancing_loss=0.5).check(frozenset(), "Hash")
     Balance().check(frozenset(), "Hash")
-    Balance(load_balancing=0.0).check(frozenset(), "Hash")
+    Balance(load_balancing_loss=0.0).check(frozenset(), "Hash")

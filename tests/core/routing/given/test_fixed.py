@@ -126,8 +126,8 @@ def test_several_experts_of_a_balanced_hash_are_different_and_as_loaded():
 
 def test_clusters_keep_like_points_together_and_have_equal_sizes():
     # Three tight groups of 4, far apart.
-    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
-    points = centres.repeat_interleave(4, 0) + 0.1 * torch.randn(12, 2)
+    centers = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    points = centers.repeat_interleave(4, 0) + 0.1 * torch.randn(12, 2)
     order = torch.randperm(12)
     cluster_N = min(
         (balanced_clusters(points[order], 3, seed=s) for s in range(5)), key=lambda c: spread(points[order], c)
@@ -148,9 +148,9 @@ def test_cluster_sizes_differ_by_at_most_one_even_where_all_points_are_alike(num
 
 
 def test_a_full_cluster_keeps_the_nearest_points():
-    # All but 9 are nearest to centre 0, which has room for two of four: 2.9 goes on to centre 9.
-    points, centres = torch.tensor([[2.9], [0.0], [0.1], [9.0]]), torch.tensor([[0.0], [9.0]])
-    assert assign_equally(points, centres).tolist() == [1, 0, 0, 1]
+    # All but 9 are nearest to center 0, which has room for two of four: 2.9 goes on to center 9.
+    points, centers = torch.tensor([[2.9], [0.0], [0.1], [9.0]]), torch.tensor([[0.0], [9.0]])
+    assert assign_equally(points, centers).tolist() == [1, 0, 0, 1]
 
 
 def test_clusters_are_better_than_chance():

@@ -87,11 +87,11 @@ def test_the_balance_loss_sees_the_mean_load_of_the_null_experts():
     # 4 * (2/6 * 0.9 + 1/6 * 0.65 + 1/4 * 1.45) / 3 = 4/3 * 0.7708333 = 1.0277778.
     # Importance of 0.9, 0.65, 0.725, 0.725: mean 0.75, variance (0.0225 + 0.01 + 2 * 0.000625) / 4 = 0.0084375,
     # over 0.5625: 0.015.
-    terms = terms_of(routing, "load_balancing", "importance", "router_z")
-    assert terms["load_balancing"] == pytest.approx(1.0277778, rel=1e-6)
+    terms = terms_of(routing, "load_balancing_loss", "importance", "router_z_loss")
+    assert terms["load_balancing_loss"] == pytest.approx(1.0277778, rel=1e-6)
     assert terms["importance"] == pytest.approx(0.015, rel=1e-5)
     # The logits are logarithms of probabilities of all four: their logsumexp is 0.
-    assert terms["router_z"] == pytest.approx(0.0, abs=1e-12)
+    assert terms["router_z_loss"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_which_null_expert_is_taken_does_not_matter_to_the_loss():
@@ -100,19 +100,19 @@ def test_which_null_expert_is_taken_does_not_matter_to_the_loss():
     swapped = x[..., [0, 1, 3, 2]]
     # The other way round in every second token alone, so that the null experts' own loads differ.
     mixed = torch.where(torch.arange(20)[:, None] % 2 == 0, x, swapped)
-    assert terms_of(router(x), "load_balancing", "importance") == pytest.approx(
-        terms_of(router(mixed), "load_balancing", "importance")
+    assert terms_of(router(x), "load_balancing_loss", "importance") == pytest.approx(
+        terms_of(router(mixed), "load_balancing_loss", "importance")
     )
 
 
 def test_more_null_experts_taken_raise_the_loss():
     router = built(NullExperts(top_k=2, num_null_experts=2), 2, columns=4)
-    some = terms_of(router(logits_of((0.4, 0.1, 0.3, 0.2), (0.1, 0.4, 0.2, 0.3))), "load_balancing")
-    all_null = terms_of(router(logits_of((0.1, 0.2, 0.3, 0.4), (0.2, 0.1, 0.4, 0.3))), "load_balancing")
+    some = terms_of(router(logits_of((0.4, 0.1, 0.3, 0.2), (0.1, 0.4, 0.2, 0.3))), "load_balancing_loss")
+    all_null = terms_of(router(logits_of((0.1, 0.2, 0.3, 0.4), (0.2, 0.1, 0.4, 0.3))), "load_balancing_loss")
     # One real and one null each: shares 1/4 everywhere, so the loss is 4 * 1/4 * 1 = 1.
-    assert some["load_balancing"] == pytest.approx(1.0)
+    assert some["load_balancing_loss"] == pytest.approx(1.0)
     # All shares on the null ones, 1/2 each, with scores 0.7 a token: 4 * 1/2 * 0.7 = 1.4.
-    assert all_null["load_balancing"] == pytest.approx(1.4)
+    assert all_null["load_balancing_loss"] == pytest.approx(1.4)
 
 
 def test_padding_is_not_in_the_load_of_the_null_experts():
@@ -120,7 +120,7 @@ def test_padding_is_not_in_the_load_of_the_null_experts():
     x = torch.cat((logits_of(*NULLS), torch.full((1, 2, 4), torch.nan)), 1)
     padded = router(x, RoutingContext(valid_BS=torch.tensor([[True, True, True, False, False]])))
     assert padded.evidence.balance_chosen.tolist() == [2, 1, 1.5, 1.5]
-    names = ("load_balancing", "importance", "router_z")
+    names = ("load_balancing_loss", "importance", "router_z_loss")
     assert terms_of(padded, *names) == pytest.approx(terms_of(router(logits_of(*NULLS)), *names), abs=1e-12)
 
 
@@ -204,9 +204,9 @@ def test_the_gradient_goes_straight_through_the_step_to_thresholds_and_tokens():
 
 
 def test_diversity_and_simplicity_join_the_losses_with_their_weights():
-    layer = MoEConfig(2, DynamicThreshold(2, diversity=0.1, simplicity=0.01), balance=Balance(load_balancing=0)).build(
-        2
-    )
+    layer = MoEConfig(
+        2, DynamicThreshold(2, diversity=0.1, simplicity=0.01), balance=Balance(load_balancing_loss=0)
+    ).build(2)
     with torch.no_grad():
         # Parallel rows of length 3 and 4: the directions' products are all 1, less I: [[0, 1], [1, 0]].
         layer.router.gate.weight.copy_(torch.tensor([[3.0, 0.0], [4.0, 0.0]]))
@@ -394,9 +394,9 @@ def test_equal_logits_stay_equal_with_a_finite_gradient():
 
 
 def test_the_z_loss_does_not_apply_to_normalized_logits():
-    assert "router_z" not in TokenChoice(logit_norm=1.0).terms
-    with pytest.raises(ValueError, match=r"balance.router_z=0.1 does not apply to TokenChoice"):
-        MoEConfig(4, TokenChoice(logit_norm=1.0), balance=Balance(router_z=0.1))
+    assert "router_z_loss" not in TokenChoice(logit_norm=1.0).terms
+    with pytest.raises(ValueError, match=r"balance.router_z_loss=0.1 does not apply to TokenChoice"):
+        MoEConfig(4, TokenChoice(logit_norm=1.0), balance=Balance(router_z_loss=0.1))
 
 
 # Refusals

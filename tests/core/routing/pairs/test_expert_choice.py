@@ -176,13 +176,13 @@ def test_gradients_equal_finite_differences_in_float64(group):
 
 
 def test_balance_keeps_the_z_loss_alone():
-    layer = MoEConfig(4, ExpertChoice(), balance=Balance(router_z=0.1)).build(8)
+    layer = MoEConfig(4, ExpertChoice(), balance=Balance(router_z_loss=0.1)).build(8)
     x = torch.randn(2, 6, 8)
     with record(layer) as tape:
         layer(x)
     losses = aux_losses(tape)
     logits = x.flatten(0, 1) @ layer.router.gate.weight.T
-    assert list(losses.terms) == ["router_z"]
+    assert list(losses.terms) == ["router_z_loss"]
     torch.testing.assert_close(losses.total, 0.1 * logits.logsumexp(-1).square().mean())
     losses.total.backward()
     assert layer.router.gate.weight.grad.abs().max() > 0

@@ -21,12 +21,14 @@ def test_each_prototype_gives_its_best_expert_with_its_own_softmax():
     assert gates(routing) == [pytest.approx([0.75, 0.75])]
     assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.375, 0.125, 0.125, 0.375])
     # Shares of the pairs 1/2, 0, 0, 1/2: 4 * (0.375 / 2 + 0.375 / 2) = 1.5.
-    assert terms_of(routing, "load_balancing")["load_balancing"] == pytest.approx(1.5)
+    assert terms_of(routing, "load_balancing_loss")["load_balancing_loss"] == pytest.approx(1.5)
 
 
 def test_prototypes_at_balance_have_a_loss_of_one():
     rows = ((0.4, 0.1, 0.4, 0.1), (0.1, 0.4, 0.1, 0.4))
-    assert terms_of(built(Prototypes(2), 4)(logits_of(*rows)), "load_balancing")["load_balancing"] == pytest.approx(1.0)
+    assert terms_of(built(Prototypes(2), 4)(logits_of(*rows)), "load_balancing_loss")[
+        "load_balancing_loss"
+    ] == pytest.approx(1.0)
 
 
 def test_one_prototype_is_top_1():
@@ -121,12 +123,12 @@ def test_a_sequence_sees_the_experts_of_its_member_alone():
 def test_the_z_loss_is_over_the_members_own_logits():
     # log(0.6)^2 = 0.260943 and log(0.4)^2 = 0.839589: mean 0.550266.
     routing = built(Ensemble(2), 4)(logits_of((0.4, 0.2, 0.3, 0.1)).expand(2, 1, 4))
-    assert terms_of(routing, "router_z")["router_z"] == pytest.approx(0.550266, abs=1e-6)
+    assert terms_of(routing, "router_z_loss")["router_z_loss"] == pytest.approx(0.550266, abs=1e-6)
 
 
 def test_a_balanced_ensemble_has_a_loss_of_one():
     x = logits_of((0.4, 0.1, 0.1, 0.4), (0.1, 0.4, 0.4, 0.1)).expand(2, 2, 4)
-    assert terms_of(built(Ensemble(2), 4)(x), "load_balancing")["load_balancing"] == pytest.approx(1.0)
+    assert terms_of(built(Ensemble(2), 4)(x), "load_balancing_loss")["load_balancing_loss"] == pytest.approx(1.0)
 
 
 def test_repeated_inputs_give_what_the_members_give_alone():

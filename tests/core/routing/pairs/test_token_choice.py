@@ -364,7 +364,7 @@ def test_gates_are_divided_by_the_norm_of_the_order_given():
     assert gates(router(4, top_k=2, norm_order=1.0)(x)) == pytest.approx([4 / 7, 3 / 7])
 
 
-def test_the_gate_of_gemma_4_reads_a_normalised_token_and_scales_each_experts_gate():
+def test_the_gate_of_gemma_4_reads_a_normalized_token_and_scales_each_experts_gate():
     config = TokenChoice(2, input_norm=True, expert_scale=True)
     built = config.build(4, 4)
     with torch.no_grad():
@@ -382,7 +382,7 @@ def test_the_gate_of_gemma_4_reads_a_normalised_token_and_scales_each_experts_ga
     assert gates(longer) == pytest.approx(gates(routing), abs=1e-5)
 
 
-def test_the_normalised_gate_starts_with_logits_as_large_as_those_of_a_linear_gate():
+def test_the_normalized_gate_starts_with_logits_as_large_as_those_of_a_linear_gate():
     x = torch.randn(1, 500, 256)
     plain, normed = (TokenChoice(2, input_norm=norm).build(256, 16)(x).evidence.logits_TE for norm in (False, True))
     assert normed.std().item() == pytest.approx(plain.std().item(), rel=0.1)

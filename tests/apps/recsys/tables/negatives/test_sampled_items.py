@@ -240,12 +240,12 @@ def test_rows_without_an_item_do_not_train(tmp_path, caplog):
     data = data_of(tmp_path, columns=columns)
     data.setup("fit")
     expected = (
-        "negatives of each positive row: 3 of 4 items of column item, drawn anew in each epoch (uniform), labelled 0; "
-        "1 training rows without a known item are left out"
+        "negatives of each positive row: 3 of 4 items of column item, sampled again in each epoch (uniform), labeled "
+        "0; 1 training rows without a known item are left out"
     )
     assert expected in caplog.text
-    assert "val: 2 positive rows, and for each 2 of 4 items of column item, drawn once (uniform)" in caplog.text
-    assert "labelled 0: metrics are of these 6 rows" in caplog.text
+    assert "val: 2 positive rows, and for each 2 of 4 items of column item, sampled once (uniform)" in caplog.text
+    assert "labeled 0: metrics are of these 6 rows" in caplog.text
     assert "item_features" not in caplog.text
     batches = epoch_of(data.train_dataloader())
     assert sorted({int(row) for batch in batches for row in batch.index_B}) == [*range(1, 8)]
@@ -288,11 +288,11 @@ def test_a_model_is_trained_tested_and_reported(tmp_path):
     assert 0 <= trainer.callback_metrics["val/auc_positive"] <= 1
     (metrics,) = trainer.test(model, data, verbose=False)
     assert 0 <= metrics["test/auc"] <= 1
-    (section,) = (s for s in load_sections(tmp_path / "report") if s.title == "Drawn negatives")
+    (section,) = (s for s in load_sections(tmp_path / "report") if s.title == "Sampled negatives")
     (line,) = section.parts[0].lines
     assert line == (
-        "test: 2 positive rows, and for each 2 of 4 items of column item, drawn once (uniform) and labelled 0: metrics "
-        "are of these 6 rows"
+        "test: 2 positive rows, and for each 2 of 4 items of column item, sampled once (uniform) and labeled 0: "
+        "metrics are of these 6 rows"
     )
 
 
@@ -300,7 +300,7 @@ REFUSED = [
     ({"column": "items"}, {}, "negatives.column='items' is not one of user, item, kind; did you mean 'item'"),
     ({"column": "tags", "item_features": []}, {}, "negatives.column='tags' is not one of user, item, kind"),
     ({"column": None}, {}, "negatives.kind='items' needs negatives.column, the column of the items to draw"),
-    ({"per_positive": 0.5}, {}, "negatives.per_positive=0.5 must be a whole number of at least 1 with kind 'items'"),
+    ({"per_positive": 0.5}, {}, "negatives.per_positive=0.5 must be an integer of at least 1 with kind 'items'"),
     ({"per_positive": 0}, {}, "negatives.per_positive=0 is not above 0"),
     ({"per_positive": math.inf}, {}, "negatives.per_positive=inf is not finite"),
     ({"eval_per_positive": 0}, {}, "negatives.eval_per_positive=0 is not at least 1"),

@@ -24,7 +24,7 @@ from apps.recsys.tables.report.report import (
     RecommenderReport,
     RecommenderReportConfig,
     calibration_chart,
-    polarisation,
+    polarization,
     write_parts,
 )
 from apps.recsys.tables.rows.arrays import join
@@ -175,7 +175,7 @@ def test_entropies_by_hand():
     assert gate(0, ("a", "b"), (0.25, 0.75)).entropy == pytest.approx(0.8113, abs=1e-4)
 
 
-def test_polarisation_by_hand():
+def test_polarization_by_hand():
     click = gate(0, ("shared0", "shared1", "shared2", "task0.0"), (0.495, 0.27, 0.005, 0.23))
     buy = gate(1, ("shared0", "shared1", "shared2", "task1.0"), (0.02, 0.94, 0.0, 0.04))
     zeros = {"": {"shared0": 0.2, "shared1": 0.95, "shared2": 0.1, "task0.0": 0.3, "task1.0": 0.3}}
@@ -245,12 +245,12 @@ def test_calibration_curves_show_every_bin(rate):
     np.testing.assert_allclose(y[big], x[big], rtol=0.25)
 
 
-def test_polarisation_has_the_outputs_where_they_are_seen():
+def test_polarization_has_the_outputs_where_they_are_seen():
     gates = [gate(0, ("0", "1"), (0.2, 0.8))]
-    weights, entropy = polarisation("", expert_use(gates, {}), gates)
+    weights, entropy = polarization("", expert_use(gates, {}), gates)
     assert weights.series == {gates[0].label: pytest.approx((20, 80))}
     assert list(entropy.series) == ["of an example", "of the mean weights"]
-    zeros, *_ = polarisation("", expert_use(gates, {"": {"0": 0.95, "1": 0.0}}), gates)
+    zeros, *_ = polarization("", expert_use(gates, {"": {"0": 0.95, "1": 0.0}}), gates)
     assert (zeros.series, zeros.line) == ({"zero": (95, 0)}, 90)
 
 
@@ -293,7 +293,7 @@ def test_a_test_writes_its_report(shared, tmp_path, capsys):
     report = tmp_path / "report"
     assert {p.name for p in report.iterdir()} == {
         *("tasks.csv", "gates.csv", "experts.csv", "dependence.csv", "sections.json"),
-        *("calibration.png", "gates_by_task.png", "gates_by_value.png", "utilisation.png", "polarisation.png"),
+        *("calibration.png", "gates_by_task.png", "gates_by_value.png", "utilization.png", "polarization.png"),
     }
     with open(report / "tasks.csv") as file:
         rows = {row["task"]: row for row in csv.DictReader(file)}

@@ -237,7 +237,7 @@ def test_a_module_is_built_from_a_sharded_checkpoint(folder):
 def test_one_process_does_not_train_on_from_shards(folder):
     path = folder / "two row_wise" / "last.ckpt"
     message = runs.complaint(lambda: train(folder, "bad", module(folder), ckpt_path=path))
-    assert "the checkpoint's tables are sharded: training goes on from it with trainer.strategy=" in message
+    assert "the checkpoint's tables are sharded: training continues from it with trainer.strategy=" in message
 
 
 def test_a_checkpoint_keeps_one_set_of_shards_and_a_file_takes_its_place(folder, tmp_path):
@@ -350,7 +350,7 @@ def test_deferred_tables_need_the_strategy(folder):
             "configure_optimizers of TakesAll takes .*table_city.weight, whose rows are stepped in the backward",
         ),
         ("mesh", "experts=3 does not divide the 2 ranks"),
-        ("dense gates", "layer 'model.shared', MultiGateMoE, has experts that cannot be divided among ranks"),
+        ("dense gates", "layer 'model.shared', MultiGateMoE, has experts that cannot be sharded over ranks"),
         ("three experts", "layer 'model.shared' has 3 experts .*, which 2 ranks do not divide"),
         ("gradients", "weighting.kind='gradnorm' needs the gradient of every expert on each process"),
         ("another model", "process 1 has another model.* than process 0: all of them need the same"),

@@ -209,7 +209,7 @@ def side_of(layer: str) -> Side:
 
 
 @dataclass(frozen=True)
-class Specialisation:
+class Specialization:
     """The mutual information of a layer's experts and a label.
 
     Attributes:
@@ -235,7 +235,7 @@ class Specialisation:
     by_chance: float
 
 
-def specialisation(use: TextUse, shuffles: int = 20) -> list[Specialisation]:
+def specialization(use: TextUse, shuffles: int = 20) -> list[Specialization]:
     """Return how specialized each layer is: in the languages, if there are several, then in the token classes."""
     draw = np.random.RandomState(0)
     classes = {side: use.classes_of(side) for side in {layer.side for layer in use.layers}}
@@ -245,18 +245,18 @@ def specialisation(use: TextUse, shuffles: int = 20) -> list[Specialisation]:
             shuffled = (by_label(layer, draw.permutation(label_B), len(names)) for _ in range(shuffles))
             chance = np.mean([mutual_information(counts) for counts in shuffled])
             counts = by_label(layer, label_B, len(names))
-            rows.append(_specialisation(layer, about, counts, float(chance)))
+            rows.append(_specialization(layer, about, counts, float(chance)))
         counts = by_class(layer, classes[layer.side])
         free = max(int(np.count_nonzero(counts.sum(1))) - 1, 0) * max(int(np.count_nonzero(counts.sum(0))) - 1, 0)
         chance = free / (2 * max(layer.num_pairs, 1) * np.log(2))
-        rows.append(_specialisation(layer, "token class", counts, float(chance)))
+        rows.append(_specialization(layer, "token class", counts, float(chance)))
     return rows
 
 
-def _specialisation(layer: LayerUse, about: Label, counts_CE: np.ndarray, by_chance: float) -> Specialisation:
+def _specialization(layer: LayerUse, about: Label, counts_CE: np.ndarray, by_chance: float) -> Specialization:
     bits = mutual_information(counts_CE)
     most = min(entropy(counts_CE.sum(0)), entropy(counts_CE.sum(1)))
-    return Specialisation(
+    return Specialization(
         layer.name,
         about,
         int(np.count_nonzero(counts_CE.sum(1))),

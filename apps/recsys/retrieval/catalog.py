@@ -55,7 +55,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """I items, numbered from 1 as the rows of ``item_column``'s table are.
 
     Attributes:
@@ -89,7 +89,7 @@ class Catalogue:
         return {"arrays": dict(self.arrays), "count": self.count_I, "seen": seen}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Catalogue:
+    def from_state(cls, state: Mapping[str, Any]) -> Catalog:
         seen = state["seen"]
         return cls(state["arrays"], state["count"], None if seen is None else Seen(**seen))
 

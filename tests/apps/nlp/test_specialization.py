@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import core
-from apps.nlp.specialisation import (
+from apps.nlp.specialization import (
     CLASSES,
     TextUse,
     by_class,
     by_label,
     side_of,
-    specialisation,
+    specialization,
     token_classes,
     tokens,
 )
@@ -155,7 +155,7 @@ def test_layers_are_named_by_stack_and_number():
         (["en-de", "en-fr", "de-en", "fr-en"], ["source language", "target language", "pair"]),
     ],
 )
-def test_sentences_are_labelled_by_what_tells_them_apart(pairs, expected):
+def test_sentences_are_labeled_by_what_tells_them_apart(pairs, expected):
     use = TextUse(tokens, WORDS, pairs)  # type: ignore[arg-type]
     use.pair_B = np.arange(len(pairs))
     assert list(use.labels()) == expected
@@ -182,7 +182,7 @@ def two_languages(experts):
 
 
 def test_an_expert_a_language_is_all_there_can_be():
-    about = {s.about: s for s in specialisation(two_languages([0, 1]))}
+    about = {s.about: s for s in specialization(two_languages([0, 1]))}
     languages = about["target language"]
     assert (languages.bits, languages.share, languages.num_labels, languages.num_pairs) == (1.0, 1.0, 2, 40)
     # Shuffled, 40 sentences still say about 1 / (2 * 40 * ln 2) = 0.018 bits.
@@ -192,14 +192,14 @@ def test_an_expert_a_language_is_all_there_can_be():
 
 
 def test_one_expert_for_both_languages_says_nothing():
-    first = specialisation(two_languages([1, 1]))[0]
+    first = specialization(two_languages([1, 1]))[0]
     assert (first.about, first.bits, first.share, first.by_chance) == ("target language", 0.0, 0.0, 0.0)
 
 
 def test_the_chance_of_token_classes_is_the_bias_of_so_many_pairs():
     # 3 begins by expert 0, 5 dogs by expert 1: (2 - 1) (2 - 1) / (2 * 8 ln 2).
     use = use_of(["en-de"], ([entry("decoder.layers.0.ffn", [[2, 2, 2, 4, 4, 4, 4, 4]], [[0] * 3 + [1] * 5])], [0]))
-    (row,) = specialisation(use)
+    (row,) = specialization(use)
     assert row.bits == pytest.approx(entropy(np.array([3, 5])))
     assert row.share == pytest.approx(1.0)
     assert row.by_chance == pytest.approx(1 / (16 * np.log(2)))

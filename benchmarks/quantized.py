@@ -1,12 +1,12 @@
-"""What quantised experts cost a trained translation model: BLEU, bytes, and the time of greedy decoding.
+"""What quantized experts cost a trained translation model: BLEU, bytes, and the time of greedy decoding.
 
 BLEU is that of ``moesaic test --quantize FORM`` on all test sentences, in float32 otherwise. Times are those of 32
 sentences of the test, one at a time and all at once, and of an MoE layer of D=512, F=2048, whose experts are too large
 for a processor's cache. They are seconds of the process on one thread, which programs beside it disturb little. Every
 round times each form once, in turn, and ratios to float32 are taken within a round.
 
-    python -m benchmarks.quantised --ckpt_path runs/bible
-    python -m benchmarks.quantised --ckpt_path runs/bible --forms int8 int4:32 --tests /tmp/tests --json rows.json
+    python -m benchmarks.quantized --ckpt_path runs/bible
+    python -m benchmarks.quantized --ckpt_path runs/bible --forms int8 int4:32 --tests /tmp/tests --json rows.json
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from apps.base.quiet import quiet
 from apps.cli.request import Request
 from apps.cli.train import SparseCLI, build
 from apps.nlp.text.batches import TranslationBatch
-from apps.train.cost.quantizing import quantise, read_form
+from apps.train.cost.quantizing import quantize_model, read_form
 from benchmarks._rounds import in_turn
 
 FLOAT = "float32"
@@ -98,7 +98,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="quantised", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="quantized", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--ckpt_path", required=True, help="the run of a translation model")
     parser.add_argument("--forms", nargs="+", default=["int8", "int4", "int4:64"], help="as --quantize takes them")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds, after one warm-up")
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     forms = [FLOAT, *args.forms]
     torch.set_num_threads(1)
     model = apps.load(args.ckpt_path)
-    models = {form: model if form == FLOAT else quantise(copy.deepcopy(model), form) for form in forms}
+    models = {form: model if form == FLOAT else quantize_model(copy.deepcopy(model), form) for form in forms}
     batch = sentences(args.ckpt_path)
     each = [TranslationBatch(*(rows[i : i + 1] for rows in batch)) for i in range(SENTENCES)]
     seconds = {
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     torch.manual_seed(0)
     layer = LAYER.build(LAYER_DIM).eval()
-    layers = {form: layer if form == FLOAT else quantise(copy.deepcopy(layer), form) for form in forms}
+    layers = {form: layer if form == FLOAT else quantize_model(copy.deepcopy(layer), form) for form in forms}
     of_layer = {
         tokens: in_turn({form: layer_calls(own, tokens) for form, own in layers.items()}, args.rounds)
         for tokens in (1, SENTENCES)
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
             cells += [f"{median:.2f} ({low:.2f}-{high:.2f})", f"{over:.2f}x"]
         print(f"| {' | '.join(cells)} |")
     if args.json:
-        command = " ".join(["python -m benchmarks.quantised", *(sys.argv[1:] if argv is None else argv)])
+        command = " ".join(["python -m benchmarks.quantized", *(sys.argv[1:] if argv is None else argv)])
         table = {"machine": machine_line(), "command": command, "rounds": args.rounds, "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(table, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""``--quantize`` of the command line, and quantised models that are saved."""
+"""``--quantize`` of the command line, and quantized models that are saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import apps
 from apps.cli import main
 from apps.cli.train import build
 from apps.report.page import html
-from apps.train.cost.quantizing import quantise, read_form
+from apps.train.cost.quantizing import quantize_model, read_form
 
 
 def test_a_word_is_read():
@@ -23,7 +23,7 @@ def test_a_word_is_read():
             read_form(word)
 
 
-def test_a_test_of_quantised_experts_says_so(trained, tmp_path, monkeypatch, capsys):
+def test_a_test_of_quantized_experts_says_so(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(html, "script", lambda: "")
     argv = ["--config", str(trained / "config.yaml"), "--ckpt_path", str(trained)]
     assert main(["test", *argv, "--run_dir", str(tmp_path / "plain")]) == 0
@@ -41,7 +41,7 @@ def test_a_test_of_quantised_experts_says_so(trained, tmp_path, monkeypatch, cap
     assert "is of experts in int4:4" in (tmp_path / "folder" / "README.md").read_text()
 
 
-def test_a_prediction_is_that_of_the_quantised_model(trained, tmp_path):
+def test_a_prediction_is_that_of_the_quantized_model(trained, tmp_path):
     argv = ["predict", "--config", str(trained / "config.yaml"), "--output", str(tmp_path / "own.jsonl")]
     assert main([*argv, "--quantize", "int8", "--trainer.limit_predict_batches", "1"]) == 0
     written = [json.loads(line)["output"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
@@ -51,7 +51,7 @@ def test_a_prediction_is_that_of_the_quantised_model(trained, tmp_path):
     batch = next(iter(data.predict_dataloader()))
     with torch.no_grad():
         plain = model.predict_step(batch, 0)
-        expected = quantise(model, "int8").predict_step(batch, 0)
+        expected = quantize_model(model, "int8").predict_step(batch, 0)
     torch.testing.assert_close(torch.tensor(written), expected, rtol=1e-4, atol=1e-5)
     assert not torch.equal(plain, expected)
 
@@ -71,13 +71,13 @@ def test_other_words_and_commands_are_refused(trained, capsys, command, how, rul
 def test_a_group_that_does_not_divide_is_named(trained, tmp_path, capsys):
     argv = ["--config", str(trained / "config.yaml"), "--run_dir", str(tmp_path), "--ckpt_path", str(trained)]
     line = fails(capsys, 1, "test", *argv, "--quantize", "int4:5")
-    assert "experts.w_in cannot be quantised: group_size=5 does not divide the 8 inputs" in line
+    assert "experts.w_in cannot be quantized: group_size=5 does not divide the 8 inputs" in line
 
 
-def test_a_quantised_model_is_tested_and_not_trained(trained, tmp_path, monkeypatch, capsys):
+def test_a_quantized_model_is_tested_and_not_trained(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(html, "script", lambda: "")
     folder = tmp_path / "small"
-    quantise(apps.load(trained), "int4").save_pretrained(folder)
+    quantize_model(apps.load(trained), "int4").save_pretrained(folder)
     argv = ["--config", str(trained / "config.yaml"), "--run_dir", str(tmp_path / "run")]
     how = f"0.5:{tmp_path / 'experts.safetensors'}"
     assert main(["test", *argv, "--ckpt_path", str(folder), "--offload", how]) == 0
@@ -86,7 +86,7 @@ def test_a_quantised_model_is_tested_and_not_trained(trained, tmp_path, monkeypa
     line = fails(capsys, 2, "fit", *argv, "--weights", str(folder))
     assert "has experts in int4, which do not train" in line
     line = fails(capsys, 1, "test", *argv, "--ckpt_path", str(folder), "--quantize", "int8")
-    assert "are quantised already" in line
+    assert "are quantized already" in line
 
 
 @pytest.mark.parametrize(("strategy", "waits"), [("auto", True), ("ExpertParallelStrategy", False)])
