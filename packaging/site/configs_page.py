@@ -17,6 +17,7 @@ _FOLDERS = {
     "recsys": "Tables, sequences of items and retrieval",
     "nlp": "Translation and language models",
     "multimodal": "Images with texts",
+    "hub": "Models of transformers",
     "training": "Overlays: training",
     "parallel": "Overlays: several processes",
     "suites": "Suites of comparisons",
