@@ -7,11 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from apps.hub.transformers_internals import apply_gate, has_plain_gate
+from core.adopted.layouts import ACTIVATIONS
 from core.kernels import FFNWeights, RowIndex, combine, count_experts, expert_ffn, expert_linear, sort_pairs
 
 NAME = "moesaic"
-_ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "ReLU": "relu"}
-"""Activations that ``expert_ffn`` computes with the products, by the names of transformers' classes."""
 
 
 def register() -> str:
@@ -66,4 +65,4 @@ def _fused(experts: Any) -> str | None:
     fits = (
         has_plain_gate(experts) and experts.is_concatenated and not (experts.has_bias or experts.has_post_expert_norm)
     )
-    return _ACTIVATIONS.get(type(experts.act_fn).__name__) if fits else None
+    return ACTIVATIONS.get(type(experts.act_fn).__name__) if fits else None

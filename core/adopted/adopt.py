@@ -13,20 +13,8 @@ from ..dispatch import LocalDispatcher
 from ..experts.adapters import CHILD
 from ..flops import register_formulas
 from ..routing.balance.balance import Balance
-from .layouts import LAYOUTS, Layout
+from .layouts import ACTIVATIONS, LAYOUTS, Layout
 from .parts import Adopted, AdoptedClamped, AdoptedExperts, AdoptedFFN, AdoptedMoE, AdoptedRouter
-
-_ACTIVATIONS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "ReLU": "relu",
-    "silu": "silu",
-}
-"""The engine's activations by the names of the classes that transformers has for them."""
 
 _GROUPS = ("n_group", "num_group", "n_groups")
 """Names under which routers that choose groups of experts first have their number."""
@@ -73,6 +61,7 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing_loss=0.0, 
     register_formulas()
     for name, block in blocks.items():
         _adopt_block(block, classes[name], balance)
+    model.__dict__["_adopted_blocks"] = blocks
     model.__dict__["_adopted_hook"] = model.register_forward_pre_hook(_note_padding, with_kwargs=True)
     return model
 
@@ -89,6 +78,7 @@ def release(model: nn.Module) -> nn.Module:
         if isinstance(module, AdoptedExperts | AdoptedRouter) and CHILD in module._modules:
             raise ValueError(f"{name!r} has adapters: core.merge_adapters merges them into the weights before")
     hook = model.__dict__.pop("_adopted_hook", None)
+    model.__dict__.pop("_adopted_blocks", None)
     if hook is not None:
         hook.remove()
     for module in [m for m in model.modules() if isinstance(m, Adopted)]:
@@ -134,7 +124,7 @@ def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[Any, Any, Any
             raise ValueError(f"the experts of block {name!r}, {type(experts).__name__}, have no {path!r}") from None
     if not layout.alpha:
         activation = _activation(block, layout)
-        if activation not in _ACTIVATIONS or (layout.clamp and _ACTIVATIONS[activation] != "silu"):
+        if activation not in ACTIVATIONS or (layout.clamp and ACTIVATIONS[activation] != "silu"):
             raise ValueError(f"the experts of block {name!r} have the activation {activation}, which no kernel has")
     mixin = AdoptedClamped if layout.clamp else AdoptedFFN
     return (
@@ -192,7 +182,7 @@ def _activation(block: nn.Module, layout: Layout) -> str:
 
 def _expert_options(block: nn.Module, layout: Layout) -> dict[str, Any]:
     if not layout.clamp:
-        return {"activation": _ACTIVATIONS[_activation(block, layout)]}
+        return {"activation": ACTIVATIONS[_activation(block, layout)]}
     experts = block.get_submodule(layout.experts)
     alpha = getattr(experts, layout.alpha) if layout.alpha else 1.0
     return {"limit": getattr(experts, layout.clamp), "alpha": alpha, "shift": layout.shift}
@@ -210,10 +200,7 @@ def _add(module: nn.Module, **values: Any) -> None:
 def _note_padding(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Tell the adopted blocks of a model which tokens of this call are padding."""
     takes_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    for name, module in model.named_modules():
-        if isinstance(module, AdoptedMoE):
-            mask = kwargs.get(
-                "decoder_attention_mask" if takes_two and "decoder" in name.split(".") else "attention_mask"
-            )
-            context = RoutingContext(valid_BS=mask.bool()) if isinstance(mask, Tensor) and mask.ndim == 2 else None
-            module.__dict__["context"] = context
+    for name, block in model.__dict__["_adopted_blocks"].items():
+        mask = kwargs.get("decoder_attention_mask" if takes_two and "decoder" in name.split(".") else "attention_mask")
+        context = RoutingContext(valid_BS=mask.bool()) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        block.__dict__["context"] = context

@@ -62,6 +62,18 @@ class Layout:
     way: Literal["choice", "mask", "gates", "input", "sorted"] = "choice"
 
 
+ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "silu": "silu",
+}
+"""The engine's activations by the names of the classes that transformers has for them."""
+
 _DEEPSEEK_V3 = Layout(score="sigmoid", bias="gate.e_score_correction_bias")
 
 LAYOUTS: dict[str, Layout] = {
