@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import core
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues
 from apps.hub.adapter_files import save_adapters
 from apps.hub.data import IGNORED, HubBatch
 from apps.hub.folders import load_model, load_tokenizer, save_model
@@ -67,7 +69,7 @@ class GenerateConfig(Checked):
     seed: CountOrZero = 0
 
 
-class HubCausalLM(SparseModule):
+class HubCausalLM(SparseModule, Comparable):
     """A causal language model in a local folder of transformers' layout, whose MoE blocks are adopted.
 
     Args:
@@ -110,6 +112,7 @@ class HubCausalLM(SparseModule):
         super().__init__(**kwargs)
         if folder is None:
             return self.wait_for_data("folder")
+        self.quantize, self.freeze = quantize, tuple(freeze)
         self.folder, self.lora = folder, from_plain(lora, LoRAConfig, "lora")
         self.generate = from_plain(generate, GenerateConfig, "generate")
         if quantize is not None and self.lora is None:
@@ -171,11 +174,13 @@ class HubCausalLM(SparseModule):
         """Return the mean cross-entropy of the tokens with a label."""
         logits_BLV = self(batch.tokens_BL, batch.positions_BL)[:, :-1]
         target_BL = batch.labels_BL[:, 1:]
-        count = int((target_BL != IGNORED).sum())
-        total = F.cross_entropy(
-            logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=IGNORED, reduction="sum"
+        nll_N = F.cross_entropy(
+            logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return TaskOutput(total / max(count, 1), None, None, len(batch.tokens_BL), weight=max(count, 1))
+        count_B = (target_BL != IGNORED).sum(1)
+        count = max(int(count_B.sum()), 1)
+        outputs = None if self.training else (nll_N.detach().view(target_BL.shape).sum(1), count_B)
+        return TaskOutput(nll_N.sum() / count, outputs, None, len(batch.tokens_BL), weight=count)
 
     def example_inputs(self, batch: HubBatch) -> tuple[Tensor, Tensor]:
         return batch.tokens_BL, batch.positions_BL
@@ -195,6 +200,41 @@ class HubCausalLM(SparseModule):
         loss = self.trainer.callback_metrics.get(f"{stage}/loss")
         if loss is not None:
             self.log(f"{stage}/perplexity", math.exp(min(float(loss), 700.0)), prog_bar=True, sync_dist=True)
+
+    # ---- comparisons
+
+    @property
+    def heading(self) -> str:
+        """Return the name of the way of tuning in tables."""
+        way = "full" if self.lora is None else "QLoRA" if self.quantize else "LoRA"
+        return f"{way}, router frozen" if "router" in self.freeze else way
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Return the other ways of tuning the same model: full, LoRA, QLoRA, and with a frozen router or not."""
+        lora = self.lora or LoRAConfig()
+        routed = LoRAConfig(lora.rank, lora.alpha, (*lora.modules, *({"router"} - {*lora.modules})))
+        ways: dict[str, dict[str, Any]] = {
+            "full": {"lora": None, "quantize": None, "freeze": ()},
+            "full_router_frozen": {"lora": None, "quantize": None, "freeze": ("router",)},
+            "lora": {"lora": lora, "quantize": None, "freeze": ()},
+            "lora_of_router_too": {"lora": routed, "quantize": None, "freeze": ()},
+            "qlora": {"lora": lora, "quantize": self.quantize or "int4", "freeze": ()},
+        }
+        own = {"lora": self.lora, "quantize": self.quantize, "freeze": tuple(self.freeze)}
+        notes = {name: f"the same model, tuned another way: {name.replace('_', ' ')}" for name in ways}
+        made = {
+            name: Baseline(functools.partial(self.twin, **way), notes[name]) for name, way in ways.items() if way != own
+        }
+        fewest = min((layer.router.num_experts for layer in core.moe_layers(self.model).values()), default=0)  # type: ignore[type-var]
+        if lora.rank > fewest:  # type: ignore[operator]
+            made["lora_of_router_too"] = Baseline(None, f"rank={lora.rank} exceeds the router's {fewest} experts")
+        return made
+
+    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
+        nats_N, tokens_N = (torch.cat([out.outputs[i].double() for out in outs]).cpu() for i in (0, 1))
+        ratio = nats_N.sum() / tokens_N.sum()  # values with its mean and its spread
+        values_N = ratio + (nats_N - ratio * tokens_N) / tokens_N.mean()
+        return ExampleValues("nats_per_token", values_N, higher_is_better=False)
 
     # ---- prediction
 

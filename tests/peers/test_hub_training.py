@@ -252,3 +252,26 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
         HubCausalLM(model, quantize="int8")
     with pytest.raises(ValueError, match=r"freeze='\*\.nothing' names no parameter"):
         HubCausalLM(model, freeze=["*.nothing"])
+
+
+def test_a_comparison_has_the_other_ways_of_tuning(folder):
+    module = HubCausalLM(str(folder / "model"), lora=LoRAConfig(2))
+    ways = module.baselines()
+    assert list(ways) == ["full", "full_router_frozen", "lora_of_router_too", "qlora"]
+    assert module.heading == "LoRA"
+    frozen, qlora = ways["full_router_frozen"].build(), ways["qlora"].build()
+    assert frozen.heading == "full, router frozen"
+    assert not any(p.requires_grad for layer in core.moe_layers(frozen).values() for p in layer.router.parameters())
+    assert qlora.heading == "QLoRA"
+    assert all(layer.experts.is_quantized for layer in core.moe_layers(qlora).values())
+    wide = HubCausalLM(str(folder / "model"), lora=LoRAConfig(8)).baselines()["lora_of_router_too"]
+    assert wide.build is None
+    assert wide.note == "rank=8 exceeds the router's 4 experts"
+
+
+def test_values_of_rows_have_the_mean_loss(folder):
+    module = HubCausalLM(str(folder / "model")).eval()
+    outs = [module.task_loss(batch) for batch in data(folder).val_dataloader()]
+    values = module.example_values(outs)
+    total = sum(float(out.loss) * out.weight for out in outs) / sum(out.weight for out in outs)
+    assert values.mean == pytest.approx(total, rel=1e-5)
