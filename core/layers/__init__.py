@@ -10,7 +10,7 @@ from .moe import AveragedMoE, MergedMoE, MoE, SoftMoE, set_capacity_factor
 from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer
 from .neurons import NeuronMoE
 from .patches import PatchMoE
-from .replay import replay
+from .replaying import replay
 from .scenarios import HoMELayer, M3oELayer, STARLayer
 from .shared import SharedGate
 from .task_choice import SelectedMultiGateMoE, SparseMultiGateMoE
