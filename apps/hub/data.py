@@ -30,7 +30,7 @@ _TWENTIETH = 0.05
 
 
 class HubBatch(NamedTuple):
-    """B rows of L tokens. A row holds whole documents one after the other, and pieces of longer ones.
+    """B rows of L tokens. A row holds whole documents one after the other, and parts of longer ones.
 
     Attributes:
         tokens_BL: int64 ids; padding at the end of a row has the id 0.
@@ -237,11 +237,11 @@ def packed(lengths: Sequence[int], size: int) -> list[list[tuple[int, int, int]]
     """Pack documents into rows of at most ``size`` tokens, the longest first, each into the fullest row that has room.
 
     Args:
-        lengths: tokens of each document; longer ones are cut into pieces of ``size``.
+        lengths: tokens of each document; longer ones are cut into parts of ``size``.
         size: tokens of a row.
 
     Returns:
-        the pieces of each row: document, its first token and the end.
+        the parts of each row: document, its first token and the end.
     """
     pieces = [(d, start, min(start + size, n)) for d, n in enumerate(lengths) for start in range(0, n, size)]
     pieces.sort(key=lambda piece: piece[1] - piece[2])

@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 @core.register_config
 @dataclass(frozen=True)
 class LoRAConfig(Checked):
-    """Adapters to be trained in place of the weights.
+    """Adapters that are trained, instead of the weights.
 
     Attributes:
         rank: of each update.

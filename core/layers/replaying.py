@@ -19,7 +19,7 @@ from .base import MoELayer
 def replay(model: nn.Module, choices: Choices | Tape) -> Iterator[None]:
     """Let each MoE layer take the recorded experts inside the ``with`` block, pass by pass.
 
-    Gates are computed anew from the layer's own logits, so that gradients reach the router: for training on what a
+    Gates are computed from the layer's own logits, so that gradients reach the router: for training on what a
     server chose, for recomputation, and for comparing two builds of a model.
 
     Args:
