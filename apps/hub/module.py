@@ -241,7 +241,37 @@ class HubCausalLM(SparseModule, Comparable):
     def predict_step(self, batch: list[str], batch_idx: int) -> list[str]:
         return self.predict(batch)
 
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer."""
+        return load_tokenizer(self.folder)
+
+    def ids_of(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt; with a chat template, as a user's message."""
+        if not self.tokenizer.chat_template:
+            ids: list[int] = self.tokenizer(prompt)["input_ids"]
+            return ids
+        said = [{"role": "user", "content": prompt}]
+        ids = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        return ids
+
     @torch.no_grad()
+    def continued(self, prompts: Sequence[str], **options: Any) -> list[list[int]]:
+        """Return the tokens of each prompt and of what follows it; options are fields of ``GenerateConfig``."""
+        config = from_plain({**vars(self.generate), **options}, GenerateConfig, "generate")
+        drawn = {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+        found = []
+        for prompt in prompts:
+            tokens_1S = torch.tensor([self.ids_of(prompt)], device=self.device)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                out = self.model.generate(
+                    tokens_1S, max_new_tokens=config.max_new_tokens, do_sample=bool(drawn),
+                    attention_mask=torch.ones_like(tokens_1S), pad_token_id=self.tokenizer.eos_token_id, **drawn,
+                )  # fmt: skip
+            found.append(out[0].tolist())
+        return found
+
     def predict(self, prompts: Sequence[str], **options: Any) -> list[str]:
         """Return the continuation of each prompt; with a chat template, the assistant's answer to it.
 
@@ -254,25 +284,8 @@ class HubCausalLM(SparseModule, Comparable):
         """
         if isinstance(prompts, str):
             raise ValueError("prompts is one text: give a list of texts")
-        plain = {**vars(self.generate), **options}
-        config, tokenizer = from_plain(plain, GenerateConfig, "generate"), load_tokenizer(self.folder)
-        answers = []
-        for prompt in prompts:
-            if tokenizer.chat_template:
-                said = [{"role": "user", "content": prompt}]
-                ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
-            else:
-                ids = tokenizer(prompt)["input_ids"]
-            tokens_1S = torch.tensor([ids], device=self.device)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                drawn = {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
-                out = self.model.generate(
-                    tokens_1S, max_new_tokens=config.max_new_tokens, do_sample=bool(drawn),
-                    attention_mask=torch.ones_like(tokens_1S), pad_token_id=tokenizer.eos_token_id, **drawn,
-                )  # fmt: skip
-            answers.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
-        return answers
+        each = zip(prompts, self.continued(prompts, **options), strict=True)
+        return [self.tokenizer.decode(ids[len(self.ids_of(p)) :], skip_special_tokens=True) for p, ids in each]
 
     # ---- files
 

@@ -13,6 +13,8 @@ from core.registry import OpenConfig, is_registered
 NAMES = [*registry.MODELS, *registry.DATA, *registry.TRAINER]
 
 IN_FILES = (
+    "apps.hub.data.HubTextData",
+    "apps.hub.module.HubCausalLM",
     "apps.multimodal.captions.module.ImageCaptioner",
     "apps.multimodal.data.ImageTextData",
     "apps.multimodal.drawn.PatchImages",

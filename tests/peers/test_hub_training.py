@@ -275,3 +275,18 @@ def test_values_of_rows_have_the_mean_loss(folder):
     values = module.example_values(outs)
     total = sum(float(out.loss) * out.weight for out in outs) / sum(out.weight for out in outs)
     assert values.mean == pytest.approx(total, rel=1e-5)
+
+
+def test_a_service_answers_and_a_page_shows_the_experts_of_each_token(folder):
+    module = HubCausalLM(str(folder / "model")).eval()
+    service = module.task.service()
+    values = service.read({"text": "What comes after 3?", "tokens": 5})
+    (answer,) = service.predict([values])
+    assert answer["text"] == module.predict(["What comes after 3?"], max_new_tokens=5)[0]
+    (own,) = module.task.answers([values])
+    layers = module.task.layers(core.Tape(), values, own)
+    assert len(layers) == 2
+    with pytest.raises(ValueError, match="at most 8192 are read"):
+        service.read({"text": "word " * 9000})
+    with pytest.raises(ValueError, match="exported by transformers' exporters"):
+        module.task.exported()

@@ -17,11 +17,12 @@ from apps.cli.request import Request
 
 def test_the_apps_classes_need_no_import():
     assert set(app_classes("model")) == {
-        "ImageCaptioner", "ImageTextRetriever", "LanguageModeler", "MultiTaskRecommender", "NextItemRecommender",
-        "Translator", "TwoTowerRetriever", "VisionClassifier",
+        "HubCausalLM", "ImageCaptioner", "ImageTextRetriever", "LanguageModeler", "MultiTaskRecommender",
+        "NextItemRecommender", "Translator", "TwoTowerRetriever", "VisionClassifier",
     }  # fmt: skip
     assert set(app_classes("data")) == {
-        "HistoryData", "ImageTextData", "RetrievalData", "TableData", "TextData", "TranslationData", "VisionData",
+        "HistoryData", "HubTextData", "ImageTextData", "RetrievalData", "TableData", "TextData", "TranslationData",
+        "VisionData",
     }  # fmt: skip
     assert long_name("data", "TextData") == "apps.nlp.language.data.TextData"
     assert long_name("data", "mine.TextData") == "mine.TextData"
