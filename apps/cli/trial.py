@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apps.cli.train import SparseCLI, build
+from apps.train.checkpoint.paths import is_hub_folder
 
 _QUIET = (
     "--trainer.accelerator=cpu",
@@ -21,7 +22,7 @@ def build_trial(checkpoint: Path, config: Path | None, batches: int, options: Se
     """Return a quiet validation of a run on the CPU: its trainer, data and model, which is not loaded yet.
 
     Args:
-        checkpoint: the run's checkpoint.
+        checkpoint: the run's checkpoint, or a folder of transformers, whose model has its weights at once.
         config: configuration, if the checkpoint has none next to it.
         batches: number of validation batches.
         options: further words of the command line.
@@ -30,7 +31,12 @@ def build_trial(checkpoint: Path, config: Path | None, batches: int, options: Se
         ValueError: the model or the data are rejected.
     """
     words = [] if config is None else ["--config", str(config)]
+    if is_hub_folder(checkpoint):
+        words += ["--model", "HubCausalLM", "--data", "HubTextData", "--data.folder", str(checkpoint)]
+        words += ["--ckpt_path", "none"]
+    else:
+        words += ["--ckpt_path", str(checkpoint)]
     limit = f"--trainer.limit_val_batches={batches}"
-    cli = build("validate", [*words, "--ckpt_path", str(checkpoint), *_QUIET, limit, *options])
+    cli = build("validate", [*words, *_QUIET, limit, *options])
     cli.model.reports = False
     return cli

@@ -68,7 +68,7 @@ class Trial:
     @torch.no_grad()
     def figures(self, num_bytes: int) -> Figures:
         """Return the run's figures; its model is loaded with them."""
-        metrics = self.validated(str(self.cli.ckpt_path))
+        metrics = self.validated(None if self.cli.ckpt_path is None else str(self.cli.ckpt_path))
         cost = measure_cost(self.model, next(self._batches()))
         metric = self.model.monitor
         score = metrics.get(metric)

@@ -15,7 +15,7 @@ from apps.base.quiet import quiet
 from apps.cli.trial import build_trial
 from apps.doctor.options import Options
 from apps.registry import name_of
-from apps.train.checkpoint.paths import find_checkpoint
+from apps.train.checkpoint.paths import find_checkpoint, is_hub_folder
 from apps.train.step.module import SparseModule
 from apps.train.watch.doctor import RoutingDoctor
 from apps.train.watch.logs import read_rows
@@ -157,7 +157,10 @@ class Trial:
         """Return the findings; the model is loaded with them."""
         trainer = self._cli.trainer
         trainer.callbacks.append(self._doctor)
-        arguments: dict[str, Any] = {"datamodule": self._cli.datamodule, "ckpt_path": str(self._cli.ckpt_path)}
+        arguments: dict[str, Any] = {
+            "datamodule": self._cli.datamodule,
+            "ckpt_path": self._cli.ckpt_path and str(self._cli.ckpt_path),
+        }
         self._metrics = self._validated(**arguments, weights_only=True)
         trainer.callbacks.remove(self._doctor)
         if isinstance(self._model, SparseModule):
@@ -252,6 +255,8 @@ def _checkpoint(options: Options, folder: Path, has_log: bool) -> tuple[Path | N
         if not has_log:
             raise FileNotFoundError(f"--batches 0 reads {folder / LOG} alone, and it has no rows")
         return None, ""
+    if is_hub_folder(options.ckpt_path):
+        return options.ckpt_path, ""
     try:
         checkpoint = find_checkpoint(options.ckpt_path)
     except FileNotFoundError:

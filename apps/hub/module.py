@@ -241,6 +241,11 @@ class HubCausalLM(SparseModule, Comparable):
     def predict_step(self, batch: list[str], batch_idx: int) -> list[str]:
         return self.predict(batch)
 
+    @property
+    def config(self) -> Any:
+        """The model's configuration, which a conversion to fewer experts changes."""
+        return self.model.config
+
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The folder's tokenizer."""

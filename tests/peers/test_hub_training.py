@@ -290,3 +290,34 @@ def test_a_service_answers_and_a_page_shows_the_experts_of_each_token(folder):
         service.read({"text": "word " * 9000})
     with pytest.raises(ValueError, match="exported by transformers' exporters"):
         module.task.exported()
+
+
+def test_doctor_prune_merge_and_densify_take_the_folder(folder, tmp_path, capsys):
+    model = ["--ckpt_path", str(folder / "model")]
+    own = [*model, "--data.val_files", "chats.jsonl", "--data.root", str(folder)]
+    own += ["--data.block_size", "48", "--data.cache_dir", str(folder / "cache")]
+    assert main(["doctor", *own]) in (0, 1)
+    assert "2 routers on at most 8 validation batches" in capsys.readouterr().out
+    for kind, experts in (("prune", 3), ("merge", 2), ("densify", 1)):
+        words = [] if kind == "densify" else ["--keep", str(experts)]
+        words += ["--merge"] if kind == "merge" else []
+        argv = ["convert", "densify" if kind == "densify" else "prune", *own, "--output", str(tmp_path / kind)]
+        assert main([*argv, *words]) == 0
+        assert "val/loss" in capsys.readouterr().out
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+        assert again.config.num_local_experts == experts
+        assert again.model.layers[1].mlp.experts.down_proj.shape[0] == experts
+        assert (tmp_path / kind / "tokenizer.json").is_file()
+
+    def failing(*argv):
+        assert main([*argv]) == 1
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        return line
+
+    prune = ("convert", "prune", *own, "--output", str(tmp_path / "new"))
+    assert "a token takes 2 experts" not in failing(*prune, "--keep", "9")
+    assert "leaves no statistics" in failing(*prune, "--keep", "2", "--batches", "0")
+    assert "which prune and densify take, not merge" in failing(
+        "convert", "merge", *model, "--output", str(tmp_path / "new")
+    )
+    assert not (tmp_path / "new").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 NAMES = ("average", "best", "last")
@@ -22,6 +23,15 @@ def is_sharded(path: Path | str) -> bool:
 def is_pretrained(path: Path | str) -> bool:
     """Return whether ``path`` is a folder of ``save_pretrained``, or of another program with the same layout."""
     return Path(path, PRETRAINED).is_file()
+
+
+def is_hub_folder(path: Path | str) -> bool:
+    """Return whether ``path`` is a folder of a model in transformers' layout."""
+    try:
+        config = json.loads(Path(path, PRETRAINED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config and "format" not in config
 
 
 def find_checkpoint(path: Path | str) -> Path:
