@@ -39,6 +39,9 @@ DATA = {
 DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets", "apps.multimodal.datasets")
 """Modules that register the apps' datasets when they are imported."""
 
+OF_FOLDER = ("HubCausalLM", "HubTextData")
+"""The model and the data of a folder of transformers."""
+
 OWN_DATA = ("ImageTextRetriever", "VisionClassifier", "MultiTaskRecommender", "Translator")
 """Models for data of a user's own, in the order in which they are asked.
 

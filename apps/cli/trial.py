@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apps.cli.train import SparseCLI, build
+from apps.registry import OF_FOLDER
 from apps.train.checkpoint.paths import is_hub_folder
 
 _QUIET = (
@@ -32,8 +33,8 @@ def build_trial(checkpoint: Path, config: Path | None, batches: int, options: Se
     """
     words = [] if config is None else ["--config", str(config)]
     if is_hub_folder(checkpoint):
-        words += ["--model", "HubCausalLM", "--data", "HubTextData", "--data.folder", str(checkpoint)]
-        words += ["--ckpt_path", "none"]
+        model, data = OF_FOLDER
+        words += ["--model", model, "--data", data, "--data.folder", str(checkpoint), "--ckpt_path", "none"]
     else:
         words += ["--ckpt_path", str(checkpoint)]
     limit = f"--trainer.limit_val_batches={batches}"

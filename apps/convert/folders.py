@@ -8,7 +8,7 @@ import core
 from apps.convert.figures import Figures, Trial, counted, weight_bytes
 from apps.convert.kinds import BY_LOAD
 from apps.convert.options import Options
-from apps.registry import resolve
+from apps.registry import OF_FOLDER, resolve
 
 
 def converted_folder(options: Options) -> tuple[Figures, Figures]:
@@ -26,7 +26,7 @@ def converted_folder(options: Options) -> tuple[Figures, Figures]:
     if needs_use and not options.batches:
         raise ValueError("--batches 0 leaves no statistics of the experts, which this conversion reads")
     trial = Trial(folder, options.config, options.rest, options.batches) if options.batches else None
-    module: Any = resolve("HubCausalLM")(str(folder)) if trial is None else trial.model
+    module: Any = resolve(OF_FOLDER[0])(str(folder)) if trial is None else trial.model
     if not core.moe_layers(module):
         raise ValueError(f"{folder} is a dense model: it has no experts")
     before = _figures(module, trial)
