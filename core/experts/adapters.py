@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import AdaptedWeight
+from .base import local_tensor
 from .products import init_linear_
 
 CHILD = "lora"
@@ -66,10 +67,10 @@ def _name(key: str) -> str:
 
 
 def updates_of(module: nn.Module, key: str) -> list[tuple[Tensor, Tensor, float]]:
-    """Return ``a``, ``b`` and ``scale`` of the active updates of a module's matrix."""
+    """Return this process's part of ``a`` and ``b``, and ``scale``, of the active updates of a module's matrix."""
     adapters = module._modules.get(CHILD)
     updates = adapters.of(key) if isinstance(adapters, Adapters) else []
-    return [(update.a, update.b, update.scale) for update in updates]
+    return [(local_tensor(update.a), local_tensor(update.b), update.scale) for update in updates]
 
 
 def adapted(base: Any, updates: list[tuple[Tensor, Tensor, float]]) -> Any:

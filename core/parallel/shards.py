@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ..experts import Experts
+from ..experts.adapters import LowRankUpdate
 from ..experts.base import HIDDEN
 from ..layers import MoELayer, moe_layers
 from ..torch_internals import local_place
@@ -52,14 +53,15 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
         dispatcher.backend = layer.backend
         layer.dispatcher = dispatcher
         for part in _parts(layer):
-            for key, whole in list(part.named_parameters(recurse=False)):
+            holders = [part, *(m for m in part.modules() if isinstance(m, LowRankUpdate))]
+            for holder, key, whole in [(h, *own) for h in holders for own in h.named_parameters(recurse=False)]:
                 if isinstance(whole, DTensor):  # of experts that several layers share
                     continue
                 axis = part.hidden_axes.get(key, 0)
                 placements = [Shard(axis if is_hidden else 0) for is_hidden in _hidden_axes(mesh, hidden)]
                 local = whole.detach()[local_place(whole.shape, mesh, placements)].clone()
                 sharded = DTensor.from_local(local, mesh, placements, run_check=False)
-                setattr(part, key, nn.Parameter(sharded, whole.requires_grad))
+                setattr(holder, key, nn.Parameter(sharded, whole.requires_grad))
         total, units = layer.experts.num_experts, "" if hidden == 1 else f", 1/{hidden} of their hidden units"
         where[name] = f"{total // ranks} of {total} experts{units} on each of {mesh.size()} ranks"
     return where
@@ -120,6 +122,10 @@ def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
             raise ValueError(f"{where} has {kind} with statistics of their tokens, which ranks do not share")
         if hidden == 1:
             continue
+        if any(isinstance(m, LowRankUpdate) for m in part.modules()):
+            raise ValueError(
+                f"{where} has adapters, whose hidden units are not divided: core.merge_adapters merges them"
+            )
         for key, tensor in part.named_parameters(recurse=False):
             axis = part.hidden_axes.get(key)
             if axis is None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.distributed as dist
-from test_adopted_tools import IDS, error, model
+from test_adopted_tools import IDS, adapted, error, model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from two_ranks import on_two_ranks
@@ -16,7 +14,7 @@ import core
 from core.parallel import shard_experts
 from core.parallel.parts import whole_of
 
-FAMILIES = ["Mixtral", "GptOss", "DeepseekV3", "Llama4", "Olmoe"]
+FAMILIES = ["Mixtral", "GptOss", "DeepseekV3", "Llama4", "Olmoe", "Mixtral, adapters"]
 X = torch.cat([IDS[:1], IDS[:1].flip(1)])
 
 
@@ -26,10 +24,16 @@ def outcome(net, ids):
     return logits.detach(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
+def made(name):
+    family, _, adapters = name.partition(", ")
+    net = core.adopt(model(family))
+    return (adapted(net, "experts", "router") if adapters else net).eval()
+
+
 def on_ranks(rank):
     found = {}
     for name in FAMILIES:
-        net = core.adopt(copy.deepcopy(model(name))).eval()
+        net = made(name)
         places = shard_experts(net, init_device_mesh("cpu", (2,)))
         logits, grads = outcome(net, X[rank : rank + 1])
         whole = {}
@@ -52,7 +56,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_ranks_compute_as_one_process(name, ranks):
-    net = core.adopt(model(name)).eval()
+    net = made(name)
     names = list(net.state_dict())
     logits, grads = outcome(net, X)
     found = [rank[name] for rank in ranks]
