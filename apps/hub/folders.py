@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,20 @@ def load_tokenizer(folder: str | Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"the tokenizer of {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def teller(tokenizer: Any, tell: Callable[[str], None]) -> Any:
+    """Return a streamer of ``generate`` that tells the text so far each time it grows."""
+    transformers = _transformers()
+
+    class Teller(transformers.TextStreamer):  # type: ignore[name-defined, misc]
+        whole = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.whole += text
+            tell(self.whole)
+
+    return Teller(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def save_model(model: nn.Module, folder: str | Path, source: str | Path | None = None, **options: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +19,7 @@ import core
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues
 from apps.hub.adapter_files import save_adapters
 from apps.hub.data import IGNORED, HubBatch
-from apps.hub.folders import load_model, load_tokenizer, save_model
+from apps.hub.folders import load_model, load_tokenizer, save_model, teller
 from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
@@ -261,8 +261,16 @@ class HubCausalLM(SparseModule, Comparable):
         return ids
 
     @torch.no_grad()
-    def continued(self, prompts: Sequence[str], **options: Any) -> list[list[int]]:
-        """Return the tokens of each prompt and of what follows it; options are fields of ``GenerateConfig``."""
+    def continued(
+        self, prompts: Sequence[str], tell: Callable[[str], None] | None = None, **options: Any
+    ) -> list[list[int]]:
+        """Return the tokens of each prompt and of what follows it.
+
+        Args:
+            prompts: texts.
+            tell: called with the text that follows so far, each time it grows.
+            options: fields of ``GenerateConfig``.
+        """
         config = from_plain({**vars(self.generate), **options}, GenerateConfig, "generate")
         drawn = {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
         found = []
@@ -272,7 +280,8 @@ class HubCausalLM(SparseModule, Comparable):
                 torch.manual_seed(config.seed)
                 out = self.model.generate(
                     tokens_1S, max_new_tokens=config.max_new_tokens, do_sample=bool(drawn),
-                    attention_mask=torch.ones_like(tokens_1S), pad_token_id=self.tokenizer.eos_token_id, **drawn,
+                    attention_mask=torch.ones_like(tokens_1S), pad_token_id=self.tokenizer.eos_token_id,
+                    streamer=None if tell is None else teller(self.tokenizer, tell), **drawn,
                 )  # fmt: skip
             found.append(out[0].tolist())
         return found

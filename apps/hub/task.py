@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch
 import core
 from apps.base.evaluation import in_evaluation
 from apps.report.exhibit import Example, LayerPart, NumberField, Said
-from apps.task import Input, Output, Sizes, Task, Trial, text, words_by_layer
+from apps.task import Input, Output, Service, Sizes, Task, Trial, text, words_by_layer
 from apps.task.outputs import properties
 from apps.train.publish.exporting import Exported
 
@@ -69,10 +70,13 @@ class HubPrompt(Task):
         answers = []
         for example in examples:
             prompt = example["text"]
-            (ids,) = self.model.continued([prompt], max_new_tokens=example["tokens"])
+            (ids,) = self.model.continued([prompt], example.get("tell"), max_new_tokens=example["tokens"])
             answer = self.model.tokenizer.decode(ids[len(self.model.ids_of(prompt)) :], skip_special_tokens=True)
             answers.append(Answered(prompt, answer, ids))
         return answers
+
+    def service(self) -> Service:
+        return replace(super().service(), listen=lambda values, tell: {**values, "tell": tell})
 
     @torch.no_grad()
     def layers(self, tape: core.Tape, example: Any, answer: Answered) -> Mapping[str, tuple[LayerPart, ...]]:

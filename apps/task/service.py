@@ -19,9 +19,12 @@ class Service:
             the value and the rule if the schema could not say so: an image that cannot be read, an unknown pair.
         predict: answers several inputs at once, in their order, each with plain values that JSON takes. The answer to
             an input does not depend on other inputs of its batch, unless the routing says so (docs/serving.md).
+        listen: makes ``predict`` tell the text of an answer as it grows, each time the whole of it so far: takes what
+            ``read`` returned and the function to tell, and returns what ``predict`` takes. None: nothing grows.
     """
 
     item: Mapping[str, Any]
     answer: Mapping[str, Any]
     read: Callable[[Any], Any]
     predict: Callable[[Sequence[Any]], Sequence[Any]]
+    listen: Callable[[Any, Callable[[str], None]], Any] | None = None

@@ -29,26 +29,29 @@ def doubled(inputs: Sequence[int]) -> list[int]:
     return [2 * x for x in inputs]
 
 
-def number_service(predict: Callable[[Sequence[int]], Sequence[Any]] = doubled) -> Service:
+def number_service(
+    predict: Callable[[Sequence[int]], Sequence[Any]] = doubled, listen: Callable[..., Any] | None = None
+) -> Service:
     """Even numbers up to 100; odd ones break a rule that the schema does not have."""
     item = {"title": "Number", "type": "integer", "minimum": 0, "maximum": 100, "examples": [2, 4]}
-    return Service(item, {"type": "integer"}, odd_is_refused, predict)
+    return Service(item, {"type": "integer"}, odd_is_refused, predict, listen)
 
 
 def served_numbers(
     predict: Callable[[Sequence[int]], Sequence[Any]] = doubled,
     token: str | None = None,
     limits: Limits = LIMITS,
+    listen: Callable[..., Any] | None = None,
     **options: Any,
 ) -> tuple[Any, Batcher]:
     """Return the application of a ``number_service``, and its batcher."""
-    service = number_service(predict)
+    service = number_service(predict, listen)
     batcher = Batcher(service.predict, 4, 0.001, **options)
     metrics = Metrics({"run": "numbers"}, lambda: len(batcher))
     names = {"testserver", "127.0.0.1", "[::1]"} if token is None else None
     interface = document(service, limits, "numbers", "1", token is not None)
     reader = Reader(body_schema(service, limits), service.read)
-    return application(reader, batcher, interface, limits, metrics, token, names), batcher
+    return application(reader, batcher, interface, limits, metrics, token, names, listen), batcher
 
 
 @contextlib.contextmanager

@@ -62,9 +62,18 @@ def document(service: Service, limits: Limits, title: str, version: str, has_tok
             ),
         },
     }
+    stream = {
+        **predict,
+        "operationId": "stream",
+        "summary": "Answer one input as it is written",
+        "description": "Server-sent events: data with the next part of the text, then the event end with the output, "
+        "or the event error.",
+        "responses": {**predict["responses"], "200": _text("The events.", "text/event-stream")},  # type: ignore[dict-item]
+    }
     health = {"type": "object", "required": ["status"], "properties": {"status": {"enum": ["ok", "broken"]}}}
     paths: dict[str, Any] = {
         "/predict": {"post": predict},
+        **({} if service.listen is None else {"/stream": {"post": stream}}),
         "/healthz": _get(
             "health",
             "Whether the service is at work; needs no token",
@@ -158,6 +167,7 @@ def application(
     metrics: Metrics,
     token: str | None = None,
     names: Collection[str] | None = None,
+    listen: Any = None,
 ) -> Any:
     """Return the application; it starts the batcher when it starts, and stops it when it ends.
 
@@ -166,12 +176,13 @@ def application(
         batcher: answers inputs.
         interface: the OpenAPI document.
         limits, metrics, token, names: see ``Guard``.
+        listen: of the ``Service``.
     """
     import torch
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
-    from starlette.responses import HTMLResponse, Response
+    from starlette.responses import HTMLResponse, Response, StreamingResponse
     from starlette.routing import Route
 
     readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
@@ -189,6 +200,31 @@ def application(
         except Exception as error:  # the log has the whole
             raise Refused(500, f"the model failed on an input ({type(error).__name__})") from None
         return _json(200, {"outputs": outputs})
+
+    async def stream(request: Request) -> Response:
+        body = await read_body(request, limits)
+        loop, told = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+        inputs = await loop.run_in_executor(readers, reader.inputs, body)
+        if len(inputs) != 1:
+            raise Refused(422, f"a stream has one input, not {len(inputs)}")
+        assert listen is not None
+        value = listen(inputs[0], lambda text: loop.call_soon_threadsafe(told.put_nowait, text))
+        answer = asyncio.wrap_future(batcher.submit([value]))
+        answer.add_done_callback(lambda _: told.put_nowait(None))
+
+        async def events() -> AsyncIterator[str]:
+            sent = ""
+            while (text := await told.get()) is not None:
+                if len(text) > len(sent):  # an input that is tried once more begins again
+                    yield _event("", {"text": text[len(sent) :]})
+                    sent = text
+            error = answer.exception()
+            if error is None:
+                yield _event("end", {"outputs": answer.result()})
+            else:
+                yield _event("error", {"error": f"the model failed on an input ({type(error).__name__})"})
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
 
     async def health(request: Request) -> Response:
         return _json(503 if batcher.broken else 200, {"status": "broken" if batcher.broken else "ok"})
@@ -226,6 +262,7 @@ def application(
 
     routes = [
         Route("/predict", predict, methods=["POST"]),
+        *([] if listen is None else [Route("/stream", stream, methods=["POST"])]),
         Route(HEALTH, health),
         Route("/metrics", counters),
         Route("/openapi.json", openapi),
@@ -236,6 +273,12 @@ def application(
     app.router.redirect_slashes = False  # another address is another address
     paths = [route.path for route in routes]
     return Guard(app, token, names, limits, metrics, paths, _refusal)
+
+
+def _event(name: str, value: Any) -> str:
+    """Return a server-sent event."""
+    line = f"event: {name}\n" if name else ""
+    return f"{line}data: {json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
 
 
 def _json(status: int, value: Any, headers: Mapping[str, str] | None = None) -> Any:

@@ -98,7 +98,7 @@ class Served:
         interface = document(service, limits, name, own_version(), options.token is not None)
         reader = Reader(body_schema(service, limits), service.read)
         names = {"localhost", "127.0.0.1", "[::1]", options.host} if options.token is None else None
-        app = application(reader, self.batcher, interface, limits, self.metrics, options.token, names)
+        app = application(reader, self.batcher, interface, limits, self.metrics, options.token, names, service.listen)
         self._server = server_of(app, limits)
 
     def until_stopped(self, listening: socket.socket) -> None:
