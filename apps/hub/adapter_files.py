@@ -7,16 +7,19 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apps.base.files import new_file, write_json
 from core.adopted.parts import AdoptedExperts
+from core.contract import several_ranks
 from core.convert.build.low_rank import adapted_modules, attach
 from core.experts.adapters import LowRankUpdate
+from core.parallel.parts import whole_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -29,7 +32,8 @@ _ONE_EXPERT = re.compile(rf"(.+)\.experts\.(\d+)\.({'|'.join(_ROLES)})")
 
 
 def save_adapters(model: nn.Module, folder: str | Path, name: str = "default", one_per_expert: bool = False) -> None:
-    """Write an adapter of an adopted model as PEFT's files.
+    """Write an adapter of an adopted model as PEFT's files. If its experts are sharded all ranks call it, and the first
+    one writes.
 
     Args:
         model: adopted by ``core.adopt``, with adapters of ``core.add_adapters``.
@@ -47,7 +51,8 @@ def save_adapters(model: nn.Module, folder: str | Path, name: str = "default", o
     for path, adapters in adapted_modules(model):
         owner = model.get_submodule(path)
         own: Any = adapters[name] if name in adapters else {}  # noqa: SIM401 - a ModuleDict has no get
-        for place, update in own.items():
+        for place, found in own.items():
+            update = _Whole(whole_of(found.a), whole_of(found.b), found.rank, found.scale)
             key = place.replace("/", ".")
             for where, a, b in _as_peft(model, path, owner, key, update, one_per_expert):
                 tensors |= {f"{_PREFIX}{where}.lora_A.weight": a, f"{_PREFIX}{where}.lora_B.weight": b}
@@ -71,12 +76,23 @@ def save_adapters(model: nn.Module, folder: str | Path, name: str = "default", o
         "bias": "none",
         "inference_mode": True,
     }
+    if several_ranks() and dist.get_rank():
+        return
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     new = new_file(target / WEIGHTS)
     save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, new, {"format": "pt"})
     new.replace(target / WEIGHTS)
     write_json(target / CONFIG, config)
+
+
+class _Whole(NamedTuple):
+    """An update with all experts; its fields are those of ``LowRankUpdate``."""
+
+    a: Tensor
+    b: Tensor
+    rank: int
+    scale: float
 
 
 def load_adapters(model: nn.Module, folder: str | Path, name: str = "default") -> nn.Module:
@@ -156,7 +172,7 @@ def _stacked_keys(experts: AdoptedExperts) -> list[str]:
 
 
 def _as_peft(
-    model: nn.Module, path: str, owner: nn.Module, key: str, update: LowRankUpdate, one_per_expert: bool
+    model: nn.Module, path: str, owner: nn.Module, key: str, update: _Whole, one_per_expert: bool
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the name of each module in PEFT's file, with ``lora_A`` (r, in) and ``lora_B`` (out, r)."""
     if not isinstance(owner, AdoptedExperts):

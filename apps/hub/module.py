@@ -25,6 +25,7 @@ from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.fields import Checked, Count, CountOrZero, NotNegative, Positive, PositiveShare
+from core.parallel import needs_all_ranks
 
 _logger = logging.getLogger(__name__)
 
@@ -322,7 +323,7 @@ class HubCausalLM(SparseModule, Comparable):
 
     def on_fit_end(self) -> None:
         """Write the trained adapter as PEFT's files into the run's folder."""
-        if self.lora is not None and self.trainer.is_global_zero:
+        if self.lora is not None:
             folder = Path(self.trainer.default_root_dir) / "adapter"
             save_adapters(self.model, folder)
             _logger.info("the adapter is in %s", folder)
@@ -331,8 +332,10 @@ class HubCausalLM(SparseModule, Comparable):
         """Write the model in transformers' layout, adapters merged; the module is of no use afterwards.
 
         Raises:
-            ValueError: quantized experts, which the layout does not have.
+            ValueError: quantized experts, which the layout does not have, or sharded ones.
         """
+        if needs_all_ranks(self.model):
+            raise ValueError("the experts are sharded: load the checkpoint in one process, apps.load(run).save_folder")
         if self.lora is not None:
             core.merge_adapters(self.model)
         save_model(core.release(self.model) if core.moe_layers(self.model) else self.model, folder, self.folder)
