@@ -121,11 +121,14 @@ class HubCausalLM(SparseModule, Comparable):
         self.model = load_model(folder, dtype).train()
         sparse = self._adopt(balance)
         if self.lora is not None:
-            if sparse and quantize is not None:
+            of_experts = [m for m in self.lora.modules if m in ("experts", "router")]
+            if not sparse and (quantize is not None or of_experts and self.lora.modules != LoRAConfig().modules):
+                what = f"quantize={quantize!r}" if quantize is not None else f"lora.modules={of_experts}"
+                raise ValueError(f"{what}: the model of {folder} is dense, and has no experts")
+            if quantize is not None:
                 quantize_model(self, quantize)
-            config = core.LoRA(self.lora.rank, self.lora.alpha)
-            wanted = [m for m in self.lora.modules if sparse or m not in ("experts", "router")]
-            core.add_adapters(self.model, config, wanted)
+            wanted = [m for m in self.lora.modules if sparse or m not in of_experts]
+            core.add_adapters(self.model, core.LoRA(self.lora.rank, self.lora.alpha), wanted)
         self._freeze_parts(freeze)
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable()

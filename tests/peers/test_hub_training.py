@@ -213,6 +213,12 @@ def test_a_dense_model_has_no_experts_and_trains(folder, tmp_path):
     module = HubCausalLM(str(tmp_path / "dense"), lora=LoRAConfig(2))
     assert not core.moe_layers(module)
     assert all(".self_attn." in n for n, p in module.named_parameters() if p.requires_grad)
+    for options, rule in (
+        ({"quantize": "int8"}, "quantize='int8': the model of .* is dense"),
+        ({"lora": LoRAConfig(2, modules=("router",))}, r"lora.modules=\['router'\]: the model of .* is dense"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            HubCausalLM(str(tmp_path / "dense"), **{"lora": LoRAConfig(2), **options})
 
 
 def test_bad_input_is_one_line(folder, tmp_path, capsys):
