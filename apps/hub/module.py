@@ -122,7 +122,7 @@ class HubCausalLM(SparseModule, Comparable):
         sparse = self._adopt(balance)
         if self.lora is not None:
             of_experts = [m for m in self.lora.modules if m in ("experts", "router")]
-            if not sparse and (quantize is not None or of_experts and self.lora.modules != LoRAConfig().modules):
+            if not sparse and (quantize is not None or (of_experts and self.lora.modules != LoRAConfig().modules)):
                 what = f"quantize={quantize!r}" if quantize is not None else f"lora.modules={of_experts}"
                 raise ValueError(f"{what}: the model of {folder} is dense, and has no experts")
             if quantize is not None:
