@@ -48,7 +48,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     activation = _fused(self)
     if activation is not None:
-        into, gate = (up.chunk(2, 2)[1], up.chunk(2, 2)[0]) if self.has_gate else (up, None)
+        gate, into = up.chunk(2, 2) if self.has_gate else (None, up)  # two chunks would be two gradients of all experts
         weights = FFNWeights(into, down, None, None, gate)
         return expert_ffn(hidden_states, rows, gates_R, weights, activation).to(hidden_states.dtype)
     up_bias = getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias") if self.has_bias else None
