@@ -129,7 +129,7 @@ def adapters(scale: int, rounds: int, sizes: tuple[int, ...]) -> list[Row]:
                 core.quantize_experts(models[name], 4)
             core.add_adapters(models[name], core.LoRA(16, alpha=32), "experts")
         for tokens in sizes:
-            rows += measured(layer, models, tokens, torch.float32, True, rounds)
+            rows += measured(f"{layer}, LoRA", models, tokens, torch.float32, True, rounds)
     return rows
 
 
