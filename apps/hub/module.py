@@ -23,6 +23,7 @@ from apps.hub.folders import load_model, load_tokenizer, save_model, teller
 from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
+from core.adopted import is_sparse
 from core.config.plain import from_plain
 from core.fields import Checked, Count, CountOrZero, NotNegative, Positive, PositiveShare
 from core.parallel import needs_all_ranks
@@ -138,11 +139,11 @@ class HubCausalLM(SparseModule, Comparable):
         config = self.model.config
         config.output_router_logits = False  # transformers would add a balance loss of its own
         own = float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0)
+        if not is_sparse(self.model):
+            return False
         try:
             core.adopt(self.model, balance or core.Balance(load_balancing_loss=0.0, router_z_loss=0.0))
         except ValueError as error:
-            if "no MoE block of a known layout" in str(error):
-                return False
             raise ValueError(f"{self.folder}: {error}") from None
         layers = core.moe_layers(self.model)
         if balance is None and own:
@@ -267,8 +268,8 @@ class HubCausalLM(SparseModule, Comparable):
     @torch.no_grad()
     def continued(
         self, prompts: Sequence[str], tell: Callable[[str], None] | None = None, **options: Any
-    ) -> list[list[int]]:
-        """Return the tokens of each prompt and of what follows it.
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return the tokens of each prompt, and of what follows it.
 
         Args:
             prompts: texts.
@@ -287,7 +288,8 @@ class HubCausalLM(SparseModule, Comparable):
                     attention_mask=torch.ones_like(tokens_1S), pad_token_id=self.tokenizer.eos_token_id,
                     streamer=None if tell is None else teller(self.tokenizer, tell), **drawn,
                 )  # fmt: skip
-            found.append(out[0].tolist())
+            read = tokens_1S.shape[1]
+            found.append((tokens_1S[0].tolist(), out[0, read:].tolist()))
         return found
 
     def predict(self, prompts: Sequence[str], **options: Any) -> list[str]:
@@ -302,8 +304,10 @@ class HubCausalLM(SparseModule, Comparable):
         """
         if isinstance(prompts, str):
             raise ValueError("prompts is one text: give a list of texts")
-        each = zip(prompts, self.continued(prompts, **options), strict=True)
-        return [self.tokenizer.decode(ids[len(self.ids_of(p)) :], skip_special_tokens=True) for p, ids in each]
+        return [
+            self.tokenizer.decode(written, skip_special_tokens=True)
+            for _, written in self.continued(prompts, **options)
+        ]
 
     # ---- files
 

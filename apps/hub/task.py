@@ -70,9 +70,9 @@ class HubPrompt(Task):
         answers = []
         for example in examples:
             prompt = example["text"]
-            (ids,) = self.model.continued([prompt], example.get("tell"), max_new_tokens=example["tokens"])
-            answer = self.model.tokenizer.decode(ids[len(self.model.ids_of(prompt)) :], skip_special_tokens=True)
-            answers.append(Answered(prompt, answer, ids))
+            ((read, ids),) = self.model.continued([prompt], example.get("tell"), max_new_tokens=example["tokens"])
+            answer = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+            answers.append(Answered(prompt, answer, [*read, *ids]))
         return answers
 
     def service(self) -> Service:

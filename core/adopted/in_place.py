@@ -66,6 +66,11 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing_loss=0.0, 
     return model
 
 
+def is_sparse(model: nn.Module) -> bool:
+    """Return whether a model has blocks that ``adopt`` takes, or rejects for a layout that is not known."""
+    return any(type(m).__name__ in LAYOUTS or _looks_sparse(m) for m in model.modules())
+
+
 def release(model: nn.Module) -> nn.Module:
     """Give every adopted block back, with the parameters that it has now, and return ``model``.
 

@@ -394,7 +394,7 @@ def check_merges(experts: Experts) -> None:
 def local_tensor(t: Any) -> Any:
     """Return the part of a stacked tensor that this process holds: of a ``DTensor`` its shard, else the whole.
 
-    ``QuantizedMatrices`` give the kernels' inputs, and adapted weights have local parts.
+    ``QuantizedMatrices`` give the kernels' inputs, and adapted weights a local base.
 
     Raises:
         ValueError: the shard is cut along another axis than the expert axis, so that no expert is whole; but for a mesh
@@ -405,8 +405,7 @@ def local_tensor(t: Any) -> Any:
     if isinstance(t, QuantizedMatrices):
         return t.weight
     if isinstance(t, AdaptedWeight):
-        updates = tuple((local_tensor(a), local_tensor(b), scale) for a, b, scale in t.updates)
-        return AdaptedWeight(local_tensor(t.base), updates)
+        return replace(t, base=local_tensor(t.base))  # its updates are local
     if not hasattr(t, "to_local"):
         return t
     placements, mesh = getattr(t, "placements", ()), getattr(t, "device_mesh", None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..contract import Rows
 from ..kernels import expert_linear, outside_autocast
-from .adapters import adapted, updates_of
+from .adapters import CHILD, adapted, updates_of
 from .base import ExpertConfig, Experts
 from .products import autocast_together, first_linear, init_linear_, merged_linear, next_linear, weighted_sum
 
@@ -56,7 +56,10 @@ class TwoLayerExperts(Experts):
 
     def _weights(self) -> tuple[Any, ...]:
         """Return the tensors in ``_ORDER``, with their adapters."""
-        return tuple(adapted(getattr(self, name), updates_of(self, name)) for name in _ORDER)
+        weights = (getattr(self, name) for name in _ORDER)
+        if CHILD not in self._modules:
+            return tuple(weights)
+        return tuple(adapted(w, updates_of(self, name)) for name, w in zip(_ORDER, weights, strict=True))
 
     def adapter_shapes(self) -> dict[str, tuple[int, int, int]]:
         matrices = {name: getattr(self, name) for name in ("w_in", "w_gate", "w_out")}

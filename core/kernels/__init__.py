@@ -134,7 +134,7 @@ def _fastest(
     if backend != "auto" or name != "triton" or not _may_measure(x):
         return BACKENDS[name]
     inputs = (x, *weights)
-    learns = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+    learns = _learns(*inputs)
 
     def run(name: str) -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # not an outer checkpoint's hooks
@@ -155,8 +155,8 @@ def _may_measure(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.is_cuda and type(x) is Tensor and not is_in_torch_dispatch_mode()
 
 
-def _learns(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+def _learns(*inputs: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
 def topk_gate(logits_TE: Tensor, top_k: int, *, backend: str = "auto", **options: Any) -> TopK:

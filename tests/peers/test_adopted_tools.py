@@ -24,6 +24,12 @@ def made(name):
     return two_sided(name) if name in families.TWO_SIDED else model(name)
 
 
+def patch_nllb(name, plain, monkeypatch):
+    if name == "NllbMoe":
+        kind = type(next(m for m in plain.modules() if type(m).__name__ == "NllbMoeExperts"))
+        monkeypatch.setattr(kind, "forward", families.nllb_experts)
+
+
 def logits(net):
     torch.manual_seed(1)
     return net(input_ids=IDS, attention_mask=MASK, labels=IDS).logits
@@ -41,9 +47,7 @@ def adapted(net, *modules, rank=2):
 @pytest.mark.parametrize("name", [*families.FAMILIES, *families.TWO_SIDED])
 def test_adapters_of_experts_and_routers_compute_as_merged_weights(name, monkeypatch):
     plain = made(name).eval()
-    if name == "NllbMoe":
-        kind = type(next(m for m in plain.modules() if type(m).__name__ == "NllbMoeExperts"))
-        monkeypatch.setattr(kind, "forward", families.nllb_experts)
+    patch_nllb(name, plain, monkeypatch)
     net = core.adopt(copy.deepcopy(plain))
     names = list(net.state_dict())
     before = logits(net)
@@ -60,9 +64,7 @@ def test_adapters_of_experts_and_routers_compute_as_merged_weights(name, monkeyp
 @pytest.mark.parametrize("name", [*families.FAMILIES, *families.TWO_SIDED])
 def test_quantized_experts_compute_as_rounded_weights(name, monkeypatch):
     plain = made(name).eval()
-    if name == "NllbMoe":
-        kind = type(next(m for m in plain.modules() if type(m).__name__ == "NllbMoeExperts"))
-        monkeypatch.setattr(kind, "forward", families.nllb_experts)
+    patch_nllb(name, plain, monkeypatch)
     net, rounded = core.adopt(copy.deepcopy(plain)), core.adopt(copy.deepcopy(plain))
     core.quantize_experts(net, 4)
     with torch.no_grad():
@@ -130,12 +132,6 @@ def saved_again(net, folder):
 
 
 EVERY = [name for name in (*families.FAMILIES, *families.TWO_SIDED) if name != "JetMoe"]
-
-
-def patch_nllb(name, plain, monkeypatch):
-    if name == "NllbMoe":
-        kind = type(next(m for m in plain.modules() if type(m).__name__ == "NllbMoeExperts"))
-        monkeypatch.setattr(kind, "forward", families.nllb_experts)
 
 
 def run(net, batch):
