@@ -157,3 +157,37 @@ def expand(root: Path, pattern: str) -> list[Path]:
     if Path(pattern).is_absolute():
         root, pattern = Path(plain.anchor), str(plain.relative_to(plain.anchor))
     return sorted(p for p in root.glob(pattern) if p.is_file())
+
+
+def named_files(root: str | None, names: list[str] | str | None) -> list[Path]:
+    """Return the files of one name or pattern, or of several, each once.
+
+    Raises:
+        ValueError: there are names, and no file of theirs.
+    """
+    folder, listed = Path(root or ".").expanduser(), [names] if isinstance(names, str) else names or []
+    found = list(dict.fromkeys(path for name in listed for path in expand(folder, name)))
+    if listed and not found:
+        raise ValueError(f"{folder / listed[0]} is missing")
+    return found
+
+
+def documents_of(lines: list[str], unit: str) -> Iterator[list[str]]:
+    """Yield the lines of a file that are not empty, as documents.
+
+    Args:
+        lines: of the file.
+        unit: "line", "paragraph" (lines up to an empty one) or "file".
+    """
+    if unit == "line":
+        yield from ([line] for line in lines if line)
+        return
+    part: list[str] = []
+    for line in lines:
+        if line:
+            part.append(line)
+        elif part and unit == "paragraph":
+            yield part
+            part = []
+    if part:
+        yield part

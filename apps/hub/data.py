@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from apps.base.checks import check_at_least
 from apps.base.progress import each
 from apps.data.array_files import ArrayFiles, ArrayWriter
-from apps.data.splits import SPLITS, Split, count_of
+from apps.data.splits import SPLITS, Split, count_of, hold_out
 from apps.data.store import EncodedStore, identity
 from apps.data.suite_data import SuiteData
-from apps.data.text_files import expand, read_lines
+from apps.data.text_files import documents_of, named_files, read_lines
 from apps.hub.folders import load_tokenizer
 
 STORE = EncodedStore("hub_text", ("hub/data.py", "data/splits.py", "data/text_files.py"))
@@ -131,7 +131,7 @@ class HubTextData(SuiteData):
     def read(self) -> ArrayFiles:
         if self.train_files is None and self.test_files is None and self.val_files is None:
             raise ValueError("train_files is missing (--data.train_files): a name or pattern of text or .jsonl files")
-        files = {split: self._files(split) for split in SPLITS}
+        files = {split: named_files(self.root, getattr(self, f"{split}_files")) for split in SPLITS}
         tokenizer = sorted(Path(self.folder).expanduser().glob("*token*")) + sorted(
             Path(self.folder).expanduser().glob("chat_template*")
         )
@@ -142,21 +142,13 @@ class HubTextData(SuiteData):
         ]
         return STORE.open(self.cache, "text", made_from, lambda writer: self._write(writer, files))
 
-    def _files(self, split: Split) -> list[Path]:
-        named = getattr(self, f"{split}_files")
-        names = [named] if isinstance(named, str) else named or []
-        root = Path(self.root or ".").expanduser()
-        found = list(dict.fromkeys(path for name in names for path in expand(root, name)))
-        if names and not found:
-            raise ValueError(f"{root / names[0]} is missing")
-        return found
-
     def _write(self, writer: ArrayWriter, files: Mapping[Split, Sequence[Path]]) -> None:
         splits = {split: [d for path in paths for d in self._documents(path)] for split, paths in files.items()}
         if not files["val"] and splits["train"]:
-            number = count_of(self.val_size, len(splits["train"]))
-            order = np.random.default_rng(self.split_seed).permutation(len(splits["train"]))
-            held = set(order[:number].tolist())
+            number: dict[str, int] = {}  # the same text is in one split only
+            group_N = np.array([number.setdefault(json.dumps(text), len(number)) for _, text in splits["train"]])
+            count = count_of(self.val_size, len(group_N))
+            held = set(hold_out(group_N, [count], self.split_seed)[0].tolist())
             splits["val"] = [splits["train"][i] for i in sorted(held)]
             splits["train"] = [d for i, d in enumerate(splits["train"]) if i not in held]
         if not files["test"]:
@@ -176,15 +168,9 @@ class HubTextData(SuiteData):
     def _documents(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Yield the documents of a file, each with where it is."""
         if path.suffix not in (".jsonl", ".json"):
-            part: list[str] = []
-            for number, line in enumerate([*read_lines(path), ""], 1):
-                ends = self.document == "line" or (self.document == "paragraph" and not line)
-                part += [line] if line or self.document == "file" else []
-                if ends and part:
-                    yield f"{path}:{number}", "\n".join(part)
-                    part = []
-            if "".join(part):
-                yield str(path), "\n".join(part)
+            lines = read_lines(path)
+            own = [lines] if self.document == "file" and any(lines) else documents_of(lines, self.document)
+            yield from ((str(path), "\n".join(part)) for part in own)
             return
         for number, line in enumerate(read_lines(path), 1):
             if not line:

@@ -327,3 +327,15 @@ def test_doctor_prune_merge_and_densify_take_the_folder(folder, tmp_path, capsys
         "convert", "merge", *model, "--output", str(tmp_path / "new")
     )
     assert not (tmp_path / "new").exists()
+
+
+def test_the_same_text_is_in_one_split_only(folder):
+    (folder / "twice.txt").write_text("".join(f"text {i % 10}\n" for i in range(40)))
+    own = data(folder, train_files="twice.txt", document="line", val_size=8)
+    texts = {}
+    for split in ("train", "val"):
+        rows = own.examples(split)
+        ids = own.opened[f"{split}_ids"].tolist()
+        texts[split] = [tuple(ids[a:b]) for a, b in itertools.pairwise(rows.bounds)]
+    assert [len(texts["train"]), len(texts["val"])] == [32, 8]
+    assert not set(texts["train"]) & set(texts["val"])

@@ -23,7 +23,7 @@ from apps.data.array_files import ArrayFiles, ArrayWriter
 from apps.data.splits import SPLITS, Split, check_size, count_of, hold_out
 from apps.data.store import identity
 from apps.data.subwords import EOS_ID, PAD_ID, Subwords, train_subwords
-from apps.data.text_files import Rows, expand, num_words, read_lines
+from apps.data.text_files import Rows, documents_of, named_files, num_words, read_lines
 from apps.nlp.predict import given_lines
 from apps.nlp.text.corpora import Sizes, share_out
 from apps.nlp.text.data import SubwordData
@@ -204,20 +204,12 @@ class TextData(SubwordData):
         return self.stored(made_from, lambda writer: self._write(writer, read()))
 
     def _own_files(self) -> dict[str, list[Path]]:
-        files: dict[str, list[Path]] = {}
-        root = Path(self.root or ".").expanduser()
-        for split in SPLITS:
-            named = getattr(self, f"{split}_files")
-            names = [named] if isinstance(named, str) else named or []
-            files[split] = list(dict.fromkeys(path for name in names for path in expand(root, name)))
-            if names and not files[split]:
-                raise ValueError(f"{root / names[0]} is missing")
-        return files
+        return {split: named_files(self.root, getattr(self, f"{split}_files")) for split in SPLITS}
 
     def _read_own(self) -> dict[str, list[list[str]]]:
         """Return the lines of each document of each split."""
         splits = {
-            split: [document for path in paths for document in _documents(read_lines(path), self.document)]
+            split: [own for path in paths for own in documents_of(read_lines(path), self.document)]
             for split, paths in self._own_files().items()
         }
         lacking = [split for split in ("val", "test") if getattr(self, f"{split}_files") is None]
@@ -315,19 +307,3 @@ def prompt_batches(lines: Iterable[str], subwords: Subwords, start: int = 0) -> 
 def _key(document: list[str]) -> str:
     """Return the text of a document, by which equal ones are known."""
     return "\n".join(document)
-
-
-def _documents(lines: list[str], document: str) -> Iterator[list[str]]:
-    """Yield the lines of a file that are not empty, as documents."""
-    if document == "line":
-        yield from ([line] for line in lines if line)
-        return
-    part: list[str] = []
-    for line in lines:
-        if line:
-            part.append(line)
-        elif part and document == "paragraph":
-            yield part
-            part = []
-    if part:
-        yield part
