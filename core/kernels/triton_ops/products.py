@@ -55,13 +55,18 @@ def up(
     }
     matrices = (values, scales, gate, gate_scales)
     pointers = (x, _or(row_index_R, offsets_E), offsets_E, *matrices, _or(bias, x), pre, pre_gate, hidden)
-    _by_rows("products.up", _up_tuned_as(w_gate is not None, activation), pointers, constants, (E, D, F), rows, x)
+    tuned_as = _tuned_as(_two_sums(activation) if w_gate is not None else "up", w)
+    _by_rows("products.up", tuned_as, pointers, constants, (E, D, F), rows, x)
     return hidden, pre, pre_gate
 
 
-def _up_tuned_as(gated: bool, activation: str) -> str:
-    """Return the name under which ``tuning`` has the tiles of ``up``."""
-    return "up" if not gated else "up_geglu" if activation == "gelu" else "up_swiglu"
+def _two_sums(activation: str) -> str:
+    return "up_geglu" if activation == "gelu" else "up_swiglu"
+
+
+def _tuned_as(kernel: str, w: Weight) -> str:
+    """Return the name under which ``tuning`` has the tiles of a kernel."""
+    return kernel if isinstance(w, Tensor) else f"{kernel}_quantized"
 
 
 def linear(
@@ -98,7 +103,7 @@ def linear(
     }
     rows = (_or(gates_R, x), _or(row_index_R, offsets_E), offsets_E)
     pointers = (x, x2, values, w2, scales, _or(bias, x), *rows, out)
-    _by_rows("products.linear", "linear", pointers, constants, (E, D, N), x.shape[0], x)
+    _by_rows("products.linear", _tuned_as("linear", w), pointers, constants, (E, D, N), x.shape[0], x)
 
 
 def _stored_as(w: Weight) -> tuple[dict[str, object], Tensor, Tensor]:

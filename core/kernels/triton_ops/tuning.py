@@ -19,7 +19,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,6 +73,9 @@ TWO_SUMS = (
 )
 # GELU's error function takes more registers than SiLU.
 TWO_SUMS_OF_SILU = (Tile(128, 128, 8, 3), *TWO_SUMS)
+# Unpacking int8 and int4 takes registers and shared memory: with Triton 3.9 on sm_80, ``linear`` spills 280 bytes with
+# 128 x 256, and 64 x 128 of two sums in 4 stages needs 188 KB.
+TWO_QUANTIZED_SUMS = tuple(replace(t, stages=3) if t == Tile(64, 128, 8, 4) else t for t in TWO_SUMS)
 # A row's sum lies within a tile: warps and columns fixed for each height.
 FIXED = (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
 # The weights' gradients: their tiles cover the weight, their sums the rows.
@@ -93,7 +96,10 @@ HALF_TILES = {
     "up": ACTIVATED,
     "up_geglu": TWO_SUMS,
     "up_swiglu": TWO_SUMS_OF_SILU,
+    "up_geglu_quantized": TWO_QUANTIZED_SUMS,
+    "up_swiglu_quantized": TWO_QUANTIZED_SUMS,
     "linear": PLAIN,
+    "linear_quantized": PLAIN[1:],
     "hidden_grad": FIXED,
     "weight_grad": SQUARE,
 }
@@ -109,7 +115,10 @@ FULL_TILES = {
     "hidden_grad": FULL_FIXED,
     "weight_grad": FULL_SQUARE,
 }
+# On sm_100 ``up`` of int8 spilled 104 bytes with 32 x 64 and 4 warps.
+RAGGED_QUANTIZED = tuple(replace(t, warps=8) if t.m == 32 else t for t in RAGGED)
 RAGGED_TILES = {kernel: RAGGED_SQUARE if kernel == "weight_grad" else RAGGED for kernel in HALF_TILES}
+RAGGED_TILES |= {kernel: RAGGED_QUANTIZED for kernel in HALF_TILES if kernel.endswith("_quantized")}
 # The same holds for float32 rows that are not a multiple of 4: on sm_80 ``linear`` spilled 288 bytes with 4 warps, none
 # with 8.
 FULL_RAGGED_TILES = {
@@ -118,7 +127,6 @@ FULL_RAGGED_TILES = {
     "weight_grad": FULL_SQUARE[:1],
 }
 TABLES = (HALF_TILES, UNEVEN_TILES, FULL_TILES, RAGGED_TILES, FULL_RAGGED_TILES)
-BY_ROWS = {"up", "up_geglu", "up_swiglu", "linear", "hidden_grad"}
 
 
 def block_k(dtype: torch.dtype) -> int:
@@ -132,7 +140,7 @@ def tiles(kernel: str, widths: Sequence[int], dtype: torch.dtype, rows_per_exper
     """Return the tiles to try, the default first. None is more than twice as high as an expert has rows.
 
     Args:
-        kernel: a key of ``HALF_TILES``.
+        kernel: a key of ``HALF_TILES``, with "_quantized" if its matrices are.
         widths: widths of the rows that it reads and writes.
         dtype: dtype of the matmuls.
         rows_per_expert: mean rows of an expert.
@@ -141,10 +149,11 @@ def tiles(kernel: str, widths: Sequence[int], dtype: torch.dtype, rows_per_exper
         return INTERPRETED
     ragged, uneven = (any(width % n for width in widths) for n in (16 // dtype.itemsize, block_k(dtype)))
     if dtype.itemsize == 2:
-        known = (RAGGED_TILES if ragged else UNEVEN_TILES if uneven else HALF_TILES)[kernel]
+        table = RAGGED_TILES if ragged else UNEVEN_TILES if uneven else HALF_TILES
     else:
-        known = (FULL_RAGGED_TILES if ragged else FULL_TILES)[kernel]
-    if kernel not in BY_ROWS:
+        table = FULL_RAGGED_TILES if ragged else FULL_TILES
+    known = table[kernel if kernel in table else kernel.removesuffix("_quantized")]
+    if kernel == "weight_grad":
         return known
     fitting = tuple(t for t in known if t.m <= max(2 * rows_per_expert, 16)) or known[-1:]
     if kernel == "hidden_grad":

@@ -126,7 +126,7 @@ def check_tiles(rows: list[dict], tuned: dict[str, tuple[tuning.Tile, ...]], arc
     """Assert that every tile of every kernel of ``tuned`` is there, for each card."""
     actual = {(r["kernel"], r["tile"], r["arch"]) for r in rows}
     for name, tiles in tuned.items():
-        kernel = "products." + ("up" if name.startswith("up") else name)
+        kernel = "products." + ("up" if name.startswith("up") else name.removesuffix("_quantized"))
         for tile, arch in itertools.product(tiles, archs):
             assert (kernel, written(tile), arch) in actual, (name, tile, arch)
 
@@ -176,7 +176,7 @@ def test_products_by_quantized_matrices_build_however_they_are_stored(further_re
     assert {row["matrices"] for row in rows} == {"int8", "int4"}
     most = {kernel: sum(row["kernel"] == f"products.{kernel}" for row in rows) for kernel in QUANTIZED}
     # int8 and int4, by channel and by group.
-    assert most["linear"] >= 4 * len(tuning.HALF_TILES["linear"])
+    assert most["linear"] >= 4 * len(tuning.HALF_TILES["linear_quantized"])
     assert most["up"] >= 4 * len(tuning.HALF_TILES["up"])
 
 
