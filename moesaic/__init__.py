@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import core
-    from core import *
+    from core import *  # of which mypy takes only the names that core itself lists
+    from core.config import *
+    from core.contract import *
+    from core.convert import *
+    from core.diagnose import *
+    from core.experts import *
+    from core.layers import *
+    from core.offload import *
     from moesaic.commands import Predictions, Result, compare, fit, load, predict, test, verdict
 
     __all__ = ["Predictions", "Result", "compare", "fit", "load", "predict", "test", "verdict"]

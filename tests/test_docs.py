@@ -200,12 +200,13 @@ def test_the_blocks_of_a_how_to_run(page, tmp_path, monkeypatch, capsys):
         "test": few[-2:],
         "compare": [*few, "--seeds", "1", "--rounds", "0", "--learning_rates", "0.004"],
     }
-    short["compare"] += ["--baselines", "dense_equal_flops"]  # tests/apps/compare has the others
     monkeypatch.setattr(html, "script", lambda: "")
     for block in blocks(text, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             _, command, *rest = shlex.split(line)
             run_dir = ["--run_dir", "runs/digits"] if command == "fit" and "--run_dir" not in rest else []
+            if command == "compare" and "--baselines" not in rest:  # tests/apps/compare has the others
+                rest += ["--baselines", "dense_equal_flops"]
             # The doctor exits with 1 when it finds something, as it may in so short a training.
             assert main([command, *rest, *run_dir, *short.get(command, [])]) in (0, command == "doctor"), line
     for source in blocks(text, "python"):

@@ -117,8 +117,9 @@ FULL_TILES = {
 }
 # On sm_100 ``up`` of int8 spilled 104 bytes with 32 x 64 and 4 warps.
 RAGGED_QUANTIZED = tuple(replace(t, warps=8) if t.m == 32 else t for t in RAGGED)
-RAGGED_TILES = {kernel: RAGGED_SQUARE if kernel == "weight_grad" else RAGGED for kernel in HALF_TILES}
+RAGGED_TILES: dict[str, tuple[Tile, ...]] = dict.fromkeys(HALF_TILES, RAGGED)
 RAGGED_TILES |= {kernel: RAGGED_QUANTIZED for kernel in HALF_TILES if kernel.endswith("_quantized")}
+RAGGED_TILES["weight_grad"] = RAGGED_SQUARE
 # The same holds for float32 rows that are not a multiple of 4: on sm_80 ``linear`` spilled 288 bytes with 4 warps, none
 # with 8.
 FULL_RAGGED_TILES = {
