@@ -14,7 +14,7 @@ from apps.cli.configs import at, merge
 from apps.cli.errors import UsageError
 from apps.registry import TRAINER
 
-SECTIONS = ("seed_everything", "trainer", "model", "data", "sparsify", "optimizer", "lr_scheduler",
+SECTIONS = ("seed_everything", "trainer", "model", "data", "sparsify", "ladder", "optimizer", "lr_scheduler",
             "lr_scheduler_interval", "compile", "float32_matmul_precision", "ckpt_path", "weights_only")  # fmt: skip
 """The parts of a configuration, which are the first words of options."""
 OF_LIGHTNING = ("verbose", "return_predictions")

@@ -116,6 +116,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         parser.add_optimizer_args((torch.optim.Optimizer,))
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
         parser.add_argument("--lr_scheduler_interval", type=Literal["epoch", "step"] | None, default=None)
+        parser.add_argument("--ladder", type=dict[str, Any] | None, default=None)
         parser.add_argument("--compile", type=bool | CompileConfig | None, default=None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

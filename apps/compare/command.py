@@ -88,7 +88,7 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
         experiment = Experiment(arguments(config, overlays, asked.rest, options.routers))
     plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
     with at_work(output, "comparison", title or "") as whole:
-        systems = _systems(experiment, asked)
+        systems = find_all(experiment, asked)
         plan.claim(output)  # after what may be wrong with the systems, which can then be asked for again
         write_json(output / "systems.json", [asdict(s) for s in systems])
         _tell_left_out(systems, output)
@@ -104,7 +104,7 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     return outcome
 
 
-def _systems(experiment: Experiment, asked: Command) -> list[System]:
+def find_all(experiment: Experiment, asked: Command) -> list[System]:
     """Return the systems with their costs, which take a forward of each and are counted every time.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from apps.train.step.module import SparseModule
 _OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_bar", "enable_model_summary",
         "enable_checkpointing", "num_sanity_val_steps", "fast_dev_run", "devices", "num_nodes")  # fmt: skip
 _ROUTERS = "--routers="
+BY_LOSS = "--by_loss"
+"""An argument of an ``Experiment`` whose models are judged by their loss, whatever they monitor."""
 
 
 class _Parsed(RunSetup):
@@ -43,8 +46,9 @@ class Experiment:
 
     Args:
         arguments: arguments as after ``moesaic fit``: ``--config FILE``, again for overlays, and
-            ``--KEY.SUBKEY VALUE``. ``--routers=NAME``, again for each, are the overlays whose routers are compared too.
-            They are plain strings, so that another process can read the same configuration.
+            ``--KEY.SUBKEY VALUE``. ``--routers=NAME``, again for each, are the overlays whose routers are compared too,
+            and ``BY_LOSS`` stands for itself. They are plain strings, so that another process can read the same
+            configuration.
 
     Raises:
         UsageError: a wrong option or configuration.
@@ -54,7 +58,8 @@ class Experiment:
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = tuple(arguments)
         self.routers = tuple(a.removeprefix(_ROUTERS) for a in arguments if a.startswith(_ROUTERS))
-        request = Request.read("fit", [a for a in arguments if not a.startswith(_ROUTERS)])
+        self.by_loss = BY_LOSS in arguments
+        request = Request.read("fit", [a for a in arguments if not a.startswith(_ROUTERS) and a != BY_LOSS])
         if request.checkpoint is not None:
             raise UsageError(f"--ckpt_path {request.checkpoint}: a comparison trains every model from its start")
         if self.routers and request.sparsifies:
@@ -75,6 +80,7 @@ class Experiment:
         seed = self._config.get("seed_everything")
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
         self._rate_name = self._find_rate()
+        self.ladder: dict[str, Any] | None = self._config.get("ladder")
         made = self._make()
         model, data = made["model"], made["data"]
         options = {k: v for k, v in made["trainer"].items() if k not in _OWN}
@@ -108,7 +114,19 @@ class Experiment:
         section = made.get("sparsify")
         if section is not None:
             made["model"] = own_model(made["model"], section)
+        made["model"] = self._judged(made["model"])
         return made
+
+    def _judged(self, model: Any) -> Any:
+        """Return ``model``, to be judged by its loss if all are."""
+        if self.by_loss and isinstance(model, SparseModule):
+            model.monitor, model.monitor_mode = "val/loss", "min"  # type: ignore[misc]
+        elif self.by_loss and model.monitor_mode == "max":
+            raise UsageError(
+                f"a ladder fits a loss, and sparsify.metric={model.monitor} is none: name the validation loss, with "
+                "sparsify.mode min"
+            )
+        return model
 
     def _find_rate(self) -> str | None:
         """Return the option that is the learning rate: of the section optimizer, else of a user's own model; None: it
@@ -135,6 +153,21 @@ class Experiment:
         if isinstance(model, OwnModel) or self._rate_name is not None:
             return None if self._rate_name is None else float(self._config[self._rate_name])
         return float(model.lr)
+
+    def num_steps(self, train_batches: float) -> int:
+        """Return the optimizer steps of the configured training, of so many batches an epoch; a million without end."""
+        options, most = self.trainer_options, 1_000_000
+        max_steps, max_epochs = options.get("max_steps"), options.get("max_epochs")
+        limit = options.get("limit_train_batches")
+        if isinstance(limit, int):
+            train_batches = min(train_batches, limit)
+        elif isinstance(limit, float):
+            train_batches *= limit
+        steps = math.inf if max_steps in (None, -1) else float(max_steps)
+        if max_epochs not in (None, -1):
+            accumulated = int(options.get("accumulate_grad_batches") or 1)
+            steps = min(steps, max_epochs * max(1.0, math.ceil(train_batches / accumulated)))
+        return int(min(max(steps, 1.0), most))
 
     def plain(self) -> dict[str, Any]:
         """Return model, data, trainer and seed as plain values, without options that a comparison sets itself."""
@@ -183,7 +216,7 @@ class Experiment:
             build = candidates(model, self.routers)[system].build
             assert build is not None, system
             torch.set_rng_state(state)
-            model = build()
+            model = self._judged(build())
             del build
             gc.collect()
         if isinstance(model, SparseModule | OwnModel):

@@ -10,7 +10,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,35 @@ class Curve(Callback):
         self._seconds, self._since = float(state_dict["seconds"]), None
 
 
+class Blocks(Callback):
+    """Keeps the loss of each batch of a test, merged into at most ``MOST_BLOCKS`` blocks of examples.
+
+    Attributes:
+        batches: weight and loss of each batch.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[float, float]] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.batches = []
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        if isinstance(outputs, Mapping) and {"loss", "weight"} <= outputs.keys():
+            self.batches.append((float(outputs["weight"]), float(outputs["loss"])))
+
+    def merged(self) -> list[tuple[float, float]]:
+        """Return weight and mean loss of each block."""
+        size = math.ceil(len(self.batches) / MOST_BLOCKS) or 1
+        blocks = [self.batches[i : i + size] for i in range(0, len(self.batches), size)]
+        sums = [(sum(w for w, _ in block), sum(w * loss for w, loss in block)) for block in blocks]
+        return [(weight, total / weight) for weight, total in sums if weight]
+
+
+MOST_BLOCKS = 50
+"""Blocks of test examples whose losses a run of a ladder keeps."""
+
+
 def shortened(options: dict[str, Any], share: float) -> dict[str, Any]:
     """Return trainer options for ``share`` of the training: at least one epoch, or one step where steps are counted."""
     changed = dict(options)
@@ -208,8 +237,9 @@ def _fit(
     module.reports = False  # pictures and checks are not part of a comparison
     # Nothing logs this monitor: the last weights are compared, and a best checkpoint would only take time.
     checkpoints = BestAndLast(dirpath=str(folder), monitor="-", every_n_minutes=2.0)
+    blocks = [Blocks()] if experiment.by_loss else []
     trainer = experiment.trainer(
-        *(curve, GeneratorState(), checkpoints, PassBar(), *further),
+        *(curve, GeneratorState(), checkpoints, PassBar(), *blocks, *further),
         **shortened(experiment.trainer_options, unit.share),
         plugins=[AtomicCheckpointIO()],
         logger=MetricsCSV(str(folder)) if unit.final else False,
@@ -247,6 +277,8 @@ def _fit(
         if name not in result["test"]:
             raise ValueError(f"{type(module).__name__} monitors {model.monitor!r}, but a test logs no {name!r}")
         result["test_quality"] = result["test"][name]
+        if blocks:
+            result["blocks"] = blocks[0].merged()
         examples = model.examples_of_test()
         if examples:
             write_json(folder / EXAMPLES, examples)

@@ -203,7 +203,7 @@ def _plan(experiment: Experiment, dense: str, num_experts: int, options: Options
     }
     rate = experiment.rate
     rates = () if rate is None else tuple(sorted(float(f"{factor * rate:.3g}") for factor in FACTORS))
-    most_steps = _configured_steps(experiment, counts["train_batches"])
+    most_steps = experiment.num_steps(counts["train_batches"])
     start_seconds = max(speed.start for speed in speeds.values())
     budget.hold_back(3 * start_seconds)
     schedule = make_schedule(budget.left, most_steps, rates, speeds, options.minutes)
@@ -216,22 +216,6 @@ def _num_experts(model: Any) -> int:
     """Return the number of experts of the MoE layer that has most."""
     layers = core.moe_layers(model.module).values()
     return max((m.num_experts for layer in layers for m in layer.modules() if isinstance(m, core.Experts)), default=0)
-
-
-def _configured_steps(experiment: Experiment, train_batches: float) -> int:
-    """Return the optimizer steps of the configured training; a million if it has no end."""
-    options, most = experiment.trainer_options, 1_000_000
-    max_steps, max_epochs = options.get("max_steps"), options.get("max_epochs")
-    limit = options.get("limit_train_batches")
-    if isinstance(limit, int):
-        train_batches = min(train_batches, limit)
-    elif isinstance(limit, float):
-        train_batches *= limit
-    steps = math.inf if max_steps in (None, -1) else float(max_steps)
-    if max_epochs not in (None, -1):
-        accumulated = int(options.get("accumulate_grad_batches") or 1)
-        steps = min(steps, max_epochs * max(1.0, math.ceil(train_batches / accumulated)))
-    return int(min(max(steps, 1.0), most))
 
 
 def _read(saved: Mapping[str, Any]) -> Plan:

@@ -62,12 +62,16 @@ class ScatterChart(_Axes):
         log_x: the horizontal axis is logarithmic; all x are above 0.
         is_reversed: less is better, and is plotted higher.
         front: points of a line of steps behind the points, by rising x.
+        curves: lines behind the points, in the colors of the points of their labels.
+        log_y: the vertical axis is logarithmic; all y are above 0.
     """
 
     points: tuple[Point, ...]
     log_x: bool = False
     is_reversed: bool = False
     front: tuple[tuple[float, float], ...] = ()
+    curves: tuple[Line, ...] = ()
+    log_y: bool = False
 
     def headings(self) -> tuple[str, ...]:
         return ("", self.x_title, self.y_title, "95 % interval")

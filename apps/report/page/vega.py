@@ -133,7 +133,8 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
     large = max(abs(p.x) for p in chart.points) >= 10_000
     x = alt.X("x:Q", title=chart.x_title, scale=_across(chart.log_x, padding=24))
     x = x.axis(format="~s" if large else "~g", labelOverlap=True)
-    y = alt.Y("y:Q", title=chart.y_title, scale=alt.Scale(zero=False, reverse=chart.is_reversed, padding=16))
+    scale = alt.Scale(zero=False, reverse=chart.is_reversed, padding=16, **({"type": "log"} if chart.log_y else {}))
+    y = alt.Y("y:Q", title=chart.y_title, scale=scale)
     color = alt.Color("label:N", title=None, scale=_colors(labels)).legend(_legend(labels))
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, color=color, opacity=faded)
     beside = alt.expr("datum.beside")  # intervals of equal x would cover each other
@@ -152,6 +153,15 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
     if any(p.left is not None for p in chart.points):
         across = base.transform_filter("isValid(datum.left)").mark_rule(strokeWidth=1.5)
         layers.insert(1, across.encode(x=alt.X("left:Q"), x2="right:Q", y=y))
+    if chart.curves:
+        places = [
+            {"label": c.label, "part": c.part, "x": _finite(x), "y": _finite(y)}
+            for c in chart.curves
+            for x, y in zip(c.x, c.y, strict=True)
+        ]
+        curves = alt.Chart(alt.Data(values=places)).mark_line(strokeWidth=1.8)
+        dashes = alt.StrokeDash("part:N", legend=None)
+        layers.insert(0, curves.encode(x=x, y=y, color=color, strokeDash=dashes, opacity=faded))
     if chart.front:
         steps = [{"x": _finite(x), "y": _finite(y)} for x, y in chart.front]
         line = alt.Chart(alt.Data(values=steps)).mark_line(interpolate="step-after", strokeWidth=5, opacity=0.35)

@@ -260,16 +260,18 @@ class SparseModule(BalancedModule, HubModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Return the loss of a batch of the test, (), and its weight in the loss of the whole."""
+        return self._evaluate(batch, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return self(*self.example_inputs(batch))
 
-    def _evaluate(self, batch: Any, stage: Stage) -> None:
+    def _evaluate(self, batch: Any, stage: Stage) -> dict[str, Any]:
         with core.record(self) as tape:
             out = self.task_loss(batch)
         self._log_evaluation(batch, out, tape, stage)
+        return {"loss": out.loss.detach(), "weight": out.weight or out.num_examples}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _log_evaluation(self, batch: Any, out: TaskOutput, tape: core.Tape, stage: Stage) -> None:
