@@ -23,8 +23,8 @@ GATES = {
     "95 % interval of the ratio lies above 1",
     "gain grows": "the ratio is larger on the highest fitted rung than on the lowest: the 95 % interval of their "
     "quotient lies above 1; the gain shrinks if it lies below 1",
-    "limited by data": f"with every seed the validation loss ends {TURN:.0%} above its lowest value, or the test loss is "
-    "as far above that of the rung below; the rung is not fitted",
+    "limited by data": f"with every seed the validation loss ends {TURN:.0%} above its lowest value, or the test "
+    "loss is as far above that of the rung below; the rung is not fitted",
     "prediction": "the highest fitted rung lies within the 95 % interval that the fit to the others expects",
 }
 """What will be called a gain, written down before anything is trained."""
@@ -159,8 +159,8 @@ class Story:
                 row += [shown_interval(outcome.difference(other), False, signed=True), *saved]
             rows.append(tuple(row))
         note = (
-            "Test loss, mean of the seeds; difference: sparse minus the other, with the 95 % interval over seeds. FLOPs and "
-            "time: how many times fewer sparse needs for the other's loss, by the curves."
+            "Test loss, mean of the seeds; difference: sparse minus the other, with the 95 % interval over seeds. FLOPs "
+            "and time: how many times fewer sparse needs for the other's loss, by the curves."
         )
         return Table("", tuple(columns), tuple(rows), note=note)
 
