@@ -159,8 +159,8 @@ class Story:
                 row += [shown_interval(outcome.difference(other), False, signed=True), *saved]
             rows.append(tuple(row))
         note = (
-            "Test loss, mean of the seeds; difference: sparse minus the other, with the 95 % interval over seeds. FLOPs "
-            "and time: how many times fewer sparse needs for the other's loss, by the curves."
+            "Test loss, mean of the seeds; difference: sparse minus the other, with the 95 % interval over seeds. "
+            "FLOPs and time: how many times fewer sparse needs for the other's loss, by the curves."
         )
         return Table("", tuple(columns), tuple(rows), note=note)
 
