@@ -112,7 +112,7 @@ class Fit:
 
     Args:
         rungs: at least two rungs of the same kinds, at least two.
-        seed: of the draws.
+        seed, draws: seed and number of the redrawn points.
 
     Attributes:
         tells_floor: whether the interval of the floor lies above 0.
@@ -122,8 +122,8 @@ class Fit:
         ValueError: fewer rungs or kinds, or a loss that is not positive.
     """
 
-    def __init__(self, rungs: Rungs, seed: int = 0) -> None:
-        self.rungs, self.kinds, self.seed = rungs, tuple(rungs[0]) if rungs else (), seed
+    def __init__(self, rungs: Rungs, seed: int = 0, draws: int = DRAWS) -> None:
+        self.rungs, self.kinds, self.seed, self.draws = rungs, tuple(rungs[0]) if rungs else (), seed, draws
         if len(rungs) < 2 or len(self.kinds) < 2:
             raise ValueError(f"curves need two rungs of two kinds of models: got {len(rungs)} of {len(self.kinds)}")
         cells = [[rung[kind] for rung in rungs] for kind in self.kinds]
@@ -193,19 +193,22 @@ class Fit:
         """Return fits to redrawn points; with ``blocks``, of other examples too."""
         generator = np.random.default_rng(self.seed)
         center = self._fitted_DKR(self._fit(np.log(self.loss_KR)[None], len(self.rungs) > 2))
-        y = center + self._scatter(generator)[:, None, None] * generator.standard_normal((DRAWS, *self.loss_KR.shape))
+        y = center + self._scatter(generator)[:, None, None] * generator.standard_normal(
+            (self.draws, *self.loss_KR.shape)
+        )
         if blocks:
             y = y + self._of_other_examples(generator)
         return self._fit(y, len(self.rungs) > 2)
 
     def _scatter(self, generator: np.random.Generator) -> np.ndarray:
-        return self.noise * np.sqrt(self.freedom / generator.chisquare(self.freedom, DRAWS))
+        """Return a standard deviation for each draw; at most 5, for exponentials that are numbers."""
+        return np.minimum(self.noise * np.sqrt(self.freedom / generator.chisquare(self.freedom, self.draws)), 5.0)
 
     def _of_other_examples(self, generator: np.random.Generator) -> np.ndarray:
         """Return the relative change of each point's loss with as many other blocks of examples; 0 with one block."""
         first = self.rungs[0][self.kinds[0]].weight_B
-        times = generator.multinomial(len(first), np.full(len(first), 1 / len(first)), DRAWS)
-        change = np.zeros((DRAWS, *self.loss_KR.shape))
+        times = generator.multinomial(len(first), np.full(len(first), 1 / len(first)), self.draws)
+        change = np.zeros((self.draws, *self.loss_KR.shape))
         for k, kind in enumerate(self.kinds):
             for r, rung in enumerate(self.rungs):
                 weight_DB = times * rung[kind].weight_B
@@ -228,7 +231,7 @@ class Fit:
     def predicted(self, kind: str, flops: float) -> Span:
         """Return the mean loss that as many seeds would have on the same examples with another budget."""
         generator = np.random.default_rng(self.seed + 1)
-        noise = self._scatter(generator) * generator.standard_normal(DRAWS)
+        noise = self._scatter(generator) * generator.standard_normal(self.draws)
         return Span.of(self.loss(kind, flops), self._drawn(False).loss_D(kind, flops) * np.exp(noise))
 
     def cheaper(self, kind: str, other: str, flops: float) -> Span:

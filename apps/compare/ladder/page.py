@@ -103,6 +103,8 @@ class Story:
                 f"Rung {top.rung.number:g}: sparse reaches the loss of {name} with {_times(span)} the {what}: "
                 f"{_called(span, 'cheaper', 'dearer')}."
             )
+        if len(self.fitted) < 3:
+            return [*lines, "Two rungs cannot tell whether the gain grows."]
         growth = self.fit.growth(SPARSE, other, low.kinds[other].flops, top.kinds[other].flops)
         lines.append(
             f"From rung {low.rung.number:g} to {top.rung.number:g} that factor changes by {_factor(growth)}: the gain "

@@ -133,7 +133,8 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
     large = max(abs(p.x) for p in chart.points) >= 10_000
     x = alt.X("x:Q", title=chart.x_title, scale=_across(chart.log_x, padding=24))
     x = x.axis(format="~s" if large else "~g", labelOverlap=True)
-    scale = alt.Scale(zero=False, reverse=chart.is_reversed, padding=16, **({"type": "log"} if chart.log_y else {}))
+    kind = {"type": "log", "nice": False} if chart.log_y else {}
+    scale = alt.Scale(zero=False, reverse=chart.is_reversed, padding=16, **kind)
     y = alt.Y("y:Q", title=chart.y_title, scale=scale)
     color = alt.Color("label:N", title=None, scale=_colors(labels)).legend(_legend(labels))
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, color=color, opacity=faded)
