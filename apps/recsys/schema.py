@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -10,12 +11,13 @@ from typing import Annotated, Any, Literal
 from apps.base.checks import check_name
 from apps.data.given import NUMBERS, TargetKind
 from apps.registry import RENAMED
-from core.fields import Bounds, Checked, Count, Length, Positive, ShareBelowOne, renames
+from core.fields import Bounds, Checked, Count, CountOrZero, Length, Positive, ShareBelowOne, renames
 
 SplitKind = Literal["given", "random", "user", "group", "time", "leave_last_out"]
 TaskLoss = Literal["squared", "absolute", "weighted_logistic"]
 Seed = Annotated[int, Bounds(0, 2**32 - 1, "[]")]
 """A seed of numpy's ``RandomState``."""
+_SECONDS = {"d": 86_400, "h": 3_600, "min": 60, "s": 1}
 _NumRows = Annotated[int, Bounds(2, why="row 0 is for unseen values")]
 
 
@@ -80,10 +82,17 @@ class SplitConfig(Checked):
         stratify: task whose classes are shared out evenly over validation and training, with "given" and "random".
         seed: seed of the draw. It is not the run's, so that runs of other seeds have the same rows.
         column: column of the groups, such as a session or a household, with "group".
+        gap: time before the first validation row, and before the first test row, whose rows are in no split, with
+            "time": "90d", "12h", "30min" or "5s" if ``table.time`` holds dates, a number in its units if it holds
+            numbers. A label that looks 90 days ahead needs a gap of 90 days, or it sees into the test.
+        origins: number of test windows, with "time": the last ``origins * test`` of the rows are cut into that many
+            windows, one after the other. Later rows than the run's window are in no split.
+        origin: the window that this run tests, from 0; it trains on all rows before. None: the last.
 
     Raises:
-        ValueError: an unknown kind, a share outside [0, 1), ``stratify`` with a kind that draws no rows at random, or a
-            ``column`` without "group" or the reverse.
+        ValueError: an unknown kind, a share outside [0, 1), ``stratify`` with a kind that draws no rows at random, a
+            ``column`` without "group" or the reverse, a gap or windows without "time", a gap that is no duration, or
+            windows that leave no row before them.
     """
 
     prefix = "split."
@@ -94,15 +103,48 @@ class SplitConfig(Checked):
     stratify: str | None = None
     seed: Seed = 0
     column: str | None = None
+    gap: str | float | None = None
+    origins: Count = 1
+    origin: CountOrZero | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, default in (("gap", None), ("origins", 1), ("origin", None)):
+            if (value := getattr(self, name)) != default and self.kind != "time":
+                raise ValueError(f"split.{name}={value!r} is for kind 'time', not {self.kind!r}")
+        if self.gap is not None:
+            self._read_gap()
+        if self.origin is not None and self.origin >= self.origins:
+            raise ValueError(f"split.origin={self.origin} must be below split.origins={self.origins}")
+        if self.origins > 1 and not 0 < self.origins * self.test < 1:
+            raise ValueError(
+                f"split.origins={self.origins} windows of test={self.test} of the rows must leave rows before them"
+            )
         if self.stratify is not None and self.kind not in ("given", "random"):
             raise ValueError(f"split.stratify={self.stratify!r} is for kind 'given' or 'random', not {self.kind!r}")
         if (self.column is not None) != (self.kind == "group"):
             raise ValueError(
                 f"split.column={self.column!r} names the groups of kind 'group', and kind is {self.kind!r}"
             )
+
+    def gap_in(self, is_time: bool, column: str) -> float:
+        """Return the gap in microseconds for a column of times, or in the units of a column of numbers.
+
+        Raises:
+            ValueError: a duration for numbers, or a number for times.
+        """
+        number, unit = self._read_gap()
+        if bool(unit) != is_time:
+            rule = "have a unit, such as 90d" if is_time else "be a number"
+            holds = "times" if is_time else "numbers"
+            raise ValueError(f"split.gap={self.gap!r} must {rule}: column {column!r} holds {holds}")
+        return number * 1e6 * _SECONDS[unit] if unit else number
+
+    def _read_gap(self) -> tuple[float, str]:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(d|h|min|s|)", str(self.gap).strip())
+        if match is None or not float(match[1]):
+            raise ValueError(f"split.gap={self.gap!r} is no time above 0, such as 90d, 12h, 30min or 5s")
+        return float(match[1]), match[2]
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,8 @@ class _Build(ColumnWriter):
             self.masks[name][getattr(splits, name)] = True
             writer.save(name, getattr(splits, name))
         self.notes = Notes(config, self.masks, drawn is not None)
+        in_no_split = {f"in the gap of {config.split.gap}": splits.in_gap, "after the test window": splits.later}
+        self.notes.findings.in_no_split = {where: count for where, count in in_no_split.items() if count}
         known = dict(zip(config.tasks, given.features.target_of_task, strict=True)) if given is not None else {}
         self.targets: dict[str, Target] = {
             name: known.get(name) or learn_target(name, config.tasks[name], labels, self.masks["train"])
@@ -227,7 +229,8 @@ class _Build(ColumnWriter):
         config = self.config.split
         time = None
         if config.kind in ("time", "leave_last_out") and self.config.time is not None:
-            time = to_order(self.parts(self.config.time)[:1], self.config.time)
+            parts = self.parts(self.config.time)
+            time = to_order(parts if config.gap is not None else parts[:1], self.config.time)
         num = {name: len(table) for name, table in self.tables.items()}
         first = slice(0, num["train"])
         return split_rows(
@@ -238,6 +241,7 @@ class _Build(ColumnWriter):
             group=None if self.group is None else self.group[first],
             time=time,
             label=None if label is None else label[first],
+            time_name=self.config.time or "",
         )
 
     # ---- after it

@@ -26,6 +26,7 @@ class TableFindings:
             one class.
         added: number of values that got a row after the checkpoint's values, by column, if a training starts with its
             weights (``TableData.extend``).
+        in_no_split: number of rows that a split by time leaves out, by where they are.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -37,9 +38,11 @@ class TableFindings:
     classes: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     added: dict[str, int] = field(default_factory=dict)
+    in_no_split: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = ["rows: " + ", ".join(f"{n:,} {split}" for split, n in self.rows.items())]
+        lines += [f"rows {where}, in no split: {count:,}" for where, count in self.in_no_split.items()]
         for task, share in self.positives.items():
             labeled = self.labeled[task]
             by_split = (f"{s} {share[s]:.2%} of {labeled[s]:,}" for s in SPLITS if self.rows[s])

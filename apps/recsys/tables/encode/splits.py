@@ -6,7 +6,9 @@ with every version.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +24,15 @@ class Splits:
 
     Attributes:
         train, val, test: int64. val and test are empty if the configuration wants none.
+        in_gap: number of rows that ``split.gap`` leaves out.
+        later: number of rows after the test window of ``split.origin``.
     """
 
     train: Rows
     val: Rows
     test: Rows
+    in_gap: int = 0
+    later: int = 0
 
 
 def split_rows(
@@ -38,6 +44,7 @@ def split_rows(
     group: NDArray[np.int64] | None = None,
     time: NDArray[np.int64] | NDArray[np.float64] | None = None,
     label: NDArray[np.float64] | None = None,
+    time_name: str = "",
 ) -> Splits:
     """Share out the rows of up to three files, numbered one after the other: training, validation, test.
 
@@ -47,11 +54,14 @@ def split_rows(
         num_val: rows of the validation file; None: there is none.
         num_test: rows of the test file; None: there is none.
         group: (num_train,) users or other groups as numbers, for the kinds "user", "group" and "leave_last_out".
-        time: (num_train,) times for the kinds "time" and "leave_last_out"; None: the order of the rows.
+        time: (num_train,) times for the kinds "time" and "leave_last_out", int64 microseconds or float64 numbers; with
+            ``split.gap`` of all files' rows. None: the order of the rows.
         label: (num_train,) labels of the task to stratify by, NaN if missing.
+        time_name: column of the times, for messages.
 
     Raises:
-        ValueError: a split that must hold rows would be empty, or the kind has no use for a file.
+        ValueError: a split that must hold rows would be empty, or the kind has no use for a file, or the gap does not
+            fit the times.
     """
     given_val = None if num_val is None else num_train + np.arange(num_val)
     given_test = None if num_test is None else num_train + (num_val or 0) + np.arange(num_test)
@@ -66,7 +76,9 @@ def split_rows(
         drawn = _by_group(config, group, given_val is None, given_test is None)
     elif kind == "time":
         assert time is not None
-        drawn = _cut(config, np.argsort(time, kind="stable"), given_val is None, given_test is None)
+        if config.origins > 1 and given_test is not None:
+            raise ValueError(f"split.origins={config.origins} cuts test windows itself: leave out test_file")
+        drawn = _by_time(config, time[:num_train], given_val is None, given_test is None)
     else:
         if kind == "given" and given_test is None:
             raise ValueError("split.kind='given' needs test rows in a file of their own (test_file), and there is none")
@@ -74,6 +86,12 @@ def split_rows(
     train, val, test = drawn
     val = val if given_val is None else given_val
     test = test if given_test is None else given_test
+    later = 0 if kind != "time" else num_train - sum(map(len, drawn))
+    before_gap = len(train) + len(val)
+    if config.gap is not None:
+        assert time is not None
+        gap = config.gap_in(np.issubdtype(time.dtype, np.integer), time_name)
+        train, val = _before(train, [val, test], time, gap), _before(val, [test], time, gap)
     wanted = {
         "training": (train, True),
         "validation": (val, given_val is not None or config.val > 0),
@@ -81,11 +99,38 @@ def split_rows(
     }
     for name, (part, must) in wanted.items():
         if must and not len(part):
+            gap_text = "" if config.gap is None else f", gap={config.gap!r}"
             raise ValueError(
-                f"the {name} split is empty: split.kind={kind!r}, val={config.val}, test={config.test} on "
+                f"the {name} split is empty: split.kind={kind!r}, val={config.val}, test={config.test}{gap_text} on "
                 f"{num_train} rows"
             )
-    return Splits(np.sort(train), np.sort(val), np.sort(test))
+    in_gap = before_gap - len(train) - len(val)
+    return Splits(np.sort(train), np.sort(val), np.sort(test), in_gap, later)
+
+
+def _before(rows: Rows, later: Sequence[Rows], time: NDArray[Any], gap: float) -> Rows:
+    """Return the rows that are more than ``gap`` earlier than the first row of each later split."""
+    for part in later:
+        if len(part):
+            rows = rows[time[rows] < time[part].min() - gap]
+    return rows
+
+
+def _by_time(config: SplitConfig, time: NDArray[Any], draw_val: bool, draw_test: bool) -> tuple[Rows, Rows, Rows]:
+    """Return the rows that train, validate and test, of which rows of equal time are on one side, the later one."""
+    order = np.argsort(time, kind="stable")
+    ascending = time[order]
+
+    def cut(place: int) -> int:
+        return place if place >= len(order) else int(np.searchsorted(ascending, ascending[place]))
+
+    num_test = round(config.test * len(order)) if draw_test else 0
+    windows_after = 0 if config.origin is None else config.origins - 1 - config.origin
+    end = cut(len(order) - windows_after * num_test)
+    begin = cut(len(order) - (windows_after + 1) * num_test)
+    num_val = round(config.val * begin) if draw_val else 0
+    begin_val = cut(begin - num_val) if num_val else begin
+    return order[:begin_val], order[begin_val:begin], order[begin:end]
 
 
 def _at_random(
