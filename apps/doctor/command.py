@@ -175,6 +175,11 @@ class Trial:
         assert self._doctor.doctor is not None
         return self._doctor.doctor.layers
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """Lines on what the data's table may do to the model."""
+        return getattr(getattr(self._cli.datamodule, "findings", None), "warnings", ())
+
     def ablation(self) -> list[str]:
         """Return lines on the loss in score without each expert, the most costly first; ``findings`` loads the model.
 
@@ -224,11 +229,13 @@ def run(options: Options) -> int:
     findings: dict[tuple[str, str], core.Finding] = {(f.name, f.layer): f for f in log_findings(rows)}
     looked_at = [f"{counted(len(rows), 'row')} of {folder / LOG}"] if rows else []
     ablation: list[str] = []
+    warnings: Sequence[str] = ()
     if checkpoint is not None:
         with quiet(own_notes=False):
             trial = Trial(checkpoint, options)
             of_model = trial.findings()
             ablation = trial.ablation() if options.ablate else []
+            warnings = trial.warnings
         # The model itself knows more than its log.
         findings |= {(f.name, f.layer): f for f in of_model}
         routers = f"{counted(len(trial.layers), 'router')}"
@@ -241,6 +248,8 @@ def run(options: Options) -> int:
         print(f"{counted(len(findings), 'finding') if findings else 'healthy'}: {', '.join(looked_at)}")
     for line in ablation:
         print(line)
+    for line in warnings:
+        print(f"of the table: {line}")
     return 1 if findings else 0
 
 

@@ -367,6 +367,7 @@ class _Build(ColumnWriter):
     def _write_continuous(self) -> Iterator[ContinuousFeature]:
         for column, values in self.write_numbers(self.config.continuous):
             self.notes.column(column, np.isnan(values))
+            self.notes.outside(column, values)
             self.notes.leak(column, np.unique(values, return_inverse=True)[1])
             self._shown.advance()
             yield statistics(column, values[self.masks["train"]])

@@ -22,8 +22,8 @@ class TableFindings:
         positives: share of positive labels among them, by binary task.
         means: mean of the labels, by task of numbers.
         classes: number of classes, by multiclass task.
-        warnings: lines, each on a column that determines a label, a column of ids, users in both splits, or a task with
-            one class.
+        warnings: lines, each on a column that determines a label, a column of ids, a column whose values of validation
+            or test training lacks, users in both splits, or a task with one class.
         added: number of values that got a row after the checkpoint's values, by column, if a training starts with its
             weights (``TableData.extend``).
         in_no_split: number of rows that a split by time leaves out, by where they are.

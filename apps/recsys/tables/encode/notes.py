@@ -18,6 +18,10 @@ from apps.recsys.tables.encode.findings import TableFindings
 _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
 """A column is taken for an id of the rows from this share of distinct values on, in at least this many rows."""
 
+_SHIFTED, _OUTSIDE, _FEWEST_SHIFTED = 0.05, 0.01, 3
+"""Shares of values that training lacks, and of numbers outside its range, above which a warning says so, if these are
+at least so many: chance puts one or two of a small split there."""
+
 
 class Notes:
     """Fills the ``findings`` of a table while it is encoded: first each task's labels, then each column.
@@ -117,6 +121,7 @@ class Notes:
         share = self.findings.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
         split = self.config.split
         new_by_design = is_id or (split.kind == "user" and column == self.config.user) or column == split.column
+        shifted = {}
         for part in () if new_by_design else ("val", "test"):
             # Rare values of training are unseen too, but a sequence in which most are unseen says nothing.
             if share[part] > 0.5 and (share["train"] < 0.25 or column in self.config.sequences):
@@ -124,6 +129,29 @@ class Notes:
                     f"column {column!r}: {share[part]:.0%} of the {part} values are not in training: are they "
                     "written alike there?"
                 )
+            elif share[part] - share["train"] > _SHIFTED and unseen[masks[part]].sum() >= _FEWEST_SHIFTED:
+                shifted[part] = share[part]
+        if shifted:
+            has_own_rows = column in self.config.hash_rows or column in self.config.num_rows
+            shared = "" if has_own_rows else ", and share one embedding"
+            self.warnings.append(f"column {column!r}: {_by_split(shifted)} values are not in training{shared}")
+
+    def outside(self, column: str, values: NDArray[np.float32]) -> None:
+        """Warn of numbers of validation and test that lie outside the range of the training rows."""
+        in_train = values[self.masks["train"]]
+        if np.isnan(in_train).all():
+            return
+        low, high = np.nanmin(in_train), np.nanmax(in_train)
+        is_outside, shares = (values < low) | (values > high), dict[str, float]()
+        for part in ("val", "test"):
+            share = _share(is_outside[self.masks[part] & ~np.isnan(values)])
+            if share > _OUTSIDE and is_outside[self.masks[part]].sum() >= _FEWEST_SHIFTED:
+                shares[part] = share
+        if shares:
+            self.warnings.append(
+                f"column {column!r}: {_by_split(shares)} values are outside the training rows' range, {low:g} to "
+                f"{high:g}: predictions extrapolate there. Leave out what only grows with time (exclude: [{column}])"
+            )
 
     def single(self, column: str, codes: NDArray[np.int64], unseen: NDArray[np.bool_]) -> None:
         """Note a categorical column of one value per row, with a warning if nearly each training row has its own."""
@@ -148,6 +176,10 @@ class Notes:
                     f"column {column!r} determines the label of task {name!r} in every training row: "
                     f"is it known before the label is? Else leave it out (exclude: [{column}])"
                 )
+
+
+def _by_split(shares: Mapping[str, float]) -> str:
+    return " and ".join(f"{share:.1%} of the {part}" for part, share in shares.items())
 
 
 def _share(mask: NDArray[np.bool_]) -> float:

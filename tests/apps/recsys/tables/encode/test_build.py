@@ -53,13 +53,14 @@ def test_an_id_of_the_rows_is_one_warning_of_the_training(own, tmp_path, caplog)
         "column 'order' looks like an id of the rows: 100 % of its 180 training values are distinct. It says nothing "
         "of new rows: leave it out (exclude: [order])"
     )
-    assert data.findings.warnings == [warning]  # nor that the orders of the test are not in training
+    # That the orders of the test are not in training is no further one; the price is the time, which grows.
+    assert [w for w in data.findings.warnings if "column 'price'" not in w] == [warning]
     data.setup("predict")
     assert warning not in caplog.text
     data.setup("fit")
     data.setup("validate")
     assert caplog.text.count(warning) == 1
-    assert own(config, test_file=None, exclude=["order"]).findings.warnings == []
+    assert not any("'order'" in w for w in own(config, test_file=None, exclude=["order"]).findings.warnings)
     pa.csv.write_csv(pa.table(rows).slice(0, 100), tmp_path / "train.csv")  # 90 rows that train
     assert not any("looks like an id" in w for w in own(config, test_file=None).findings.warnings)
 
@@ -319,3 +320,28 @@ def test_a_split_by_group_and_rows_of_cold_users_and_items(own, tmp_path):
         SplitConfig("group")
     with pytest.raises(ValueError, match=r"column 'item' names the groups, but has no value in row 2"):
         _ = own(config_of(split=SplitConfig("group", column="item")), test_file=None).features
+
+
+def test_values_that_only_validation_and_test_have_are_warnings(own, tmp_path):
+    # 100 rows by day: 80 train (days 0-79), 10 validate, 10 test. The city is new on 4 of the test's days (40 %), the
+    # day always, and the price never: 0 to 9 in each ten.
+    rows = {
+        "day": list(range(100)),
+        "price": list(range(10)) * 10,
+        "city": [*(["Rome", "Oslo"] * 48), *["Bonn"] * 4],
+        "click": [0, 1, 1, 0] * 25,
+    }
+    roles = {"categorical": ("city",), "continuous": ("day", "price"), "time": "day"}
+    pa.csv.write_csv(pa.table(rows), tmp_path / "train.csv")
+    data = own(config_of(**roles, split=SplitConfig("time", val=1 / 9, test=0.1)), test_file=None)
+    assert data.sizes() == {"train": 80, "val": 10, "test": 10}
+    assert data.findings.warnings == [
+        "column 'city': 40.0% of the test values are not in training, and share one embedding",
+        "column 'day': 100.0% of the val and 100.0% of the test values are outside the training rows' range, 0 to 79: "
+        "predictions extrapolate there. Leave out what only grows with time (exclude: [day])",
+    ]
+    # A gap of 5 days is 5 rows before validation (days 75-79) and 5 before the test (85-89).
+    split = SplitConfig("time", val=1 / 9, test=0.1, gap=5)
+    data = own(config_of(**roles, split=split), test_file=None)
+    assert "rows in the gap of 5, in no split: 10" in str(data.findings).splitlines()
+    assert data.sizes() == {"train": 75, "val": 5, "test": 10}
