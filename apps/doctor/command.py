@@ -15,6 +15,7 @@ from apps.base.quiet import quiet
 from apps.cli.trial import build_trial
 from apps.doctor.options import Options
 from apps.registry import name_of
+from apps.train.checkpoint.loading import load
 from apps.train.checkpoint.paths import find_checkpoint, is_hub_folder
 from apps.train.step.module import SparseModule
 from apps.train.watch.doctor import RoutingDoctor
@@ -223,6 +224,8 @@ def run(options: Options) -> int:
         FileNotFoundError: there is neither a checkpoint nor a log.
         ValueError: the checkpoint is damaged, of another model than the configuration's, or of a dense one.
     """
+    if options.data is not None:
+        return _drift(options.ckpt_path, options.data)
     folder = options.ckpt_path if options.ckpt_path.is_dir() else options.ckpt_path.parent.parent
     rows = read_rows(folder / LOG)
     checkpoint, note = _checkpoint(options, folder, has_log=bool(rows))
@@ -251,6 +254,17 @@ def run(options: Options) -> int:
     for line in warnings:
         print(f"of the table: {line}")
     return 1 if findings else 0
+
+
+def _drift(checkpoint: Path, pattern: str) -> int:
+    task: Any = getattr(load(checkpoint), "task", None)
+    if task is None:
+        raise ValueError(f"data={pattern!r} is for recommenders on tables, and {checkpoint} is no such model")
+    found = task.drift(pattern)
+    for line in found:
+        print(line)
+    print(f"{counted(len(found), 'finding') if found else 'no drift'}: {pattern} against the training of {checkpoint}")
+    return 1 if found else 0
 
 
 def _checkpoint(options: Options, folder: Path, has_log: bool) -> tuple[Path | None, str]:

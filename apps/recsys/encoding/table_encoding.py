@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from apps.data.array_files import ArrayFiles
 from apps.recsys.encoding.features import Features
+from apps.recsys.encoding.profiles import Profile
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.schema import TextConfig, timestamp_columns
 from core.config.plain import from_plain
@@ -45,6 +46,8 @@ class Encoding:
         separator: text between the values of a multi-valued column.
         timestamps: columns of times, of which some of the features are parts, with the range of the training rows.
         texts: the encoders of the columns of vectors that are made from text, by column.
+        profiles: what the training rows hold, by column of numbers or categories, for ``moesaic doctor --data``; empty
+            in checkpoints of earlier versions. No row is encoded by it, so ``digest`` leaves it out.
     """
 
     features: Features
@@ -54,6 +57,7 @@ class Encoding:
     separator: str = "|"
     timestamps: Mapping[str, TimeRange] = field(default_factory=dict)
     texts: Mapping[str, TextEncoding] = field(default_factory=dict)
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
 
     @classmethod
     def of(cls, files: ArrayFiles) -> Encoding:
@@ -71,6 +75,7 @@ class Encoding:
             info["separator"],
             info["timestamps"],
             _texts(info["texts"]),
+            _profiles(info["profiles"]),
         )
 
     def state(self) -> dict[str, Any]:
@@ -83,6 +88,7 @@ class Encoding:
             "separator": self.separator,
             "timestamps": dict(self.timestamps),
             "texts": {column: asdict(text) for column, text in self.texts.items()},
+            "profiles": {column: asdict(profile) for column, profile in self.profiles.items()},
         }
 
     @classmethod
@@ -96,6 +102,7 @@ class Encoding:
             state["separator"],
             timestamps if isinstance(timestamps, Mapping) else dict.fromkeys(timestamps),  # names in an earlier version
             _texts(state.get("texts", {})),
+            _profiles(state.get("profiles", {})),
         )
 
     @property
@@ -137,3 +144,7 @@ class Encoding:
 
 def _texts(state: Mapping[str, Any]) -> dict[str, TextEncoding]:
     return {column: from_plain(text, TextEncoding, f"texts[{column!r}]") for column, text in state.items()}
+
+
+def _profiles(state: Mapping[str, Any]) -> dict[str, Profile]:
+    return {column: from_plain(profile, Profile, f"profiles[{column!r}]") for column, profile in state.items()}

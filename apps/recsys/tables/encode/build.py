@@ -37,6 +37,7 @@ from apps.recsys.encoding.features import (
     VectorFeature,
 )
 from apps.recsys.encoding.numbers import Part, statistics, to_numbers, to_order, vector_scale
+from apps.recsys.encoding.profiles import Profile
 from apps.recsys.encoding.table_encoding import Encoding, TimeRange
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
 from apps.recsys.encoding.texts import text_encodings, with_vectors
@@ -138,6 +139,7 @@ class _Build(ColumnWriter):
             name: ~np.isnan(labels.values_N) & np.isnan(self.labels[name]) for name, labels in raw_labels.items()
         }
         self.vocabularies: dict[str, int] = {}
+        self.profiles: dict[str, Profile] = {}
         self.num_texts = 0
         self.domain_texts: int | None = None
 
@@ -185,6 +187,7 @@ class _Build(ColumnWriter):
                 "separator": config.separator,
                 "timestamps": self._times(),
                 "texts": {column: asdict(text) for column, text in self.texts.items()},
+                "profiles": {column: asdict(profile) for column, profile in self.profiles.items()},
                 "split_seed": config.split.seed,
             }
         )
@@ -304,6 +307,7 @@ class _Build(ColumnWriter):
         config = self.config
         for own in self.write_single(config.categorical):
             self.notes.single(own.column, own.codes.codes, own.rows.unseen)
+            self._profile(own)
             self._shown.advance()
             yield CategoricalFeature(own.column, own.rows.num_rows, False, own.column in config.hash_rows)
         for own in self.write_lists(dict.fromkeys(config.multi_valued)):
@@ -326,7 +330,13 @@ class _Build(ColumnWriter):
         assert own.lengths is not None
         self.notes.column(own.column, own.lengths == 0, own.rows.unseen, own.lengths)
         self.notes.leak(own.column, MultiValued(own.codes.codes, own.lengths).sets_N())
+        self._profile(own)
         self._shown.advance()
+
+    def _profile(self, own: Written) -> None:
+        train = self.masks["train"]
+        of_value = train if own.lengths is None else np.repeat(train, own.lengths)
+        self.profiles[own.column] = Profile.of_categories(*own.values(of_value), own.is_missing[train])
 
     def rows_of(self, column: str, items: str, codes: Codes, lengths: NDArray[np.int64] | None) -> Rows:
         config, train, row = self.config, self.masks["train"], np.arange(self.num_rows)
@@ -370,6 +380,7 @@ class _Build(ColumnWriter):
             self.notes.outside(column, values)
             self.notes.leak(column, np.unique(values, return_inverse=True)[1])
             self._shown.advance()
+            self.profiles[column] = Profile.of_numbers(values[self.masks["train"]])
             yield statistics(column, values[self.masks["train"]])
 
     def _write_vectors(self) -> Iterator[VectorFeature]:

@@ -42,6 +42,17 @@ class Written:
     lengths: NDArray[np.int64] | None = None
     num_longer: int = 0
 
+    @property
+    def is_missing(self) -> NDArray[np.bool_]:
+        """Whether a row of the table has no value, (N,)."""
+        return self.codes.codes == MISSING if self.lengths is None else self.lengths == 0
+
+    def values(self, kept: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Return the row of each value that is there, and whether the vocabulary lacks it; ``kept`` chooses some."""
+        there = self.codes.codes != MISSING
+        there = there if kept is None else there & kept
+        return self.rows.rows[there], (self.rows.rows == 0)[there]
+
 
 class ColumnWriter:
     """Encodes the columns of features and writes them as the arrays of a table, one column at a time.
@@ -142,12 +153,13 @@ class NewRows(ColumnWriter):
         features = given.features
         several = dict.fromkeys(f.name for f in features.several) | {f.name: f for f in features.sequences}
         for own in (*self.write_single([f.name for f in features.single]), *self.write_lists(several)):
+            self.saw(own)
             if several.get(own.column):
                 what = f"column {own.column!r}: most values, %s, are not in training: are they written alike there?"
                 is_unknown = (own.rows.rows == 0) & (own.codes.codes != MISSING)
                 self.unlike[what] = np.array([is_unknown.sum(), len(is_unknown) / 2])
-        for _ in self.write_numbers([f.name for f in features.continuous]):
-            pass
+        for column, values in self.write_numbers([f.name for f in features.continuous]):
+            self.saw_numbers(column, values)
         self.write_vectors({f.name: f.size for f in features.vectors})
         writer.save("label", np.full((self.num_rows, len(features.tasks)), np.nan, np.float32))
         if given.domain is not None and given.domains is not None:
@@ -155,6 +167,12 @@ class NewRows(ColumnWriter):
             rows = to_known(codes, given.domains).rows
             writer.save("domain", domain_numbers(codes, rows, given.domain, first_row))
         writer.finish({"num_rows": self.num_rows})
+
+    def saw(self, own: Written) -> None:
+        """Look at a categorical column that has been written; for subclasses."""
+
+    def saw_numbers(self, column: str, values_N: NDArray[np.float32]) -> None:
+        """Look at a column of numbers that has been written; for subclasses."""
 
     def parts(self, column: str) -> list[Part]:
         return [(_WHERE, self.table.column(column))]

@@ -149,7 +149,7 @@ def test_each_origin_tests_the_next_window_and_trains_on_all_before():
     assert of(0) == ([0, 1, 2], [3], [4, 5], 4)
     assert of(1) == ([0, 1, 2, 3], [4, 5], [6, 7], 2)  # round(1.5) is 2
     assert of(2) == of(None) == ([0, 1, 2, 3, 4, 5], [6, 7], [8, 9], 0)
-    with pytest.raises(ValueError, match="split.origins=2 cuts test windows itself: leave out test_file"):
+    with pytest.raises(ValueError, match=r"split\.origins=2 cuts test windows itself: leave out test_file"):
         split_rows(SplitConfig("time", origins=2), 8, num_test=2, time=np.arange(8))
 
 
@@ -172,7 +172,7 @@ def test_options_of_a_split_by_time_are_checked(options, message):
 
 
 def test_a_gap_has_the_kind_of_the_times():
-    with pytest.raises(ValueError, match="split.gap=90 must have a unit, such as 90d: column 'day' holds times"):
+    with pytest.raises(ValueError, match=r"split\.gap=90 must have a unit, such as 90d: column 'day' holds times"):
         split_rows(SplitConfig("time", gap=90), 10, time=np.arange(10), time_name="day")
-    with pytest.raises(ValueError, match="split.gap='90d' must be a number: column 'day' holds numbers"):
+    with pytest.raises(ValueError, match=r"split\.gap='90d' must be a number: column 'day' holds numbers"):
         split_rows(SplitConfig("time", gap="90d"), 10, time=np.arange(10.0), time_name="day")

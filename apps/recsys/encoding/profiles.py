@@ -1,0 +1,137 @@
+"""What the training rows hold in each column, in a few numbers, so that new rows can be compared with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MOST_ROWS, _LEAST_SHARE = 20, 0.01
+"""Values of a categorical column that are compared one by one: at most so many, each with at least this share."""
+_EMPTY = 1e-4
+"""Share that stands in for an empty bin's in a population stability index, which has a logarithm of it."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One column of the training rows.
+
+    Attributes:
+        missing: share of rows without a value; None: it is not known.
+        unseen: share of values without a row of their own: they are rarer than ``min_count``.
+        bounds: smallest and largest number; empty of categories.
+        cuts: boundaries between bins of numbers: x is in bin i if ``cuts[i - 1] < x <= cuts[i]``. Nine deciles, where
+            they differ.
+        rows: rows of the frequent categories, each a bin; the last bin has all other values.
+        shares: share of the values in each bin; empty: it is not known.
+    """
+
+    missing: float | None = None
+    unseen: float = 0.0
+    bounds: tuple[float, ...] = ()
+    cuts: tuple[float, ...] = ()
+    rows: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    @classmethod
+    def of_numbers(cls, values_N: NDArray[np.float32]) -> Profile:
+        """Return the profile of numbers, NaN if missing."""
+        present = values_N[~np.isnan(values_N)]
+        if not len(present):
+            return cls(missing=1.0)
+        cuts = np.unique(np.quantile(present, np.arange(0.1, 0.95, 0.1), method="lower"))
+        known = cls(bounds=(float(present.min()), float(present.max())), cuts=tuple(map(float, cuts)))
+        counts = Counts.of_numbers(known, values_N)
+        return cls(counts.missing, 0.0, known.bounds, known.cuts, (), counts.shares)
+
+    @classmethod
+    def of_categories(cls, rows: NDArray[np.int32], unseen: NDArray[np.bool_], missing: NDArray[np.bool_]) -> Profile:
+        """Return the profile of categories.
+
+        Args:
+            rows: row number of each value that is there.
+            unseen: whether a value has no row of its own.
+            missing: whether a row of the table has no value.
+        """
+        count = np.bincount(rows[~unseen])
+        frequent = np.argsort(-count, kind="stable")[:_MOST_ROWS]
+        frequent = frequent[count[frequent] >= max(_LEAST_SHARE * len(rows), 1)]
+        known = cls(rows=tuple(map(int, frequent)))
+        counts = Counts.of_categories(known, rows, unseen, missing)
+        return cls(counts.missing, counts.odd, (), (), known.rows, counts.shares)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A column of rows by the bins of a ``Profile``; the counts of two tables add up.
+
+    Attributes:
+        num_rows: number of rows.
+        num_missing: rows without a value.
+        num_odd: numbers outside the profile's bounds, or categories that it lacks.
+        bins: number of values in each bin.
+        total: sum of the numbers.
+    """
+
+    num_rows: int
+    num_missing: int
+    num_odd: int
+    bins: NDArray[np.int64]
+    total: float = 0.0
+
+    @classmethod
+    def of_numbers(cls, profile: Profile, values_N: NDArray[np.float32]) -> Counts:
+        present = values_N[~np.isnan(values_N)]
+        low, high = profile.bounds or (-math.inf, math.inf)
+        bins = np.bincount(np.searchsorted(profile.cuts, present), minlength=len(profile.cuts) + 1)
+        num_odd = int(((present < low) | (present > high)).sum())
+        return cls(len(values_N), len(values_N) - len(present), num_odd, bins, float(present.sum(dtype=np.float64)))
+
+    @classmethod
+    def of_categories(
+        cls, profile: Profile, rows: NDArray[np.int32], unseen: NDArray[np.bool_], missing: NDArray[np.bool_]
+    ) -> Counts:
+        frequent = [int(((rows == row) & ~unseen).sum()) for row in profile.rows]
+        bins = np.array([*frequent, len(rows) - sum(frequent)])
+        return cls(len(missing), int(missing.sum()), int(unseen.sum()), bins)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.num_rows + other.num_rows,
+            self.num_missing + other.num_missing,
+            self.num_odd + other.num_odd,
+            self.bins + other.bins,
+            self.total + other.total,
+        )
+
+    @property
+    def num_values(self) -> int:
+        """Number of values."""
+        return int(self.bins.sum())
+
+    @property
+    def missing(self) -> float:
+        """Share of rows without a value."""
+        return self.num_missing / max(self.num_rows, 1)
+
+    @property
+    def odd(self) -> float:
+        """Share of ``num_odd`` in the values."""
+        return self.num_odd / max(self.num_values, 1)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of the values in each bin."""
+        return tuple(float(count) / max(self.num_values, 1) for count in self.bins)
+
+
+def stability_index(before: Sequence[float], now: Sequence[float]) -> float:
+    """Return the population stability index of two distributions over the same bins, ``sum (q - p) log(q / p)``.
+
+    0 if they are equal; by custom 0.1 is a shift and 0.25 a large one.
+    """
+    p, q = (np.maximum(np.asarray(shares, np.float64), _EMPTY) for shares in (before, now))
+    return float(((q - p) * np.log(q / p)).sum())
