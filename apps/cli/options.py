@@ -157,6 +157,7 @@ class Predict(RunOptions):
         overwrite: replace an earlier file
         raw_csv: write no apostrophe before text that a spreadsheet would compute, such as =1+1
         open: show the page of a search in the browser
+        explain: also write what each column of a recommender's table is worth, to FILE.importance.csv
         onnx: an ONNX file or folder of moesaic export instead of --ckpt_path
     """
 
@@ -166,6 +167,7 @@ class Predict(RunOptions):
     overwrite: bool = False
     raw_csv: bool = False
     open: bool = False
+    explain: bool = False
     onnx: Path | None = None
     quantize: Quantize | None = None
     offload: Offload | None = None
@@ -174,6 +176,8 @@ class Predict(RunOptions):
         output, onnx = self.output, self.onnx
         if onnx is not None and self.ckpt_path is not None:
             raise UsageError(f"onnx={onnx} runs in place of a checkpoint: leave --ckpt_path {self.ckpt_path} out")
+        if onnx is not None and self.explain:
+            raise UsageError(f"explain is for a checkpoint, and onnx={onnx} is exported: leave one out")
         if onnx is not None and self.quantize is not None:
             what = f"quantize={self.quantize} is for a checkpoint"
             raise UsageError(f"{what}, and onnx={onnx} is exported: give it to moesaic export")

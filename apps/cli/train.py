@@ -25,10 +25,11 @@ from apps.cli.setup import RunSetup
 from apps.cli.sweep import Sweep
 from apps.cli.write.page import test_page
 from apps.cli.write.predictions import PredictionFile, print_stream, shortened, write_stream
+from apps.registry import name_of
 from apps.report.base import FOLDER
 from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, show_page, write_page
 from apps.report.page.writing import write_index
-from apps.report.tables import print_in_parts
+from apps.report.tables import print_in_parts, write_csv
 from apps.train.checkpoint.checkpoints import BestAndLast
 from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.checkpoint.linked import LinkedModule
@@ -191,6 +192,8 @@ class SparseCLI(RunSetup):
     def _predict(self, arguments: dict[str, Any]) -> None:
         """Write the model's predictions, from its ``predict_stream`` if it has one, else from the trainer's loop."""
         options: Any = self.request.options
+        if options.explain:
+            self._check_explained()
         if self.trainer.strategy.root_device.type == "cpu":
             cpu.keep_freed()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
@@ -207,13 +210,27 @@ class SparseCLI(RunSetup):
                 f"output={path} is for lines of text, and this model predicts rows: give .jsonl, .csv or .parquet"
             )
         check_new(path, options.overwrite)
+        table = path.with_suffix(".importance.csv")
+        if options.explain:
+            check_new(table, options.overwrite)
         if options.output is None and is_unused(self.run_dir):
             mark(self.run_dir)
         with PredictionFile(path, raw_csv=options.raw_csv).open() as file:
             self.trainer.callbacks.append(file)
             self.trainer.predict(**arguments)
         self._print_written(file)
+        if options.explain:
+            write_csv(table, self.model.importances(self.datamodule))
+            print(f"importance of the columns in {table}", file=sys.stderr)
         self._print_offloaded()
+
+    def _check_explained(self) -> None:
+        """Raise a ``UsageError`` for a model without columns, or rows without labels."""
+        if not (hasattr(self.model, "importances") and hasattr(self.datamodule, "examples")):
+            both = " with ".join(name_of(type(part)) for part in (self.model, self.datamodule))
+            raise UsageError(f"explain is for MultiTaskRecommender with TableData, not for {both}")
+        if (file := getattr(self.datamodule, "predict_file", None)) is not None:
+            raise UsageError(f"explain shuffles columns of labeled test rows: leave out data.predict_file={file}")
 
     def _predict_stream(self, stream: PredictionStream) -> None:
         """Print the predictions of a stream, or write them to the file that the user names; then write their page."""

@@ -257,10 +257,10 @@ def run(options: Options) -> int:
 
 
 def _drift(checkpoint: Path, pattern: str) -> int:
-    task: Any = getattr(load(checkpoint), "task", None)
-    if task is None:
-        raise ValueError(f"data={pattern!r} is for recommenders on tables, and {checkpoint} is no such model")
-    found = task.drift(pattern)
+    model: Any = load(checkpoint)
+    if not hasattr(model, "drift"):
+        raise ValueError(f"data={pattern!r} is for a MultiTaskRecommender, not for {name_of(type(model))}")
+    found = model.drift(pattern)
     for line in found:
         print(line)
     print(f"{counted(len(found), 'finding') if found else 'no drift'}: {pattern} against the training of {checkpoint}")

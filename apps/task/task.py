@@ -97,17 +97,6 @@ class Task(ABC):
         """Return at most so many examples of a run's data, as a page's fields show them."""
         return ()
 
-    def drift(self, pattern: str) -> list[str]:
-        """Return a line for each difference of new data from the training data, the largest difference first.
-
-        Args:
-            pattern: path, or a pattern of paths, of files.
-
-        Raises:
-            ValueError: the model's data are not tables, or a file does not fit the model.
-        """
-        raise ValueError(f"data={pattern!r} is for recommenders on tables, and this model is no such one")
-
     @abstractmethod
     def exported(self) -> Exported:
         """Return the networks as graphs of tensors, and how raw inputs become those tensors."""

@@ -27,6 +27,7 @@ from apps.recsys.tables.columns.history import HistoryConfig
 from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
 from apps.recsys.tables.negatives.weighting import WeightingConfig
 from apps.recsys.tables.outputs import TaskOutputs, difference, labeled_mean
+from apps.recsys.tables.report.importance import importances
 from apps.recsys.tables.report.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.rows import scoring
 from apps.recsys.tables.rows.batch import TableBatch
@@ -281,6 +282,24 @@ class MultiTaskRecommender(SparseModule, Comparable):
         """
         with in_evaluation(self):
             return scoring.predict(self, rows, batch_size)
+
+    def importances(self, data: Any) -> list[dict[str, Any]]:
+        """Return what each task's metric loses when a column is shuffled among test rows, a line each: permutation
+        importance with 95 % intervals. Columns that say the same share it."""
+        return [one.row() for one in importances(self, data)]
+
+    def drift(self, pattern: str) -> list[str]:
+        """Return a line for each column in which the rows of files differ from the training rows, the worst first.
+
+        Args:
+            pattern: path, or a pattern of paths, of CSV or Parquet files.
+
+        Raises:
+            ValueError: a file lacks a column, holds a value that cannot be encoded, or has no row.
+        """
+        from apps.recsys.tables.encode.drift import drift  # reads pyarrow, which others do without
+
+        return drift(self.task.encoding, pattern)
 
     # ---- set-up, and the tables' needs from Lightning
 

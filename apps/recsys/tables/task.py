@@ -97,11 +97,6 @@ class TablePrediction(RowTask):
         columns = self.model.outputs.columns(self.tasks, torch.cat(parts))
         return {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in columns.items()}
 
-    def drift(self, pattern: str) -> list[str]:
-        from apps.recsys.tables.encode.drift import drift  # reads pyarrow, which others do without
-
-        return drift(self.encoding, pattern)
-
     def layers(self, tape: core.Tape, example: Any, answer: Any) -> Mapping[str, tuple[LayerPart, ...]]:
         reader = GateReader(self.model)
         reader.add(tape)

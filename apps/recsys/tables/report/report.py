@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables.encode import checks
 from apps.recsys.tables.report import gating
 from apps.recsys.tables.report.gating import COLLAPSED, ExpertUse, Gate, GateReader
+from apps.recsys.tables.report.importance import SAMPLE, SHUFFLES, Importance, importances
 from apps.recsys.tables.rows.arrays import TableArrays, join
 from apps.recsys.value_metrics import Bins, ValueMetrics
 from apps.report.base import Report, ReportConfig, computed_metrics, first_batches
@@ -29,7 +30,7 @@ from apps.report.page import BarChart, HeatmapChart, Line, LineChart, Section, T
 from apps.report.page.charts import Chart
 from apps.report.tables import write_csv
 from apps.report.use import load_charts, row_names
-from core.fields import Count
+from core.fields import Count, CountOrZero
 
 _SHOWN = 20  # lines of a table; the CSV file has all
 
@@ -42,6 +43,7 @@ class RecommenderReportConfig(ReportConfig):
     Attributes:
         gate_feature: column by whose values the gates are plotted; None: the one on which they depend most.
         gate_values: largest number of values that are plotted, the most frequent.
+        importance_rows: test rows in which each column is shuffled to see what the tasks lose; 0: none.
 
     Raises:
         ValueError: a number is out of its range.
@@ -49,6 +51,10 @@ class RecommenderReportConfig(ReportConfig):
 
     gate_feature: str | None = None
     gate_values: Count = 16
+    importance_rows: CountOrZero = SAMPLE
+
+    def brief(self) -> RecommenderReportConfig:
+        return replace(self, importance_rows=0)
 
 
 class TrainingChecks(Callback):
@@ -92,14 +98,15 @@ class _Collected:
     reader: GateReader
     arrays: TableArrays | None
     data: Any
+    columns: Sequence[Importance]
 
 
 class RecommenderReport(Report):
     """After a test: the tasks' metrics, the gates and the experts; the checks are printed.
 
     It writes ``tasks.csv``, ``cold.csv`` where users or items are cold, ``gates.csv``, ``experts.csv``,
-    ``dependence.csv``, ``calibration.png``, ``gates_by_task.png``, ``gates_by_value.png``, ``utilization.png``,
-    ``polarization.png``.
+    ``dependence.csv``, ``importance.csv``, ``calibration.png``, ``gates_by_task.png``, ``gates_by_value.png``,
+    ``utilization.png``, ``polarization.png``.
 
     Args:
         config: the options.
@@ -122,7 +129,12 @@ class RecommenderReport(Report):
                 model(*model.example_inputs(on_device))
             batches.append(batch)
         arrays = join(batches, model.features, "test") if batches else None
-        return _Collected(metrics.by_task, metrics.by_part, reader, arrays, trainer.datamodule)  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        columns: list[Importance] = []
+        if self.config.importance_rows and trainer.world_size == 1 and hasattr(data, "examples"):
+            with trainer.precision_plugin.forward_context():
+                columns = importances(model, data, self.config.importance_rows)
+        return _Collected(metrics.by_task, metrics.by_part, reader, arrays, data, columns)
 
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
         sections = [write_tasks(collected.metrics, folder, self.config.pictures)]
@@ -130,6 +142,8 @@ class RecommenderReport(Report):
             sections.append(Section("Sampled negatives", (Text.of(note),)))
         if collected.parts:
             sections.append(write_parts(collected.parts, folder))
+        if collected.columns:
+            sections.append(write_importances(collected.columns, folder))
         findings = checks.suspicious_metrics(collected.metrics, "test")
         if collected.arrays is not None:
             findings += checks.label_among_features(collected.arrays)
@@ -249,6 +263,22 @@ def _value_chart(task: str, bins: Bins) -> LineChart:
     line = Line("test", tuple(bins.prediction), tuple(bins.label))
     summary = f"Mean label by the mean prediction, in {len(bins.counts)} bins of about equal numbers of rows."
     return LineChart(f"Calibration, {task}", summary, "mean prediction", "mean label", (line,), diagonal=True)
+
+
+def write_importances(columns: Sequence[Importance], folder: Path) -> Section:
+    """Write the importance of each column for each task as ``importance.csv``."""
+    write_csv(folder / "importance.csv", [one.row() for one in columns])
+    tasks = {one.task: one.metric for one in columns}
+    lines: dict[str, list[str]] = {}
+    for one in columns:
+        lines.setdefault(one.column, [one.column]).append(f"{one.loss.mean:.4f} ± {one.loss.half_width:.4f}")
+    heads = ("column", *(f"{task}, {_NAMES.get(metric, metric)}" for task, metric in tasks.items()))
+    title = (
+        f"What a task's metric loses when a column is shuffled among {columns[0].num_rows:,} test rows: mean and 95 % "
+        f"interval of {SHUFFLES} shuffles"
+    )
+    note = "Columns that say the same share their importance: each of them may look as if it did not matter."
+    return Section("What the columns are worth", (_table(title, heads, [*lines.values()][:_SHOWN]), Text.of(note)))
 
 
 # ---- gates and experts

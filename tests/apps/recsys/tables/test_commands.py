@@ -169,3 +169,42 @@ def test_a_configuration_trains_a_step(path, monkeypatch, tmp_path):
     out.loss.backward()
     assert out.loss.isfinite()
     assert class_path(type(cli.model.shared_config)).endswith(model["shared"]["class_path"].removeprefix("core."))
+
+
+def test_a_run_says_what_its_columns_are_worth_and_how_new_rows_differ(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = {"ts": [*range(100)], "city": ["Rome", "Oslo"] * 50, "click": [0, 1, 1, 0] * 25}
+    pa.csv.write_csv(pa.table(rows), "rows.csv")
+    table = {"categorical": ["city"], "continuous": ["ts"], "tasks": {"click": {"column": "click"}}, "time": "ts"}
+    table["split"] = {"kind": "time", "val": 0.2, "test": 0.2, "gap": 3}
+    data = {"dataset": "table", "train_file": "rows.csv", "cache_dir": "cache", "table": table}
+    model = {"class_path": "MultiTaskRecommender", "init_args": {"shared": None, "report": None}}
+    Path("c.yaml").write_text(yaml.safe_dump({"model": model, "data": {"class_path": "TableData", "init_args": data}}))
+    assert main(["fit", "--config", "c.yaml", "--run_dir", "run", "--trainer.max_epochs", "1"]) == 0
+    assert main(["predict", "--ckpt_path", "run", "--explain"]) == 0
+    lines = Path("run/predictions.importance.csv").read_text().splitlines()
+    assert lines[0] == "column,task,metric,importance,ci95,rows"
+    assert {line.partition(",")[0] for line in lines[1:]} == {"city", "ts"}
+    assert {line.rpartition(",")[2] for line in lines[1:]} == {"20"}, "the last 20 rows of 100 test"
+    Path("p.importance.csv").write_text("mine")
+    for output, message in (
+        ("p.csv", "p.importance.csv exists: --overwrite replaces it"),
+        ("q.csv", "explain shuffles columns of labeled test rows: leave out data.predict_file=rows.csv"),
+    ):
+        capsys.readouterr()
+        more = ["--data.predict_file", "rows.csv"] if output == "q.csv" else []
+        assert main(["predict", "--ckpt_path", "run", "--explain", "--output", output, *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not Path(output).exists()
+    assert Path("p.importance.csv").read_text() == "mine"
+
+    # Rows 0 to 60 train: 80 before the test, of which the last 16 validate, and two gaps of 3.
+    assert main(["doctor", "--ckpt_path", "run", "--data", "rows.csv"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "column 'ts': 39.0% of the numbers are outside training's 0 to 60: predictions extrapolate there"
+    assert out[-1] == "1 finding: rows.csv against the training of run"
+    pa.csv.write_csv(pa.table(rows).slice(0, 61), "same.csv")
+    assert main(["doctor", "--ckpt_path", "run", "--data", "same.csv"]) == 0
+    assert capsys.readouterr().out == "no drift: same.csv against the training of run\n"
+    assert main(["doctor", "--ckpt_path", "run", "--data", "same.csv", "--data.seed", "1"]) == 2
+    assert "leave out --ablate and --data.KEY" in capsys.readouterr().err
