@@ -25,6 +25,7 @@ MISSING = -1
 """The code of a value that is missing."""
 
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
+_BOOLEANS = pa.array(["True", "TRUE", "False", "FALSE"])
 _EXACT_INT = 2**53  # floats up to here hold every integer
 
 
@@ -112,11 +113,17 @@ def to_text(values: pa.Array) -> pa.StringArray:
         text = pc.replace_substring_regex(text, r"(:\d\d)\.0+($|[^0-9])", r"\1\2")
     if is_text(kind) or pa.types.is_binary(kind):
         text = pc.utf8_trim_whitespace(text)
-        # Integers in a column with missing values are often written as 5.0.
-        text = pc.replace_substring_regex(text, r"^(-?(?:0|[1-9][0-9]*))\.0+$", r"\1")
-        text = pc.replace_substring_regex(text, r"^(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)\.0+($|[^0-9])", r"\1\2")
+        # Expressions are looked for where they can be: to compile them takes longer than the rest of a row.
+        if pc.any(pc.match_substring(text, ".0")).as_py():
+            # Integers in a column with missing values are often written as 5.0.
+            text = pc.replace_substring_regex(text, r"^(-?(?:0|[1-9][0-9]*))\.0+$", r"\1")
+            text = pc.replace_substring_regex(
+                text, r"^(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)\.0+($|[^0-9])", r"\1\2"
+            )
         # Programs write booleans as True and TRUE where a column of booleans reads true.
-        text = pc.if_else(pc.match_substring_regex(text, "^(?:True|TRUE|False|FALSE)$"), pc.utf8_lower(text), text)
+        is_boolean = pc.is_in(text, value_set=_BOOLEANS)
+        if pc.any(is_boolean).as_py():
+            text = pc.if_else(is_boolean, pc.utf8_lower(text), text)
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
 
 

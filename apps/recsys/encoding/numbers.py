@@ -56,7 +56,7 @@ def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first
         raise ValueError(
             f"column {column!r} of {where} must hold numbers: row {first_row + row} holds {odd!r}; {missing}"
         ) from None
-    return np.asarray(numbers.fill_null(np.nan), dtype=np.float64)
+    return np.asarray(numbers.fill_null(np.nan) if numbers.null_count else numbers, dtype=np.float64)
 
 
 def plain(data: pa.ChunkedArray) -> pa.ChunkedArray:

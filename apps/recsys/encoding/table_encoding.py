@@ -105,7 +105,7 @@ class Encoding:
             _profiles(state.get("profiles", {})),
         )
 
-    @property
+    @cached_property
     def roles(self) -> dict[str, str]:
         """The role of each column that rows to predict must have, by column."""
         roles = {} if self.domain is None else {self.domain: "domain"}
@@ -117,7 +117,7 @@ class Encoding:
         roles |= dict.fromkeys(self.numbers, "continuous")
         return {column: role for column, role in roles.items() if column not in self._parts}
 
-    @property
+    @cached_property
     def numbers(self) -> tuple[str, ...]:
         """The columns of numbers that rows to predict must have."""
         return tuple(f.name for f in self.features.continuous if f.name not in self._parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_FEW = 1_000
+"""Texts of a vocabulary for each text that is looked up, from which on they are sorted once instead of hashed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +55,38 @@ class Vocabulary:
 
     def find(self, values: pa.StringArray) -> NDArray[np.int64]:
         """Return the number of each text, int64 (N,); -1 if the vocabulary lacks it."""
-        import pyarrow as pa
         import pyarrow.compute as pc
 
+        if _FEW * len(values) < len(self):
+            return np.array([self._find(value) for value in values.to_pylist()], dtype=np.int64)
+        return np.asarray(pc.index_in(values.cast(self._arrow.type), self._arrow).fill_null(-1), dtype=np.int64)
+
+    def _find(self, value: str | None) -> int:
+        """Return the number of a text by bisection: a row is encoded in the time that it takes, whatever the number of
+        texts, of which ``index_in`` makes a hash table for each call."""
+        if value is None:
+            return -1
+        wanted, order, offsets, content = value.encode(), self._order, self.offsets.numpy(), self.content.numpy()
+
+        def text(place: int) -> bytes:
+            return content[offsets[order[place]] : offsets[order[place] + 1]].tobytes()
+
+        place = bisect.bisect_left(range(len(order)), wanted, key=text)
+        return int(order[place]) if place < len(order) and text(place) == wanted else -1
+
+    @cached_property
+    def _arrow(self) -> pa.Array:
+        import pyarrow as pa
+
         buffers = [None, pa.py_buffer(self.offsets.numpy()), pa.py_buffer(self.content.numpy())]
-        known = pa.Array.from_buffers(pa.large_string(), len(self), buffers)
-        return np.asarray(pc.index_in(values.cast(pa.large_string()), known).fill_null(-1), dtype=np.int64)
+        return pa.Array.from_buffers(pa.large_string(), len(self), buffers)
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        """The numbers of the texts, sorted by their bytes."""
+        import pyarrow.compute as pc
+
+        return np.asarray(pc.sort_indices(self._arrow), dtype=np.int64)
 
     @cached_property
     def digest(self) -> str:

@@ -17,6 +17,7 @@ from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.nets.place import Place
 from apps.recsys.encoding.features import Features
+from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.kinds import Outputs
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables.baselines import baselines
@@ -81,6 +82,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
     data_arguments: ClassVar[tuple[str, ...]] = ("features",)
     monitor: str = "val/auc"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    _read: tuple[Mapping[str, Any], Encoding] | None = None
+    """The last state of ``encoding_state`` that was read, and what it says."""
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,6 +220,14 @@ class MultiTaskRecommender(SparseModule, Comparable):
         by_member = [m.head.losses(z_BZ) for m, z_BZ in zip(self.members, z, strict=True)]
         return {name: torch.stack([losses[name] for losses in by_member]).mean() for name in by_member[0]}
 
+    @property
+    def encoding(self) -> Encoding:
+        """The encoding of the table's values, read once from a checkpoint's state: that takes longer than a row."""
+        state = scoring.encoding_of(self)
+        if self._read is None or self._read[0] is not state:
+            self._read = state, Encoding.from_state(state)
+        return self._read[1]
+
     def example_inputs(self, batch: TableBatch) -> tuple[TableBatch]:
         return (batch,)
 
@@ -299,7 +310,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         """
         from apps.recsys.tables.encode.drift import drift  # reads pyarrow, which others do without
 
-        return drift(self.task.encoding, pattern)
+        return drift(self.encoding, pattern)
 
     # ---- set-up, and the tables' needs from Lightning
 

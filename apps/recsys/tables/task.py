@@ -13,13 +13,12 @@ import core
 from apps.base.evaluation import in_evaluation
 from apps.data.given import GivenConfig, GivenData
 from apps.recsys.encoding.features import Features
-from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.kinds import Kind, Outputs
 from apps.recsys.row import RowTask
 from apps.recsys.tables.export import PlainTables, described_columns, described_tasks, state_of_columns
 from apps.recsys.tables.report.gating import GateReader
 from apps.recsys.tables.rows.plain_columns import GraphOfColumns, dynamic_axes, example_inputs
-from apps.recsys.tables.rows.scoring import encoded, encoding_of
+from apps.recsys.tables.rows.scoring import encoded
 from apps.recsys.tables.sizes import columns_of, read_on_meta, refuse_without_columns
 from apps.report.exhibit import Bars, Example, LayerPart, Part
 from apps.report.page import Table
@@ -60,7 +59,7 @@ class TablePrediction(RowTask):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.encoding = Encoding.from_state(encoding_of(model))
+        self.encoding = model.encoding
         self.tasks = self.encoding.features.tasks
         self.output = predictions(self.tasks, model.outputs)
 

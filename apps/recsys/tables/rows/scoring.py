@@ -42,7 +42,9 @@ def predict(model: Any, rows: Any, batch_size: int) -> Any:
     task = model.task
     encoding = task.encoding
     rows = framed(rows, encoding.roles)
-    scores = like(rows, task.scores(pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size), batch_size))
+    tables = pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size)
+    begun = list(itertools.islice(tables, 2))
+    scores = like(rows, task.scores(begun if len(begun) < 2 else itertools.chain(begun, tables), batch_size))
     if is_frame(rows):
         scores.index = rows.index
     return scores
@@ -66,7 +68,8 @@ def encoding_of(model: Any) -> Mapping[str, Any]:
 def encoded(tables: Iterable[pa.Table], encoding: Encoding, batch_size: int) -> Iterator[tuple[pa.Table, TableBatch]]:
     """Yield the rows of tables in batches, as they are and encoded; warn of rows unlike the training rows.
 
-    A thread encodes the next table while the caller works on the batches of the one before.
+    A thread encodes the next table while the caller works on the batches of the one before; a list of one table needs
+    none.
 
     Args:
         tables: the chunks of one table, with the columns of ``encoding.roles``. Their rows are counted as one table's.
@@ -90,7 +93,9 @@ def encoded(tables: Iterable[pa.Table], encoding: Encoding, batch_size: int) -> 
             yield table, TableRows(columns, encoding.features, torch.arange(len(table))), first
             first += len(table)
 
-    for table, piece, first in one_ahead(rows()):
+    # A thread would take longer than to encode a row.
+    is_one = isinstance(tables, Sequence) and len(tables) < 2
+    for table, piece, first in rows() if is_one else one_ahead(rows()):
         for begin in range(0, len(table), batch_size):
             batch = piece[begin : begin + batch_size]
             yield table.slice(begin, batch_size), replace(batch, index_B=batch.index_B + first)
