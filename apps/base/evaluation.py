@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """Put ``model`` into evaluation mode inside; afterwards each of its parts is in the mode it had."""
     training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
+    model.eval()
     try:
         yield
     finally:

@@ -227,8 +227,7 @@ class SparseCLI(RunSetup):
     def _check_explained(self) -> None:
         """Raise a ``UsageError`` for a model without columns, or rows without labels."""
         if not (hasattr(self.model, "importances") and hasattr(self.datamodule, "examples")):
-            both = " with ".join(name_of(type(part)) for part in (self.model, self.datamodule))
-            raise UsageError(f"explain is for MultiTaskRecommender with TableData, not for {both}")
+            raise UsageError(f"explain is for MultiTaskRecommender on TableData, not for {name_of(type(self.model))}")
         if (file := getattr(self.datamodule, "predict_file", None)) is not None:
             raise UsageError(f"explain shuffles columns of labeled test rows: leave out data.predict_file={file}")
 

@@ -177,9 +177,10 @@ class Trial:
         return self._doctor.doctor.layers
 
     @property
-    def warnings(self) -> Sequence[str]:
+    def warnings(self) -> list[str]:
         """Lines on what the data's table may do to the model."""
-        return getattr(getattr(self._cli.datamodule, "findings", None), "warnings", ())
+        lines = getattr(getattr(self._cli.datamodule, "findings", None), "warnings", ())
+        return [f"of the table: {line}" for line in lines]
 
     def ablation(self) -> list[str]:
         """Return lines on the loss in score without each expert, the most costly first; ``findings`` loads the model.
@@ -231,14 +232,12 @@ def run(options: Options) -> int:
     checkpoint, note = _checkpoint(options, folder, has_log=bool(rows))
     findings: dict[tuple[str, str], core.Finding] = {(f.name, f.layer): f for f in log_findings(rows)}
     looked_at = [f"{counted(len(rows), 'row')} of {folder / LOG}"] if rows else []
-    ablation: list[str] = []
-    warnings: Sequence[str] = ()
+    further: list[str] = []
     if checkpoint is not None:
         with quiet(own_notes=False):
             trial = Trial(checkpoint, options)
             of_model = trial.findings()
-            ablation = trial.ablation() if options.ablate else []
-            warnings = trial.warnings
+            further = [*(trial.ablation() if options.ablate else ()), *trial.warnings]
         # The model itself knows more than its log.
         findings |= {(f.name, f.layer): f for f in of_model}
         routers = f"{counted(len(trial.layers), 'router')}"
@@ -249,10 +248,8 @@ def run(options: Options) -> int:
         print(finding)
     if checkpoint is not None or not findings:
         print(f"{counted(len(findings), 'finding') if findings else 'healthy'}: {', '.join(looked_at)}")
-    for line in ablation:
+    for line in further:
         print(line)
-    for line in warnings:
-        print(f"of the table: {line}")
     return 1 if findings else 0
 
 
@@ -261,9 +258,8 @@ def _drift(checkpoint: Path, pattern: str) -> int:
     if not hasattr(model, "drift"):
         raise ValueError(f"data={pattern!r} is for a MultiTaskRecommender, not for {name_of(type(model))}")
     found = model.drift(pattern)
-    for line in found:
-        print(line)
-    print(f"{counted(len(found), 'finding') if found else 'no drift'}: {pattern} against the training of {checkpoint}")
+    whole = counted(len(found), "finding") if found else "no drift"
+    print(*found, f"{whole}: {pattern} against the training of {checkpoint}", sep="\n")
     return 1 if found else 0
 
 

@@ -17,7 +17,7 @@ SplitKind = Literal["given", "random", "user", "group", "time", "leave_last_out"
 TaskLoss = Literal["squared", "absolute", "weighted_logistic"]
 Seed = Annotated[int, Bounds(0, 2**32 - 1, "[]")]
 """A seed of numpy's ``RandomState``."""
-_SECONDS = {"d": 86_400, "h": 3_600, "min": 60, "s": 1}
+_GAP_UNITS = {"d": 86_400e6, "h": 3_600e6, "min": 60e6, "s": 1e6, "": 1}
 _NumRows = Annotated[int, Bounds(2, why="row 0 is for unseen values")]
 
 
@@ -117,9 +117,7 @@ class SplitConfig(Checked):
         if self.origin is not None and self.origin >= self.origins:
             raise ValueError(f"split.origin={self.origin} must be below split.origins={self.origins}")
         if self.origins > 1 and not 0 < self.origins * self.test < 1:
-            raise ValueError(
-                f"split.origins={self.origins} windows of test={self.test} of the rows must leave rows before them"
-            )
+            raise ValueError(f"split.origins={self.origins} windows of test={self.test} leave no row before them")
         if self.stratify is not None and self.kind not in ("given", "random"):
             raise ValueError(f"split.stratify={self.stratify!r} is for kind 'given' or 'random', not {self.kind!r}")
         if (self.column is not None) != (self.kind == "group"):
@@ -135,10 +133,9 @@ class SplitConfig(Checked):
         """
         number, unit = self._read_gap()
         if bool(unit) != is_time:
-            rule = "have a unit, such as 90d" if is_time else "be a number"
-            holds = "times" if is_time else "numbers"
-            raise ValueError(f"split.gap={self.gap!r} must {rule}: column {column!r} holds {holds}")
-        return number * 1e6 * _SECONDS[unit] if unit else number
+            rule, what = ("have a unit, such as 90d", "times") if is_time else ("be a number", "numbers")
+            raise ValueError(f"split.gap={self.gap!r} must {rule}: column {column!r} holds {what}")
+        return number * _GAP_UNITS[unit]
 
     def _read_gap(self) -> tuple[float, str]:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(d|h|min|s|)", str(self.gap).strip())

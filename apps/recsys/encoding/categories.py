@@ -117,13 +117,9 @@ def to_text(values: pa.Array) -> pa.StringArray:
         if pc.any(pc.match_substring(text, ".0")).as_py():
             # Integers in a column with missing values are often written as 5.0.
             text = pc.replace_substring_regex(text, r"^(-?(?:0|[1-9][0-9]*))\.0+$", r"\1")
-            text = pc.replace_substring_regex(
-                text, r"^(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)\.0+($|[^0-9])", r"\1\2"
-            )
+            text = pc.replace_substring_regex(text, r"^(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)\.0+($|[^0-9])", r"\1\2")
         # Programs write booleans as True and TRUE where a column of booleans reads true.
-        is_boolean = pc.is_in(text, value_set=_BOOLEANS)
-        if pc.any(is_boolean).as_py():
-            text = pc.if_else(is_boolean, pc.utf8_lower(text), text)
+        text = pc.if_else(pc.is_in(text, value_set=_BOOLEANS), pc.utf8_lower(text), text)
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 _MOST_ROWS, _LEAST_SHARE = 20, 0.01
 """Values of a categorical column that are compared one by one: at most so many, each with at least this share."""
+_DECILES = np.arange(0.1, 0.95, 0.1)
 _EMPTY = 1e-4
 """Share that stands in for an empty bin's in a population stability index, which has a logarithm of it."""
 
@@ -40,12 +42,10 @@ class Profile:
     def of_numbers(cls, values_N: NDArray[np.float32]) -> Profile:
         """Return the profile of numbers, NaN if missing."""
         present = values_N[~np.isnan(values_N)]
-        if not len(present):
-            return cls(missing=1.0)
-        cuts = np.unique(np.quantile(present, np.arange(0.1, 0.95, 0.1), method="lower"))
-        known = cls(bounds=(float(present.min()), float(present.max())), cuts=tuple(map(float, cuts)))
-        counts = Counts.of_numbers(known, values_N)
-        return cls(counts.missing, 0.0, known.bounds, known.cuts, (), counts.shares)
+        cuts = np.unique(np.quantile(present, _DECILES, method="lower")) if len(present) else present
+        ends = (present.min(), present.max()) if len(present) else ()
+        known = cls(bounds=(*map(float, ends),), cuts=(*map(float, cuts),))
+        return known._with(Counts.of_numbers(known, values_N))
 
     @classmethod
     def of_categories(cls, rows: NDArray[np.int32], unseen: NDArray[np.bool_], missing: NDArray[np.bool_]) -> Profile:
@@ -59,9 +59,11 @@ class Profile:
         count = np.bincount(rows[~unseen])
         frequent = np.argsort(-count, kind="stable")[:_MOST_ROWS]
         frequent = frequent[count[frequent] >= max(_LEAST_SHARE * len(rows), 1)]
-        known = cls(rows=tuple(map(int, frequent)))
-        counts = Counts.of_categories(known, rows, unseen, missing)
-        return cls(counts.missing, counts.odd, (), (), known.rows, counts.shares)
+        known = cls(rows=(*map(int, frequent),))
+        return known._with(Counts.of_categories(known, rows, unseen, missing))
+
+    def _with(self, counts: Counts) -> Profile:
+        return replace(self, missing=counts.missing, unseen=counts.odd, shares=counts.shares)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Counts:
         low, high = profile.bounds or (-math.inf, math.inf)
         bins = np.bincount(np.searchsorted(profile.cuts, present), minlength=len(profile.cuts) + 1)
         num_odd = int(((present < low) | (present > high)).sum())
-        return cls(len(values_N), len(values_N) - len(present), num_odd, bins, float(present.sum(dtype=np.float64)))
+        num, total = len(values_N), float(present.sum(dtype=np.float64))
+        return cls(num, num - len(present), num_odd, bins, total)
 
     @classmethod
     def of_categories(
@@ -99,13 +102,7 @@ class Counts:
         return cls(len(missing), int(missing.sum()), int(unseen.sum()), bins)
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.num_rows + other.num_rows,
-            self.num_missing + other.num_missing,
-            self.num_odd + other.num_odd,
-            self.bins + other.bins,
-            self.total + other.total,
-        )
+        return Counts(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def num_values(self) -> int:
@@ -124,8 +121,8 @@ class Counts:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Share of the values in each bin."""
-        return tuple(float(count) / max(self.num_values, 1) for count in self.bins)
+        """Share of the values in each bin; empty without values."""
+        return (*map(float, self.bins / self.num_values),) if self.num_values else ()
 
 
 def stability_index(before: Sequence[float], now: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from apps.data.array_files import ArrayFiles
 from apps.recsys.encoding.features import Features
@@ -16,6 +16,7 @@ from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.schema import TextConfig, timestamp_columns
 from core.config.plain import from_plain
 
+T = TypeVar("T")
 TimeRange: TypeAlias = Sequence[float] | None
 """The earliest and the latest time of the training rows in days since 1970; None: there is none, or it is not known."""
 
@@ -74,8 +75,8 @@ class Encoding:
             None if info["domain"]["texts"] is None else texts(info["domain"]["texts"]),
             info["separator"],
             info["timestamps"],
-            _texts(info["texts"]),
-            _profiles(info["profiles"]),
+            _by_column(info["texts"], TextEncoding, "texts"),
+            _by_column(info["profiles"], Profile, "profiles"),
         )
 
     def state(self) -> dict[str, Any]:
@@ -101,8 +102,8 @@ class Encoding:
             None if domains is None else Vocabulary(**domains),
             state["separator"],
             timestamps if isinstance(timestamps, Mapping) else dict.fromkeys(timestamps),  # names in an earlier version
-            _texts(state.get("texts", {})),
-            _profiles(state.get("profiles", {})),
+            _by_column(state.get("texts", {}), TextEncoding, "texts"),
+            _by_column(state.get("profiles", {}), Profile, "profiles"),
         )
 
     @cached_property
@@ -142,9 +143,5 @@ class Encoding:
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _texts(state: Mapping[str, Any]) -> dict[str, TextEncoding]:
-    return {column: from_plain(text, TextEncoding, f"texts[{column!r}]") for column, text in state.items()}
-
-
-def _profiles(state: Mapping[str, Any]) -> dict[str, Profile]:
-    return {column: from_plain(profile, Profile, f"profiles[{column!r}]") for column, profile in state.items()}
+def _by_column(state: Mapping[str, Any], kind: type[T], what: str) -> dict[str, T]:
+    return {column: from_plain(own, kind, f"{what}[{column!r}]") for column, own in state.items()}

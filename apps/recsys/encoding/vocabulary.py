@@ -61,18 +61,16 @@ class Vocabulary:
             return np.array([self._find(value) for value in values.to_pylist()], dtype=np.int64)
         return np.asarray(pc.index_in(values.cast(self._arrow.type), self._arrow).fill_null(-1), dtype=np.int64)
 
-    def _find(self, value: str | None) -> int:
+    def _find(self, value: str) -> int:
         """Return the number of a text by bisection: a row is encoded in the time that it takes, whatever the number of
         texts, of which ``index_in`` makes a hash table for each call."""
-        if value is None:
-            return -1
-        wanted, order, offsets, content = value.encode(), self._order, self.offsets.numpy(), self.content.numpy()
+        order, offsets, content = self._order, self.offsets.numpy(), self.content.numpy()
 
         def text(place: int) -> bytes:
             return content[offsets[order[place]] : offsets[order[place] + 1]].tobytes()
 
-        place = bisect.bisect_left(range(len(order)), wanted, key=text)
-        return int(order[place]) if place < len(order) and text(place) == wanted else -1
+        place = bisect.bisect_left(range(len(order)), value.encode(), key=text)
+        return int(order[place]) if place < len(order) and text(place) == value.encode() else -1
 
     @cached_property
     def _arrow(self) -> pa.Array:

@@ -297,7 +297,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def importances(self, data: Any) -> list[dict[str, Any]]:
         """Return what each task's metric loses when a column is shuffled among test rows, a line each: permutation
         importance with 95 % intervals. Columns that say the same share it."""
-        return [one.row() for one in importances(self, data)]
+        return [dataclasses.asdict(one) for one in importances(self, data)]
 
     def drift(self, pattern: str) -> list[str]:
         """Return a line for each column in which the rows of files differ from the training rows, the worst first.

@@ -307,7 +307,7 @@ class _Build(ColumnWriter):
         config = self.config
         for own in self.write_single(config.categorical):
             self.notes.single(own.column, own.codes.codes, own.rows.unseen)
-            self._profile(own)
+            self.profiles[own.column] = Profile.of_categories(*own.categories(self.masks["train"]))
             self._shown.advance()
             yield CategoricalFeature(own.column, own.rows.num_rows, False, own.column in config.hash_rows)
         for own in self.write_lists(dict.fromkeys(config.multi_valued)):
@@ -330,13 +330,8 @@ class _Build(ColumnWriter):
         assert own.lengths is not None
         self.notes.column(own.column, own.lengths == 0, own.rows.unseen, own.lengths)
         self.notes.leak(own.column, MultiValued(own.codes.codes, own.lengths).sets_N())
-        self._profile(own)
+        self.profiles[own.column] = Profile.of_categories(*own.categories(self.masks["train"]))
         self._shown.advance()
-
-    def _profile(self, own: Written) -> None:
-        train = self.masks["train"]
-        of_value = train if own.lengths is None else np.repeat(train, own.lengths)
-        self.profiles[own.column] = Profile.of_categories(*own.values(of_value), own.is_missing[train])
 
     def rows_of(self, column: str, items: str, codes: Codes, lengths: NDArray[np.int64] | None) -> Rows:
         config, train, row = self.config, self.masks["train"], np.arange(self.num_rows)

@@ -42,16 +42,15 @@ class Written:
     lengths: NDArray[np.int64] | None = None
     num_longer: int = 0
 
-    @property
-    def is_missing(self) -> NDArray[np.bool_]:
-        """Whether a row of the table has no value, (N,)."""
-        return self.codes.codes == MISSING if self.lengths is None else self.lengths == 0
-
-    def values(self, kept: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Return the row of each value that is there, and whether the vocabulary lacks it; ``kept`` chooses some."""
+    def categories(self, kept: NDArray[np.bool_] | None = None) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return the row of each value that is there, whether the vocabulary lacks it, and which rows of the table have
+        no value; ``kept`` chooses some of these rows."""
         there = self.codes.codes != MISSING
-        there = there if kept is None else there & kept
-        return self.rows.rows[there], (self.rows.rows == 0)[there]
+        is_missing = ~there if self.lengths is None else self.lengths == 0
+        if kept is not None:
+            of_value = kept if self.lengths is None else np.repeat(kept, self.lengths)
+            there, is_missing = there & of_value, is_missing[kept]
+        return self.rows.rows[there], self.rows.rows[there] == 0, is_missing
 
 
 class ColumnWriter:

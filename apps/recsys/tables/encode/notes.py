@@ -132,21 +132,16 @@ class Notes:
             elif share[part] - share["train"] > _SHIFTED and unseen[masks[part]].sum() >= _FEWEST_SHIFTED:
                 shifted[part] = share[part]
         if shifted:
-            has_own_rows = column in self.config.hash_rows or column in self.config.num_rows
-            shared = "" if has_own_rows else ", and share one embedding"
-            self.warnings.append(f"column {column!r}: {_by_split(shifted)} values are not in training{shared}")
+            self.warnings.append(f"column {column!r}: {_by_split(shifted)} values are not in training")
 
     def outside(self, column: str, values: NDArray[np.float32]) -> None:
         """Warn of numbers of validation and test that lie outside the range of the training rows."""
         in_train = values[self.masks["train"]]
-        if np.isnan(in_train).all():
-            return
-        low, high = np.nanmin(in_train), np.nanmax(in_train)
-        is_outside, shares = (values < low) | (values > high), dict[str, float]()
-        for part in ("val", "test"):
-            share = _share(is_outside[self.masks[part] & ~np.isnan(values)])
-            if share > _OUTSIDE and is_outside[self.masks[part]].sum() >= _FEWEST_SHIFTED:
-                shares[part] = share
+        low, high = np.fmin.reduce(in_train), np.fmax.reduce(in_train)  # NaN without a number: nothing is outside then
+        is_outside, is_there = (values < low) | (values > high), ~np.isnan(values)
+        outside = {part: is_outside[self.masks[part] & is_there] for part in ("val", "test")}
+        few = _FEWEST_SHIFTED - 1
+        shares = {part: own.mean() for part, own in outside.items() if own.sum() > max(_OUTSIDE * len(own), few)}
         if shares:
             self.warnings.append(
                 f"column {column!r}: {_by_split(shares)} values are outside the training rows' range, {low:g} to "

@@ -6,7 +6,6 @@ with every version.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +90,7 @@ def split_rows(
     if config.gap is not None:
         assert time is not None
         gap = config.gap_in(np.issubdtype(time.dtype, np.integer), time_name)
-        train, val = _before(train, [val, test], time, gap), _before(val, [test], time, gap)
+        train, val = _before(train, np.concatenate((val, test)), time, gap), _before(val, test, time, gap)
     wanted = {
         "training": (train, True),
         "validation": (val, given_val is not None or config.val > 0),
@@ -104,16 +103,12 @@ def split_rows(
                 f"the {name} split is empty: split.kind={kind!r}, val={config.val}, test={config.test}{gap_text} on "
                 f"{num_train} rows"
             )
-    in_gap = before_gap - len(train) - len(val)
-    return Splits(np.sort(train), np.sort(val), np.sort(test), in_gap, later)
+    return Splits(np.sort(train), np.sort(val), np.sort(test), before_gap - len(train) - len(val), later)
 
 
-def _before(rows: Rows, later: Sequence[Rows], time: NDArray[Any], gap: float) -> Rows:
-    """Return the rows that are more than ``gap`` earlier than the first row of each later split."""
-    for part in later:
-        if len(part):
-            rows = rows[time[rows] < time[part].min() - gap]
-    return rows
+def _before(rows: Rows, later: Rows, time: NDArray[Any], gap: float) -> Rows:
+    """Return the rows that are more than ``gap`` earlier than the first of the later ones."""
+    return rows[time[rows] < time[later].min() - gap] if len(later) else rows
 
 
 def _by_time(config: SplitConfig, time: NDArray[Any], draw_val: bool, draw_test: bool) -> tuple[Rows, Rows, Rows]:
@@ -128,8 +123,7 @@ def _by_time(config: SplitConfig, time: NDArray[Any], draw_val: bool, draw_test:
     windows_after = 0 if config.origin is None else config.origins - 1 - config.origin
     end = cut(len(order) - windows_after * num_test)
     begin = cut(len(order) - (windows_after + 1) * num_test)
-    num_val = round(config.val * begin) if draw_val else 0
-    begin_val = cut(begin - num_val) if num_val else begin
+    begin_val = cut(begin - (round(config.val * begin) if draw_val else 0))
     return order[:begin_val], order[begin_val:begin], order[begin:end]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +130,9 @@ class RecommenderReport(Report):
             batches.append(batch)
         arrays = join(batches, model.features, "test") if batches else None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        columns: list[Importance] = []
-        if self.config.importance_rows and trainer.world_size == 1 and hasattr(data, "examples"):
-            with trainer.precision_plugin.forward_context():
-                columns = importances(model, data, self.config.importance_rows)
+        num_rows = self.config.importance_rows if trainer.world_size == 1 and hasattr(data, "examples") else 0
+        with trainer.precision_plugin.forward_context():
+            columns = importances(model, data, num_rows) if num_rows else []
         return _Collected(metrics.by_task, metrics.by_part, reader, arrays, data, columns)
 
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
@@ -267,16 +266,14 @@ def _value_chart(task: str, bins: Bins) -> LineChart:
 
 def write_importances(columns: Sequence[Importance], folder: Path) -> Section:
     """Write the importance of each column for each task as ``importance.csv``."""
-    write_csv(folder / "importance.csv", [one.row() for one in columns])
+    write_csv(folder / "importance.csv", [asdict(one) for one in columns])
     tasks = {one.task: one.metric for one in columns}
     lines: dict[str, list[str]] = {}
     for one in columns:
-        lines.setdefault(one.column, [one.column]).append(f"{one.loss.mean:.4f} ± {one.loss.half_width:.4f}")
+        lines.setdefault(one.column, [one.column]).append(f"{one.importance:.4f} ± {one.ci95:.4f}")
     heads = ("column", *(f"{task}, {_NAMES.get(metric, metric)}" for task, metric in tasks.items()))
-    title = (
-        f"What a task's metric loses when a column is shuffled among {columns[0].num_rows:,} test rows: mean and 95 % "
-        f"interval of {SHUFFLES} shuffles"
-    )
+    what = f"a column is shuffled among {columns[0].rows:,} test rows"
+    title = f"What the metric loses when {what}, with the 95 % interval of {SHUFFLES} shuffles"
     note = "Columns that say the same share their importance: each of them may look as if it did not matter."
     return Section("What the columns are worth", (_table(title, heads, [*lines.values()][:_SHOWN]), Text.of(note)))
 

@@ -201,7 +201,7 @@ def test_a_run_says_what_its_columns_are_worth_and_how_new_rows_differ(tmp_path,
     # Rows 0 to 60 train: 80 before the test, of which the last 16 validate, and two gaps of 3.
     assert main(["doctor", "--ckpt_path", "run", "--data", "rows.csv"]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "column 'ts': 39.0% of the numbers are outside training's 0 to 60: predictions extrapolate there"
+    assert out[0] == "column 'ts': 39.0% of the values are outside training's 0 to 60: predictions extrapolate"
     assert out[-1] == "1 finding: rows.csv against the training of run"
     pa.csv.write_csv(pa.table(rows).slice(0, 61), "same.csv")
     assert main(["doctor", "--ckpt_path", "run", "--data", "same.csv"]) == 0

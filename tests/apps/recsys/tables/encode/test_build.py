@@ -336,7 +336,7 @@ def test_values_that_only_validation_and_test_have_are_warnings(own, tmp_path):
     data = own(config_of(**roles, split=SplitConfig("time", val=1 / 9, test=0.1)), test_file=None)
     assert data.sizes() == {"train": 80, "val": 10, "test": 10}
     assert data.findings.warnings == [
-        "column 'city': 40.0% of the test values are not in training, and share one embedding",
+        "column 'city': 40.0% of the test values are not in training",
         "column 'day': 100.0% of the val and 100.0% of the test values are outside the training rows' range, 0 to 79: "
         "predictions extrapolate there. Leave out what only grows with time (exclude: [day])",
     ]

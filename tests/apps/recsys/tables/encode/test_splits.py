@@ -163,7 +163,7 @@ def test_each_origin_tests_the_next_window_and_trains_on_all_before():
         ({"kind": "time", "gap": -1}, "split.gap=-1 is no time above 0"),
         ({"kind": "time", "origins": 3, "origin": 3}, "split.origin=3 must be below split.origins=3"),
         ({"kind": "time", "origins": 0}, "split.origins=0 is not at least 1"),
-        ({"kind": "time", "origins": 4, "test": 0.25}, "split.origins=4 windows of test=0.25 of the rows must leave"),
+        ({"kind": "time", "origins": 4, "test": 0.25}, "split.origins=4 windows of test=0.25 leave no row before them"),
     ],
 )
 def test_options_of_a_split_by_time_are_checked(options, message):

@@ -38,14 +38,14 @@ def test_what_decides_is_worth_all_and_noise_nothing():
     dense = torch.stack((right, torch.rand(1000)), 1)
     label = torch.stack(((right > 0).float(), torch.ones(1000)), 1)  # one class has no AUC
     rows = TableBatch(dense, torch.zeros(0, 1000, dtype=torch.int32), label, torch.arange(1000))
-    found = shuffled_importances(Known(), rows, columns_of(Known.features))
-    assert [(one.column, one.task, one.metric, one.num_rows) for one in found] == [
+    found = shuffled_importances(Known(), rows, columns_of(Encoding(Known.features)))
+    assert [(one.column, one.task, one.metric, one.rows) for one in found] == [
         ("right", "click", "auc", 1000),
         ("noise", "click", "auc", 1000),
     ]
-    assert found[0].loss.mean == pytest.approx(0.5, abs=4 * 0.008)
-    assert 0 < found[0].loss.half_width < 0.1
-    assert (found[1].loss.mean, found[1].loss.half_width, found[1].loss.count) == (0, 0, 5)
+    assert found[0].importance == pytest.approx(0.5, abs=4 * 0.008)
+    assert 0 < found[0].ci95 < 0.1
+    assert (found[1].importance, found[1].ci95) == (0, 0)
 
 
 def test_a_column_has_the_values_of_other_rows_and_no_other_changes():
@@ -78,5 +78,5 @@ def test_the_parts_of_a_time_and_the_domain_are_columns_of_the_table():
     hour, day = CategoricalFeature("ts_hour", 25), ContinuousFeature("ts_days")
     own = Features(categorical=(hour, CategoricalFeature("tab", 3)), continuous=(day,), num_domains=2)
     encoding = Encoding(own, domain="tab", timestamps={"ts": None})
-    assert columns_of(own, encoding) == {"ts": {"ts_hour", "ts_days"}, "tab": {"tab", ""}}
-    assert columns_of(own) == {"ts_hour": {"ts_hour"}, "tab": {"tab"}, "ts_days": {"ts_days"}, "domain": {""}}
+    assert columns_of(encoding) == {"ts": {"ts_hour", "ts_days"}, "tab": {"tab", ""}}
+    assert columns_of(Encoding(own)) == {"ts_hour": {"ts_hour"}, "tab": {"tab"}, "ts_days": {"ts_days"}}
