@@ -321,3 +321,15 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
         labels = {name: events[column][row["index"]] for name, column in (("click", "clicked"), ("buy", "bought"))}
         expected = every[row["index"]] | {f"label_{name}": label for name, label in labels.items()}
         assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_few_texts_are_found_in_a_large_vocabulary_as_many_are():
+    # 5,000 texts; two are looked up by bisection, 100 in a hash table.
+    texts = [f"{name}{i}" for i in range(2500) for name in ("ä", "z")]
+    vocabulary = Vocabulary.of(pa.array(texts))
+    wanted = ["z0", "ä2499", "", "zz", "ä", "a", "z2500", *texts[::60]]
+    in_table = vocabulary.find(pa.array(wanted)).tolist()
+    assert in_table[:7] == [1, 4998, -1, -1, -1, -1, -1]
+    assert in_table[7:] == [*range(0, 5000, 60)]
+    assert [int(vocabulary.find(pa.array([text]))[0]) for text in wanted] == in_table
+    assert vocabulary.find(pa.array([], pa.string())).tolist() == []

@@ -172,6 +172,15 @@ def test_a_model_that_knows_no_values_says_so(own):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_an_encoding_is_read_once_until_another_checkpoint_comes(loaded):
+    first = loaded.encoding
+    assert loaded.encoding is first
+    loaded.predict(NEW)
+    assert loaded.task.encoding is first
+    loaded.adopt_encoding({"encoding": {**first.state(), "separator": ";"}})
+    assert (loaded.encoding.separator, first.separator) == (";", "|")
+
+
 def test_it_is_what_the_command_line_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
