@@ -21,7 +21,7 @@ import torch
 
 from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Search
-from apps.recsys.kinds import Count, Kind, Ordinal, Outputs, kind_of
+from apps.recsys.kinds import Kind, Ordinal, Outputs, Regression, kind_of
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables.rows.arrays import MultiValued, TableArrays, gather
 from apps.recsys.tables.tasks import step_labels
@@ -268,10 +268,9 @@ def outputs_of(kind: Kind, raw: np.ndarray, classes: np.ndarray | None = None) -
     target = kind.target
     if target.kind == "binary":
         return raw
-    if classes is None:
-        if isinstance(kind, Count):
-            return np.asarray(np.log(np.maximum(raw, 1e-9) / target.mean))
-        return np.asarray((raw - target.mean) / target.std)
+    if isinstance(kind, Regression):
+        return np.asarray(kind.outputs_of(raw))
+    assert classes is not None
     if raw.ndim == 1:
         raw = np.column_stack((np.zeros(len(raw)), raw))
     logits = np.full((len(raw), len(target.shares)), -30.0)  # a class that is not seen has next to no probability
