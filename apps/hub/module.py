@@ -23,6 +23,7 @@ from apps.hub.folders import load_model, load_tokenizer, save_model, teller
 from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
+from apps.train.step.pieces import Block, PieceMetrics, ratio_values, token_metrics
 from core.adopted import is_sparse
 from core.config.plain import from_plain
 from core.fields import Checked, Count, CountOrZero, NotNegative, Positive, PositiveShare
@@ -71,6 +72,17 @@ class GenerateConfig(Checked):
     seed: CountOrZero = 0
 
 
+class RowMetrics(PieceMetrics[Block]):
+    """Mean loss of a token, perplexity and token accuracy, each row once on any number of processes."""
+
+    has_loss = True
+
+    def values_of(self, pieces: Sequence[Block]) -> dict[str, float]:
+        """Return the metrics by name."""
+        loss = math.fsum(row.nll for row in pieces) / max(sum(row.tokens for row in pieces), 1)
+        return {"loss": loss, **token_metrics(pieces)}
+
+
 class HubCausalLM(SparseModule, Comparable):
     """A causal language model in a local folder of transformers' layout, whose MoE blocks are adopted.
 
@@ -97,7 +109,7 @@ class HubCausalLM(SparseModule, Comparable):
     monitor: str = "val/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     readout = ("model.lm_head",)
-    shown_metrics = ("perplexity",)
+    shown_metrics = ("perplexity", "token_accuracy")
 
     def __init__(
         self,
@@ -182,10 +194,13 @@ class HubCausalLM(SparseModule, Comparable):
         nll_N = F.cross_entropy(
             logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        count_B = (target_BL != IGNORED).sum(1)
-        count = max(int(count_B.sum()), 1)
-        outputs = None if self.training else (nll_N.detach().view(target_BL.shape).sum(1), count_B)
-        return TaskOutput(nll_N.sum() / count, outputs, None, len(batch.tokens_BL), weight=count)
+        is_said_BL = target_BL != IGNORED
+        count, rows = max(int(is_said_BL.sum()), 1), None
+        if not self.training:
+            right_B = ((logits_BLV.argmax(-1) == target_BL) & is_said_BL).sum(1)
+            columns = (batch.index_B, nll_N.double().view(target_BL.shape).sum(1), right_B, is_said_BL.sum(1))
+            rows = [Block(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return TaskOutput(nll_N.sum() / count, rows, None, len(batch.tokens_BL), weight=count)
 
     def example_inputs(self, batch: HubBatch) -> tuple[Tensor, Tensor]:
         return batch.tokens_BL, batch.positions_BL
@@ -193,18 +208,8 @@ class HubCausalLM(SparseModule, Comparable):
     def cost_unit(self, batch: HubBatch) -> str:
         return f"a row of {batch.tokens_BL.shape[1]} tokens"
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_perplexity("val")
-        super().on_validation_epoch_end()
-
-    def on_test_epoch_end(self) -> None:
-        self._log_perplexity("test")
-        super().on_test_epoch_end()
-
-    def _log_perplexity(self, stage: str) -> None:
-        loss = self.trainer.callback_metrics.get(f"{stage}/loss")
-        if loss is not None:
-            self.log(f"{stage}/perplexity", math.exp(min(float(loss), 700.0)), prog_bar=True, sync_dist=True)
+    def build_metrics(self) -> RowMetrics:
+        return RowMetrics()
 
     # ---- comparisons
 
@@ -236,10 +241,9 @@ class HubCausalLM(SparseModule, Comparable):
         return made
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        nats_N, tokens_N = (torch.cat([out.outputs[i].double() for out in outs]).cpu() for i in (0, 1))
-        ratio = nats_N.sum() / tokens_N.sum()  # values with its mean and its spread
-        values_N = ratio + (nats_N - ratio * tokens_N) / tokens_N.mean()
-        return ExampleValues("nats_per_token", values_N, higher_is_better=False)
+        rows = [row for out in outs for row in out.outputs]
+        nats_N, tokens_N = torch.tensor([(row.nll, row.tokens) for row in rows], dtype=torch.float64).unbind(1)
+        return ExampleValues("nats_per_token", ratio_values(nats_N, tokens_N), higher_is_better=False)
 
     # ---- prediction
 

@@ -10,8 +10,8 @@ import torch
 
 import core
 from apps.base.evaluation import in_evaluation
-from apps.report.exhibit import Example, LayerPart, NumberField, Said
-from apps.task import Input, Output, Service, Sizes, Task, Trial, text, words_by_layer
+from apps.report.exhibit import Example, LayerPart, Said
+from apps.task import Output, Service, Sizes, Task, Trial, number, text, words_by_layer
 from apps.task.outputs import properties
 from apps.train.publish.exporting import Exported
 
@@ -41,17 +41,10 @@ class HubPrompt(Task):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        limits = {"type": "integer", "minimum": 1, "maximum": _MOST_WRITTEN}
-        default = min(_MOST_WRITTEN, model.generate.max_new_tokens)
+        says, default = "Tokens to write, at most", min(_MOST_WRITTEN, model.generate.max_new_tokens)
         self.inputs = {
             "text": text("Prompt", "Who goes there?", from_json=self._sent),
-            "tokens": Input(
-                {**limits, "description": "Tokens to write, at most."},
-                _FIRST,
-                field=NumberField("Tokens to write, at most", _FIRST, whole=True, least=1, most=_MOST_WRITTEN),
-                is_required=False,
-                default=default,
-            ),
+            "tokens": number(says, _FIRST, default, 1, _MOST_WRITTEN, f"{says}."),
         }
         schema = {"type": "string", "description": "What the model writes."}
         self.output = Output(

@@ -19,7 +19,7 @@ from apps.nlp.predict import checked_texts
 from apps.nlp.sizes import TextTask
 from apps.nlp.text.words import words_of
 from apps.report.exhibit import Example, LayerPart, NumberField, Said
-from apps.task import Input, Output, Sizes, Trial, ids_on_meta, text, vocabulary_loss, words_by_layer
+from apps.task import Input, Output, Sizes, Trial, ids_on_meta, number, text, vocabulary_loss, words_by_layer
 from apps.task.outputs import properties
 from apps.train.publish.exporting import Exported
 
@@ -60,16 +60,10 @@ class Continuation(TextTask):
         super().__init__(model)
         learned = model.transformer.positions == "learned"
         self.longest = min(_MOST_READ, model.transformer.max_length - 1) if learned else _MOST_READ
-        limits = {"type": "integer", "minimum": 1, "maximum": _MOST_WRITTEN}
+        says, default = "Subwords to write, at most", min(_MOST_WRITTEN, model.decode.max_length(1))
         self.inputs = {
             "text": text("Text", "And the king", may_be_empty=True, from_json=self._sent),
-            "subwords": Input(
-                {**limits, "description": "Subwords to write, at most."},
-                _FIRST,
-                field=NumberField("Subwords to write, at most", _FIRST, whole=True, least=1, most=_MOST_SHOWN),
-                is_required=False,
-                default=min(_MOST_WRITTEN, model.decode.max_length(1)),
-            ),
+            "subwords": number(says, _FIRST, default, 1, _MOST_WRITTEN, f"{says}.", shown=_MOST_SHOWN),
         }
         if model.decode.method == "sample":
             seed = model.decode.seed
