@@ -20,6 +20,7 @@ from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues
 from apps.hub.adapter_files import save_adapters
 from apps.hub.data import IGNORED, HubBatch
 from apps.hub.folders import load_model, load_tokenizer, save_model, teller
+from apps.train.checkpoint.checkpoints import BestAndLast
 from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
@@ -333,11 +334,29 @@ class HubCausalLM(SparseModule, Comparable):
         return super().load_state_dict(whole, strict, assign)
 
     def on_fit_end(self) -> None:
-        """Write the trained adapter as PEFT's files into the run's folder."""
-        if self.lora is not None:
-            folder = Path(self.trainer.default_root_dir) / "adapter"
-            save_adapters(self.model, folder)
-            _logger.info("the adapter is in %s", folder)
+        """Write the adapter of the best checkpoint, else of the last step, as PEFT's files into the run's folder."""
+        if self.lora is None:
+            return
+        folder, which = Path(self.trainer.default_root_dir) / "adapter", "of the last step"
+        kept = {name: value.clone() for name, value in self.state_dict().items() if name not in self.kept_elsewhere}
+        for saved in self.trainer.checkpoint_callbacks:
+            if isinstance(saved, BestAndLast) and saved.best_score is not None:
+                best = self.trainer.strategy.load_checkpoint(saved.best_model_path, weights_only=True)
+                self.load_state_dict(best["state_dict"])
+                which = f"of the best {saved.monitor}, {saved.best_score:.4g}"
+        save_adapters(self.model, folder)
+        self.load_state_dict(kept)
+        if self.trainer.is_global_zero:
+            _logger.info("the adapter %s is in %s", which, folder)
+
+    def merge_adapters(self) -> None:
+        """Merge the adapters into the weights, in place.
+
+        Raises:
+            ValueError: there are none, or the experts are quantized.
+        """
+        core.merge_adapters(self.model)
+        self.lora = None
 
     def save_folder(self, folder: str | Path) -> None:
         """Write the model in transformers' layout, adapters merged; the module is of no use afterwards.
@@ -348,5 +367,5 @@ class HubCausalLM(SparseModule, Comparable):
         if needs_all_ranks(self.model):
             raise ValueError("the experts are sharded: load the checkpoint in one process, apps.load(run).save_folder")
         if self.lora is not None:
-            core.merge_adapters(self.model)
+            self.merge_adapters()
         save_model(core.release(self.model) if core.moe_layers(self.model) else self.model, folder, self.folder)

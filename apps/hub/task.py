@@ -7,16 +7,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.report.exhibit import Example, LayerPart, Said
 from apps.task import Output, Service, Sizes, Task, Trial, number, text, words_by_layer
 from apps.task.outputs import properties
-from apps.train.publish.exporting import Exported
+from apps.train.publish.exporting import Exported, Graph
+from core.convert.read.calls import evaluating
 
 _MOST_READ, _MOST_WRITTEN, _FIRST = 8_192, 1_024, 64
 """Tokens of a request at most, and those that a page writes at first."""
+_EXAMPLE = 16
+"""Tokens of a row of an export's example."""
 
 
 class Answered(NamedTuple):
@@ -30,6 +33,18 @@ class Answered(NamedTuple):
     prompt: str
     answer: str
     ids: list[int]
+
+
+class _Logits(nn.Module):
+    """A model of transformers as a function of ids only."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=token_ids, use_cache=False).logits
+        return logits
 
 
 class HubPrompt(Task):
@@ -73,7 +88,7 @@ class HubPrompt(Task):
 
     @torch.no_grad()
     def layers(self, tape: core.Tape, example: Any, answer: Answered) -> Mapping[str, tuple[LayerPart, ...]]:
-        with in_evaluation(self.model), core.record(self.model.model) as of_text:  # one pass, not one a token
+        with evaluating(self.model), core.record(self.model.model) as of_text:  # one pass, not one a token
             self.model.model(input_ids=torch.tensor([answer.ids], device=self.model.device))
         words = [[self.model.tokenizer.decode([i]) or "·"] for i in answer.ids]
         return words_by_layer(of_text.entries, words, "Tokens, as the model reads them", "tokens")
@@ -82,8 +97,11 @@ class HubPrompt(Task):
         return ()
 
     def exported(self) -> Exported:
-        """Raise a ``ValueError``: transformers' own exporters write such graphs, of what ``save_folder`` writes."""
-        raise ValueError("a model of the hub is exported by transformers' exporters, from the folder of save_folder")
+        """Return one graph of a forward: ids of rows of one length in, the logits of the token after each id out."""
+        ids_BS = torch.arange(2 * _EXAMPLE).view(2, _EXAMPLE) % self.model.config.get_text_config().vocab_size
+        axes = {"token_ids": {0: "batch", 1: "length"}}
+        graph = Graph("model", _Logits(self.model.model), {"token_ids": ids_BS}, ("logits",), axes)
+        return Exported("own", (graph,), {})
 
     @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:

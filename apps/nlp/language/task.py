@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.data.subwords import EOS_ID
 from apps.nlp.decode import decoding
 from apps.nlp.decode.exported import ExportedLanguageModel
@@ -22,6 +21,7 @@ from apps.report.exhibit import Example, LayerPart, NumberField, Said
 from apps.task import Input, Output, Sizes, Trial, ids_on_meta, number, text, vocabulary_loss, words_by_layer
 from apps.task.outputs import properties
 from apps.train.publish.exporting import Exported
+from core.convert.read.calls import evaluating
 
 _MOST_READ, _MOST_WRITTEN = 1_024, 256
 """Subwords of a request at most."""
@@ -96,7 +96,7 @@ class Continuation(TextTask):
     @torch.no_grad()
     def layers(self, tape: core.Tape, example: Any, answer: Continued) -> Mapping[str, tuple[LayerPart, ...]]:
         network = self.model.model
-        with in_evaluation(self.model), dropless(network), core.record(network) as of_text:  # one pass, not the search
+        with evaluating(self.model), dropless(network), core.record(network) as of_text:  # one pass, not the search
             network.hidden(torch.tensor([answer.read], device=self.model.device))
         pieces = words_of(self.model.subwords.pieces(answer.read, "target"))
         return words_by_layer(of_text.entries, pieces, "Subwords, as the model reads them")

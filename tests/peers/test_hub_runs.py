@@ -1,0 +1,193 @@
+"""A run of a model of transformers in the other commands: quantized, swept, exported, on two processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_hub_training import fit, folder
+
+import apps
+import core
+from apps.cli import main
+from apps.hub.module import RowMetrics
+from apps.train.cost.quantizing import form_of, quantize_model
+from apps.train.step.pieces import Block
+
+transformers = pytest.importorskip("transformers")
+__all__ = ["folder"]
+IDS = torch.arange(5, 25).view(2, 10)
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """The runs ``finetune`` and ``lora``, of two epochs."""
+    base = tmp_path_factory.mktemp("runs")
+    for config in ("finetune", "lora"):
+        assert fit(folder, base / config, "--trainer.max_epochs", "2", config=config) == 0
+    return base
+
+
+@torch.no_grad()
+def logits(model):
+    return model.model(input_ids=IDS).logits
+
+
+def close(own, other):
+    return float((own - other).norm() / other.norm())
+
+
+def failing(capsys, *argv):
+    assert main([*map(str, argv)]) == 1
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    return line
+
+
+def test_quantize_writes_a_run(runs, folder, tmp_path, capsys):
+    for config, form in (("finetune", "int8"), ("lora", "int4:32")):
+        new = tmp_path / config
+        argv = ["convert", "quantize", "--ckpt_path", str(runs / config), "--how", form, "--output", str(new)]
+        assert main(argv) == 0
+        assert "val/loss" in capsys.readouterr().out
+        model = apps.load(new)
+        assert form_of(model) == form
+        assert close(logits(model), logits(quantize_model(apps.load(runs / config), form))) < 1e-6
+        assert main(["test", "--ckpt_path", str(new)]) == 0
+    state = torch.load(tmp_path / "finetune" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    # 4 experts of 64 x 64 in each of 3 matrices and 2 layers, a byte a number
+    assert sum(t.numel() for t in state.values() if t.dtype == torch.int8) == 4 * 64 * 64 * 3 * 2
+    assert model.hparams["quantize"] == "int4:32"
+    assert "lora.a" not in " ".join(n for n in model.kept_elsewhere)
+    capsys.readouterr()
+    quantize = ("convert", "quantize", "--output", tmp_path / "no", "--ckpt_path")
+    assert "has experts in int4:32 already" in failing(capsys, *quantize, tmp_path / "lora")
+    assert "whose layout has no experts in int8: serve and export take --quantize int8" in failing(
+        capsys, *quantize, folder / "model"
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_run_with_adapters_becomes_a_folder(runs, tmp_path, capsys):
+    expected = logits(apps.load(runs / "lora"))
+    for kind, *words in (("merge",), ("prune", "--keep", "3"), ("densify",)):
+        new = str(tmp_path / kind)
+        assert main(["convert", kind, "--ckpt_path", str(runs / "lora"), "--output", new, *words]) == 0
+        model = transformers.AutoModelForCausalLM.from_pretrained(new).eval()
+        assert model.config.num_local_experts == {"merge": 4, "prune": 3, "densify": 1}[kind]
+        with torch.no_grad():
+            error = close(model(input_ids=IDS).logits, expected)
+        assert error < 1e-5 if kind == "merge" else 1e-3 < error < 1
+        assert torch.equal(logits(apps.load(new)), logits(apps.load(new, quantize=None)))
+    assert "has no adapters to merge" in failing(
+        capsys, "convert", "merge", "--ckpt_path", runs / "finetune", "--output", tmp_path / "no"
+    )
+
+
+def test_a_sweep_takes_fewer_experts_a_token(runs, folder):
+    assert main(["test", "--ckpt_path", str(runs / "lora"), "--sweep", "--rounds", "2"]) == 0
+    forms = {
+        form["name"]: form["metrics"]["test/loss"]
+        for form in json.loads((runs / "lora/sweep.json").read_text())["forms"]
+    }
+    shares = [f"{share} % of the experts" for share in (75, 50, 25)]
+    assert list(forms) == ["as trained", "top_k=1", *shares, "int8", "int4"]
+    model = apps.load(runs / "lora")
+    core.merge_adapters(model.model)
+    model.lora = None
+    model.save_folder(runs / "merged")
+    config = json.loads((runs / "merged" / "config.json").read_text())
+    (runs / "merged" / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
+    flags = ["--model", "HubCausalLM", "--data", "HubTextData", "--data.folder", str(runs / "merged")]
+    flags += ["--data.root", str(folder), "--data.train_files", "chats.jsonl", "--data.block_size", "48"]
+    flags += ["--data.cache_dir", str(folder / "cache"), "--run_dir", str(runs / "one")]
+    assert main(["test", "--ckpt_path", "none", *flags]) == 0
+    of_one = json.loads((runs / "one" / "test.json").read_text())["test/loss"]
+    assert of_one == pytest.approx(forms["top_k=1"], rel=1e-5)
+    assert of_one != pytest.approx(forms["as trained"], rel=1e-5)
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_the_graph_of_an_export_has_the_logits(runs, tmp_path, form):
+    runtime = pytest.importorskip("onnxruntime")
+    words = [] if form is None else ["--quantize", form]
+    file = tmp_path / "model.onnx"
+    assert main(["export", "--ckpt_path", str(runs / "lora"), "--output", str(file), *words]) == 0
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    model = apps.load(runs / "lora", quantize=form)
+    for ids in (IDS, IDS[:1, :3]):
+        with torch.no_grad():
+            expected = model.model(input_ids=ids).logits.numpy()
+        (own,) = session.run(None, {"token_ids": ids.numpy()})
+        assert own.shape == expected.shape
+        assert np.abs(own - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_the_adapter_is_the_best_checkpoint_s(folder, tmp_path, capsys):
+    # At such a rate a later epoch is worse than the first.
+    assert fit(folder, tmp_path, "--trainer.max_epochs", "4", "--model.optimizer.lr", "30") == 0
+    said = capsys.readouterr().err
+    best, last = (
+        torch.load(tmp_path / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+        for name in ("best", "last")
+    )
+    name = next(name for name in best if "self_attn.q_proj" in name and name.endswith(".a"))
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    own = written["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert torch.equal(own, best[name].t())
+    assert not torch.equal(own, last[name].t())
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    score = min(float(row["val/loss"]) for row in rows if row["val/loss"])
+    assert f"the adapter of the best val/loss, {score:.4g} is in {tmp_path / 'adapter'}" in said
+
+
+def test_each_row_counts_once():
+    metrics = RowMetrics()
+    metrics.update([Block(1, 3.0, 1, 4), Block(0, 5.0, 3, 4), Block(1, 3.0, 1, 4)])  # the last fills up a round
+    assert float(metrics.compute()["loss"]) == 1.0
+
+
+def test_two_processes_train_evaluate_and_write_a_whole_adapter(folder, tmp_path):
+    """An odd number of validation rows, so that one of them is repeated."""
+    base = [sys.executable, "-m", "apps.cli"]
+    data = ["--data.folder", folder / "model", "--data.root", folder, "--data.train_files", "chats.jsonl"]
+    data += ["--data.block_size", "24", "--data.val_size", "7", "--data.eval_batch_size", "2"]
+    data += ["--data.cache_dir", folder / "cache"]
+    two = [
+        "--config",
+        "configs/parallel/expert_parallel.yaml",
+        "--trainer.devices",
+        "2",
+        "--trainer.accelerator",
+        "cpu",
+    ]
+
+    def run(command, name, *words):
+        config = ["--config", "configs/hub/lora.yaml", "--run_dir", tmp_path / name]
+        argv = [*base, command, *config, *words, *data]
+        done = subprocess.run([*map(str, argv)], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    trains = ["--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "1"]
+    run("fit", "two", *two, *trains)
+    assert fit(folder, tmp_path / "one", *trains) == 0
+    own, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
+    assert {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in other.items()}
+    assert len(own) == 2 * 2 * (4 + 2)  # A and B of 2 layers' 4 attention matrices, and 2 matrices of all experts
+    assert any(float(t.abs().max()) > 0 for name, t in own.items() if "lora_B" in name and "experts" in name)
+    saved = tmp_path / "two" / "checkpoints" / "best.ckpt"
+    losses = []
+    for name, words in (("alone", ["--trainer.accelerator", "cpu"]), ("together", two)):
+        run("validate", name, *words, "--ckpt_path", saved)
+        losses.append(json.loads((tmp_path / name / "validate.json").read_text())["val/loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    rows = list(csv.DictReader((tmp_path / "two" / "metrics.csv").open()))
+    trained = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+    assert trained[-1] < trained[0]
+    assert min(trained) == pytest.approx(losses[0], abs=1e-6)
