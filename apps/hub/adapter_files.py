@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apps.base.files import new_file, write_json
-from apps.porting.files import ADAPTER, ADAPTER_CONFIG
+from apps.porting.files import ADAPTER, ADAPTER_CONFIG, Safetensors, read_json
 from core.adopted.parts import AdoptedExperts
 from core.contract import several_ranks
 from core.convert.build.low_rank import adapted_modules, attach
@@ -139,11 +138,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for file in (ADAPTER_CONFIG, ADAPTER):
         if not (folder / file).is_file():
             raise ValueError(f"{folder} has no {file}: it is no adapter of PEFT")
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
-        tensors = load_file(folder / ADAPTER)
-    except Exception as error:  # safetensors has an error class of its own
-        raise ValueError(f"{folder} cannot be read: {error}") from None
+    config, tensors = read_json(folder / ADAPTER_CONFIG), dict(Safetensors(folder / ADAPTER))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: peft_type={config.get('peft_type')!r} is not LORA")
     return config, tensors

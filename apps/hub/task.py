@@ -84,6 +84,7 @@ class HubPrompt(Task):
         return answers
 
     def service(self) -> Service:
+        _ = self.model.tokenizer  # a folder without one is rejected before a request comes
         return replace(super().service(), listen=lambda values, tell: {**values, "tell": tell})
 
     @torch.no_grad()
@@ -102,6 +103,10 @@ class HubPrompt(Task):
         axes = {"token_ids": {0: "batch", 1: "length"}}
         graph = Graph("model", _Logits(self.model.model), {"token_ids": ids_BS}, ("logits",), axes)
         return Exported("own", (graph,), {})
+
+    @classmethod
+    def encoding_state(cls, exported: Any) -> Any:
+        raise ValueError(f"{exported.path} has logits only: predict takes the run, --ckpt_path")
 
     @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
+from shutil import copytree, ignore_patterns
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from test_hub_training import data as sampled, fit, folder
 import apps
 import core
 from apps.cli import main
+from apps.hub import load_adapters
 from apps.hub.module import RowMetrics
 from apps.train.cost.quantizing import form_of, quantize_model
 from apps.train.step.pieces import Block
@@ -110,7 +113,7 @@ def test_a_sweep_takes_fewer_experts_a_token(runs, folder):
 
 
 @pytest.mark.parametrize("form", [None, "int8"])
-def test_the_graph_of_an_export_has_the_logits(runs, tmp_path, form):
+def test_the_graph_of_an_export_has_the_logits(runs, tmp_path, form, capsys):
     runtime = pytest.importorskip("onnxruntime")
     words = [] if form is None else ["--quantize", form]
     file = tmp_path / "model.onnx"
@@ -123,6 +126,7 @@ def test_the_graph_of_an_export_has_the_logits(runs, tmp_path, form):
         (own,) = session.run(None, {"token_ids": ids.numpy()})
         assert own.shape == expected.shape
         assert np.abs(own - expected).max() < 1e-4 * np.abs(expected).max()
+    assert "has logits only: predict takes the run" in failing(capsys, "predict", "--onnx", file, "--data.text", "hi")
 
 
 def test_the_adapter_is_the_best_checkpoint_s(folder, tmp_path, capsys):
@@ -139,6 +143,28 @@ def test_the_adapter_is_the_best_checkpoint_s(folder, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     score = min(float(row["val/loss"]) for row in rows if row["val/loss"])
     assert f"the adapter of the best val/loss, {score:.4g} is in {tmp_path / 'adapter'}" in said
+
+
+def test_files_that_are_cut_or_missing_are_named(runs, folder, tmp_path, capsys):
+    apps.load(runs / "finetune", quantize="int4").save_pretrained(tmp_path / "int4")
+    model = apps.load(tmp_path / "int4")
+    assert form_of(model) == "int4"
+    os.truncate(tmp_path / "int4" / "model.safetensors", 100_000)
+    copytree(folder / "model", tmp_path / "unknown")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (tmp_path / "unknown" / "config.json").write_text(json.dumps({**config, "model_type": "foo_moe"}))
+    copytree(folder / "model", tmp_path / "mute", ignore=ignore_patterns("token*"))
+    for name, said in (
+        ("int4", "int4/model.safetensors cannot be read"),
+        ("unknown", f"transformers {transformers.__version__} knows no model_type 'foo_moe'"),
+        ("mute", "mute has no tokenizer: no tokenizer.json"),
+    ):
+        assert said in failing(capsys, "serve", "--ckpt_path", tmp_path / name)
+    copytree(runs / "lora" / "adapter", tmp_path / "adapter")
+    os.truncate(tmp_path / "adapter" / "adapter_model.safetensors", 5_000)
+    plain = core.adopt(transformers.AutoModelForCausalLM.from_pretrained(folder / "model"))
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read"):
+        load_adapters(plain, tmp_path / "adapter")
 
 
 def test_each_row_counts_once():

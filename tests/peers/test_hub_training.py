@@ -244,7 +244,9 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     shutil.copytree(model, tmp_path / "cut")
     content = (Path(model) / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(content[:-50])
-    assert "cut cannot be read" in failing("--data.folder", str(tmp_path / "cut"), "--data.train_files", "chats.jsonl")
+    assert "cut/model.safetensors cannot be read" in failing(
+        "--data.folder", str(tmp_path / "cut"), "--data.train_files", "chats.jsonl"
+    )
     (folder / "odd.jsonl").write_text('{"message": []}\n')
     assert 'odd.jsonl:1 has neither "text" nor "messages"' in failing(
         "--data.folder", model, "--data.train_files", "odd.jsonl"
