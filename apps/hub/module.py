@@ -340,10 +340,10 @@ class HubCausalLM(SparseModule, Comparable):
         folder, which = Path(self.trainer.default_root_dir) / "adapter", "of the last step"
         kept = {name: value.clone() for name, value in self.state_dict().items() if name not in self.kept_elsewhere}
         for saved in self.trainer.checkpoint_callbacks:
-            if isinstance(saved, BestAndLast) and saved.best_score is not None:
+            if isinstance(saved, BestAndLast) and saved.best_score is not None and saved.best_model_path:
                 best = self.trainer.strategy.load_checkpoint(saved.best_model_path, weights_only=True)
                 self.load_state_dict(best["state_dict"])
-                which = f"of the best {saved.monitor}, {saved.best_score:.4g}"
+                which = f"of the best {saved.monitor} ({saved.best_score:.4g})"
         save_adapters(self.model, folder)
         self.load_state_dict(kept)
         if self.trainer.is_global_zero:

@@ -142,7 +142,7 @@ def test_the_adapter_is_the_best_checkpoint_s(folder, tmp_path, capsys):
     assert not torch.equal(own, last[name].t())
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     score = min(float(row["val/loss"]) for row in rows if row["val/loss"])
-    assert f"the adapter of the best val/loss, {score:.4g} is in {tmp_path / 'adapter'}" in said
+    assert f"the adapter of the best val/loss ({score:.4g}) is in {tmp_path / 'adapter'}" in said
 
 
 def test_files_that_are_cut_or_missing_are_named(runs, folder, tmp_path, capsys):
