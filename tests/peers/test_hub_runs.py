@@ -20,6 +20,7 @@ import core
 from apps.cli import main
 from apps.hub import load_adapters
 from apps.hub.module import RowMetrics
+from apps.porting import config_of, save_pretrained
 from apps.train.cost.quantizing import form_of, quantize_model
 from apps.train.step.pieces import Block
 
@@ -207,3 +208,35 @@ def test_two_processes_train_evaluate_and_write_a_whole_adapter(folder, tmp_path
     trained = [float(row["val/loss"]) for row in rows if row["val/loss"]]
     assert trained[-1] < trained[0]
     assert min(trained) == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_a_model_trained_here_becomes_mixtral_and_is_tuned_pruned_and_served(folder, tmp_path):
+    text = ["--data.train_files", "text.txt", "--data.root", str(folder), "--data.cache_dir", str(folder / "cache")]
+    steps = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+    own = ["--config", "configs/nlp/text_mixtral_like.yaml", "--run_dir", str(tmp_path / "own")]
+    own += ["--data.dataset", "text", "--data.tokenizer.vocab_size", "300", "--data.block_size", "32"]
+    own += ["--data.val_size", "4", "--data.test_size", "4"]
+    assert main(["fit", *own, *text, *steps]) == 0
+    module = apps.load(tmp_path / "own")
+    save_pretrained(module.model, tmp_path / "mixtral", subwords=module.subwords)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral").eval()
+    prompt = "What comes after 3?"
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "mixtral")(prompt, return_tensors="pt")["input_ids"]
+    vocabulary = config_of(tmp_path / "mixtral").vocabulary
+    read = torch.tensor(module.subwords.encode([prompt], "target"))
+    assert torch.equal(torch.as_tensor(vocabulary.theirs)[read], ids)
+    with torch.no_grad():
+        assert close(theirs(input_ids=ids).logits, module(read)[..., torch.as_tensor(vocabulary.ours)]) < 1e-5
+    tuned = ["--config", "configs/hub/lora.yaml", "--data.folder", str(tmp_path / "mixtral"), "--data.block_size", "32"]
+    tuned += ["--trainer.accumulate_grad_batches", "1", "--model.optimizer.lr", "0.005"]
+    assert main(["fit", *tuned, *text, *steps, "--run_dir", str(tmp_path / "lora")]) == 0
+    rest = ["--data.train_files", "text.txt", "--data.root", str(folder)]
+    argv = ["convert", "prune", "--ckpt_path", str(tmp_path / "lora"), "--keep", "6", *rest]
+    assert main([*argv, "--output", str(tmp_path / "pruned")]) == 0
+    pruned = apps.load(tmp_path / "pruned")
+    service = pruned.task.service()
+    (answer,) = service.predict([service.read({"text": prompt, "tokens": 6})])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert model.config.num_local_experts == 6
+    written = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert answer["text"] == pruned.tokenizer.decode(written, skip_special_tokens=True)
