@@ -20,7 +20,6 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment, check_validation
@@ -34,6 +33,7 @@ from apps.train.step.balanced import routing_metrics
 from apps.train.step.module import SparseModule
 from apps.train.watch.progress import routing_figures
 from apps.verdict.schedule import Speed
+from core.convert.read.calls import evaluating
 
 BLOCKS = 16
 """Parts of the test split that stand for its examples where a module tells its quality of whole passes alone."""
@@ -93,7 +93,7 @@ def _by_example(model: Any, trainer: Trainer, batches: Iterator[Any], budget: Bu
     device = trainer.strategy.root_device
     outs, stats = [], core.RoutingStats({})
     model.to(device)
-    with in_evaluation(model), torch.no_grad(), trainer.precision_plugin.forward_context():
+    with evaluating(model), torch.no_grad(), trainer.precision_plugin.forward_context():
         for batch in batches:
             with core.record(model) as tape:
                 outs.append(model.task_loss(move_data_to_device(batch, device)))

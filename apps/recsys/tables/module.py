@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.nets.place import Place
 from apps.recsys.encoding.features import Features
@@ -38,6 +37,7 @@ from apps.train.publish.model_card import ModelKind
 from apps.train.step.balanced import Stage
 from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
+from core.convert.read.calls import evaluating
 
 _REPORT = RecommenderReportConfig()
 
@@ -279,7 +279,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
             model = apps.load("runs/census_income")
             scores = model.predict(df)        # df["age"], df["education"], ...: scores["probability_income"]
         """
-        with in_evaluation(self):
+        with evaluating(self):
             return scoring.predict(self, rows, batch_size)
 
     # ---- set-up, and the tables' needs from Lightning
