@@ -98,7 +98,7 @@ class Target(Checked):
         levels: the numbers of "ordinal", ascending. A label is the place of its number.
         classes: the values of "multiclass" as text, sorted. A label is the place of its value.
         shares: share of the labels that each level or class has; of "revenue", of 0 and of positive amounts.
-        least: smallest label that is a number; None: it was not kept.
+        least, most: smallest and largest label that is a number; None: they were not kept.
         log_mean, log_std: mean and standard deviation of the logarithms of positive amounts, of "revenue".
     """
 
@@ -110,6 +110,7 @@ class Target(Checked):
     classes: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
     least: float | None = None
+    most: float | None = None
     log_mean: float = 0.0
     log_std: float = 1.0
 

@@ -104,9 +104,8 @@ def learn_target(name: str, task: TaskConfig, labels: RawLabels, train_N: NDArra
             f"task {name!r} has {which if len(values) else 'no label'} in the train split: there is nothing to learn"
         )
     if task.kind in NUMBERS:
-        target = Target(
-            task.kind, task.loss or "squared", float(known.mean()), float(known.std()), least=float(known.min())
-        )
+        mean, std, least, most = (float(value) for value in (known.mean(), known.std(), known.min(), known.max()))
+        target = Target(task.kind, task.loss or "squared", mean, std, least=least, most=most)
         return _with_logs(name, target, known) if task.kind == "revenue" else target
     most = MOST_LEVELS if task.kind == "ordinal" else MOST_CLASSES
     if len(values) > most:

@@ -24,7 +24,8 @@ TWEEDIE_POWER = 1.5
 class Regression(Kind):
     """A number, ``value = mean + std z``; the loss is ``(z - (y - mean) / std)^2``, or the absolute difference.
 
-    Where no training label is negative, no prediction is.
+    Where no training label is negative, no prediction is. The kinds whose value is an exponential predict no more than
+    the largest training label.
     """
 
     main_metric = "r2"
@@ -39,6 +40,9 @@ class Regression(Kind):
 
     def _at_least(self, value: Tensor) -> Tensor:
         return value.clamp_min(0) if self.is_positive else value
+
+    def _at_most(self, value: Tensor) -> Tensor:
+        return value if self.target.most is None else value.clamp_max(self.target.most)
 
     def start(self, positives: float) -> list[float]:
         return [0.0]
@@ -98,7 +102,7 @@ class Count(Regression):
         return z_MBw.logsumexp(0) - math.log(len(z_MBw))
 
     def value(self, z_Bw: Tensor) -> Tensor:
-        return self.target.mean * z_Bw.squeeze(-1).exp()
+        return self._at_most(self.target.mean * z_Bw.squeeze(-1).exp())
 
     def outputs_of(self, value_N: np.ndarray) -> np.ndarray:
         return np.log(np.maximum(value_N, 1e-9) / self.target.mean)
@@ -191,7 +195,8 @@ class Revenue(Regression):
     def value(self, z_Bw: Tensor) -> Tensor:
         chance, mean, spread = self._parts(z_Bw)
         scale = self.target.log_std
-        return chance.sigmoid() * (self.target.log_mean + scale * mean + (scale * spread).square() / 2).exp()
+        amount = (self.target.log_mean + scale * mean + (scale * spread).square() / 2).exp()
+        return chance.sigmoid() * self._at_most(amount)
 
     def quantile(self, z_Bw: Tensor, level: float) -> Tensor:
         """Return a quantile of the amount, (B,); 0 below the chance of 0."""

@@ -128,6 +128,13 @@ def test_quantiles_do_not_cross_and_have_the_pinball_loss():
     assert float(kind_of(Target("quantile", mean=1.0, std=4.0, least=0.0)).quantiles(z)[0, 0]) == 0
 
 
+def test_no_amount_is_predicted_above_the_largest_of_the_training():
+    largest = {"least": 0.0, "most": 20.0}
+    assert float(kind_of(Target("tweedie", mean=2.0, std=1.0, **largest)).value(outputs(9.0))) == 20
+    spent = Target("revenue", mean=5.7, std=7.5, shares=(0.5, 0.5), log_mean=2.0, log_std=1.0, **largest)
+    assert float(kind_of(spent).value(outputs(0.0, 9.0, 0.0))) == 10
+
+
 def test_what_cannot_be_negative_is_not_predicted_so():
     never = Target("regression", mean=10.0, std=4.0, least=0.0)
     assert float(kind_of(never).value(outputs(-3.0))) == 0

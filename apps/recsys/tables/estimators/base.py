@@ -23,6 +23,7 @@ from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Search
 from apps.recsys.kinds import Kind, Ordinal, Outputs, Regression, kind_of
 from apps.recsys.metrics import MultiTaskMetrics
+from apps.recsys.tables.outputs import values_by_task
 from apps.recsys.tables.rows.arrays import MultiValued, TableArrays, gather
 from apps.recsys.tables.tasks import step_labels
 
@@ -161,6 +162,14 @@ class PerTask:
         cold = None if arrays.cold_N is None or split != "test" else torch.from_numpy(arrays.cold_N)
         metrics.update(torch.from_numpy(z_Nt), self._labels(arrays), groups, cold)
         return {name: float(value) for name, value in metrics.compute().items()}
+
+    def task_values(self, data: Any, split: Literal["val", "test"]) -> dict[str, tuple[str, np.ndarray]]:
+        """Return, by task, the name of its main metric and values by row whose mean it is, in the table's order."""
+        arrays = gather(data, split)
+        with self._threads():
+            z_NZ = torch.from_numpy(self.logits(arrays)).double()
+        outputs = Outputs(arrays.features.target_of_task)
+        return values_by_task(arrays.features.tasks, outputs, z_NZ, self._labels(arrays).double().numpy())
 
     def logits(self, arrays: TableArrays) -> np.ndarray:
         """Return the tasks' outputs, float64 (N, Z), one logit per task if all are binary."""
