@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apps.base.evaluation import in_evaluation
 from apps.base.progress import bar
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import timestamp_columns
 from apps.recsys.tables.rows.batch import Ragged, TableBatch
 from apps.report.intervals import mean_interval
+from core.convert.read.calls import evaluating
 
 SHUFFLES, SAMPLE = 5, 2_000
 """Shuffles of each column, and rows in which they are done. The interval is about the shuffles alone."""
@@ -58,7 +58,7 @@ def importances(model: Any, data: Any, most: int = SAMPLE) -> list[Importance]:
     rows = data.examples("test")
     places = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
     batch = rows.__getitems__(places.tolist()).to(model.device)
-    with torch.inference_mode(), in_evaluation(model):
+    with torch.inference_mode(), evaluating(model):
         return shuffled_importances(model, batch, columns_of(model.encoding))
 
 
