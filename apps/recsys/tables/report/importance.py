@@ -15,6 +15,7 @@ from apps.base.progress import bar
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import timestamp_columns
+from apps.recsys.tables.outputs import values_by_task
 from apps.recsys.tables.rows.batch import Ragged, TableBatch
 from apps.report.intervals import mean_interval
 from core.convert.read.calls import evaluating
@@ -93,11 +94,9 @@ def shuffled_importances(model: Any, batch: TableBatch, columns: Mapping[str, Co
 def _scores(model: Any, batch: TableBatch) -> dict[tuple[str, str], float]:
     """Return the main metric of each task, by its name and the metric's."""
     out = model.task_loss(batch)
-    parts = zip(model.outputs.split(out.outputs.float().cpu()), out.targets.cpu().numpy().T, strict=True)
-    return {
-        (task, kind.main_metric): float(kind.example_values(z_Bw.numpy(), label_B).mean())
-        for task, kind, (z_Bw, label_B) in zip(model.features.tasks, model.outputs.kinds, parts, strict=True)
-    }
+    z_BZ, label_Bt = out.outputs.float().cpu(), out.targets.cpu().numpy()
+    values = values_by_task(model.features.tasks, model.outputs, z_BZ, label_Bt)
+    return {(task, metric): float(values_B.mean()) for task, (metric, values_B) in values.items()}
 
 
 def shuffled(batch: TableBatch, features: Features, names: Collection[str], order_B: Tensor) -> TableBatch:
