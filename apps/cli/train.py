@@ -227,7 +227,7 @@ class SparseCLI(RunSetup):
     def _check_explained(self) -> None:
         """Raise a ``UsageError`` for a model without columns, or rows without labels."""
         if not (hasattr(self.model, "importances") and hasattr(self.datamodule, "examples")):
-            raise UsageError(f"explain is for MultiTaskRecommender on TableData, not for {name_of(type(self.model))}")
+            raise UsageError(f"explain is for a model of columns, and {name_of(type(self.model))} is none")
         if (file := getattr(self.datamodule, "predict_file", None)) is not None:
             raise UsageError(f"explain shuffles columns of labeled test rows: leave out data.predict_file={file}")
 

@@ -256,7 +256,7 @@ def run(options: Options) -> int:
 def _drift(checkpoint: Path, pattern: str) -> int:
     model: Any = load(checkpoint)
     if not hasattr(model, "drift"):
-        raise ValueError(f"data={pattern!r} is for a MultiTaskRecommender, not for {name_of(type(model))}")
+        raise ValueError(f"data={pattern!r} is for a model of columns, and {name_of(type(model))} is none")
     found = model.drift(pattern)
     whole = counted(len(found), "finding") if found else "no drift"
     print(*found, f"{whole}: {pattern} against the training of {checkpoint}", sep="\n")

@@ -93,7 +93,7 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "--ablate scores the run" in refused(2, "--ckpt_path", cut, "--ablate", "--batches", "0")
     assert "seeds does not exist" in refused(2, "--ckpt_path", cut, "--seeds", "3")
     of_images = refused(1, "--ckpt_path", runs / "healthy", "--data", "new.csv")
-    assert of_images == "data='new.csv' is for a MultiTaskRecommender, not for VisionClassifier"
+    assert of_images == "data='new.csv' is for a model of columns, and VisionClassifier is none"
     assert "batches=-1" in refused(1, "--ckpt_path", cut, "--batches", "-1")
     other = Path(__file__).parents[3] / "configs" / "recsys" / "adult.yaml"
     error = refused(1, "--ckpt_path", runs / "healthy", "--config", other)
