@@ -104,6 +104,7 @@ def state_of_columns(described: Mapping[str, Any], features: Mapping[str, Any]) 
         "domain": None if domain is None else domain["column"],
         "domains": None if domain is None else vocabulary(domain["values"]),
         "separator": described["separator"],
+        "profiles": {},  # drift is looked for with the checkpoint
         "timestamps": described["timestamps"],
         "texts": dict(described["texts"]),
     }
