@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 _MOST_ROWS, _LEAST_SHARE = 20, 0.01
 """Values of a categorical column that are compared one by one: at most so many, each with at least this share."""
-_DECILES = np.arange(0.1, 0.95, 0.1)
 _EMPTY = 1e-4
 """Share that stands in for an empty bin's in a population stability index, which has a logarithm of it."""
 
@@ -42,7 +41,7 @@ class Profile:
     def of_numbers(cls, values_N: NDArray[np.float32]) -> Profile:
         """Return the profile of numbers, NaN if missing."""
         present = values_N[~np.isnan(values_N)]
-        cuts = np.unique(np.quantile(present, _DECILES, method="lower")) if len(present) else present
+        cuts = np.unique(np.quantile(present, np.arange(0.1, 0.95, 0.1), method="lower")) if len(present) else present
         ends = (present.min(), present.max()) if len(present) else ()
         known = cls(bounds=(*map(float, ends),), cuts=(*map(float, cuts),))
         return known._with(Counts.of_numbers(known, values_N))
@@ -56,10 +55,13 @@ class Profile:
             unseen: whether a value has no row of its own.
             missing: whether a row of the table has no value.
         """
-        count = np.bincount(rows[~unseen])
-        frequent = np.argsort(-count, kind="stable")[:_MOST_ROWS]
-        frequent = frequent[count[frequent] >= max(_LEAST_SHARE * len(rows), 1)]
-        known = cls(rows=(*map(int, frequent),))
+        import pyarrow as pa  # a model is loaded without it
+
+        # Not by ``bincount``: a hashed column may have a billion rows.
+        row, count = pa.array(rows[~unseen]).value_counts().flatten()
+        order = np.lexsort((row, np.negative(count)))[:_MOST_ROWS]
+        is_frequent = np.asarray(count)[order] >= max(_LEAST_SHARE * len(rows), 1)
+        known = cls(rows=(*np.asarray(row)[order][is_frequent].tolist(),))
         return known._with(Counts.of_categories(known, rows, unseen, missing))
 
     def _with(self, counts: Counts) -> Profile:
@@ -97,7 +99,7 @@ class Counts:
     def of_categories(
         cls, profile: Profile, rows: NDArray[np.int32], unseen: NDArray[np.bool_], missing: NDArray[np.bool_]
     ) -> Counts:
-        frequent = [int(((rows == row) & ~unseen).sum()) for row in profile.rows]
+        frequent = [np.count_nonzero(rows == row) for row in profile.rows]
         bins = np.array([*frequent, len(rows) - sum(frequent)])
         return cls(len(missing), int(missing.sum()), int(unseen.sum()), bins)
 

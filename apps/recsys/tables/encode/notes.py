@@ -18,9 +18,9 @@ from apps.recsys.tables.encode.findings import TableFindings
 _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
 """A column is taken for an id of the rows from this share of distinct values on, in at least this many rows."""
 
-_SHIFTED, _OUTSIDE, _FEWEST_SHIFTED = 0.05, 0.01, 3
+_SHIFTED, _OUTSIDE, _BY_CHANCE = 0.05, 0.01, 2
 """Shares of values that training lacks, and of numbers outside its range, above which a warning says so, if these are
-at least so many: chance puts one or two of a small split there."""
+more than chance puts there in a small split."""
 
 
 class Notes:
@@ -129,7 +129,7 @@ class Notes:
                     f"column {column!r}: {share[part]:.0%} of the {part} values are not in training: are they "
                     "written alike there?"
                 )
-            elif share[part] - share["train"] > _SHIFTED and unseen[masks[part]].sum() >= _FEWEST_SHIFTED:
+            elif share[part] - share["train"] > _SHIFTED and unseen[masks[part]].sum() > _BY_CHANCE:
                 shifted[part] = share[part]
         if shifted:
             self.warnings.append(f"column {column!r}: {_by_split(shifted)} values are not in training")
@@ -140,8 +140,7 @@ class Notes:
         low, high = np.fmin.reduce(in_train), np.fmax.reduce(in_train)  # NaN without a number: nothing is outside then
         is_outside, is_there = (values < low) | (values > high), ~np.isnan(values)
         outside = {part: is_outside[self.masks[part] & is_there] for part in ("val", "test")}
-        few = _FEWEST_SHIFTED - 1
-        shares = {part: own.mean() for part, own in outside.items() if own.sum() > max(_OUTSIDE * len(own), few)}
+        shares = {part: own.mean() for part, own in outside.items() if own.sum() > max(_OUTSIDE * len(own), _BY_CHANCE)}
         if shares:
             self.warnings.append(
                 f"column {column!r}: {_by_split(shares)} values are outside the training rows' range, {low:g} to "
