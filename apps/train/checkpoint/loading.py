@@ -173,7 +173,7 @@ def _check_beside(config: Mapping[str, Any]) -> None:
         elif key == "compile":
             if value is not True:
                 from_plain(value, CompileConfig, key)
-        elif key not in (*SECTIONS, "seed_everything", "run_dir", "ckpt_path", "float32_matmul_precision"):
+        elif key not in (*SECTIONS, "seed_everything", "run_dir", "ckpt_path", "float32_matmul_precision", "ladder"):
             raise ValueError(f"{key} is no part of a run's configuration")
 
 
