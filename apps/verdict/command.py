@@ -91,7 +91,7 @@ def give_verdict(
         with quiet(own_notes=False), bar("making the two models"):
             model, sparse, dense, warnings = _systems(experiment)
         if warnings:
-            how = "--exclude COLUMN" if options.target is not None else "--data.exclude=[COLUMN]"
+            how = "--exclude COLUMN" if options.target else "--data.exclude=[COLUMN]"
             warnings = [*warnings, f"{how} leaves a column out."]
         for line in (*notes, *(f"check: {warning}" for warning in warnings)):
             say(line)
@@ -154,7 +154,7 @@ def _identity(options: Options) -> dict[str, Any]:
     """Return what tells one verdict from another."""
     return {
         "data": [str(path.resolve()) for path in options.data],
-        "target": options.target,
+        "target": options.target[0] if len(options.target) == 1 else list(options.target) or None,
         "kind": options.kind,
         **{name: getattr(options, name) for name in ("exclude", "time", "user") if getattr(options, name)},
         "minutes": options.minutes,
@@ -267,7 +267,7 @@ def _verdict(
     if plan.most_batches is not None:
         made.append(f"Each evaluation takes the first {plan.most_batches} batches of a split: all would take too long.")
     return Verdict(
-        title=" and ".join(path.name for path in options.data) + (f", {options.target}" if options.target else ""),
+        title=" and ".join(path.name for path in options.data) + "".join(f", {column}" for column in options.target),
         quality=first["name"],
         higher_is_better=first["higher_is_better"],
         answers=both,
@@ -323,7 +323,10 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
     if options.is_config:
         return options.data[0], ()
     columns = (options.exclude, options.time, options.user)
-    given = GivenData(options.data, options.target, options.folder / "data", options.kind, *columns)
+    first, *more = options.target or (None,)
+    # The table of one task is copied with its rows without a label left out; one of several is read where it is.
+    more_options = {"in_place": True, "more_targets": tuple(more)} if more else {}
+    given = GivenData(options.data, first, options.folder / "data", options.kind, *columns, **more_options)
     for name in registry.OWN_DATA:
         made = registry.task_named(name).own_data(given)
         if made is not None:

@@ -33,8 +33,8 @@ class Options(CommandLine):
         output: folder of the verdict (default: runs/verdict/<name of the data>)
         minutes: time that it may take, set-up and all processes of a resumed one included
         seed: first seed of the final runs, which count up from it (default: 0)
-        target: column of the table to predict
-        kind: kind of the target (default: as its values are)
+        target: column of the table to predict; may be given again, for several tasks of one model
+        kind: kind of the target, if there is one (default: as its values are)
         exclude: columns of the table to leave out
         time: split the rows by this column: the last ones test
         user: split the rows by this column: each of its values is in one split
@@ -52,7 +52,7 @@ class Options(CommandLine):
     output: Folder | None = None
     minutes: float = 30.0
     seed: int = 0
-    target: _Column | None = None
+    target: Annotated[tuple[str, ...], Shown("COLUMN", one_each=True)] = ()
     kind: TargetKind | None = None
     exclude: Annotated[tuple[str, ...], Shown("COLUMN", adds=True)] = ()
     time: _Column | None = None
@@ -68,14 +68,16 @@ class Options(CommandLine):
         if self.time is not None and self.user is not None:
             raise ValueError(f"--time {self.time} and --user {self.user}: rows are split by one of the two")
         for option, column in (("exclude", next(iter(self.exclude), None)), ("time", self.time), ("user", self.user)):
-            if column is not None and self.target is None:
+            if column is not None and not self.target:
                 raise ValueError(f"--{option} {column} names a column of a table: name its target with --target")
         if self.is_config:
             read_config(self.data[0])
-            if self.target is not None:
-                raise UsageError(f"--target {self.target}: {self.data[0]} is a configuration, which names its targets")
-        if self.kind is not None and self.target is None:
-            raise UsageError(f"--kind {self.kind} is the kind of a table's target: name it with --target")
+            if self.target:
+                raise UsageError(f"--target {self.target[0]}: {self.data[0]} is a configuration, which names its targets")
+        if self.kind is not None and len(self.target) != 1:
+            raise UsageError(f"--kind {self.kind} is the kind of a table's target: name one with --target")
+        if twice := next((column for column in self.target if self.target.count(column) > 1), None):
+            raise UsageError(f"--target {twice} is given twice")
         for path in self.data:
             if not path.exists():
                 raise UsageError(f"no file or folder {path}")

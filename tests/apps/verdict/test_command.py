@@ -92,7 +92,7 @@ def test_a_second_label_among_the_columns_is_named_before_the_training_and_in_th
     path = tmp_path / "shop.csv"
     rows = zip(rng.normal(size=240), spent, bought, strict=True)
     path.write_text("age,spend,bought\n" + "".join(f"{a:.3f},{s},{b}\n" for a, s, b in rows))
-    options = Options((path,), tmp_path / "out", target="bought", minutes=0.4)
+    options = Options((path,), tmp_path / "out", target=("bought",), minutes=0.4)
     verdict = give_verdict(options, "", clock=Ticks())
     said = capsys.readouterr().out
     leak = "column 'spend' alone predicts task 'target' with AUC 0.99"
