@@ -82,9 +82,26 @@ def first_failing(data: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
     return low
 
 
+_FORMS_OF_DATES = (
+    (r"^(\d{1,2})\.(\d{1,2})\.(\d{4})", r"\3-\2-\1"),
+    (r"^(\d{1,2})/(\d{1,2})/(\d{4})", r"\3-\1-\2"),
+    (r"^(\d{4})/(\d{1,2})/(\d{1,2})", r"\1-\2-\3"),
+    (r"^(\d{4})-(\d)-", r"\1-0\2-"),
+    (r"^(\d{4}-\d\d)-(\d)($|[ T])", r"\1-0\2\3"),
+    (r"^(\d{4}-\d\d-\d\d[ T])(\d):", r"\10\2:"),
+    (r"(\d) ?(?:UTC|GMT)$", r"\1Z"),
+)
+
+
 def with_iso_dates(text: Any) -> Any:
-    """Return an array of text in which dates at the start such as 2024/05/31 have hyphens, as Arrow reads them."""
-    return pc.replace_substring_regex(text, r"^(\d{4})/(\d\d)/(\d\d)", r"\1-\2-\3")
+    """Return an array of text in which dates at the start are as Arrow reads them, 2024-05-31.
+
+    They may be written 2024/5/31, 31.5.2024 or 5/31/2024, with a time behind them. A row says by itself what it means:
+    dots have the day first, slashes the month.
+    """
+    for form, iso in _FORMS_OF_DATES:
+        text = pc.replace_substring_regex(text, form, iso)
+    return text
 
 
 def to_float32(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
