@@ -14,7 +14,6 @@ import torch
 import yaml
 
 import core
-from apps import registry
 from apps.base.files import delete, read_json, replacing, write_json, write_text
 from apps.base.machine import machine_facts, moment
 from apps.base.messages import some
@@ -30,6 +29,7 @@ from apps.data.given import GivenData
 from apps.report.page import FILE, open_page, write_page
 from apps.report.page.writing import markdown, write_index
 from apps.runner.runner import Budget, at_work, check_same
+from apps.task.task import config_of
 from apps.verdict.options import Options
 from apps.verdict.result import NUMBERS, PAGE, Facts, Verdict, causes, changes, lines, verdict_page
 from apps.verdict.schedule import Schedule, Speed, make_schedule
@@ -303,17 +303,8 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
         return options.data[0], ()
     columns = (options.exclude, options.time, options.user)
     given = GivenData(options.data, options.target, options.folder / "data", options.kind, *columns)
-    for name in registry.OWN_DATA:
-        made = registry.task_named(name).own_data(given)
-        if made is not None:
-            path = options.folder / "config.yaml"
-            with replacing(path) as file:
-                yaml.safe_dump(dict(made.config), file, sort_keys=False)
-            return path, tuple(made.notes)
-    if len(options.data) == 2:
-        raise ValueError(f"{options.data[0]} and {options.data[1]} are not two files of text")
-    what = "is a folder with neither images nor tables" if options.data[0].is_dir() else "is no table (.csv, .parquet)"
-    raise ValueError(
-        f"{options.data[0]} {what}: give a folder of images, one with a table of their titles, a table with "
-        "--target, two text files, or a configuration"
-    )
+    made = config_of(given)
+    path = options.folder / "config.yaml"
+    with replacing(path) as file:
+        yaml.safe_dump(dict(made.config), file, sort_keys=False)
+    return path, tuple(made.notes)
