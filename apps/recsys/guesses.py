@@ -78,7 +78,7 @@ def guess(name: str, column: pa.ChunkedArray) -> Guess:
         where = "every row" if len(known) == len(column) else "every row that has a value"
         return Guess("unused", f"{excerpt(_plain(distinct[0]), 30)} in {where}")
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
-        return Guess("date", _span(known, name))
+        return _of_dates(name, known, "")
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return _of_numbers(name, known, len(distinct))
     if is_text(kind):
@@ -93,10 +93,16 @@ def _plain(value: Any) -> Any:
     return own if isinstance(own, (str, int, float, bool)) else str(own)
 
 
-def _span(column: pa.ChunkedArray, name: str) -> str:
-    seconds = to_seconds(column, name, "the table")
+def _of_dates(name: str, known: pa.ChunkedArray, form: str) -> Guess:
+    try:
+        seconds = to_seconds(known, name, "the table")
+    except ValueError:
+        what = f"dates that are not read, such as {excerpt(_plain(known[0]), 30)}"
+        return Guess("unused", what, advice="they are from 1950 to 2100, such as 2024-05-31")
     first, last = (str(np.datetime64(int(own), "s")) for own in (np.nanmin(seconds), np.nanmax(seconds)))
-    return f"{first.removesuffix('T00:00:00')} to {last.removesuffix('T00:00:00')}".replace("T", " ")
+    return Guess(
+        "date", form + f"{first.removesuffix('T00:00:00')} to {last.removesuffix('T00:00:00')}".replace("T", " ")
+    )
 
 
 def _of_lists(lists: Sequence[Sequence[Any]], what: str) -> Guess:
@@ -124,8 +130,8 @@ def _of_numbers(name: str, known: pa.ChunkedArray, num_values: int) -> Guess:
     steps = np.diff(number_n)
     is_unique = num_values == len(number_n)
     is_named = _ID.search("_".join(words_of(name))) is not None
-    if not is_named and not (steps == 1).all() and (form := _epoch(number_n, low, high)):
-        return Guess("date", f"{form}, {_span(known, name)}")
+    if not is_named and (form := _epoch(number_n, low, high, is_count=bool((steps == 1).all()))):
+        return _of_dates(name, known, f"{form}, ")
     if not (np.floor(number_n) == number_n).all():
         cents = np.round(number_n, 2) == number_n
         is_cents = low >= 0 and num_values > 100 and bool(cents.all()) and np.mean(number_n * 10 % 1 > 1e-6) > 0.5
@@ -148,10 +154,10 @@ def words_of(name: str) -> list[str]:
     return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
 
 
-def _epoch(number_n: np.ndarray, low: float, high: float) -> str:
+def _epoch(number_n: np.ndarray, low: float, high: float, is_count: bool) -> str:
     """Return the form of numbers that are times; empty for other numbers."""
     for scale, unit in ((1, "seconds"), (1000, "milliseconds")):
-        if low >= scale * _FIRST_SECOND and high < scale * _LAST_SECOND:
+        if not is_count and low >= scale * _FIRST_SECOND and high < scale * _LAST_SECOND:
             return f"{unit} since 1970"
     if 19_500_101 <= low and high <= 21_001_231:
         column = pa.chunked_array([np.unique(number_n)])
@@ -167,13 +173,10 @@ def _of_texts(name: str, known: pa.ChunkedArray, distinct: pa.Array) -> Guess:
     rows = known.take(np.arange(0, len(known), -(-len(known) // _LOOKED_AT))).to_pylist()
     if 2 * len(lists) > len(texts):
         found = _of_lists([own for own in map(as_list, rows) if own is not None], "lists in text")
-        return found if found.role == "list" else _of_listed_numbers(lists) or found
+        return _of_listed_numbers(lists) or found
     dates = _share(texts, _DATE)
     if dates > 0.9:
-        try:
-            return Guess("date", _span(known, name))
-        except ValueError:
-            return Guess("unused", f"dates that are not read, such as {example}", advice="write them as 2024-05-31")
+        return _of_dates(name, known, "")
     numbers = _share(texts, _NUMBER)
     if numbers > 0.9 and len(distinct) > FEW_VALUES:
         odd = next((own for own in texts.to_pylist() if not re.search(_NUMBER, own)), None)
@@ -199,7 +202,8 @@ def _of_texts(name: str, known: pa.ChunkedArray, distinct: pa.Array) -> Guess:
 
 def _of_listed_numbers(lists: Sequence[Sequence[str | None]]) -> Guess | None:
     """Return the guess for vectors in text; None for other lists."""
-    if len({len(own) for own in lists}) > 1 or not all(re.search(_NUMBER, value or "") for value in lists[0]):
+    are_numbers = all(re.search(_NUMBER, value or "") for value in lists[0])
+    if len({len(own) for own in lists}) > 1 or not are_numbers or "." not in "".join(map(str, lists[0])):
         return None
     advice = "write a Parquet file, in which vectors are lists"
     return Guess("unused", f"vectors of {len(lists[0])} numbers in text", advice=advice)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from apps.base.files import replacing
 from apps.base.messages import excerpt, one_line, some
 from apps.data.given import EXPERTS, NUMBERS, GivenConfig, GivenData
-from apps.recsys.encoding.numbers import plain
+from apps.recsys.encoding.numbers import is_text, known_text, plain
 from apps.recsys.guesses import FEW_VALUES, TABLE_ROLES, guess
 from apps.recsys.readers.user_tables import find_files, opened
 from apps.recsys.schema import nearest
@@ -121,8 +121,8 @@ def read_table(file: Path, is_literal: bool = False) -> pa.Table:
 
     Args:
         file: a file of a kind that `table_files` returns.
-        is_literal: whether only an empty field of a text file is a missing value, as `TableData` reads it, and "NA" is
-            text.
+        is_literal: whether a text file is read as `TableData` reads it: "NA" is missing among numbers, and text
+            elsewhere.
 
     Raises:
         ValueError: it cannot be read.
@@ -166,7 +166,20 @@ def _read_file(file: Path, is_literal: bool) -> pa.Table:
     # numbers. A compressed file unpacks to a few times its size.
     block = pa.csv.ReadOptions(block_size=min(max(20 * file.stat().st_size, 1 << 20), _LARGEST_BLOCK))
     with opened(file) as source:
-        return pa.csv.read_csv(source, block, parse, convert)
+        table = pa.csv.read_csv(source, block, parse, convert)
+    if is_literal:
+        for place, column in enumerate(table.columns):
+            if is_text(column.type):
+                table = table.set_column(place, table.column_names[place], _numbers_in(column))
+    return table
+
+
+def _numbers_in(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return text as numbers if all of it is, but for "NA" and the like, and as it is otherwise."""
+    try:
+        return known_text(column).cast(pa.float64())
+    except pa.ArrowInvalid:
+        return column
 
 
 def labels_of(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.ChunkedArray, str, str]:
@@ -180,8 +193,8 @@ def labels_of(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.
         column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
-    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    if is_text:
+    are_texts = is_text(column.type)
+    if are_texts:
         column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
     counts = {c["values"]: c["counts"] for c in pc.value_counts(column).to_pylist() if c["values"] is not None}
     if not counts:
@@ -190,10 +203,10 @@ def labels_of(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.
         (value,) = counts
         raise ValueError(f"--target {name!r} is {excerpt(value)} in every row that has one: there is nothing to learn")
     is_number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-    if not (is_number or is_text or pa.types.is_boolean(column.type)):
+    if not (is_number or are_texts or pa.types.is_boolean(column.type)):
         raise ValueError(f"--target {name!r} holds {column.type}, and not numbers, text or truth values")
     if kind is None:
-        kind = _kind_of(len(counts), is_text, pa.types.is_integer(column.type))
+        kind = _kind_of(len(counts), are_texts, pa.types.is_integer(column.type))
     if kind == "binary":
         return _binary(column, name, counts, is_number)
     if kind == "multiclass":
@@ -211,11 +224,11 @@ def labels_of(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.
     return column.cast(pa.float64()), kind, f"{name!r}, {meaning},"
 
 
-def _kind_of(num_values: int, is_text: bool, is_whole: bool) -> str:
+def _kind_of(num_values: int, are_texts: bool, is_whole: bool) -> str:
     """Return the kind of a target by its values."""
     if num_values == 2:
         return "binary"
-    if is_text:
+    if are_texts:
         return "multiclass"
     return "ordinal" if is_whole and num_values <= FEW_VALUES else "regression"
 

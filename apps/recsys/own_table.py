@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,9 @@ def config_for(given: GivenData) -> GivenConfig | None:
     if given.time is not None:
         to_order([("the table", table.column(given.time))], given.time)
     found = {column: guess(column, table.column(column)) for column in table.column_names if column not in targets}
-    warnings = [line for column, own in found.items() if own.role == "date" for line in _odd_dates(column, tables)]
+    lengths = {file.name: len(own) for file, own in tables.items()}
+    dates = [column for column, own in found.items() if own.role == "date"]
+    warnings = [line for column in dates for line in _odd_dates(column, table, lengths)]
     found = {column: _used(column, own, given, table, labels) for column, own in found.items()}
     separators = Counter(own.separator for own in found.values() if own.separator)
     separator = max(separators, key=separators.__getitem__, default="|")
@@ -169,8 +171,8 @@ def _label(name: str, column: pa.ChunkedArray) -> _Label:
     if kind == "binary":
         values = [own for own in pc.unique(plain(column).drop_null()).to_pylist() if own not in ("",)]
         high = max(values)
-        if any(str(own).lower() not in ("0", "1", "0.0", "1.0", "true", "false") for own in values):
-            config["positive"] = [high.strip() if isinstance(high, str) else high]
+        if not {str(own).lower().removesuffix(".0") for own in values} <= {"0", "1", "false", "true"}:
+            config |= {"positive": [high.strip()]} if isinstance(high, str) else {"at_least": high}
         share = float(pc.mean(label).as_py())
         return _Label(config, f"binary, {excerpt(high)} in {share:.1%}{missing}", _floats(label))
     if kind == "multiclass":
@@ -206,25 +208,31 @@ def _floats(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(column.cast(pa.float64(), safe=False).fill_null(np.nan), dtype=np.float64)
 
 
-def _odd_dates(column: str, tables: Mapping[Path, pa.Table]) -> list[str]:
-    """Return a line on dates that are still to come, and one on two files whose dates overlap."""
-    spans = []
+def _odd_dates(column: str, table: pa.Table, lengths: Mapping[str, int]) -> list[str]:
+    """Return a line on dates that are still to come, and one on two files whose dates overlap.
+
+    Args:
+        column: a column of dates.
+        table: rows of all files.
+        lengths: number of rows of each file.
+    """
+    seconds_N = to_seconds(table.column(column), column, "the table")
     lines = []
-    for file, table in tables.items():
-        seconds = to_seconds(table.column(column), column, file.name)
-        if not np.isnan(seconds).all():
-            spans.append((np.nanmin(seconds), np.nanmax(seconds), file.name))
-        if late := int((seconds > time.time() + 86_400).sum()):
-            latest = np.datetime64(int(np.nanmax(seconds)), "D")
-            lines.append(f"{column} of {file.name} is in the future in {counted(late, 'row')}, up to {latest}")
-    for (_, last, name), (first, _, other) in zip(sorted(spans), sorted(spans)[1:], strict=False):
+    if late := int((seconds_N > time.time() + 86_400).sum()):
+        lines.append(f"{column} is in the future in {counted(late, 'row')}, up to {_day(np.nanmax(seconds_N))}")
+    parts = np.split(seconds_N, np.cumsum([*lengths.values()])[:-1])
+    spans = [
+        (np.nanmin(own), np.nanmax(own), name) for own, name in zip(parts, lengths, strict=True) if (own == own).any()
+    ]
+    for (_, last, name), (first, _, other) in itertools.pairwise(sorted(spans)):
         if first < last:
-            when = [np.datetime64(int(own), "D") for own in (first, last)]
-            lines.append(
-                f"{column} of {name} and {other} overlaps, {when[0]} to {when[1]}: is it one time after another?"
-            )
-            break
+            when = f"{_day(first)} to {_day(last)}"
+            return [*lines, f"{column} of {name} and {other} overlaps, {when}: is it one time after another?"]
     return lines
+
+
+def _day(seconds: float) -> str:
+    return str(np.datetime64(int(seconds), "s").astype("M8[D]"))
 
 
 def _used(column: str, own: Guess, given: GivenData, table: pa.Table, labels: Mapping[str, _Label]) -> Guess:
@@ -244,10 +252,11 @@ def _used(column: str, own: Guess, given: GivenData, table: pa.Table, labels: Ma
             encoder_folder(TextConfig(), column)
         except ValueError as error:
             return Guess("unused", f"text of {own.reason}", advice=str(error).partition(": ")[2])
-    step = -(-len(table) // _LOOKED_AT)
-    values = plain(table.column(column)).take(np.arange(0, len(table), step))
+    # In a random order: halves of the rows are compared.
+    rows = np.random.default_rng(0).permutation(len(table))[:_LOOKED_AT]
+    values = plain(table.column(column)).take(rows)
     for task, label in labels.items():
-        if why := _leak(values, column, own, label.values_N[::step], label.kind):
+        if why := _leak(values, column, own, label.values_N[rows], label.kind):
             advice = "put it back if it is known before the label"
             return Guess("unused", f"a leak? It {why.format(task=task)}", advice=advice)
     return own
@@ -349,11 +358,7 @@ def _columns(
         section["split"]["stratify"] = first
         comments[*_TABLE, "split", "stratify"] = "each split has its classes in the same shares"
     if kind == "time":
-        above[*_TABLE, "split", "val"] = (
-            "gap: 90d leaves 90 days out between splits, for labels that look 90 days ahead",
-        )
+        above[*_TABLE, "split", "val"] = ("gap: 90d # out between splits: for labels that look 90 days ahead",)
     elif dates := section.get("timestamps"):
-        above[*_TABLE, "split"] = (
-            f"To test on the last rows, as in use: moesaic init {given.paths[0]} --time {dates[0]}",
-        )
+        above[*_TABLE, "split"] = (f"To test on the last rows: moesaic init {given.paths[0]} --time {dates[0]}",)
     return section, comments, above

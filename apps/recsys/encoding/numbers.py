@@ -18,6 +18,9 @@ Part = tuple[str, pa.ChunkedArray]
 
 MAX_QUANTILES = 255
 
+NO_VALUE = ("", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null", "None", "NaT", "?")
+"""Texts among numbers and times that stand for a missing value. Among categories they are values."""
+
 
 def to_numbers(
     parts: Sequence[Part], column: str, missing: str = "leave missing numbers empty", first_row: int = 0
@@ -40,8 +43,7 @@ def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first
     data = plain(data)
     kind = data.type
     if is_text(kind):
-        data = pc.utf8_trim_whitespace(data)
-        data = pc.if_else(pc.equal(data, ""), pa.scalar(None, kind), data)
+        data = known_text(data)
     elif pa.types.is_boolean(kind):
         data = data.cast(pa.int8())
     elif not (
@@ -57,6 +59,12 @@ def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first
             f"column {column!r} of {where} must hold numbers: row {first_row + row} holds {odd!r}; {missing}"
         ) from None
     return np.asarray(numbers.fill_null(np.nan), dtype=np.float64)
+
+
+def known_text(data: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return text of numbers or times without spaces around it, and null for what programs write for no value."""
+    text = pc.utf8_trim_whitespace(data)
+    return pc.if_else(pc.is_in(text, pa.array(NO_VALUE, text.type)), pa.scalar(None, text.type), text)
 
 
 def plain(data: pa.ChunkedArray) -> pa.ChunkedArray:

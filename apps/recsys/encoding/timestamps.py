@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from apps.recsys.encoding.numbers import first_failing, is_text, plain, with_iso_dates
+from apps.recsys.encoding.numbers import first_failing, is_text, known_text, plain, with_iso_dates
 from apps.recsys.encoding.table_encoding import TimeRange
 from apps.recsys.schema import timestamp_columns
 
@@ -80,7 +80,9 @@ def to_seconds(
     kind = data.type
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         zone = kind.tz if pa.types.is_timestamp(kind) else None
-        numbers = pc.divide(data.cast(pa.timestamp("us", zone), safe=False).cast(pa.int64()).cast(pa.float64()), 1e6)
+        numbers = pc.divide(
+            data.cast(pa.timestamp("us", zone), safe=False).cast(pa.int64()).cast(pa.float64(), safe=False), 1e6
+        )
     elif is_text(kind):
         numbers = _of_text(data, column, where, first_row, known)
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
@@ -134,8 +136,8 @@ def seconds_of_numbers(numbers: Any, known: TimeRange = None) -> NDArray[np.floa
 
 
 def _of_text(data: pa.ChunkedArray, column: str, where: str, first_row: int, known: TimeRange) -> pa.ChunkedArray:
-    text = pc.utf8_trim_whitespace(data)
-    distinct = pc.unique(pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)).drop_null()
+    text = known_text(data)
+    distinct = pc.unique(text).drop_null()
     # The seconds of distinct texts, each in the way that its form asks for.
     iso = with_iso_dates(distinct)
     has_zone = pc.match_substring_regex(iso, _HAS_ZONE)

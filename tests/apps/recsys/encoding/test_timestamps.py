@@ -58,12 +58,17 @@ def test_one_moment_in_many_forms(values, kind):
 
 def test_dates_and_mixed_texts():
     assert seconds([dt.date(2024, 5, 31)], pa.date32()) == [MIDNIGHT]
+    # 2999 has more microseconds than a float has integers; 402 years have 146,827 days.
+    assert (
+        seconds([dt.date(2024, 1, 1), dt.date(2024, 1, 2), dt.date(2426, 1, 1)])[2] == 1_704_067_200 + 146_828 * 86_400
+    )
     mixed = ["2024-05-31", "", str(SECONDS), None, "2024-05-31 13:30", "2024-05-31T13:30:15.250Z", "2024-05-31"]
     nan = float("nan")
     expected = [MIDNIGHT, nan, SECONDS, nan, SECONDS - 15, SECONDS + 0.25, MIDNIGHT]
     np.testing.assert_array_equal(seconds(mixed), expected)
     np.testing.assert_array_equal(seconds(pa.array(mixed).dictionary_encode()), expected)
     assert np.isnan(seconds([None])).all()
+    np.testing.assert_array_equal(seconds(["NA", "2024-05-31", "?"]), [nan, MIDNIGHT, nan])
     assert seconds(["1.6.2024 9:05", "6/1/2024 9:05"]) == [MIDNIGHT + 86_400 + 9 * 3600 + 300] * 2
 
 
