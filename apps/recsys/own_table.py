@@ -285,10 +285,12 @@ def _leak(values: pa.ChunkedArray, column: str, own: Guess, label_N: np.ndarray,
         auc = max(category_auc(code, y), 0.5 if number is None else column_auc(number, y))
         if auc > LEAK_AUC:
             return f"alone predicts {{task}} with AUC {auc:.4f}"
-        filled = y[~missing]
-        is_one = len(filled) >= LEAST_FILLED and missing.any() and (filled == filled[0]).all()
-        if is_one and np.mean(y == filled[0]) ** len(filled) < 1e-6:  # not by chance
-            return f"is filled only where {{task}} is {'positive' if filled[0] else 'negative'}"
+        zero = missing if number is None else missing | (number == 0)
+        for is_empty, what in ((missing, "filled"), (zero, "other than 0")):
+            filled = y[~is_empty]
+            is_one = len(filled) >= LEAST_FILLED and is_empty.any() and (filled == filled[0]).all()
+            if is_one and np.mean(y == filled[0]) ** len(filled) < 1e-6:  # not by chance
+                return f"is {what} only where {{task}} is {'positive' if filled[0] else 'negative'}"
         return ""
     from scipy.stats import rankdata
 

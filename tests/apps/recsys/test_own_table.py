@@ -92,6 +92,7 @@ def test_leaks_are_left_out(tmp_path):
         copy=(BOUGHT * 10 + 5.5).tolist(),
         state=["open" if own else "shut" for own in BOUGHT],
         paid=[i * 7 % 30 if own and i % 4 == 1 else None for i, own in enumerate(BOUGHT)],
+        spent=[i % 90 + 0.5 if own and i % 4 == 3 else 0.0 for i, own in enumerate(BOUGHT)],
         lucky=[i % 9 if i % 3 else None for i in range(N)],
     )
     assert [line for line in made.warnings if "leak" in line] == [
@@ -100,6 +101,7 @@ def test_leaks_are_left_out(tmp_path):
             ("copy", "alone predicts bought with AUC 1.0000"),
             ("state", "alone predicts bought with AUC 1.0000"),
             ("paid", "is filled only where bought is positive"),
+            ("spent", "is other than 0 only where bought is positive"),
         )
     ]
     assert "lucky" in table_of(made)["categorical"]
