@@ -16,19 +16,14 @@ import pyarrow.compute as pc
 
 from apps.base.messages import counted, excerpt, some
 from apps.data.given import GivenConfig, GivenData
-from apps.recsys.encoding.numbers import is_text, plain, to_order
+from apps.recsys.encoding.numbers import plain, to_order
 from apps.recsys.encoding.texts import encoder_folder
 from apps.recsys.encoding.timestamps import to_seconds
 from apps.recsys.guesses import FEW_VALUES, TABLE_ROLES, Guess, guess, words_of
+from apps.recsys.leaks import floats_of, leak
 from apps.recsys.own_data import SHARES, check_columns, join_tables, labels_of, read_table, sparse_config, table_files
 from apps.recsys.schema import TaskConfig, TextConfig, timestamp_columns
-from apps.recsys.tables.encode.checks import LEAK_AUC, category_auc, column_auc
-from apps.recsys.value_metrics import correlation
 
-LEAK_R2 = 0.95
-"""Above it the R^2 of a single column, of ranks or of its values' means, is more likely a leak than a success."""
-LEAST_FILLED = 20
-"""Rows in which a column is filled before it says something that all of them have the same label."""
 LEAST_ZEROS = 0.1
 """Share of zeros from which on amounts are "revenue"."""
 
@@ -174,12 +169,12 @@ def _label(name: str, column: pa.ChunkedArray) -> _Label:
         if not {str(own).lower().removesuffix(".0") for own in values} <= {"0", "1", "false", "true"}:
             config |= {"positive": [high.strip()]} if isinstance(high, str) else {"at_least": high}
         share = float(pc.mean(label).as_py())
-        return _Label(config, f"binary, {excerpt(high)} in {share:.1%}{missing}", _floats(label))
+        return _Label(config, f"binary, {excerpt(high)} in {share:.1%}{missing}", floats_of(label))
     if kind == "multiclass":
         most = max(counts, key=lambda own: own["counts"])["values"]
         own = f"{len(counts):,} classes, most often {excerpt(most)}"
-        return _Label({**config, "kind": kind}, f"{kind}, {own}{missing}", _floats(pc.equal(label, most)))
-    values_N = _floats(label)
+        return _Label({**config, "kind": kind}, f"{kind}, {own}{missing}", floats_of(pc.equal(label, most)))
+    values_N = floats_of(label)
     known = values_N[~np.isnan(values_N)]
     kind = number_kind(known) if kind == "regression" else kind
     own = f"{known.min():,.10g} to {known.max():,.10g}, {np.mean(known == 0):.0%} zeros"
@@ -202,10 +197,6 @@ def number_kind(values: np.ndarray, kinds: Sequence[str] | None = None) -> str:
     if "revenue" in known and np.mean(values == 0) >= LEAST_ZEROS and (not is_whole or skew(values) > 1):
         return "revenue"
     return "count" if is_whole and values.min() <= 1 and np.median(values) < 5 * FEW_VALUES else "regression"
-
-
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    return np.asarray(column.cast(pa.float64(), safe=False).fill_null(np.nan), dtype=np.float64)
 
 
 def _odd_dates(column: str, table: pa.Table, lengths: Mapping[str, int]) -> list[str]:
@@ -256,60 +247,10 @@ def _used(column: str, own: Guess, given: GivenData, table: pa.Table, labels: Ma
     rows = np.random.default_rng(0).permutation(len(table))[:_LOOKED_AT]
     values = plain(table.column(column)).take(rows)
     for task, label in labels.items():
-        if why := _leak(values, column, own, label.values_N[rows], label.kind):
+        if why := leak(values, own.role, label.values_N[rows], label.kind):
             advice = "put it back if it is known before the label"
-            return Guess("unused", f"a leak? It {why.format(task=task)}", advice=advice)
+            return Guess("unused", f"a leak? It {why.format(label=task)}", advice=advice)
     return own
-
-
-def _leak(values: pa.ChunkedArray, column: str, own: Guess, label_N: np.ndarray, kind: str) -> str:
-    """Return how a column gives a label away, empty if it does not."""
-    keep_N = ~np.isnan(label_N)
-    missing_N = np.asarray(pc.is_null(values))
-    if is_text(values.type):
-        missing_N |= np.asarray(pc.fill_null(pc.equal(values, ""), fill_value=True))
-    number_N = None
-    if own.role in ("number", "count", "money"):
-        number_N = _floats(values)
-    elif own.role == "date":
-        number_N = to_seconds(values, column, "the table")
-    flat = (
-        values if own.role not in ("list", "vector") or is_text(values.type) else pa.array(map(str, values.to_pylist()))
-    )
-    code_N = np.unique(np.asarray(flat.cast(pa.string()).fill_null("")), return_inverse=True)[1]
-    y, missing, code = label_N[keep_N], missing_N[keep_N], code_N[keep_N]
-    number = None if number_N is None else number_N[keep_N]
-    if len(np.unique(y)) < 2:
-        return ""
-    if kind in ("binary", "multiclass"):
-        auc = max(category_auc(code, y), 0.5 if number is None else column_auc(number, y))
-        if auc > LEAK_AUC:
-            return f"alone predicts {{task}} with AUC {auc:.4f}"
-        zero = missing if number is None else missing | (number == 0)
-        for is_empty, what in ((missing, "filled"), (zero, "other than 0")):
-            filled = y[~is_empty]
-            is_one = len(filled) >= LEAST_FILLED and is_empty.any() and (filled == filled[0]).all()
-            if is_one and np.mean(y == filled[0]) ** len(filled) < 1e-6:  # not by chance
-                return f"is {what} only where {{task}} is {'positive' if filled[0] else 'negative'}"
-        return ""
-    from scipy.stats import rankdata
-
-    r2 = _means_r2(code, y)
-    if number is not None and 2 * (there := ~np.isnan(number)).sum() > len(y):
-        r2 = max(r2, correlation(rankdata(number[there]), rankdata(y[there])) ** 2)
-    if r2 > LEAK_R2:
-        return f"alone predicts {{task}} with R2 {r2:.4f}"
-    if len(np.unique(code)) == 2 and (auc := column_auc(y, code)) > LEAK_AUC:
-        return f"alone tells small {{task}} from large, AUC {auc:.4f}"
-    return ""
-
-
-def _means_r2(code: np.ndarray, y: np.ndarray) -> float:
-    """Return the R^2, in every second row, of the mean label that a value has in the other rows."""
-    counts = np.bincount(code[::2], minlength=code.max() + 1)
-    means = (np.bincount(code[::2], weights=y[::2], minlength=len(counts)) + y.mean()) / (counts + 1)
-    error = np.mean(np.square(y[1::2] - means[code[1::2]]))
-    return float(1 - error / max(np.var(y[1::2]), 1e-300))
 
 
 def _words(own: Guess) -> str:
