@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from apps.porting.files import CONFIG, INDEX, SAFETENSORS, Safetensors, read_json, shards
+from apps.porting.files import ADAPTER, CONFIG, INDEX, SAFETENSORS, Safetensors, read_json, shards
+from core.adopted.shrink import COUNTS
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Faults = defaultdict[tuple[str, str], list[str]]
 """Names of tensors by their fault, a row of docs/reference/commands/audit.md, and its evidence, a sentence."""
 _WORD = r"(?<![A-Za-z_])"  # shared_experts are none that a router chooses
@@ -69,7 +69,7 @@ class Weights:
             elif name not in files[place]:
                 holder = "another" if name in self._file_of else "no"
                 faults["other_shard", f"the index names {place.name}, and {holder} file holds it"].append(name)
-        self.num_experts = self.number("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+        self.num_experts = self.number(*COUNTS)
 
     def number(self, *names: str) -> int:
         """Return the first integer that the configuration has under one of the names; 0: none."""

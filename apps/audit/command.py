@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 
-from apps.audit.checkpoint import ADAPTER_CONFIG, Faults, Weights, read_parts
+from apps.audit.checkpoint import Faults, Weights, read_parts
 from apps.audit.options import Options
 from apps.audit.rules import find_holes, find_odd, find_pinned, find_uncovered, find_untied, find_wrong_values
 from apps.base.messages import counted, some
-from apps.porting.files import read_json
+from apps.porting.files import ADAPTER_CONFIG, read_json
 
 
 def run(options: Options) -> int:

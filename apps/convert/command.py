@@ -16,7 +16,7 @@ import core
 from apps.base.progress import each
 from apps.base.quiet import quiet
 from apps.convert.figures import Figures, Trial, counted, table, weight_bytes
-from apps.convert.folders import converted_folder
+from apps.convert.folders import converted_of_hub, is_of_hub
 from apps.convert.kinds import (
     BY_LOAD,
     KINDS,
@@ -31,7 +31,7 @@ from apps.convert.kinds import (
 from apps.convert.options import Options
 from apps.convert.runs import CONFIG, KEPT, WEIGHTS, Request, Run, fill, laid_out, new_run, sync, write_run
 from apps.train.checkpoint import sharded
-from apps.train.checkpoint.paths import NAMES, find_checkpoint, is_hub_folder, is_sharded
+from apps.train.checkpoint.paths import NAMES, find_checkpoint, is_sharded
 from apps.train.sparsified import SparsifyConfig, restored
 from apps.train.step.adapted import adapt_linears
 from core.config.plain import arguments_from_plain, from_plain, to_plain
@@ -184,15 +184,16 @@ def run(options: Options) -> int:
         print(table(before, after))
         print(f"{options.output}: moesaic test --ckpt_path {file} tests it, and fit continues with it in one process")
         return 0
-    if is_hub_folder(options.runs[0]):
-        with quiet():
-            before, after = converted_folder(options)
-        print(table(before, after))
+    with quiet():
+        into_folder = is_of_hub(options.runs[0])
+        before, after = (converted_of_hub if into_folder else convert)(options)
+    print(table(before, after))
+    if options.kind == "quantize":
+        print(f"{options.output}: moesaic test --ckpt_path {options.output} tests it")
+        return 0
+    if into_folder:
         print(f"{options.output}: a folder of transformers, which --data.folder {options.output} reads")
         return 0
-    with quiet():
-        before, after = convert(options)
-    print(table(before, after))
     config = "" if options.config is None else f" --config {options.output / CONFIG}"
     print(f"{options.output}: moesaic fit --weights {options.output}{config} --run_dir NEW trains it on")
     return 0

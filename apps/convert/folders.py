@@ -1,46 +1,98 @@
-"""A folder of transformers with fewer experts, merged ones or one: read, converted and written in its own layout."""
+"""A model of transformers, of a folder or of a run: converted and written as a folder in its layout, or quantized."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import core
 from apps.convert.figures import Figures, Trial, counted, weight_bytes
 from apps.convert.kinds import BY_LOAD
 from apps.convert.options import Options
-from apps.registry import OF_FOLDER, resolve
+from apps.convert.runs import CONFIG, Run, new_run, write_run
+from apps.registry import OF_FOLDER, full_path, resolve
+from apps.train.checkpoint.contents import read_checkpoint
+from apps.train.checkpoint.loading import load
+from apps.train.checkpoint.paths import find_checkpoint, is_hub_folder
+from apps.train.cost.quantizing import quantize_model
 
 
-def converted_folder(options: Options) -> tuple[Figures, Figures]:
-    """Write the converted model in transformers' layout, and return the figures before and after.
+def is_of_hub(path: Path) -> bool:
+    """Return whether a path is a folder of transformers, or a run of a model that was read from one."""
+    if is_hub_folder(path):
+        return True
+    kind = read_checkpoint(find_checkpoint(path), shapes_only=True).get("module_class")
+    return isinstance(kind, str) and full_path(kind) == full_path(OF_FOLDER[0])
+
+
+def converted_of_hub(options: Options) -> tuple[Figures, Figures]:
+    """Write the converted model in transformers' layout, or a run with quantized experts, and return the figures before
+    and after.
 
     Raises:
         ValueError: another kind of conversion, a folder that cannot be read, a dense model, or statistics without
             batches; nothing is written.
         OSError: the folder cannot be written; nothing of it is left.
     """
-    folder, own = options.runs[0], vars(options)
-    if options.kind not in ("prune", "densify"):
-        raise ValueError(f"{folder} is a folder of transformers, which prune and densify take, not {options.kind}")
+    (source, *others), own = options.runs, vars(options)
+    what = f"{source} is a {'folder of transformers' if is_hub_folder(source) else 'run of a model of transformers'}"
+    if options.kind == "quantize":
+        if is_hub_folder(source):
+            raise ValueError(
+                f"{what}, whose layout has no experts in {own['how']}: serve and export take --quantize {own['how']}, "
+                "and configs/hub/qlora.yaml tunes it"
+            )
+        return _quantized_run(options)
+    kinds = ("prune", "densify") if is_hub_folder(source) else ("prune", "densify", "merge", "quantize")
+    if options.kind not in kinds or others:
+        raise ValueError(f"{what}: {', '.join(kinds)} take one, not {options.kind}")
     needs_use = options.kind == "prune" or own["how"] in BY_LOAD
     if needs_use and not options.batches:
         raise ValueError("--batches 0 leaves no statistics of the experts, which this conversion reads")
-    trial = Trial(folder, options.config, options.rest, options.batches) if options.batches else None
-    module: Any = resolve(OF_FOLDER[0])(str(folder)) if trial is None else trial.model
-    if not core.moe_layers(module):
-        raise ValueError(f"{folder} is a dense model: it has no experts")
+    trial = Trial(source, options.config, options.rest, options.batches) if options.batches else None
+    module: Any = load(source) if trial is None else trial.model
+    if not core.moe_layers(module) and options.kind != "merge":
+        raise ValueError(f"{source} is a dense model: it has no experts")
     before = _figures(module, trial)
     statistics = trial.statistics(None, bool(own.get("merge"))) if trial is not None and needs_use else None
+    if module.lora is not None or options.kind == "merge":
+        module.merge_adapters()
     if options.kind == "densify":
         loads = None if statistics is None else {name: s.loads_E for name, s in statistics.items()}
         core.densify(module, own["how"], loads)
-    elif own["merge"]:
+    elif options.kind == "prune" and own["merge"]:
         core.merge_experts(module, statistics, own["keep"])  # type: ignore[arg-type]
-    else:
+    elif options.kind == "prune":
         core.prune_experts(module, statistics, own["keep"], own["by"], constants=own["constants"])  # type: ignore[arg-type]
+    if trial is not None:
+        trial.cli.ckpt_path = None  # its weights are in the model
     after = _figures(module, trial)
     module.save_folder(options.output)
     return before, after
+
+
+def _quantized_run(options: Any) -> tuple[Figures, Figures]:
+    """Write a run with quantized experts. With adapters the experts are the folder's, quantized when they are read."""
+    run = Run.read(options.runs[0], options.config)
+    run.check_data(options.batches)
+    arguments: Any = run.arguments()
+    if "quantized" in run.checkpoint:
+        raise ValueError(f"{run.file} has experts in {run.checkpoint['quantized']} already")
+    before = _figures(load(run.file), _trial(options, run.file, options.config))
+    if arguments.get("lora") is None:
+        arguments, layout = None, quantize_model(load(run.file), options.how).state_dict()
+    else:
+        arguments, layout = {**arguments, "quantize": options.how}, run.state
+        resolve(OF_FOLDER[0])(**arguments)  # rejects what cannot be quantized
+    extra = {"quantized": options.how, "converted": options.kind}
+    with new_run(options.output) as folder:
+        file = write_run(folder, run, arguments, layout, layout.items(), data={}, extra=extra, run_dir=options.output)
+        after = _figures(load(file), _trial(options, file, folder / CONFIG))
+    return before, after
+
+
+def _trial(options: Options, file: Path, config: Path | None) -> Trial | None:
+    return Trial(file, config, options.rest, options.batches) if options.batches else None
 
 
 def _figures(module: Any, trial: Trial | None) -> Figures:

@@ -17,6 +17,7 @@ from apps.cli.errors import UsageError
 from apps.convert.runs import Conversion, Request, Run, Tensors, model_section
 from apps.nets.blocks import moe_configs
 from apps.registry import name_of
+from apps.train.cost.quantizing import quantize_model
 from apps.train.step.adapted import adapt_linears
 from apps.train.step.parts import DataPart
 from core.convert import FeedForwardPart, SparseFFN, read_ffn
@@ -194,6 +195,14 @@ def adapted(request: Request) -> Conversion:
     return Conversion(run.arguments(), {name: layer.state_dict for name, layer in layers.items()}, extra=extra)
 
 
+def quantized(request: Request) -> Conversion:
+    """Return the same layers with integers for their experts' matrices."""
+    run, how = request.run, request.options.how
+    left = quantize_model(request.module, how).state_dict()
+    replaced = {name: request.module.get_submodule(name).state_dict for name in run.state if name not in left}
+    return Conversion(run.arguments(), replaced, extra={"quantized": how})
+
+
 def _with_updates_merged(
     request: Request, prepared: Callable[[str, core.AdaptedLinear], core.AdaptedLinear]
 ) -> Conversion:
@@ -255,6 +264,7 @@ KINDS: dict[str, Callable[[Request], Conversion]] = {
     "prune": pruned,
     "merge": merged,
     "adapt": adapted,
+    "quantize": quantized,
     "specialize": specialized,
 }
 BY_LOAD = ("use", "most_used")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from apps.base.checks import check_at_least
 from apps.cli.errors import UsageError
+from apps.cli.options import Quantize
 from apps.cli.parser import CommandLine, Config, Run, Shown
 
 
@@ -145,6 +146,18 @@ class Adapt(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizedRun(Options):
+    """A run whose experts are stored in 8 or 4 bits; it is tested, served and exported, and does not train on.
+
+    Attributes:
+        how: int8, int4, or with a group of inputs that share a scale: int4:64
+    """
+
+    kind = "quantize"
+    how: Quantize = "int8"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Consolidate(Options):
     """One file of a sharded checkpoint, with the optimizer's state."""
 
@@ -173,4 +186,4 @@ class Specialize(Options):
     by: str = "reap"
 
 
-KINDS = {one.kind: one for one in (Upcycle, Densify, Prune, Merge, Adapt, Consolidate, Specialize)}
+KINDS = {one.kind: one for one in (Upcycle, Densify, Prune, Merge, Adapt, QuantizedRun, Consolidate, Specialize)}

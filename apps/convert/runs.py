@@ -28,7 +28,7 @@ from apps.train.checkpoint.contents import read_checkpoint, unlike
 from apps.train.checkpoint.loading import check_beside, module_class
 from apps.train.checkpoint.paths import find_checkpoint
 from apps.train.checkpoint.run_folder import mark
-from apps.train.step.adapted import adapt_linears
+from apps.train.step.adapted import take_form
 from apps.train.step.module import SparseModule
 from core.config.plain import arguments_from_plain, arguments_to_plain
 
@@ -200,11 +200,12 @@ class Run:
 
         Args:
             arguments: of its constructor.
-            contents: of a checkpoint, which may name adapters on linear layers; None: there are none.
+            contents: of a checkpoint, which may name adapters on linear layers and how experts are quantized; None:
+                neither.
         """
         with torch.device("meta"):
             module = self.kind(**arguments)
-        adapt_linears(module, contents or {})
+        take_form(module, contents or {})
         return module
 
     def mapped(self) -> SparseModule:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-TargetKind = Literal["binary", "regression", "count", "ordinal", "multiclass"]
+TargetKind = Literal[
+    "binary", "regression", "count", "poisson", "tweedie", "revenue", "quantile", "ordinal", "multiclass"
+]
 """Kinds of a column that is to be predicted."""
 
-NUMBERS: tuple[TargetKind, ...] = ("regression", "count")
+NUMBERS: tuple[TargetKind, ...] = ("regression", "count", "poisson", "tweedie", "revenue", "quantile")
 """Kinds that are numbers, without levels or classes."""
 
 EXPERTS = {"num_experts": 8, "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,17 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apps.base.files import new_file, write_json
+from apps.porting.files import ADAPTER, ADAPTER_CONFIG, Safetensors, read_json
 from core.adopted.parts import AdoptedExperts
 from core.contract import several_ranks
 from core.convert.build.low_rank import adapted_modules, attach
 from core.experts.adapters import LowRankUpdate
 from core.parallel.parts import whole_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BLOCKS = {"MixtralSparseMoeBlock", "PhimoeSparseMoeBlock", "MiniMaxM2SparseMoeBlock"}
 """Blocks with experts named ``block_sparse_moe.experts.0.w1`` on the hub; others ``mlp.experts.0.gate_proj``."""
@@ -80,10 +79,10 @@ def save_adapters(model: nn.Module, folder: str | Path, name: str = "default", o
         return
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    new = new_file(target / WEIGHTS)
+    new = new_file(target / ADAPTER)
     save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, new, {"format": "pt"})
-    new.replace(target / WEIGHTS)
-    write_json(target / CONFIG, config)
+    new.replace(target / ADAPTER)
+    write_json(target / ADAPTER_CONFIG, config)
 
 
 class _Whole(NamedTuple):
@@ -136,14 +135,10 @@ def load_adapters(model: nn.Module, folder: str | Path, name: str = "default") -
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for file in (CONFIG, WEIGHTS):
+    for file in (ADAPTER_CONFIG, ADAPTER):
         if not (folder / file).is_file():
             raise ValueError(f"{folder} has no {file}: it is no adapter of PEFT")
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except Exception as error:  # safetensors has an error class of its own
-        raise ValueError(f"{folder} cannot be read: {error}") from None
+    config, tensors = read_json(folder / ADAPTER_CONFIG), dict(Safetensors(folder / ADAPTER))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: peft_type={config.get('peft_type')!r} is not LORA")
     return config, tensors

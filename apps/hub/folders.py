@@ -10,6 +10,7 @@ from torch import nn
 
 from apps.base.checks import check_installed
 from apps.base.files import folder_beside, put_folder
+from apps.porting.files import CONFIG, Safetensors, read_json
 
 
 def checked_folder(folder: str | Path) -> Path:
@@ -19,8 +20,8 @@ def checked_folder(folder: str | Path) -> Path:
         ValueError: there is none. Nothing is fetched from elsewhere.
     """
     path = Path(folder).expanduser()
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{folder} is no folder of a model of transformers: it has no config.json")
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{folder} is no folder of a model of transformers: it has no {CONFIG}")
     return path
 
 
@@ -44,8 +45,13 @@ def load_model(folder: str | Path, dtype: str | None = None) -> Any:
     """
     path = checked_folder(folder)
     transformers = _transformers()
-    if not any(path.glob("*.safetensors")):
+    kind = read_json(path / CONFIG).get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(f"{folder}: transformers {transformers.__version__} knows no model_type {kind!r}")
+    if not (files := sorted(path.glob("*.safetensors"))):
         raise ValueError(f"{folder} has no weights: no file of safetensors")
+    for file in files:
+        Safetensors(file)  # names a file that is cut, which transformers does not
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True

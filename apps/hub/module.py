@@ -20,9 +20,11 @@ from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues
 from apps.hub.adapter_files import save_adapters
 from apps.hub.data import IGNORED, HubBatch
 from apps.hub.folders import load_model, load_tokenizer, save_model, teller
+from apps.train.checkpoint.checkpoints import BestAndLast
 from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
+from apps.train.step.pieces import Block, PieceMetrics, ratio_values, token_metrics
 from core.adopted import is_sparse
 from core.config.plain import from_plain
 from core.fields import Checked, Count, CountOrZero, NotNegative, Positive, PositiveShare
@@ -71,6 +73,17 @@ class GenerateConfig(Checked):
     seed: CountOrZero = 0
 
 
+class RowMetrics(PieceMetrics[Block]):
+    """Mean loss of a token, perplexity and token accuracy, each row once on any number of processes."""
+
+    has_loss = True
+
+    def values_of(self, pieces: Sequence[Block]) -> dict[str, float]:
+        """Return the metrics by name."""
+        loss = math.fsum(row.nll for row in pieces) / max(sum(row.tokens for row in pieces), 1)
+        return {"loss": loss, **token_metrics(pieces)}
+
+
 class HubCausalLM(SparseModule, Comparable):
     """A causal language model in a local folder of transformers' layout, whose MoE blocks are adopted.
 
@@ -97,7 +110,7 @@ class HubCausalLM(SparseModule, Comparable):
     monitor: str = "val/loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     readout = ("model.lm_head",)
-    shown_metrics = ("perplexity",)
+    shown_metrics = ("perplexity", "token_accuracy")
 
     def __init__(
         self,
@@ -182,10 +195,13 @@ class HubCausalLM(SparseModule, Comparable):
         nll_N = F.cross_entropy(
             logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        count_B = (target_BL != IGNORED).sum(1)
-        count = max(int(count_B.sum()), 1)
-        outputs = None if self.training else (nll_N.detach().view(target_BL.shape).sum(1), count_B)
-        return TaskOutput(nll_N.sum() / count, outputs, None, len(batch.tokens_BL), weight=count)
+        is_said_BL = target_BL != IGNORED
+        count, rows = max(int(is_said_BL.sum()), 1), None
+        if not self.training:
+            right_B = ((logits_BLV.argmax(-1) == target_BL) & is_said_BL).sum(1)
+            columns = (batch.index_B, nll_N.double().view(target_BL.shape).sum(1), right_B, is_said_BL.sum(1))
+            rows = [Block(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return TaskOutput(nll_N.sum() / count, rows, None, len(batch.tokens_BL), weight=count)
 
     def example_inputs(self, batch: HubBatch) -> tuple[Tensor, Tensor]:
         return batch.tokens_BL, batch.positions_BL
@@ -193,18 +209,8 @@ class HubCausalLM(SparseModule, Comparable):
     def cost_unit(self, batch: HubBatch) -> str:
         return f"a row of {batch.tokens_BL.shape[1]} tokens"
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_perplexity("val")
-        super().on_validation_epoch_end()
-
-    def on_test_epoch_end(self) -> None:
-        self._log_perplexity("test")
-        super().on_test_epoch_end()
-
-    def _log_perplexity(self, stage: str) -> None:
-        loss = self.trainer.callback_metrics.get(f"{stage}/loss")
-        if loss is not None:
-            self.log(f"{stage}/perplexity", math.exp(min(float(loss), 700.0)), prog_bar=True, sync_dist=True)
+    def build_metrics(self) -> RowMetrics:
+        return RowMetrics()
 
     # ---- comparisons
 
@@ -236,10 +242,9 @@ class HubCausalLM(SparseModule, Comparable):
         return made
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        nats_N, tokens_N = (torch.cat([out.outputs[i].double() for out in outs]).cpu() for i in (0, 1))
-        ratio = nats_N.sum() / tokens_N.sum()  # values with its mean and its spread
-        values_N = ratio + (nats_N - ratio * tokens_N) / tokens_N.mean()
-        return ExampleValues("nats_per_token", values_N, higher_is_better=False)
+        rows = [row for out in outs for row in out.outputs]
+        nats_N, tokens_N = torch.tensor([(row.nll, row.tokens) for row in rows], dtype=torch.float64).unbind(1)
+        return ExampleValues("nats_per_token", ratio_values(nats_N, tokens_N), higher_is_better=False)
 
     # ---- prediction
 
@@ -329,11 +334,29 @@ class HubCausalLM(SparseModule, Comparable):
         return super().load_state_dict(whole, strict, assign)
 
     def on_fit_end(self) -> None:
-        """Write the trained adapter as PEFT's files into the run's folder."""
-        if self.lora is not None:
-            folder = Path(self.trainer.default_root_dir) / "adapter"
-            save_adapters(self.model, folder)
-            _logger.info("the adapter is in %s", folder)
+        """Write the adapter of the best checkpoint, else of the last step, as PEFT's files into the run's folder."""
+        if self.lora is None:
+            return
+        folder, which = Path(self.trainer.default_root_dir) / "adapter", "of the last step"
+        kept = {name: value.clone() for name, value in self.state_dict().items() if name not in self.kept_elsewhere}
+        for saved in self.trainer.checkpoint_callbacks:
+            if isinstance(saved, BestAndLast) and saved.best_score is not None and saved.best_model_path:
+                best = self.trainer.strategy.load_checkpoint(saved.best_model_path, weights_only=True)
+                self.load_state_dict(best["state_dict"])
+                which = f"of the best {saved.monitor} ({saved.best_score:.4g})"
+        save_adapters(self.model, folder)
+        self.load_state_dict(kept)
+        if self.trainer.is_global_zero:
+            _logger.info("the adapter %s is in %s", which, folder)
+
+    def merge_adapters(self) -> None:
+        """Merge the adapters into the weights, in place.
+
+        Raises:
+            ValueError: there are none, or the experts are quantized.
+        """
+        core.merge_adapters(self.model)
+        self.lora = None
 
     def save_folder(self, folder: str | Path) -> None:
         """Write the model in transformers' layout, adapters merged; the module is of no use afterwards.
@@ -344,5 +367,5 @@ class HubCausalLM(SparseModule, Comparable):
         if needs_all_ranks(self.model):
             raise ValueError("the experts are sharded: load the checkpoint in one process, apps.load(run).save_folder")
         if self.lora is not None:
-            core.merge_adapters(self.model)
+            self.merge_adapters()
         save_model(core.release(self.model) if core.moe_layers(self.model) else self.model, folder, self.folder)

@@ -7,16 +7,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 import core
-from apps.base.evaluation import in_evaluation
-from apps.report.exhibit import Example, LayerPart, NumberField, Said
-from apps.task import Input, Output, Service, Sizes, Task, Trial, text, words_by_layer
+from apps.report.exhibit import Example, LayerPart, Said
+from apps.task import Output, Service, Sizes, Task, Trial, number, text, words_by_layer
 from apps.task.outputs import properties
-from apps.train.publish.exporting import Exported
+from apps.train.publish.exporting import Exported, Graph
+from core.convert.read.calls import evaluating
 
 _MOST_READ, _MOST_WRITTEN, _FIRST = 8_192, 1_024, 64
 """Tokens of a request at most, and those that a page writes at first."""
+_EXAMPLE = 16
+"""Tokens of a row of an export's example."""
 
 
 class Answered(NamedTuple):
@@ -32,6 +35,18 @@ class Answered(NamedTuple):
     ids: list[int]
 
 
+class _Logits(nn.Module):
+    """A model of transformers as a function of ids only."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=token_ids, use_cache=False).logits
+        return logits
+
+
 class HubPrompt(Task):
     """The use of a ``HubCausalLM``. Prompts are answered one by one."""
 
@@ -41,17 +56,10 @@ class HubPrompt(Task):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        limits = {"type": "integer", "minimum": 1, "maximum": _MOST_WRITTEN}
-        default = min(_MOST_WRITTEN, model.generate.max_new_tokens)
+        says, default = "Tokens to write, at most", min(_MOST_WRITTEN, model.generate.max_new_tokens)
         self.inputs = {
             "text": text("Prompt", "Who goes there?", from_json=self._sent),
-            "tokens": Input(
-                {**limits, "description": "Tokens to write, at most."},
-                _FIRST,
-                field=NumberField("Tokens to write, at most", _FIRST, whole=True, least=1, most=_MOST_WRITTEN),
-                is_required=False,
-                default=default,
-            ),
+            "tokens": number(says, _FIRST, default, 1, _MOST_WRITTEN, f"{says}."),
         }
         schema = {"type": "string", "description": "What the model writes."}
         self.output = Output(
@@ -76,11 +84,12 @@ class HubPrompt(Task):
         return answers
 
     def service(self) -> Service:
+        _ = self.model.tokenizer  # a folder without one is rejected before a request comes
         return replace(super().service(), listen=lambda values, tell: {**values, "tell": tell})
 
     @torch.no_grad()
     def layers(self, tape: core.Tape, example: Any, answer: Answered) -> Mapping[str, tuple[LayerPart, ...]]:
-        with in_evaluation(self.model), core.record(self.model.model) as of_text:  # one pass, not one a token
+        with evaluating(self.model), core.record(self.model.model) as of_text:  # one pass, not one a token
             self.model.model(input_ids=torch.tensor([answer.ids], device=self.model.device))
         words = [[self.model.tokenizer.decode([i]) or "·"] for i in answer.ids]
         return words_by_layer(of_text.entries, words, "Tokens, as the model reads them", "tokens")
@@ -89,8 +98,15 @@ class HubPrompt(Task):
         return ()
 
     def exported(self) -> Exported:
-        """Raise a ``ValueError``: transformers' own exporters write such graphs, of what ``save_folder`` writes."""
-        raise ValueError("a model of the hub is exported by transformers' exporters, from the folder of save_folder")
+        """Return one graph of a forward: ids of rows of one length in, the logits of the token after each id out."""
+        ids_BS = torch.arange(2 * _EXAMPLE).view(2, _EXAMPLE) % self.model.config.get_text_config().vocab_size
+        axes = {"token_ids": {0: "batch", 1: "length"}}
+        graph = Graph("model", _Logits(self.model.model), {"token_ids": ids_BS}, ("logits",), axes)
+        return Exported("own", (graph,), {})
+
+    @classmethod
+    def encoding_state(cls, exported: Any) -> Any:
+        raise ValueError(f"{exported.path} has logits only: predict takes the run, --ckpt_path")
 
     @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:

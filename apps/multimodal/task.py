@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.data.given import GivenConfig, GivenData
 from apps.data.subwords import EOS_ID, PAD_ID
 from apps.multimodal import own_data
@@ -28,6 +27,7 @@ from apps.task.outputs import SHARE
 from apps.train.publish.exporting import Exported, Graph
 from apps.vision.image_files import to_array
 from apps.vision.image_input import image_input, images_on_meta
+from core.convert.read.calls import evaluating
 
 SUBWORDS = "subwords.model"
 """The sentencepiece model of an export, where texts are cut into subwords."""
@@ -147,7 +147,7 @@ class ImageTextMatching(Task):
         if not pixels:
             return iter(())
         image = self.encoding.normalized(torch.stack(list(pixels)), self.model.device)
-        with in_evaluation(self.model):
+        with evaluating(self.model):
             outputs = self.model.model.image_outputs(image)
         return zip(*(part.float().cpu() for part in outputs), strict=True)
 
@@ -306,7 +306,7 @@ class _Searched:
 
     @cached_property
     def _vectors(self) -> Tensor:
-        with in_evaluation(self._model), torch.no_grad():
+        with evaluating(self._model), torch.no_grad():
             return vectors_of_pixels(self._model, self._data.pixels(self._numbers))
 
     def images(self, text: str, vector_D: Tensor) -> Images:

@@ -17,6 +17,8 @@ from apps.base.messages import first_line
 
 CONFIG = "config.json"
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""The files of an adapter, as PEFT names them."""
 INDEX = ".index.json"
 
 

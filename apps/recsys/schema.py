@@ -25,7 +25,11 @@ class TaskConfig(Checked):
 
     - "binary": yes or no, which ``positive`` or ``at_least`` tell from the column's values.
     - "regression": a number, such as a price.
-    - "count": a non-negative integer.
+    - "count": a non-negative integer, with Poisson's loss; "poisson": any non-negative number with it.
+    - "revenue": an amount that is often 0 (a zero-inflated lognormal distribution, arXiv 1912.07753): the prediction
+      has the probability of a positive amount, the mean, and quantiles.
+    - "tweedie": a non-negative number, often 0, whose spread grows with its mean.
+    - "quantile": a number whose median is predicted, with the quantiles at 0.1 and 0.9.
     - "ordinal": one of a few numbers whose order matters, such as a rating.
     - "multiclass": one of several unordered values.
 

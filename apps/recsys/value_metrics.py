@@ -58,12 +58,22 @@ class ValueMetrics:
         return dict(self.by_name)
 
 
+AMOUNTS = ("gini", "normalized_gini", "decile_error", "tweedie_deviance")
+"""Metrics of amounts that are not negative."""
+
 NUMBERS, LEVELS = ("r2", "rmse", "mae", "spearman", "pcc"), ("accuracy", "log_loss")
 CLASSES = ("auc", "accuracy", "log_loss")
 
 
 def number_metrics(
-    value_N: np.ndarray, label_N: np.ndarray, log_p_NL: np.ndarray | None = None, place_N: np.ndarray | None = None
+    value_N: np.ndarray,
+    label_N: np.ndarray,
+    log_p_NL: np.ndarray | None = None,
+    place_N: np.ndarray | None = None,
+    *,
+    further: tuple[str, ...] = (),
+    chance_N: np.ndarray | None = None,
+    quantile_N3: np.ndarray | None = None,
 ) -> ValueMetrics:
     """Return the metrics of predicted numbers.
 
@@ -75,10 +85,13 @@ def number_metrics(
         label_N: the numbers; NaN for none.
         log_p_NL: logarithms of the levels' probabilities; None: the numbers are not levels.
         place_N: place of each label among the levels.
+        further: names of metrics in addition: those of ``AMOUNTS``, "auc_positive", "pinball", "coverage_80".
+        chance_N: score of a positive label, for "auc_positive".
+        quantile_N3: the quantiles at 0.1, 0.5 and 0.9, for "pinball" and "coverage_80".
     """
     from scipy.stats import rankdata
 
-    names = NUMBERS if log_p_NL is None else (*NUMBERS, *LEVELS)
+    names = (*(NUMBERS if log_p_NL is None else (*NUMBERS, *LEVELS)), *further)
     is_labeled_N = ~np.isnan(label_N)
     y_n, v_n = label_N[is_labeled_N].astype(np.float64), value_N[is_labeled_N].astype(np.float64)
     invalid = int((~np.isfinite(v_n)).sum())
@@ -96,8 +109,59 @@ def number_metrics(
     }
     if log_p_NL is not None and place_N is not None:
         by_name |= _of_probabilities(log_p_NL[is_labeled_N], place_N[is_labeled_N].astype(np.int64))
+    if "gini" in further:
+        by_name |= amount_metrics(v_n, y_n)
+    if chance_N is not None:
+        by_name["auc_positive"] = auc(chance_N[is_labeled_N], y_n > 0)
+    if quantile_N3 is not None:
+        by_name |= quantile_metrics(quantile_N3[is_labeled_N].astype(np.float64), y_n)
     constant = bool((v_n == v_n[0]).all())
     return ValueMetrics(len(y_n), float(y_n.mean()), float(v_n.mean()), constant, 0, by_name, bins(v_n, y_n))
+
+
+def amount_metrics(value_N: np.ndarray, label_N: np.ndarray) -> dict[str, float]:
+    """Return the metrics of amounts that are not negative.
+
+    "gini" is twice the area between the share of all amounts that the rows with the highest predictions have and the
+    share of rows; "normalized_gini" is that over the gini of perfect predictions. "decile_error" is the mean over ten
+    groups of equal size, by prediction, of the distance of mean prediction and mean label, over the mean label.
+    "tweedie_deviance" is of power 1.5.
+    """
+    from sklearn.metrics import mean_tweedie_deviance
+
+    total = float(label_N.sum())
+    if not total:
+        return dict.fromkeys(AMOUNTS, math.nan)
+    order = np.argsort(value_N, kind="stable")
+    tenths = [part for part in np.array_split(order, 10) if len(part)]
+    apart = [abs(float(value_N[part].mean() - label_N[part].mean())) for part in tenths]
+    own, best = gini(value_N, label_N), gini(label_N, label_N)
+    return {
+        "gini": own,
+        "normalized_gini": own / best if best else math.nan,
+        "decile_error": float(np.mean(apart)) / float(label_N.mean()),
+        "tweedie_deviance": float(mean_tweedie_deviance(label_N, np.maximum(value_N, 1e-9), power=1.5)),
+    }
+
+
+def gini(value_N: np.ndarray, label_N: np.ndarray) -> float:
+    """Return the gini of predictions, which is 0 where all are equal; rows of equal predictions share their amounts."""
+    _, group_N, counts = np.unique(-value_N, return_inverse=True, return_counts=True)
+    amounts = np.bincount(group_N, label_N)
+    rows, shares = np.cumsum(counts) / len(value_N), np.cumsum(amounts) / label_N.sum()
+    area = np.trapezoid(np.r_[0.0, shares], np.r_[0.0, rows])
+    return float(2 * area - 1)
+
+
+def quantile_metrics(quantile_N3: np.ndarray, label_N: np.ndarray) -> dict[str, float]:
+    """Return the mean pinball loss of the quantiles at 0.1, 0.5 and 0.9, and the share of labels between the outer."""
+    error_N3 = label_N[:, None] - quantile_N3
+    level = np.array([0.1, 0.5, 0.9])
+    within_N = (quantile_N3[:, 0] <= label_N) & (label_N <= quantile_N3[:, 2])
+    return {
+        "pinball": float(np.maximum(level * error_N3, (level - 1) * error_N3).mean()),
+        "coverage_80": float(within_N.mean()),
+    }
 
 
 def class_metrics(z_NC: np.ndarray, place_N: np.ndarray) -> ValueMetrics:

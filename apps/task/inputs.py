@@ -71,7 +71,7 @@ def number(
 
     Args:
         label: name on a page.
-        sample: the example of a schema.
+        sample: the example of a schema, and the first value on a page.
         default: the value if the input is missing.
         least, most: its bounds.
         says: description for the schema.
@@ -79,5 +79,5 @@ def number(
         in_example: whether the example of a schema has it.
     """
     schema = {"type": "integer", "minimum": least, "maximum": most, "default": default, "description": says}
-    field = None if label is None else NumberField(label, default, whole=True, least=least, most=shown or most)
+    field = None if label is None else NumberField(label, sample, whole=True, least=least, most=shown or most)
     return Input(schema, sample, field=field, is_required=False, default=default, is_shown=in_example)

@@ -31,6 +31,7 @@ from apps.report.page.writing import markdown, write_index
 from apps.runner.runner import Budget, at_work, check_same
 from apps.task.task import config_of
 from apps.verdict.options import Options
+from apps.verdict.references import RESERVED, References, best_model, by_task, reference_names
 from apps.verdict.result import NUMBERS, PAGE, Facts, Verdict, causes, changes, lines, verdict_page
 from apps.verdict.schedule import Schedule, Speed, make_schedule
 from apps.verdict.training import VALIDATION_NEED, measure_speed
@@ -94,6 +95,9 @@ def give_verdict(
             warnings = [*warnings, f"{how} leaves a column out."]
         for line in (*notes, *(f"check: {warning}" for warning in warnings)):
             say(line)
+        names = reference_names(model)
+        kept = RESERVED * seconds if names else 0.0
+        budget.reserve += kept
         if saved is not None:
             plan = _read(saved)
         else:
@@ -102,15 +106,25 @@ def give_verdict(
         del model
         work = Work(experiment, plan, options.seed, output, budget, whole)
         work.do()
+        budget.reserve -= kept
+        best = _best(work, names, options) if names and work.finished else ()
         if work.num_done:  # a finished verdict that is shown again takes none of its time
             budget.keep()
-        verdict = _verdict(options, work, (sparse, dense), notes, warnings, command)
+        verdict = _verdict(options, work, (sparse, dense), notes, warnings, command, best)
         write_json(output / NUMBERS, {**dataclasses.asdict(verdict), "last_line": verdict.last_line})
         page = verdict_page(verdict)
         write_text(output / PAGE, markdown(page))
         write_page(page, output / FILE)
         write_index(output.parent)
     return verdict
+
+
+def _best(work: Work, names: Sequence[str], options: Options) -> tuple[str, ...]:
+    """Train the references of a table, and return a sentence for each task on its best model."""
+    num_values = len(work.finished[0].values[0])
+    references = References(work.experiment, names, options.folder, options.minutes, options.seed, num_values)
+    models = by_task(work.finished, references.do(), work.plan.dense)
+    return tuple(best_model(task, own, work.plan.dense) for task, own in models.items())
 
 
 _BEFORE_THE_PLAN = ("data", "config.yaml", "spent.json")
@@ -224,7 +238,13 @@ def _read(saved: Mapping[str, Any]) -> Plan:
 
 
 def _verdict(
-    options: Options, work: Work, costs: Sequence[System], notes: Sequence[str], checks: Sequence[str], command: str
+    options: Options,
+    work: Work,
+    costs: Sequence[System],
+    notes: Sequence[str],
+    checks: Sequence[str],
+    command: str,
+    best: tuple[str, ...] = (),
 ) -> Verdict:
     """Return the results of the finished runs."""
     plan, finished = work.plan, work.finished
@@ -257,6 +277,7 @@ def _verdict(
         changes=tuple(changes(both, reasons, options.minutes, work.steps / plan.configured_steps)),
         notes=(*notes, *made),
         checks=tuple(checks),
+        best=best,
         facts={
             "minutes": options.minutes,
             "spent_seconds": work.budget.kept,

@@ -189,6 +189,7 @@ class Verdict:
         notes: how the data were read, and the two systems.
         checks: what may make the answers worthless, such as a column that leaks the label.
         facts: budget, machine, versions, schedule, configuration and command, in plain values.
+        best: the best model of each task of a table, trees and a linear model included.
     """
 
     title: str
@@ -202,6 +203,7 @@ class Verdict:
     notes: tuple[str, ...]
     checks: tuple[str, ...]
     facts: Mapping[str, Any]
+    best: tuple[str, ...] = ()
 
     @property
     def last_line(self) -> str:
@@ -229,7 +231,7 @@ def in_words(answer: Answer, quality: str) -> str:
 
 def lines(verdict: Verdict) -> list[str]:
     """Return the text for a terminal: sentences, then the last line of the verdict."""
-    shown = [in_words(answer, verdict.quality) for answer in verdict.answers]
+    shown = [*verdict.best, *(in_words(answer, verdict.quality) for answer in verdict.answers)]
     shown += [f"why: {reason}" for reason in verdict.reasons]
     shown += [f"what would change it: {change}" for change in verdict.changes]
     shown += [f"check: {check}" for check in verdict.checks]
@@ -256,7 +258,7 @@ def verdict_page(verdict: Verdict) -> Page:
     facts = verdict.facts
     return Page(
         title=f"Does sparse pay? {verdict.title}",
-        verdict=(verdict.last_line, *(in_words(answer, quality) for answer in verdict.answers)),
+        verdict=(verdict.last_line, *verdict.best, *(in_words(answer, quality) for answer in verdict.answers)),
         figures=_figures(verdict) if verdict.systems else None,
         sections=(
             Section("Checks", Text.if_any(verdict.checks)),

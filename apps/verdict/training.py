@@ -20,7 +20,6 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment, check_validation
@@ -34,6 +33,10 @@ from apps.train.step.balanced import routing_metrics
 from apps.train.step.module import SparseModule
 from apps.train.watch.progress import routing_figures
 from apps.verdict.schedule import Speed
+from core.convert.read.calls import evaluating
+
+TASKS = "tasks.npy"
+"""Keeps the test values of each task."""
 
 BLOCKS = 16
 """Parts of the test split that stand for its examples where a module tells its quality of whole passes alone."""
@@ -48,12 +51,14 @@ class Evaluated:
         values_N: float64 (N,), whose mean is the quality: one per example, or one per block of batches.
         higher_is_better: True where a larger quality is better.
         routing: figures of the routing, means over the layers; empty without experts.
+        tasks: metric and values (N,) of each task of a table; empty for other models.
     """
 
     name: str
     values_N: np.ndarray
     higher_is_better: bool
     routing: Mapping[str, float] = field(default_factory=dict)
+    tasks: Mapping[str, tuple[str, np.ndarray]] = field(default_factory=dict)
 
     @property
     def quality(self) -> float:
@@ -93,7 +98,7 @@ def _by_example(model: Any, trainer: Trainer, batches: Iterator[Any], budget: Bu
     device = trainer.strategy.root_device
     outs, stats = [], core.RoutingStats({})
     model.to(device)
-    with in_evaluation(model), torch.no_grad(), trainer.precision_plugin.forward_context():
+    with evaluating(model), torch.no_grad(), trainer.precision_plugin.forward_context():
         for batch in batches:
             with core.record(model) as tape:
                 outs.append(model.task_loss(move_data_to_device(batch, device)))
@@ -106,7 +111,8 @@ def _by_example(model: Any, trainer: Trainer, batches: Iterator[Any], budget: Bu
         return None
     figures = {name.partition("/")[2]: float(value) for name, value in routing_metrics(stats).items()}
     means = {name: value for name, value in figures.items() if "/" not in name}
-    return Evaluated(values.name, values.values_N.numpy(), values.higher_is_better, means)
+    by_task = model.task_values(outs) if hasattr(model, "task_values") else {}
+    return Evaluated(values.name, values.values_N.numpy(), values.higher_is_better, means, by_task)
 
 
 def _by_block(model: Any, trainer: Trainer, batches: list[Any], budget: Budget, stage: str) -> Evaluated:
@@ -166,6 +172,12 @@ class Run(Unit):
     @property
     def is_search(self) -> bool:
         return self.kind == "search"
+
+    def task_values(self, output: Path) -> dict[str, tuple[str, np.ndarray]]:
+        """Return metric and values of each task that a final run has kept; none of other models."""
+        names = (self.read(output) or {}).get("tasks", {})
+        values_tN = np.load(self.folder(output) / TASKS, allow_pickle=False) if names else ()
+        return {task: (metric, own_N) for (task, metric), own_N in zip(names.items(), values_tN, strict=True)}
 
     def values(self, output: Path) -> np.ndarray:
         """Return the values by example that a finished run has kept; none of one that diverged.
@@ -266,7 +278,11 @@ def do(
             result: dict[str, Any] = {"quality": validated.quality, "higher_is_better": validated.higher_is_better}
             values_N = validated.values_N
         else:
-            result, values_N = _tested(model, data, trainer, budget, most_batches)
+            result, tested = _tested(model, data, trainer, budget, most_batches)
+            values_N = tested.values_N
+            if tested.tasks:
+                with replacing(run.folder(output) / TASKS, "wb") as file:
+                    np.save(file, np.stack([own_N for _, own_N in tested.tasks.values()]))
         with replacing(run.folder(output) / "values.npy", "wb") as file:
             np.save(file, values_N)
         return {"steps": pace.steps, "seconds_per_step": pace.seconds_per_step, **result}
@@ -276,8 +292,8 @@ def do(
 
 def _tested(
     model: Any, data: Any, trainer: Trainer, budget: Budget, most_batches: int | None
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the evaluations in a final run's result, and the test values (N,)."""
+) -> tuple[dict[str, Any], Evaluated]:
+    """Return the evaluations in a final run's result, and that of the test."""
     data.setup("test")
     tested = evaluate(model, trainer, data.test_dataloader(), most_batches, budget, "test")
     is_by_example = model.module is model and len(tested.values_N) > BLOCKS
@@ -290,8 +306,9 @@ def _tested(
         "quality": tested.quality,
         "train_quality": trained.quality,
         "routing": dict(tested.routing),
+        "tasks": {task: metric for task, (metric, _) in tested.tasks.items()},
     }
-    return result, tested.values_N
+    return result, tested
 
 
 def _sample(model: Any, loader: Any, count: int, most_batches: int | None) -> Iterator[Any]:

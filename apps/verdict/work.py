@@ -86,11 +86,13 @@ class Finished:
         seed: the seed.
         results: results of sparse and of dense at equal steps, and of sparse at equal time.
         values: test values of the same runs, each (N,).
+        tasks: metric and test values of each task of the same runs; empty for other models than of tables.
     """
 
     seed: int
     results: Sequence[Mapping[str, Any]]
     values: Sequence[np.ndarray]
+    tasks: Sequence[Mapping[str, tuple[str, np.ndarray]]] = ()
 
 
 class Work(Runner[Run, Mapping[str, Any]]):
@@ -200,7 +202,8 @@ class Work(Runner[Run, Mapping[str, Any]]):
             if len(set(sizes)) > 1:
                 counts = "{}, {} and {}".format(*sizes)
                 raise ValueError(f"the runs of seed {seed} have {counts} test values: the data have changed")
-            self.finished.append(Finished(seed, [done[run] for run in runs], values))
+            tasks = [run.task_values(self.output) for run in runs]
+            self.finished.append(Finished(seed, [done[run] for run in runs], values, tasks))
             seconds.append(sum(own["wall_seconds"] for own in done.values()))
 
     def work(self, unit: Run, progress: Progress) -> Mapping[str, Any]:

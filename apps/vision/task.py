@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.data.given import GivenConfig, GivenData
 from apps.report.exhibit import Example, LayerPart
 from apps.task import MOST_EXPERTS, Missing, Sizes, Task, Trial, patches_by_layer
@@ -21,6 +20,7 @@ from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import to_array
 from apps.vision.image_input import drawn_images, image_input, images_on_meta
 from apps.vision.report import patch_experts
+from core.convert.read.calls import evaluating
 
 
 class ImageClassification(Task):
@@ -51,7 +51,7 @@ class ImageClassification(Task):
     def classify(self, pixels: Tensor, top: int = 5) -> list[dict[str, float]]:
         """Return the likeliest classes of scaled images, uint8 (B, C, S, S); see ``top_classes``."""
         image = self.encoding.normalized(pixels, self.model.device)
-        with in_evaluation(self.model):
+        with evaluating(self.model):
             return top_classes(self.model(image), self.encoding.class_names, top)
 
     def layers(

@@ -31,6 +31,7 @@ class Layout:
         alpha: attribute with the slope of the gate's sigmoid, of clamped experts; "": 1.
         shift: what clamped experts add to the input's half.
         gated: whether experts have a gate's half.
+        fixed_top_k: whether a token takes as many experts whatever ``top_k`` says.
         way: how the block asks its experts. "choice": ``experts(x_TD, expert_ids_TK, gates_TK)``. "mask":
             ``experts(x_TD, chosen_T1E, gates_T1)``, and "gates": ``experts(x_TD, chosen_TE, gates_TE)``; both have a
             dict of modules, one per expert, from which the paths of matrices and biases start. "input": the router
@@ -59,6 +60,7 @@ class Layout:
     alpha: str = ""
     shift: float = 0.0
     gated: bool = True
+    fixed_top_k: bool = False
     way: Literal["choice", "mask", "gates", "input", "sorted"] = "choice"
 
 
@@ -89,7 +91,8 @@ LAYOUTS: dict[str, Layout] = {
         ),
         Layout(),
     ),
-    **dict.fromkeys(("GraniteMoeMoE", "PhimoeSparseMoeBlock"), Layout(router="router")),
+    "GraniteMoeMoE": Layout(router="router"),
+    "PhimoeSparseMoeBlock": Layout(router="router", fixed_top_k=True),
     **dict.fromkeys(("DeepseekV3MoE", "Glm4MoeMoE"), _DEEPSEEK_V3),
     "DbrxFFN": Layout(
         router="router",
@@ -127,6 +130,7 @@ LAYOUTS: dict[str, Layout] = {
     "MiniMaxM2SparseMoeBlock": Layout(score="sigmoid", bias="e_score_correction_bias"),
     "NllbMoeSparseMLP": Layout(
         router="router",
+        fixed_top_k=True,
         logits=2,
         up="fc1.weight",
         down="fc2.weight",

@@ -5,6 +5,7 @@ Nothing of the block is copied or renamed: its modules change class, and back ag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from ..layers import MoE
 from ..routing.balance.terms import CHOICE_TERMS, SCORE_TERMS
 from ..routing.router import Router
 from .layouts import Layout
+from .shrink import Rows, set_top_k, shrinking
 
 _MATRICES = ("w_in", "w_gate", "w_out")
 
@@ -213,6 +215,7 @@ class AdoptedMoE(Adopted, MoE):
 
     bias: Tensor
     shared_expert: nn.Module
+    is_adopted = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -238,6 +241,20 @@ class AdoptedMoE(Adopted, MoE):
 
     def reset_parameters(self) -> None:
         """Adopted blocks have weights to keep."""
+
+    def shrunk(self, num_experts: int, rows: Rows) -> Callable[[], None]:
+        return shrinking(self, num_experts, rows)
+
+    @property
+    def can_take_fewer(self) -> bool:
+        """Whether tokens take the best ``top_k`` of the scores, not experts of a table or of a method for two."""
+        tensors = (*self.router.parameters(), *self.router.buffers())
+        return not self.layout.fixed_top_k and all(t.is_floating_point() for t in tensors)
+
+    def take_fewer(self, top_k: int) -> None:
+        """Let each token take at most ``top_k`` experts, in place."""
+        if self.can_take_fewer and top_k < self.pairs_per_token:
+            set_top_k(self, top_k)
 
     @property
     def router(self) -> Any:  # type: ignore[override]

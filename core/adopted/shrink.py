@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .parts import AdoptedMoE
+from ..experts.adapters import CHILD
 
 Rows = Callable[[Tensor], Tensor]
 """Takes a tensor whose first axis counts the experts to one with the new rows."""
@@ -16,7 +16,7 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 TOP_KS = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k")
 
 
-def shrinking(layer: AdoptedMoE, num_experts: int, rows: Rows) -> Callable[[], None]:
+def shrinking(layer: Any, num_experts: int, rows: Rows) -> Callable[[], None]:
     """Check that an adopted block can have other experts, made of those that it has, and return what does it.
 
     Args:
@@ -31,6 +31,8 @@ def shrinking(layer: AdoptedMoE, num_experts: int, rows: Rows) -> Callable[[], N
     E, K = layer.num_experts, int(layer.pairs_per_token)
     if num_experts < K and num_experts != 1:
         raise ValueError(f"a token takes {K} experts, and {num_experts} would be left")
+    if any(CHILD in module._modules for module in layer.modules()):
+        raise ValueError(f"{type(layer).__name__} has adapters: core.merge_adapters merges them before")
     if layer.layout.way == "sorted":
         raise ValueError(
             f"{type(layer).__name__}: its configuration has one number for these experts and for those of attention"
@@ -47,23 +49,32 @@ def shrinking(layer: AdoptedMoE, num_experts: int, rows: Rows) -> Callable[[], N
             for name in COUNTS:
                 if module.__dict__.get(name) == E:
                     module.__dict__[name] = num_experts
-            if num_experts == 1:
-                for name in TOP_KS:
-                    if isinstance(module.__dict__.get(name), int):
-                        module.__dict__[name] = 1
         if num_experts == 1:
-            layer.__dict__["pairs_per_token"] = 1.0
+            set_top_k(layer, 1)
 
     return carry_out
 
 
-def set_counts(model: nn.Module, num_experts: int) -> None:
-    """Write the number of experts of adopted blocks to the model's configuration, which a saved folder has.
+def set_top_k(layer: Any, top_k: int) -> None:
+    """Let each token of an adopted block take ``top_k`` experts, where the block or its router has their number."""
+    for module in layer.modules():
+        for name in TOP_KS:
+            if isinstance(module.__dict__.get(name), int):
+                module.__dict__[name] = top_k
+    layer.__dict__["pairs_per_token"] = float(top_k)
+
+
+def set_counts(model: nn.Module) -> None:
+    """Write the number of experts of adopted blocks to the model's configuration, which a saved folder has. A model
+    without such blocks, or with other numbers in each, stays as it is.
 
     Raises:
         ValueError: the configuration has no number of experts.
     """
-    config: Any = getattr(model, "config", None)
+    counts = {layer.num_experts for layer in model.modules() if getattr(layer, "is_adopted", False)}
+    if len(counts) != 1:
+        return
+    num_experts, config = counts.pop(), getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()
     places = [own for own in (text, getattr(text, "ffn_config", None)) if own is not None]
     found = [(own, name) for own in places for name in COUNTS if isinstance(getattr(own, name, None), int)]
@@ -77,7 +88,7 @@ def set_counts(model: nn.Module, num_experts: int) -> None:
                 setattr(own, name, 1)
 
 
-def _seats(layer: AdoptedMoE, E: int) -> Iterator[tuple[nn.Module, str, int]]:
+def _seats(layer: Any, E: int) -> Iterator[tuple[nn.Module, str, int]]:
     """Yield the tensors of the router and of the block itself with an axis for the experts, and that axis."""
     for module in (*layer.router.modules(), layer):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,8 @@ class MoE(MoELayer):
 
     own_terms = frozenset({"contrast"})
     splits_experts = True
+    is_adopted: ClassVar[bool] = False
+    """Whether the layer is a block of another library's model, which keeps its own router and shapes."""
 
     def __init__(
         self,
@@ -170,6 +172,11 @@ class MoE(MoELayer):
         sums = {"contrast": loss_S.sum().reshape(1), "num_contrasts": has_loss_S.sum().to(loss_S.dtype).reshape(1)}
         evidence = replace(routing.evidence, sums={**(routing.evidence.sums or {}), **sums})
         return replace(routing, evidence=evidence)
+
+    def shrunk(self, num_experts: int, rows: Callable[[Tensor], Tensor]) -> Callable[[], None] | None:
+        """Return what gives the layer other experts, whose stacked tensors ``rows`` makes of those before; None: a
+        conversion builds its parts again."""
+        return None
 
     def active_expert_params(self) -> int:
         return round(self.all_expert_params() * min(self.pairs_per_token / self.num_experts, 1.0))

@@ -160,6 +160,21 @@ def test_pruned_experts_are_gone_and_the_rest_is_what_it_was(name, monkeypatch, 
     assert error(logits(saved_again(net, tmp_path)), out) < 1e-5
 
 
+@pytest.mark.parametrize("name", [*families.FAMILIES, *families.TWO_SIDED])
+def test_tokens_take_fewer_experts(name, monkeypatch):
+    plain = made(name).eval()
+    patch_nllb(name, plain, monkeypatch)
+    net = core.adopt(plain)
+    for layer in core.moe_layers(net).values():
+        layer.take_fewer(1)
+    with core.record(net) as tape:
+        logits(net)
+    fixed = {"Phimoe": {2}, "NllbMoe": {2}, "DeepseekV4": {1, 2}}  # V4's first layers choose by a table
+    assert {entry.routing.top_k for entry in tape.entries} == fixed.get(name, {1})
+    for layer in core.moe_layers(net).values():
+        assert layer.pairs_per_token == 1 or not layer.can_take_fewer
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "Dbrx", "SwitchTransformers"])
 def test_equal_experts_are_merged_without_a_change(name, tmp_path):
     net = core.adopt(made(name).eval())

@@ -165,10 +165,10 @@ def test_fit_test_predict(config, folder, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     base = transformers.MixtralForCausalLM.from_pretrained(folder / "model")
     with_adapter = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    last = apps.load(tmp_path / "checkpoints" / "last.ckpt").eval()
+    best = apps.load(tmp_path / "checkpoints" / "best.ckpt").eval()
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
-        own, theirs = last.model(input_ids=ids).logits, with_adapter(input_ids=ids).logits
+        own, theirs = best.model(input_ids=ids).logits, with_adapter(input_ids=ids).logits
     close = 1e-5 if config == "lora" else 0.3  # its experts are rounded to 4 bits
     assert float((own - theirs).norm() / theirs.norm()) < close
     held = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -244,7 +244,9 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     shutil.copytree(model, tmp_path / "cut")
     content = (Path(model) / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(content[:-50])
-    assert "cut cannot be read" in failing("--data.folder", str(tmp_path / "cut"), "--data.train_files", "chats.jsonl")
+    assert "cut/model.safetensors cannot be read" in failing(
+        "--data.folder", str(tmp_path / "cut"), "--data.train_files", "chats.jsonl"
+    )
     (folder / "odd.jsonl").write_text('{"message": []}\n')
     assert 'odd.jsonl:1 has neither "text" nor "messages"' in failing(
         "--data.folder", model, "--data.train_files", "odd.jsonl"
@@ -294,8 +296,6 @@ def test_a_service_answers_and_a_page_shows_the_experts_of_each_token(folder):
     assert len(layers) == 2
     with pytest.raises(ValueError, match="at most 8192 are read"):
         service.read({"text": "word " * 9000})
-    with pytest.raises(ValueError, match="exported by transformers' exporters"):
-        module.task.exported()
 
 
 def test_doctor_prune_merge_and_densify_take_the_folder(folder, tmp_path, capsys):
@@ -323,7 +323,7 @@ def test_doctor_prune_merge_and_densify_take_the_folder(folder, tmp_path, capsys
     prune = ("convert", "prune", *own, "--output", str(tmp_path / "new"))
     assert "a token takes 2 experts" not in failing(*prune, "--keep", "9")
     assert "leaves no statistics" in failing(*prune, "--keep", "2", "--batches", "0")
-    assert "which prune and densify take, not merge" in failing(
+    assert "prune, densify take one, not merge" in failing(
         "convert", "merge", *model, "--output", str(tmp_path / "new")
     )
     assert not (tmp_path / "new").exists()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import core
 from apps.base.checks import check_at_least, check_name
-from apps.base.evaluation import in_evaluation
 from apps.data.subwords import Subwords
 from apps.equal_cost.comparable import ExampleDifference
 from apps.multimodal.captions.metrics import CaptionMetrics, by_image, num_references, signatures
@@ -35,6 +34,7 @@ from apps.train.step.distilling import check_one_start
 from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig
 from apps.vision.pretrained import load_pretrained_weights
+from core.convert.read.calls import evaluating
 
 _DECODE = DecodeConfig(max_length_ratio=1.0, max_length_extra=0)
 _REPORT = CaptionReportConfig()
@@ -283,7 +283,7 @@ class ImageCaptioner(JudgedModule):
             start: number of the first one, which its random draws depend on.
         """
         numbers = torch.arange(start, start + len(pixels))
-        with in_evaluation(self):
+        with evaluating(self):
             image = self.encoding.normalized(pixels, self.device)
             return self.spelled(self.hypotheses_of(image, config, numbers))
 

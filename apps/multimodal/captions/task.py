@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.multimodal.captions.traced import traced
 from apps.multimodal.task import ImageTextMatching
 from apps.nlp.decode.exported import ExportedMemoryDecoder
@@ -23,6 +22,7 @@ from apps.train.publish.exporting import Exported
 from apps.vision.image_files import to_array
 from apps.vision.image_input import image_input, images_on_meta
 from apps.vision.task import placed
+from core.convert.read.calls import evaluating
 
 
 class Captioning(Task):
@@ -46,7 +46,7 @@ class Captioning(Task):
         # Draws depend on an image's number, and it is the first of its request whatever others come with it.
         parts = pixels.split(1) if config.method == "sample" else (pixels,)
         written = []
-        with in_evaluation(model):
+        with evaluating(model):
             for part in parts:
                 image = self.encoding.normalized(part, model.device)
                 found = model.hypotheses_of(image, config, torch.arange(len(part)))
@@ -56,7 +56,7 @@ class Captioning(Task):
         return written
 
     def layers(self, tape: core.Tape, example: Any, answer: Written) -> Mapping[str, tuple[LayerPart, ...]]:
-        with in_evaluation(self.model):
+        with evaluating(self.model):
             trace = traced(self.model, self.encoding.normalized(example["image"][None], self.model.device), answer.ids)
         patches = placed(self.model.model.encoder, trace.of_encoder, "encoder.")
         title = "Subwords of the caption, as they are read"

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from apps.base.checks import check_at_least
-from apps.base.evaluation import in_evaluation
 from apps.base.messages import excerpt
 from apps.base.progress import each
 from apps.data.loader import in_order
@@ -33,6 +32,7 @@ from apps.multimodal.search.vectors import (
 from apps.nets.exact_search import exact_search
 from apps.train.checkpoint.contents import fingerprint
 from apps.train.publish.predicting import Prediction, PredictionStream
+from core.convert.read.calls import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def index_of(model: Any, given: GivenInputs, cache: Path, num_workers: int = 0) 
     def encode(paths: Sequence[str]) -> Iterable[tuple[list[int], Tensor, list[str]]]:
         images = FolderImages(folder, paths, encoding, given.on_bad_image)
         loader = in_order(images, _AT_ONCE, num_workers)
-        with in_evaluation(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in each(loader, f"encoding {len(paths):,} images"):
                 yield batch.index, vectors_of_pixels(model, batch.pixels), batch.complaints
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from apps.base.evaluation import in_evaluation
 from apps.multimodal.pairs.encoding import PairEncoding
 from apps.vision.image_files import ENDINGS, BadImage, read_image, scaled
 from apps.vision.image_folders import images_below
+from core.convert.read.calls import evaluating
 
 OnBadImage = Literal["error", "skip"]
 """What an image is that cannot be read: the end of the run, or left out with a line."""
@@ -40,7 +40,7 @@ def encode_images(model: Any, images: Sequence[Any]) -> Tensor:
         some = images[start : start + _IMAGES_AT_ONCE]
         return scaled(some, transform, start)
 
-    with in_evaluation(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         parts = [vectors_of_pixels(model, pixels(i)) for i in range(0, len(images), _IMAGES_AT_ONCE)]
     return torch.cat([torch.empty(0, model.dim), *parts])
 
@@ -60,7 +60,7 @@ def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"texts[{i}]={text!r} is no text, or is empty")
     encoding = model.encoding.text
-    with in_evaluation(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         ids = (encoding.encode(texts[i : i + _TEXTS_AT_ONCE]) for i in range(0, len(texts), _TEXTS_AT_ONCE))
         parts = [model.text_vectors(part_BL.to(model.device)).float().cpu() for part_BL in ids]
     return torch.cat([torch.empty(0, model.dim), *parts])

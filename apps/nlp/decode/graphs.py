@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from apps.data.text_files import CONTROL
 from apps.nets.past import Past
@@ -20,6 +19,7 @@ from apps.nlp.decode.run import dropless
 from apps.nlp.decode.search import max_positions
 from apps.train.publish.exporting import Exported, Graph
 from core.config.plain import to_plain
+from core.convert.read.calls import evaluating
 
 _BATCH, _LENGTH, _PAST = 2, 3, 5
 """Sizes of the example that a graph is traced with."""
@@ -104,7 +104,7 @@ def graphs_with_memory(
     ids = _asked_for(model.encoder)
     inputs = {name: source, **{field: source.new_zeros(_BATCH, dtype=torch.int64) for field in ids}}
     network = EncoderNetwork(model, ids)
-    with in_evaluation(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         _, *memory = network(*inputs.values())
     layers = range(len(model.decoder.layers))
     outputs = ("memory", "memory_mask", *_named(layers, "memory_key", "memory_value"))

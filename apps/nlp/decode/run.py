@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.base.messages import warn_once
 from apps.data.subwords import BOS_ID, PAD_ID
 from apps.nets.norms import RMSNorm
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.search import Hypotheses, search
+from core.convert.read.calls import evaluating
 from core.kernels import cpu
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def dropless(model: nn.Module) -> Iterator[None]:
 def _evaluation(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
     """Yield the model without dropout, capacity of training and gradients; afterwards each part is as it was."""
     model = in_dtype(model, dtype)
-    with in_evaluation(model), torch.inference_mode(), dropless(model):
+    with evaluating(model), torch.inference_mode(), dropless(model):
         yield model
 
 

@@ -21,8 +21,9 @@ from apps.nlp.decode.candidate import Candidate
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.run import in_dtype
 from apps.nlp.decode.search import Hypotheses
-from apps.nlp.text.foreseen import Judged, of_mean_length, per_sentence, ratio_values
+from apps.nlp.text.foreseen import Judged, of_mean_length, per_sentence
 from apps.train.step.module import SparseModule, Stage, TaskOutput
+from apps.train.step.pieces import ratio_values
 
 
 class WritingModule(SparseModule, Comparable):

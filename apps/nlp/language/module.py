@@ -23,29 +23,14 @@ from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts
-from apps.nlp.text.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
+from apps.nlp.text.foreseen import read_ids
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import Stage, TaskOutput
+from apps.train.step.pieces import Block, PieceMetrics, perplexity, token_metrics
 
 _LAYERS = "all"
 _REPORT = LanguageReportConfig()
 _DECODE = DecodeConfig("sample", top_p=0.9, max_length_ratio=0.0, max_length_extra=64)
-
-
-class Block(NamedTuple):
-    """The scores that a model gives a block of text.
-
-    Attributes:
-        index: the block's place in the split.
-        nll: negative log likelihood of its tokens, in nats, summed.
-        right: number of tokens that the model put first.
-        tokens: number of its tokens.
-    """
-
-    index: int  # type: ignore[assignment]  # a block has no use for tuple.index
-    nll: float
-    right: int
-    tokens: int
 
 
 class Continuations(NamedTuple):

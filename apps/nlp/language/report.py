@@ -17,13 +17,13 @@ import core
 from apps.data.loader import batches_of_test
 from apps.nlp.expert_use import write_use
 from apps.nlp.specialization import CLASSES, TextUse, token_classes
-from apps.nlp.text.foreseen import perplexity
 from apps.report.base import Report, ReportConfig, is_left_out, spread_places
 from apps.report.page import BarChart, Line, LineChart, Section, Table, Words
 from apps.report.page.parts import START
 from apps.report.routed import experts_by_layer, largest_number
 from apps.report.tables import write_csv
 from apps.report.use import some_layers, tokens_of
+from apps.train.step.pieces import perplexity
 from core.fields import CountOrZero
 
 _SHOWN = 48  # subwords of a piece of text

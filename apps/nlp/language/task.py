@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.data.subwords import EOS_ID
 from apps.nlp.decode import decoding
 from apps.nlp.decode.exported import ExportedLanguageModel
@@ -19,9 +18,10 @@ from apps.nlp.predict import checked_texts
 from apps.nlp.sizes import TextTask
 from apps.nlp.text.words import words_of
 from apps.report.exhibit import Example, LayerPart, NumberField, Said
-from apps.task import Input, Output, Sizes, Trial, ids_on_meta, text, vocabulary_loss, words_by_layer
+from apps.task import Input, Output, Sizes, Trial, ids_on_meta, number, text, vocabulary_loss, words_by_layer
 from apps.task.outputs import properties
 from apps.train.publish.exporting import Exported
+from core.convert.read.calls import evaluating
 
 _MOST_READ, _MOST_WRITTEN = 1_024, 256
 """Subwords of a request at most."""
@@ -60,16 +60,10 @@ class Continuation(TextTask):
         super().__init__(model)
         learned = model.transformer.positions == "learned"
         self.longest = min(_MOST_READ, model.transformer.max_length - 1) if learned else _MOST_READ
-        limits = {"type": "integer", "minimum": 1, "maximum": _MOST_WRITTEN}
+        says, default = "Subwords to write, at most", min(_MOST_WRITTEN, model.decode.max_length(1))
         self.inputs = {
             "text": text("Text", "And the king", may_be_empty=True, from_json=self._sent),
-            "subwords": Input(
-                {**limits, "description": "Subwords to write, at most."},
-                _FIRST,
-                field=NumberField("Subwords to write, at most", _FIRST, whole=True, least=1, most=_MOST_SHOWN),
-                is_required=False,
-                default=min(_MOST_WRITTEN, model.decode.max_length(1)),
-            ),
+            "subwords": number(says, _FIRST, default, 1, _MOST_WRITTEN, f"{says}.", shown=_MOST_SHOWN),
         }
         if model.decode.method == "sample":
             seed = model.decode.seed
@@ -102,7 +96,7 @@ class Continuation(TextTask):
     @torch.no_grad()
     def layers(self, tape: core.Tape, example: Any, answer: Continued) -> Mapping[str, tuple[LayerPart, ...]]:
         network = self.model.model
-        with in_evaluation(self.model), dropless(network), core.record(network) as of_text:  # one pass, not the search
+        with evaluating(self.model), dropless(network), core.record(network) as of_text:  # one pass, not the search
             network.hidden(torch.tensor([answer.read], device=self.model.device))
         pieces = words_of(self.model.subwords.pieces(answer.read, "target"))
         return words_by_layer(of_text.entries, pieces, "Subwords, as the model reads them")

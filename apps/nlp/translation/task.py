@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.data.given import GivenConfig, GivenData
 from apps.data.subwords import EOS_ID
 from apps.nlp import own_data
@@ -26,6 +25,7 @@ from apps.report.exhibit import Example, LayerPart
 from apps.task import Sizes, Trial, choice, ids_on_meta, text, vocabulary_loss, words_by_layer
 from apps.task.outputs import Written, texts
 from apps.train.publish.exporting import Exported
+from core.convert.read.calls import evaluating
 
 _LONGEST = 10_000
 """Characters of a sentence at most; what the model reads is counted in subwords."""
@@ -75,7 +75,7 @@ class Translation(TextTask):
         for places in self._together([example["pair"] for example in examples]):
             own, pair = [examples[place]["text"] for place in places], examples[places[0]]["pair"]
             for number, batch in self._batches(own, pair):
-                with in_evaluation(model):
+                with evaluating(model):
                     found = model.translate(batch, config)
                 rows = zip(number, batch.empty_B.tolist(), found.ids, found.scores, strict=True)
                 for i, is_empty, ids, scores in rows:
@@ -103,7 +103,7 @@ class Translation(TextTask):
 
     def layers(self, tape: core.Tape, example: Any, answer: Written) -> Mapping[str, tuple[LayerPart, ...]]:
         ((_, batch),) = self._batches([example["text"]], example["pair"])
-        with in_evaluation(self.model), dropless(self.model.model):  # as in the search
+        with evaluating(self.model), dropless(self.model.model):  # as in the search
             trace = traced(self.model, batch, [*answer.ids, EOS_ID])
         sides = {
             "source": (trace.source, "sentence, as the encoder"),

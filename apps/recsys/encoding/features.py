@@ -92,12 +92,14 @@ class Target(Checked):
     """The target of a task, as found in the training split.
 
     Attributes:
-        kind: "binary", "regression", "count", "ordinal" or "multiclass", as in ``TaskConfig``.
+        kind: kind of the label, as in ``TaskConfig``.
         loss: loss of "regression"; "squared" for the others.
-        mean, std: mean and standard deviation of the labels of "regression" and "count"; std is 1 if they are constant.
+        mean, std: mean and standard deviation of the labels that are numbers; std is 1 if they are constant.
         levels: the numbers of "ordinal", ascending. A label is the place of its number.
         classes: the values of "multiclass" as text, sorted. A label is the place of its value.
-        shares: share of the labels that each level or class has.
+        shares: share of the labels that each level or class has; of "revenue", of 0 and of positive amounts.
+        least, most: smallest and largest label that is a number; None: they were not kept.
+        log_mean, log_std: mean and standard deviation of the logarithms of positive amounts, of "revenue".
     """
 
     kind: str = "binary"
@@ -107,6 +109,10 @@ class Target(Checked):
     levels: tuple[float, ...] = ()
     classes: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    log_mean: float = 0.0
+    log_std: float = 1.0
 
     def numbers_of(self, label_N: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the numbers of an ordinal task's labels, float64 (N,); NaN for none."""

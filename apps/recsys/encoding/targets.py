@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +71,9 @@ def _check_numbers(values_N: NDArray[np.float64], name: str, task: TaskConfig) -
     what, bad_N = "finite numbers", np.isinf(values_N)
     if task.kind == "count":
         what, bad_N = "integers of at least 0", bad_N | (values_N < 0) | (np.floor(values_N) < values_N)
-    elif task.loss == "weighted_logistic":
-        what, bad_N = "numbers of at least 0 for loss 'weighted_logistic'", bad_N | (values_N < 0)
+    elif task.loss == "weighted_logistic" or task.kind in ("poisson", "tweedie", "revenue"):
+        option = f"kind {task.kind!r}" if task.loss is None else f"loss {task.loss!r}"
+        what, bad_N = f"numbers of at least 0 for {option}", bad_N | (values_N < 0)
     if bad_N.any():
         row = int(np.argmax(bad_N))
         raise ValueError(
@@ -103,7 +104,9 @@ def learn_target(name: str, task: TaskConfig, labels: RawLabels, train_N: NDArra
             f"task {name!r} has {which if len(values) else 'no label'} in the train split: there is nothing to learn"
         )
     if task.kind in NUMBERS:
-        return Target(task.kind, task.loss or "squared", float(known.mean()), float(known.std()))
+        mean, std, least, most = (float(value) for value in (known.mean(), known.std(), known.min(), known.max()))
+        target = Target(task.kind, task.loss or "squared", mean, std, least=least, most=most)
+        return _with_logs(name, target, known) if task.kind == "revenue" else target
     most = MOST_LEVELS if task.kind == "ordinal" else MOST_CLASSES
     if len(values) > most:
         advice = "; take kind 'regression'" if task.kind == "ordinal" else ""
@@ -117,6 +120,21 @@ def learn_target(name: str, task: TaskConfig, labels: RawLabels, train_N: NDArra
     texts = [labels.texts[int(value)] for value in values]
     order = sorted(range(len(texts)), key=texts.__getitem__)
     return Target("multiclass", classes=tuple(texts[i] for i in order), shares=tuple(float(shares[i]) for i in order))
+
+
+def _with_logs(name: str, target: Target, known: NDArray[np.float64]) -> Target:
+    """Return the target of amounts, with the share of positive ones and their logarithms' mean and deviation.
+
+    Raises:
+        ValueError: all amounts are positive, or fewer than two different ones are.
+    """
+    logs = np.log(known[known > 0])
+    positive = len(logs) / len(known)
+    if positive == 1 or not len(logs) or not np.ptp(logs):
+        why = "no amount of 0" if positive == 1 else "fewer than two different positive amounts"
+        raise ValueError(f"task {name!r} has {why} in the train split: kind 'revenue' needs both; take 'tweedie'")
+    shares = (1 - positive, positive)
+    return replace(target, shares=shares, log_mean=float(logs.mean()), log_std=float(logs.std()))
 
 
 def place_labels(target: Target, labels: RawLabels) -> NDArray[np.float32]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import core
 from apps.base.checks import check_at_least
-from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers, dense_twins
 from apps.nets.blocks import one_ffn, resolve_blocks
 from apps.nets.place import Place, check_fits, check_layers
@@ -37,6 +36,7 @@ from apps.train.publish.model_card import ModelKind
 from apps.train.step.balanced import Stage
 from apps.train.step.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
+from core.convert.read.calls import evaluating
 from core.kernels import outside_autocast
 
 _REPORT = RetrievalReportConfig()
@@ -301,7 +301,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
             model = apps.load("runs/movielens_1m_retrieval")
             best = model.predict(users, top=10, rank="runs/movielens_1m")   # columns score and probability_like
         """
-        with in_evaluation(self):
+        with evaluating(self):
             return scoring.predict(self, users, top, include_seen, rank, rank_task, candidates, index, batch_size)
 
     # ---- the items' vectors
@@ -319,7 +319,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
             state = encoding_of(self)
             catalog, encoding = Catalog.from_state(state["catalogue"]), Encoding.from_state(state)
             values = encoding.vocabularies[state["item_column"]].texts()
-            with in_evaluation(self), torch.no_grad():
+            with evaluating(self), torch.no_grad():
                 batches = catalog.batches(self.item_features)
                 vectors = [self.item_tower(batch.to(self.device)) for batch in batches]
             self._index = ItemIndex(values, torch.cat(vectors), fingerprint(self))

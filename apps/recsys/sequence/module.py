@@ -13,7 +13,6 @@ from torch import Tensor
 
 import core
 from apps.base.checks import check_at_least
-from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import (
     Baseline,
     Comparable,
@@ -36,6 +35,7 @@ from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.convert import SolvedWidth
+from core.convert.read.calls import evaluating
 
 _REPORT = NextItemReportConfig()
 
@@ -264,7 +264,7 @@ class NextItemRecommender(SparseModule, Comparable):
             model = apps.load("runs/clicks")
             model.predict([["tea", "rye"], ["fig"]], top=2)     # [[("oat", 1.3), ("fig", 0.2)], [...]]
         """
-        with in_evaluation(self):
+        with evaluating(self):
             return scoring.predict(self, histories, top, include_seen, batch_size)
 
     def widened(self, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -122,6 +122,11 @@ def described_tasks(model: MultiTaskRecommender) -> list[dict[str, Any]]:
             "std": target.std,
             "levels": list(target.levels),
             "classes": list(target.classes),
+            "shares": list(target.shares),
+            "least": target.least,
+            "most": target.most,
+            "log_mean": target.log_mean,
+            "log_std": target.log_std,
         }
         for name, target, kind in tasks
     ]

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.nets.place import Place
 from apps.recsys.encoding.features import Features
@@ -26,7 +25,7 @@ from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are
 from apps.recsys.tables.columns.history import HistoryConfig
 from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
 from apps.recsys.tables.negatives.weighting import WeightingConfig
-from apps.recsys.tables.outputs import TaskOutputs, difference, labeled_mean
+from apps.recsys.tables.outputs import TaskOutputs, difference, labeled_mean, values_by_task
 from apps.recsys.tables.report.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.rows import scoring
 from apps.recsys.tables.rows.batch import TableBatch
@@ -38,6 +37,7 @@ from apps.train.publish.model_card import ModelKind
 from apps.train.step.balanced import Stage
 from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
+from core.convert.read.calls import evaluating
 
 _REPORT = RecommenderReportConfig()
 
@@ -279,7 +279,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
             model = apps.load("runs/census_income")
             scores = model.predict(df)        # df["age"], df["education"], ...: scores["probability_income"]
         """
-        with in_evaluation(self):
+        with evaluating(self):
             return scoring.predict(self, rows, batch_size)
 
     # ---- set-up, and the tables' needs from Lightning
@@ -372,11 +372,17 @@ class MultiTaskRecommender(SparseModule, Comparable):
         """Return the values by row whose mean is ``monitor``; NaN if a split cannot determine it."""
         z_NZ = torch.cat([out.outputs for out in outs]).double().cpu()
         y_Nt = torch.cat([out.targets for out in outs]).double().cpu().numpy()
-        parts = zip(self.outputs.kinds, self.outputs.split(z_NZ), y_Nt.T, strict=True)
-        values_tN = [kind.example_values(own.numpy(), y_N) for kind, own, y_N in parts]
+        by_task = values_by_task(self.features.tasks, self.outputs, z_NZ, y_Nt)
+        values_tN = [values_N for _, values_N in by_task.values()]
         values_tN = values_tN if self.outputs.main_metric else values_tN[:1]
         name = self.monitor.replace("val/", "mean " if len(values_tN) > 1 else "")
         return ExampleValues(name, torch.from_numpy(np.mean(values_tN, axis=0)))
+
+    def task_values(self, outs: Sequence[TaskOutput]) -> dict[str, tuple[str, np.ndarray]]:
+        """Return, by task, the name of its main metric and values by row whose mean it is."""
+        z_NZ = torch.cat([out.outputs for out in outs]).double().cpu()
+        y_Nt = torch.cat([out.targets for out in outs]).double().cpu().numpy()
+        return values_by_task(self.features.tasks, self.outputs, z_NZ, y_Nt)
 
     def routed_layers(self) -> RoutedLayers | None:
         if isinstance(self.shared_config, SharedBottom):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,14 @@ class TaskOutputs:
         given_BZ = teacher.z if teacher.z.ndim == 2 else self.outputs.mean(teacher.z)
         value = self.outputs.divergences(self.z, given_BZ, temperature)
         return labeled_mean(value, self.label_Bt, self.weight_Bt).sum()
+
+
+def values_by_task(
+    tasks: Sequence[str], outputs: Outputs, z_NZ: Tensor, label_Nt: np.ndarray
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Return, by task, the name of its main metric and values (N,) whose mean it is."""
+    parts = zip(tasks, outputs.kinds, outputs.split(z_NZ), label_Nt.T, strict=True)
+    return {task: (k.main_metric, k.example_values(own.numpy(), y_N)) for task, k, own, y_N in parts}
 
 
 def labeled_mean(value: Tensor, label_Bt: Tensor, weight_Bt: Tensor | None = None) -> Tensor:

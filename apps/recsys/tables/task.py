@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.data.given import GivenConfig, GivenData
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
@@ -26,6 +25,7 @@ from apps.report.page import Table
 from apps.task import Output, Sizes, Trial, gates_by_layer
 from apps.task.outputs import properties
 from apps.train.publish.exporting import Exported, Graph
+from core.convert.read.calls import evaluating
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,7 +81,7 @@ class TablePrediction(RowTask):
     def answers(self, examples: Sequence[Mapping[str, Any]], most: int = 1) -> list[dict[str, Any]]:
         import pyarrow as pa
 
-        with torch.inference_mode(), in_evaluation(self.model):
+        with torch.inference_mode(), evaluating(self.model):
             return pa.table(self.scores([self.row.table(examples)], len(examples))).to_pylist()
 
     def scores(self, tables: Sequence[pa.Table] | Iterator[pa.Table], batch_size: int) -> dict[str, Any]:

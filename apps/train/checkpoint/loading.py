@@ -19,7 +19,7 @@ from apps import registry
 from apps.base.messages import excerpt
 from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.checkpoint.linked import LinkedModule
-from apps.train.checkpoint.paths import find_checkpoint
+from apps.train.checkpoint.paths import find_checkpoint, is_hub_folder
 from apps.train.compiling import CompileConfig
 from apps.train.cost.offloading import offload as offload_experts, room_for_experts
 from apps.train.cost.quantizing import quantize_model
@@ -42,7 +42,7 @@ def load(
     (vision), strings (translation and language models).
 
     Args:
-        path: a run's folder or a checkpoint, as ``find_checkpoint`` takes it.
+        path: a run's folder or a checkpoint, as ``find_checkpoint`` takes it, or a folder of transformers.
         device: device for the weights.
         quantize: how experts are quantized, such as "int8" or "int4:64"; None: they stay as they are.
         offload: how much of the experts is on the device, such as "0.5" or "64MB:experts.safetensors"; see
@@ -64,16 +64,24 @@ def load(
         model.predict(["three.png"])
     """
     file = find_checkpoint(path)
-    checkpoint = read_checkpoint(file)
     with room_for_experts(offload):
-        kind = module_class(checkpoint, file)
-        model = restored(kind, checkpoint, file) if "sparsify" in checkpoint else kind.restored(checkpoint, str(file))
+        model = _of_folder(file) if is_hub_folder(file) else _of_checkpoint(file)
         model.eval()
     if quantize is not None:
         quantize_model(model, quantize)
     if offload is not None:
         offload_experts(model, offload, device)
     return model.to(device)
+
+
+def _of_folder(folder: Path) -> Any:
+    return registry.resolve(registry.OF_FOLDER[0])(str(folder))
+
+
+def _of_checkpoint(file: Path) -> Any:
+    checkpoint = read_checkpoint(file)
+    kind = module_class(checkpoint, file)
+    return restored(kind, checkpoint, file) if "sparsify" in checkpoint else kind.restored(checkpoint, str(file))
 
 
 def module_class(checkpoint: Mapping[str, Any], path: Path) -> Any:

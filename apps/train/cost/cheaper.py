@@ -16,6 +16,7 @@ import core
 from apps.train.cost.kinds import DENSE, kind_of_network
 from apps.train.cost.quantizing import quantize_model
 from apps.train.step.module import SparseModule
+from core.convert.build.low_rank import adapted_modules
 from core.routing.pairs.top_k import TopKConfig
 
 TRAINED = "as trained"
@@ -81,9 +82,15 @@ def _takers(model: Any) -> list[Any]:
     return [router for router in _routers(model) if isinstance(getattr(router, "config", None), TopKConfig)]
 
 
+def _adopted(model: Any) -> list[Any]:
+    """Return the blocks of another library's model whose tokens take the best of their scores."""
+    return [layer for layer in core.moe_layers(model).values() if getattr(layer, "can_take_fewer", False)]
+
+
 def _smaller_k(model: Any) -> list[int]:
     """Return the numbers of experts below the largest that a token takes: all, or up to ``MOST_K`` at equal ratios."""
-    largest = max((router.config.top_k for router in _takers(model)), default=1)
+    adopted = (int(layer.pairs_per_token) for layer in _adopted(model))
+    largest = max((*(router.config.top_k for router in _takers(model)), *adopted), default=1)
     if largest - 1 <= MOST_K:
         return list(range(1, largest))
     return sorted({round(largest ** (i / MOST_K)) for i in range(MOST_K)})
@@ -103,6 +110,8 @@ def take_fewer(model: Any, top_k: int) -> None:
         changed.append(dataclasses.replace(router.config, top_k=top_k, **unit))
     for router, config in zip(routers, changed, strict=True):
         router.config = config
+    for layer in _adopted(model):
+        layer.take_fewer(top_k)
 
 
 # ---- capacity
@@ -143,6 +152,8 @@ def _pruned(model: Any, statistics: Mapping[str, core.ExpertStatistics] | str) -
 
 
 def _prune(model: Any, statistics: Mapping[str, core.ExpertStatistics], share: float) -> None:
+    if any(True for _ in adapted_modules(model)):
+        core.merge_adapters(model)
     core.prune_experts(model, statistics, share, "use")
 
 

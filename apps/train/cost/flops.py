@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.nets.depths import by_capacity
+from core.convert.read.calls import evaluating
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
         # A table on other ranks leaves an empty weight, whose empty rows need a gradient for the counter.
         empty = any(p.numel() == 0 for p in module.parameters())
         generators = torch.random.fork_rng(devices=cuda_devices(module))
-        with contextlib.ExitStack() as as_trained, in_evaluation(module), torch.set_grad_enabled(empty), generators:
+        with contextlib.ExitStack() as as_trained, evaluating(module), torch.set_grad_enabled(empty), generators:
             if not as_evaluated:
                 as_trained.enter_context(core.set_capacity_factor(module, None))
                 as_trained.enter_context(by_capacity(module))

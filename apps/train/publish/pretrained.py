@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from apps.base.files import folder_beside, put_folder, replacing
 from apps.porting.files import Safetensors, read_json, write_safetensors
-from apps.train.checkpoint.paths import PRETRAINED, is_pretrained
+from apps.train.checkpoint.paths import PRETRAINED, is_hub_folder, is_pretrained
 
 WEIGHTS, ENCODING = "model.safetensors", "encoding.safetensors"
 FORMAT, FORMAT_VERSION = "moesaic", 1
@@ -102,6 +102,11 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / PRETRAINED
     config = read_json(path)
+    if is_hub_folder(folder):
+        raise ValueError(
+            f"{folder} is a folder of transformers: give --config configs/hub/finetune.yaml --data.folder {folder} "
+            "--ckpt_path none"
+        )
     if config.get("format") != FORMAT:
         raise ValueError(f"{path} is of no model that save_pretrained wrote: it has no format={FORMAT!r}")
     if config.get("format_version") != FORMAT_VERSION:

@@ -277,10 +277,11 @@ class SparseModule(BalancedModule, HubModule):
     def _log_evaluation(self, batch: Any, out: TaskOutput, tape: core.Tape, stage: Stage) -> None:
         out = self.judged(batch, out, stage)
         shown = {"prog_bar": stage == "val", "batch_size": out.weight or out.num_examples}
-        self.log(f"{stage}/loss", out.loss, on_epoch=True, sync_dist=True, **shown)
+        metrics = self.stage_metrics(stage)
+        if not getattr(metrics, "has_loss", False):
+            self.log(f"{stage}/loss", out.loss, on_epoch=True, sync_dist=True, **shown)
         self.count_routing(tape)
-        if stage in self._stage_metrics:
-            metrics: Any = self._stage_metrics[stage]
+        if metrics is not None:
             grouped = () if out.groups is None and out.cold is None else (out.groups,)
             metrics.update(out.outputs, out.targets, *grouped, *(() if out.cold is None else (out.cold,)))
             if hasattr(metrics, "items"):  # it is a collection of metrics of one value each

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import core
 from apps.base.checks import check_at_least
-from apps.base.evaluation import in_evaluation
 from apps.train.step.module import SparseModule
+from core.convert.read.calls import evaluating
 from core.diagnose.ranks import on_every_rank
 from core.parallel import needs_all_ranks
 
@@ -107,7 +107,7 @@ class RoutingDoctor(Callback):
         """Set ``findings`` by the evidence so far, and log the changes."""
         assert self.doctor is not None
         before = {(f.name, f.layer): f for f in self.findings}
-        with in_evaluation(pl_module):
+        with evaluating(pl_module):
             self.findings = self.doctor.findings()
         now = {(f.name, f.layer): f for f in self.findings}
         for key, finding in now.items():

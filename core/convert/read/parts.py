@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adopted.parts import AdoptedMoE
 from ...experts import Experts
 from ...layers import MoE, MoELayer, moe_layers
 from ...routing.router import Router, RouterConfig
@@ -27,7 +26,7 @@ def parts_of(layer: nn.Module, verb: str) -> tuple[Any, Experts]:
     if not isinstance(layer, MoE):
         raise ValueError(f"a {type(layer).__name__} does not {verb}: core.MoE and its subclasses do")
     router, experts = layer.router, layer.experts
-    if isinstance(layer, AdoptedMoE):
+    if layer.is_adopted:
         if verb == "grow":
             raise ValueError(f"an adopted {type(layer).__name__} does not grow")
         check_all_here(experts, f"a layer {verb}s")

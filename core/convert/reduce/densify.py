@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ...adopted.parts import AdoptedMoE
-from ...adopted.shrink import set_counts, shrinking
+from ...adopted.shrink import set_counts
 from ...experts import Experts
 from ...fields import OneOf, check_values
 from ...layers import MoE, MoELayer
@@ -70,15 +69,15 @@ def densify(model: nn.Module, how: str = "average", loads: Mapping[str, Loads] |
             raise ValueError(f"layer {name!r} is a {type(layer).__name__}: core.MoE and its subclasses become dense")
         check_all_here(layer.experts, "a layer becomes dense")
         load_E = _loads(value_of_layer(loads, name, "loads"), layer.num_experts, name) if by_load else None
-        if isinstance(layer, AdoptedMoE):
-            weights_E = _weights(layer.num_experts, how, load_E)
-            shrinking(layer, 1, weighted_rows(weights_E[None]))()
+        if layer.is_adopted:
+            change = layer.shrunk(1, weighted_rows(_weights(layer.num_experts, how, load_E)[None]))
+            assert change is not None
+            change()
             return layer
         return _dense_layer(layer, how, load_E)
 
     made = replace_layers(model, dense)
-    if any(isinstance(layer, AdoptedMoE) for layer in model.modules()):
-        set_counts(model, 1)
+    set_counts(model)
     return made
 
 

@@ -9,8 +9,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...adopted.parts import AdoptedMoE
-from ...adopted.shrink import set_counts, shrinking
+from ...adopted.shrink import set_counts
 from ...contract.checks import at_most_experts
 from ...experts import Constant, Experts, check_merges
 from ...experts.mixed import MixedExperts
@@ -266,8 +265,8 @@ Change = Callable[[], None]
 def _changed(layer: MoE, num_experts: int, rows: Picked) -> Change:
     """Return the change of a layer to fewer experts, whose tensors are ``rows`` of those before."""
     router, experts = parts_of(layer, "shrink")
-    if isinstance(layer, AdoptedMoE):
-        return shrinking(layer, num_experts, rows)
+    if (own := layer.shrunk(num_experts, rows)) is not None:
+        return own
     tensors = reseated(router, router.config.build(width_of(layer), num_experts, router.capacity), rows)
     return partial(_carry_out, layer, lambda: restack(experts, num_experts, rows), tensors, num_experts)
 
@@ -286,15 +285,13 @@ def _carry_out(
 def _carry_out_all(model: nn.Module, changes: Sequence[Change]) -> None:
     for change in changes:
         change()
-    counts = {layer.num_experts for layer in model.modules() if isinstance(layer, AdoptedMoE)}
-    if len(counts) == 1:
-        set_counts(model, counts.pop())
+    set_counts(model)
 
 
 def _with_constants(layer: MoE, kept: tuple[int, ...], mean_ED: Tensor) -> Change:
     """Return the change of a layer to some of its experts and a constant for each other one."""
     router, experts = parts_of(layer, "shrink")
-    if isinstance(layer, AdoptedMoE):
+    if layer.is_adopted:
         raise ValueError(f"an adopted {type(layer).__name__} has experts of one kind: constants have no place in it")
     E, groups = experts.num_experts, num_groups(router)
     if groups > 1:

@@ -17,6 +17,7 @@ import apps
 import core
 from apps.cli import main
 from apps.train.checkpoint.contents import read_checkpoint
+from apps.train.cost.quantizing import quantize_model
 
 LAYER = "model.blocks.1.mlp"
 
@@ -108,6 +109,19 @@ def test_two_runs_as_the_experts_of_one(runs, tmp_path):
         assert_close(state[f"{LAYER}.experts.w_in"][e], own[f"{LAYER}.fc1.weight"].t(), rtol=0, atol=0)
     assert_close(state["model.head.weight"], (a["model.head.weight"] + b["model.head.weight"]) / 2)
     assert new.moe.num_experts == 2
+
+
+@pytest.mark.parametrize("how", ["int8", "int4:8"])
+def test_quantized_experts_are_stored_as_integers(runs, tmp_path, how, capsys):
+    new, state = convert("quantize", runs / "sparse", output=tmp_path / "new", how=how, batches=1)
+    assert "moesaic test --ckpt_path" in capsys.readouterr().out
+    assert state[f"{LAYER}.experts.w_in.values"].dtype == (torch.int8 if how == "int8" else torch.uint8)
+    assert f"{LAYER}.experts.w_in" not in state
+    expected = quantize_model(apps.load(runs / "sparse"), how)
+    assert torch.equal(outputs(new), outputs(expected))
+    assert main(["test", "--ckpt_path", str(tmp_path / "new"), "--trainer.limit_test_batches", "1"]) == 0
+    argv = ("convert", "quantize", "--ckpt_path", str(tmp_path / "new"), "--output", str(tmp_path / "twice"))
+    assert "are quantized already" in fails(capsys, 1, *argv, "--batches", "0")
 
 
 def test_updates_train_and_nothing_else(runs, tmp_path):

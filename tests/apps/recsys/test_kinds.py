@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import mean_tweedie_deviance
 from torch.testing import assert_close
 
 from apps.recsys.encoding.features import Target
 from apps.recsys.kinds import Outputs, kind_of
+from apps.recsys.value_metrics import amount_metrics, gini, quantile_metrics
 
 PRICE = Target("regression", mean=10.0, std=4.0)
 WATCHED = Target("regression", "weighted_logistic", mean=10.0, std=4.0)
 VISITS = Target("count", mean=2.0, std=1.0)
 STARS = Target("ordinal", levels=(1.0, 2.0, 5.0), shares=(0.25, 0.5, 0.25))
 COLOUR = Target("multiclass", classes=("blue", "red", "tan"), shares=(0.5, 0.25, 0.25))
-ALL = (Target(), PRICE, WATCHED, VISITS, STARS, COLOUR)
+# Half of the amounts are 0, the others have logarithms 1 and 3.
+SPENT = Target("revenue", mean=5.7, std=7.5, shares=(0.5, 0.5), least=0.0, log_mean=2.0, log_std=1.0)
+COST = Target("tweedie", mean=2.0, std=1.0, least=0.0)
+DELAY = Target("quantile", mean=10.0, std=4.0, least=-5.0)
+ALL = (Target(), PRICE, WATCHED, VISITS, STARS, COLOUR, SPENT, COST, DELAY)
 
 
 def outputs(*values):
@@ -83,7 +90,72 @@ def test_classes_have_the_cross_entropy_of_a_softmax():
     assert columns["probability_colour"].tolist() == pytest.approx([0.5])
 
 
-@pytest.mark.parametrize("target", [Target(), PRICE, WATCHED, VISITS, STARS, COLOUR])
+def test_revenue_is_a_zero_inflated_lognormal():
+    # z = (logit 1/2, 0, 0): p = 1/2, mu = 2, sigma = 1; the mean is e^2.5 / 2.
+    kind, z = kind_of(SPENT), outputs(0.0, 0.0, 0.0)
+    columns = kind.columns("spent", z)
+    assert columns["value_spent"].tolist() == pytest.approx([math.exp(2.5) / 2])
+    assert columns["probability_spent"].tolist() == [0.5]
+    # 3/4 of all amounts lie below the median of the positive ones, and 0.9 below their quantile at 0.8.
+    assert float(kind.quantile(z, 0.75)) == pytest.approx(math.exp(2))
+    assert columns["quantile_10_spent"].tolist() == columns["quantile_50_spent"].tolist() == [0.0]
+    assert columns["quantile_90_spent"].tolist() == pytest.approx([math.exp(2 + 0.8416)], rel=1e-3)
+    assert kind.schemas("spent").keys() == columns.keys()
+    of_zero, of_e3 = loss(SPENT, z, 0.0), loss(SPENT, z, math.exp(3))
+    assert of_zero == pytest.approx(math.log(2))
+    assert of_e3 == pytest.approx(math.log(2) + 0.5 + 0.5 * math.log(2 * math.pi))
+    for value in (0.5, 40.0):  # as trees predict it
+        assert float(kind.value(torch.from_numpy(kind.outputs_of(np.array([value]))))) == pytest.approx(value, rel=1e-6)
+
+
+def test_tweedie_s_loss_is_the_half_deviance_up_to_a_constant():
+    for y in (0.0, 3.0):
+        z = outputs(0.7)
+        value = float(kind_of(COST).value(z))
+        apart = mean_tweedie_deviance([y], [value], power=1.5) - mean_tweedie_deviance([y], [2.0], power=1.5)
+        assert loss(COST, z, y) - loss(COST, outputs(0.0), y) == pytest.approx(apart / 2 / math.sqrt(2))
+
+
+def test_quantiles_do_not_cross_and_have_the_pinball_loss():
+    # softplus(log(e - 1)) = 1: the quantiles lie at -1, 0 and 1 deviations, 6, 10 and 14.
+    z = outputs(0.0, math.log(math.e - 1), math.log(math.e - 1))
+    kind = kind_of(DELAY)
+    columns = kind.columns("delay", z)
+    assert [float(columns[f"{name}_delay"]) for name in ("quantile_10", "value", "quantile_90")] == [
+        pytest.approx(6), pytest.approx(10), pytest.approx(14)]  # fmt: skip
+    # 18 is 2 deviations up: 0.1 * 3 + 0.5 * 2 + 0.9 * 1.
+    assert loss(DELAY, z, 18.0) == pytest.approx(2.2)
+    assert float(kind_of(Target("quantile", mean=1.0, std=4.0, least=0.0)).quantiles(z)[0, 0]) == 0
+
+
+def test_no_amount_is_predicted_above_the_largest_of_the_training():
+    largest = {"least": 0.0, "most": 20.0}
+    assert float(kind_of(Target("tweedie", mean=2.0, std=1.0, **largest)).value(outputs(9.0))) == 20
+    spent = Target("revenue", mean=5.7, std=7.5, shares=(0.5, 0.5), log_mean=2.0, log_std=1.0, **largest)
+    assert float(kind_of(spent).value(outputs(0.0, 9.0, 0.0))) == 10
+
+
+def test_what_cannot_be_negative_is_not_predicted_so():
+    never = Target("regression", mean=10.0, std=4.0, least=0.0)
+    assert float(kind_of(never).value(outputs(-3.0))) == 0
+    assert float(kind_of(PRICE).value(outputs(-3.0))) == -2, "a checkpoint that does not know the least label"
+
+
+def test_metrics_of_amounts_by_hand():
+    # By prediction 3, 2, 1, 0 the amounts are 6, 0, 2, 0: shares 3/4, 3/4, 1, 1 of the rows' 1/4, 1/2, 3/4, 1.
+    of = amount_metrics(np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.0, 2.0, 0.0, 6.0]))
+    area = 0.25 * (0.375 + 0.75 + 0.875 + 1.0)
+    assert of["gini"] == pytest.approx(2 * area - 1)
+    best = 0.25 * (0.375 + 0.875 + 1.0 + 1.0)
+    assert of["normalized_gini"] == pytest.approx((2 * area - 1) / (2 * best - 1))
+    assert of["decile_error"] == pytest.approx((0 + 1 + 2 + 3) / 4 / 2)  # four groups of a row, the mean label is 2
+    assert gini(np.ones(4), np.array([0.0, 2.0, 0.0, 6.0])) == pytest.approx(0)
+    own = quantile_metrics(np.array([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]), np.array([1.0, 4.0]))
+    assert own["coverage_80"] == 0.5
+    assert own["pinball"] == pytest.approx((0.1 + 0 + 0.1 + 0.4 + 1.5 + 1.8) / 6)
+
+
+@pytest.mark.parametrize("target", [Target(), PRICE, WATCHED, VISITS, STARS, COLOUR, SPENT, COST])
 def test_the_start_is_the_best_constant(target):
     """The gradient of the mean loss is 0 at the start, over labels that have the training's statistics."""
     labels = {
@@ -92,6 +164,8 @@ def test_the_start_is_the_best_constant(target):
         "count": [1.0, 3.0, 2.0, 2.0],
         "ordinal": [0.0, 1.0, 1.0, 2.0],
         "multiclass": [0.0, 0.0, 1.0, 2.0],
+        "revenue": [0.0, 0.0, math.exp(1), math.exp(3)],
+        "tweedie": [0.0, 2.0, 2.0, 4.0],
     }[target.kind]
     kind = kind_of(target)
     z = torch.tensor(kind.start(0.25), dtype=torch.float64, requires_grad=True)
@@ -119,7 +193,7 @@ def test_a_teacher_is_learned_where_the_divergence_is_least():
     given = torch.randn(4, several.width, generator=generator, dtype=torch.float64)
     z = given.clone().requires_grad_()
     distance = several.divergences(z, given, 1.0)
-    assert_close(distance, torch.zeros(4, 6, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert_close(distance, torch.zeros(4, len(ALL), dtype=torch.float64), atol=1e-12, rtol=0)
     distance.sum().backward()
     assert_close(z.grad, torch.zeros_like(z), atol=1e-12, rtol=0)
     assert (several.divergences(given + 0.3 * torch.randn(given.shape, generator=generator), given, 1.0) > 0).all()
@@ -127,9 +201,9 @@ def test_a_teacher_is_learned_where_the_divergence_is_least():
 
 def test_outputs_stand_side_by_side():
     several = Outputs(ALL)
-    assert several.width == 1 + 1 + 1 + 1 + 2 + 3
-    z_BZ, label_Bt = torch.randn(2, 9), torch.tensor([[1.0, 9.0, 3.0, 2.0, 2.0, 0.0], [math.nan] * 6])
+    assert several.width == 1 + 1 + 1 + 1 + 2 + 3 + 3 + 1 + 3
+    z_BZ, label_Bt = torch.randn(2, 16), torch.tensor([[1.0, 9.0, 3.0, 2.0, 2.0, 0.0, 7.0, 0.0, -2.0], [math.nan] * 9])
     of_each = several.losses(z_BZ, label_Bt)
-    assert of_each.shape == (2, 6)
+    assert of_each.shape == (2, 9)
     assert_close(of_each[0, 4], kind_of(STARS).loss(z_BZ[:1, 4:6], torch.tensor([2.0]))[0])
     assert of_each.isfinite().all()

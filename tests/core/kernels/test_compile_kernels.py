@@ -141,7 +141,7 @@ def test_every_kernel_builds_in_bfloat16(reports):
 def test_every_tile_builds_in_bfloat16(further_reports):
     rows = further_reports["every tile"]
     check(rows, "bfloat16")
-    check_tiles(rows, tuning.HALF_TILES, (80,))
+    check_tiles(rows, {k: v for k, v in tuning.HALF_TILES.items() if not k.endswith("_quantized")}, (80,))
 
 
 def test_products_run_on_the_tensor_cores_of_newer_cards(reports):

@@ -21,8 +21,9 @@ import torch
 
 from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Search
-from apps.recsys.kinds import Count, Kind, Ordinal, Outputs, kind_of
+from apps.recsys.kinds import Kind, Ordinal, Outputs, Regression, kind_of
 from apps.recsys.metrics import MultiTaskMetrics
+from apps.recsys.tables.outputs import values_by_task
 from apps.recsys.tables.rows.arrays import MultiValued, TableArrays, gather
 from apps.recsys.tables.tasks import step_labels
 
@@ -162,6 +163,14 @@ class PerTask:
         metrics.update(torch.from_numpy(z_Nt), self._labels(arrays), groups, cold)
         return {name: float(value) for name, value in metrics.compute().items()}
 
+    def task_values(self, data: Any, split: Literal["val", "test"]) -> dict[str, tuple[str, np.ndarray]]:
+        """Return, by task, the name of its main metric and values by row whose mean it is, in the table's order."""
+        arrays = gather(data, split)
+        with self._threads():
+            z_NZ = torch.from_numpy(self.logits(arrays)).double()
+        outputs = Outputs(arrays.features.target_of_task)
+        return values_by_task(arrays.features.tasks, outputs, z_NZ, self._labels(arrays).double().numpy())
+
     def logits(self, arrays: TableArrays) -> np.ndarray:
         """Return the tasks' outputs, float64 (N, Z), one logit per task if all are binary."""
         models = [self.models[name] for name in arrays.features.tasks]
@@ -268,10 +277,9 @@ def outputs_of(kind: Kind, raw: np.ndarray, classes: np.ndarray | None = None) -
     target = kind.target
     if target.kind == "binary":
         return raw
-    if classes is None:
-        if isinstance(kind, Count):
-            return np.asarray(np.log(np.maximum(raw, 1e-9) / target.mean))
-        return np.asarray((raw - target.mean) / target.std)
+    if isinstance(kind, Regression):
+        return np.asarray(kind.outputs_of(raw))
+    assert classes is not None
     if raw.ndim == 1:
         raw = np.column_stack((np.zeros(len(raw)), raw))
     logits = np.full((len(raw), len(target.shares)), -30.0)  # a class that is not seen has next to no probability

@@ -15,7 +15,7 @@ from apps.base.checks import check_at_least
 from apps.data.given import NUMBERS
 from apps.equal_cost.comparable import Search
 from apps.recsys.encoding.features import CategoricalFeature
-from apps.recsys.kinds import Count, Kind
+from apps.recsys.kinds import Count, Kind, Quantile, Revenue
 from apps.recsys.tables.estimators.base import PerTask, Rows, Task, best_of, outputs_of, quality_of, sparse_values
 from apps.recsys.tables.rows.arrays import TableArrays
 
@@ -185,7 +185,9 @@ def _booster(task: Task, mask_D: np.ndarray, options: Mapping[str, Any], trees: 
 
     booster: Any = HistGradientBoostingClassifier
     if _is_number(task.kind):
-        loss = "poisson" if isinstance(task.kind, Count) else f"{task.kind.target.loss}_error"
+        is_amount = isinstance(task.kind, Count | Revenue)  # it has no Tweedie loss
+        is_median = isinstance(task.kind, Quantile) or task.kind.target.loss == "absolute"
+        loss = "poisson" if is_amount else "absolute_error" if is_median else "squared_error"
         booster = partial(HistGradientBoostingRegressor, loss=loss)
     return booster(
         max_iter=max(trees, 1),

@@ -12,7 +12,7 @@ import torch
 
 from apps.data.given import NUMBERS
 from apps.equal_cost.comparable import Search
-from apps.recsys.kinds import Count, Kind
+from apps.recsys.kinds import Count, Kind, Regression, Revenue
 from apps.recsys.tables.estimators.base import PerTask, Rows, Task, best_of, outputs_of, quality_of
 from apps.recsys.tables.estimators.boosting import FrequentValues
 from apps.recsys.tables.rows.arrays import TableArrays
@@ -78,7 +78,8 @@ class _Library(PerTask):
     def _loss(self, kind: Kind) -> tuple[str, str]:
         """Return the entry of ``losses`` for a kind of task."""
         target = kind.target
-        name = "count" if isinstance(kind, Count) else target.loss if target.kind == "regression" else target.kind
+        name = target.loss if target.kind == "regression" and target.loss in self.losses else target.kind
+        name = "poisson" if isinstance(kind, Count) and name not in self.losses else name
         return self.losses.get(name, self.losses["classes"])
 
     @property
@@ -107,7 +108,10 @@ class LightGBM(_Library):
         "classes": ("multiclass", "multi_logloss"),
         "squared": ("regression", "l2"),
         "absolute": ("regression_l1", "l1"),
-        "count": ("poisson", "poisson"),
+        "poisson": ("poisson", "poisson"),
+        "tweedie": ("tweedie", "tweedie"),
+        "revenue": ("tweedie", "tweedie"),
+        "quantile": ("regression_l1", "l1"),
     }
 
     def _train(self, rows: Rows, settings: Mapping[str, Any]) -> _LightGBM:
@@ -158,7 +162,10 @@ class CatBoost(_Library):
         "classes": ("MultiClass", "MultiClass"),
         "squared": ("RMSE", "RMSE"),
         "absolute": ("MAE", "MAE"),
-        "count": ("Poisson", "Poisson"),
+        "poisson": ("Poisson", "Poisson"),
+        "tweedie": ("Tweedie:variance_power=1.5", "Tweedie:variance_power=1.5"),
+        "revenue": ("Tweedie:variance_power=1.5", "Tweedie:variance_power=1.5"),
+        "quantile": ("MAE", "MAE"),
     }
 
     def _train(self, rows: Rows, settings: Mapping[str, Any]) -> _CatBoost:
@@ -187,10 +194,10 @@ class _CatBoost:
 
     def decision(self, x: np.ndarray) -> np.ndarray:
         pool = self.columns.pool(x, None, None)
-        if isinstance(self.kind, Count):
-            return outputs_of(self.kind, np.exp(np.asarray(self.model.predict(pool))))
         raw = np.asarray(self.model.predict(pool, prediction_type="RawFormulaVal"))
-        if self.kind.target.kind == "regression":
+        if isinstance(self.kind, Count | Revenue):  # Poisson's and Tweedie's are logarithms
+            return outputs_of(self.kind, np.exp(raw))
+        if isinstance(self.kind, Regression):
             return outputs_of(self.kind, raw)
         classes = np.asarray(self.model.classes_, dtype=np.float64).astype(np.int64)
         return outputs_of(self.kind, raw, classes)

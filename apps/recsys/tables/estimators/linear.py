@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from apps.equal_cost.comparable import Search
-from apps.recsys.kinds import Count, Kind, Regression
+from apps.recsys.kinds import Count, Kind, Regression, Revenue
 from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of, sparse_values
 from apps.recsys.tables.rows.arrays import TableArrays
 
@@ -70,12 +70,14 @@ class LogisticRegression(PerTask):
 
     def _model(self, kind: Kind, strength: float, y_N: np.ndarray) -> tuple[Any, np.ndarray]:
         """Return an untrained model of a kind of task, and the labels as it takes them."""
-        from sklearn.linear_model import LogisticRegression as Logistic, PoissonRegressor, Ridge
+        from sklearn.linear_model import LogisticRegression as Logistic, PoissonRegressor, Ridge, TweedieRegressor
 
-        if isinstance(kind, Count):
+        if isinstance(kind, Count | Revenue):
             # Its loss is a mean over the rows, where logistic regression's is a sum.
-            penalty = 1 / (strength * len(y_N))
-            return PoissonRegressor(alpha=penalty, max_iter=self.max_iter), y_N / kind.target.mean
+            options = {"alpha": 1 / (strength * len(y_N)), "max_iter": self.max_iter}
+            is_poisson = kind.target.kind in ("count", "poisson", "regression")
+            model = PoissonRegressor(**options) if is_poisson else TweedieRegressor(power=1.5, link="log", **options)
+            return model, y_N / kind.target.mean
         if isinstance(kind, Regression):
             return Ridge(alpha=1 / strength), (y_N - kind.target.mean) / kind.target.std
         return Logistic(C=strength, max_iter=self.max_iter), y_N.astype(np.int64)
@@ -97,7 +99,12 @@ class _Linear:
         """Return the outputs of the rows of a design matrix, (N,) or (N, width)."""
         raw_NC = np.asarray(x @ self.weights_CD.T + self.bias_C, dtype=np.float64)
         raw = raw_NC[:, 0] if raw_NC.shape[1] == 1 else raw_NC
-        return raw if self.classes is None else outputs_of(self.kind, raw, self.classes)
+        if self.classes is not None:
+            return outputs_of(self.kind, raw, self.classes)
+        if self.kind.width == 1:
+            return raw
+        mean, std = self.kind.target.mean, self.kind.target.std
+        return outputs_of(self.kind, mean * np.exp(raw) if isinstance(self.kind, Revenue) else mean + std * raw)
 
 
 def _classes(model: Any) -> np.ndarray | None:

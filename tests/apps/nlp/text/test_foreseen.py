@@ -4,7 +4,8 @@ import torch
 from torch.testing import assert_close
 
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
-from apps.nlp.text.foreseen import ratio_values, read_ids
+from apps.nlp.text.foreseen import read_ids
+from apps.train.step.pieces import ratio_values
 
 
 def test_the_decoder_reads_all_but_the_end():

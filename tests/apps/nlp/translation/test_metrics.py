@@ -12,9 +12,10 @@ from places import ROOT
 from sacrebleu.tokenizers import tokenizer_ja_mecab, tokenizer_ko_mecab
 from two_ranks import on_two_ranks
 
-from apps.nlp.text.foreseen import Judged, perplexity
+from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.scores import corpus_score, scorer
 from apps.nlp.translation.metrics import TranslationMetrics, bleu_tokenizers, signatures
+from apps.train.step.pieces import perplexity
 
 
 def sentence(index: int, hypothesis: str, reference: str, pair: int = 0, nll: float = 0.0, right: int = 0, tokens=4):

@@ -201,6 +201,7 @@ def every_kind(tmp_path):
         "price": 20 + 5 * strength + rng.normal(size=600), "watched": np.exp(strength + 0.3 * rng.normal(size=600)),
         "visits": rng.poisson(np.exp(strength / 2)), "stars": np.digitize(strength, (-1, 0, 1)) + 1,
         "colour": np.array(["red", "tan", "blue"])[shop], "weight": rng.integers(1, 3, 600), "bought": strength > 0,
+        "spent": np.where(strength > 0, np.exp(strength + 0.3 * rng.normal(size=600)), 0.0),
     }  # fmt: skip
     pq.write_table(pa.table(columns), tmp_path / "table.parquet")
     tasks = {
@@ -210,12 +211,16 @@ def every_kind(tmp_path):
         "visits": TaskConfig("visits", kind="count"),
         "stars": TaskConfig("stars", kind="ordinal"),
         "colour": TaskConfig("colour", kind="multiclass"),
+        "spent": TaskConfig("spent", kind="revenue"),
+        "cost": TaskConfig("spent", kind="tweedie"),
+        "delay": TaskConfig("price", kind="quantile"),
     }
     config = TableConfig(("shop",), continuous=("x", "noise"), tasks=tasks, weight="weight")
     return TableData("table", str(tmp_path), str(tmp_path), train_file="table.parquet", table=config)
 
 
 LEAST = {"auc_bought": 0.9, "r2_price": 0.8, "r2_watched": 0.3, "r2_visits": 0.1, "r2_stars": 0.6, "auc_colour": 0.99}
+LEAST |= {"r2_spent": 0.3, "normalized_gini_cost": 0.6, "r2_delay": 0.75}
 
 
 def check_every_kind(model, data):
@@ -225,7 +230,7 @@ def check_every_kind(model, data):
     # A mean over tasks is of one unit.
     assert metrics["auc"] == pytest.approx((metrics["auc_bought"] + metrics["auc_colour"]) / 2)
     assert "score" not in metrics
-    assert model.logits(gather(data, "test")).shape == (60, 1 + 1 + 1 + 1 + 3 + 3)
+    assert model.logits(gather(data, "test")).shape == (60, 1 + 1 + 1 + 1 + 3 + 3 + 3 + 1 + 3)
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,31 @@ def test_bad_labels_and_weights(tmp_path, tasks, rows, options, match):
         _ = table(tmp_path, tasks, rows, test=ROWS, **options).features
 
 
+def test_revenue_is_learned_from_its_zeros_and_amounts(tmp_path):
+    tasks = {"spent": TaskConfig("price", kind="revenue")}
+    rows = [(*row[:3], price, *row[4:]) for row, price in zip(ROWS, (0.0, 0.0, math.e, math.e**3), strict=True)]
+    (target,) = table(tmp_path, tasks, rows).features.targets
+    assert target.shares == (0.5, 0.5)
+    assert (target.log_mean, target.log_std) == (pytest.approx(2, rel=1e-6), pytest.approx(1, rel=1e-6))
+    assert (target.least, target.most) == (0.0, pytest.approx(math.e**3, rel=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("prices", "kind", "match"),
+    [
+        ((1.0, 2.0, 3.0, 4.0), "revenue", "has no amount of 0 in the train split: kind 'revenue' needs both"),
+        ((0.0, 0.0, 3.0, 3.0), "revenue", "has fewer than two different positive amounts"),
+        ((0.0, -1.0, 3.0, 4.0), "revenue", "must hold numbers of at least 0 for kind 'revenue', but row 1 holds -1"),
+        ((0.0, -1.0, 3.0, 4.0), "tweedie", "must hold numbers of at least 0 for kind 'tweedie', but row 1 holds -1"),
+        ((0.0, -1.0, 3.0, 4.0), "poisson", "must hold numbers of at least 0 for kind 'poisson', but row 1 holds -1"),
+    ],
+)
+def test_amounts_that_their_kind_does_not_take(tmp_path, prices, kind, match):
+    rows = [(*row[:3], price, *row[4:]) for row, price in zip(ROWS, prices, strict=True)]
+    with pytest.raises(ValueError, match=match):
+        _ = table(tmp_path, {"spent": TaskConfig("price", kind=kind)}, rows).features
+
+
 def test_options_that_a_kind_does_not_have():
     with pytest.raises(ValueError, match=r"positive is for kind 'binary', not 'count'"):
         TaskConfig("x", kind="count", positive=(1,))

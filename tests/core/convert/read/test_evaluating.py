@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from apps.base.evaluation import in_evaluation
+from core.convert.read.calls import evaluating
 
 
 def test_each_part_has_its_mode_again_also_after_an_error():
     model = nn.Sequential(nn.Dropout(), nn.Dropout())
     model[1].eval()  # a frozen part of a model in training
-    with in_evaluation(model):
+    with evaluating(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == [True, True, False]
-    with pytest.raises(ValueError, match="wrong"), in_evaluation(model):
+    with pytest.raises(ValueError, match="wrong"), evaluating(model):
         raise ValueError("wrong")
     assert [module.training for module in model.modules()] == [True, True, False]
