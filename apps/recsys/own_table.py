@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from apps.recsys.encoding.timestamps import to_seconds
 from apps.recsys.guesses import FEW_VALUES, TABLE_ROLES, Guess, guess, words_of
 from apps.recsys.leaks import floats_of, leak
 from apps.recsys.own_data import SHARES, check_columns, join_tables, labels_of, read_table, sparse_config, table_files
-from apps.recsys.schema import TaskConfig, TextConfig, timestamp_columns
+from apps.recsys.schema import TextConfig, timestamp_columns
 
 LEAST_ZEROS = 0.1
 """Share of zeros from which on amounts are "revenue"."""
@@ -181,20 +180,14 @@ def _label(name: str, column: pa.ChunkedArray) -> _Label:
     return _Label({**config, "kind": kind}, f"{kind}, {own}{missing}", values_N)
 
 
-def number_kind(values: np.ndarray, kinds: Sequence[str] | None = None) -> str:
-    """Return the kind of a target of numbers, of more values than levels have.
-
-    Args:
-        values: the numbers.
-        kinds: kinds that there are; None: those of ``TaskConfig``.
-    """
+def number_kind(values: np.ndarray) -> str:
+    """Return the kind of a target of numbers, of more values than levels have."""
     from scipy.stats import skew
 
-    known = kinds or typing.get_args(typing.get_type_hints(TaskConfig)["kind"])
     is_whole = bool((np.floor(values) == values).all())
     if values.min() < 0:
         return "regression"
-    if "revenue" in known and np.mean(values == 0) >= LEAST_ZEROS and (not is_whole or skew(values) > 1):
+    if np.mean(values == 0) >= LEAST_ZEROS and (not is_whole or skew(values) > 1):
         return "revenue"
     return "count" if is_whole and values.min() <= 1 and np.median(values) < 5 * FEW_VALUES else "regression"
 
