@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,13 +317,16 @@ def _config(
     return sparse_config({"train_file": str(path), "table": table}, num_rows, notes)
 
 
-def sparse_config(data: Mapping[str, Any], num_rows: int, notes: Sequence[str], **more: Any) -> GivenConfig:
+def sparse_config(
+    data: Mapping[str, Any], num_rows: int, notes: Sequence[str], dense: str = "normalize"
+) -> GivenConfig:
     """Return 8 experts of width 32, of which a row takes 2, and as many epochs as give 1,500 steps, within limits.
 
     Args:
         data: arguments of ``TableData`` that name files and columns.
         num_rows: rows with a label.
-        notes, more: fields of the configuration.
+        dense: how numbers go in, a kind of ``DenseConfig``.
+        notes: sentences on how the data were read.
     """
     num_train = round(num_rows * 0.75 * 0.85)
     batch_size = 2 ** min(max(math.floor(math.log2(max(num_train / 16, 1))), 5), 9)
@@ -334,11 +336,10 @@ def sparse_config(data: Mapping[str, Any], num_rows: int, notes: Sequence[str], 
     model = {
         "shared": {"class_path": "core.MMoE", "init_args": gates},
         "embedding": {"dim": 8},
-        "dense": {"kind": "normalize"},
+        "dense": {"kind": dense},
         "head": {"hidden_dims": [8], "activation": "silu"},
         "optimizer": {"lr": 2.0e-3, "weight_decay": 0.01, "warmup_steps": 0.05, "fused": True},
     }
     named = {"dataset": "table", **data, "batch_size": batch_size}
     trainer = {"max_epochs": min(max(math.ceil(_STEPS / steps), 5), 40)}
-    made = GivenConfig.of(notes, trainer, model=("MultiTaskRecommender", model), data=("TableData", named))
-    return replace(made, **more)
+    return GivenConfig.of(notes, trainer, model=("MultiTaskRecommender", model), data=("TableData", named))

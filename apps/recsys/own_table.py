@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,9 +112,10 @@ def config_for(given: GivenData) -> GivenConfig | None:
     notes.append(f"{len(table):,} rows; {'; '.join(f'{task}: {label.meaning}' for task, label in labels.items())}")
     columns, comments, above = _columns(found, table, given, labels, separator)
     comments[*_DATA, "train_file"] = f"{counted(len(table), 'row')}; file names start from the folder you are in"
-    return sparse_config(
-        {**paths, "table": columns}, num_rows, notes, comments=comments, above=above, warnings=tuple(warnings)
-    )
+    comments["model", "init_args", "dense", "kind"] = "or normalize, which is faster"
+    # A predicted amount is exponential in the inputs: bins keep large ones bounded.
+    made = sparse_config({**paths, "table": columns}, num_rows, notes, dense="piecewise_linear")
+    return replace(made, comments=comments, above=above, warnings=tuple(warnings))
 
 
 def likeliest(table: pa.Table, name: str) -> tuple[list[str], str]:
