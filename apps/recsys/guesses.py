@@ -37,7 +37,8 @@ _FIRST_SECOND, _LAST_SECOND = 946_684_800, 2_524_608_000  # numbers are times fr
 _DATE = r"^\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}(?:$|[ T])"
 _NUMBER = r"^[-+]?[$€£]?\s?\d[\d,.' ]*(?:[eE][-+]?\d+)?\s?[%$€£]?$"
 _ID = re.compile(r"(^|_)(id|ids|uuid|guid|key|code|nr|no|number|index|row)$")
-_MONEY = re.compile(r"price|amount|revenue|cost|spen[dt]|salary|income|wage|fee|fare|budget|turnover|usd|eur|gbp")
+_MONEY = {"price", "amount", "revenue", "cost", "spend", "spent", "paid", "salary", "income", "wage", "fee", "fare"}
+_MONEY |= {"sales", "budget", "turnover", "usd", "eur", "gbp"}
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,12 @@ def _of_numbers(name: str, known: pa.ChunkedArray, num_values: int) -> Guess:
     steps = np.diff(number_n)
     is_unique = num_values == len(number_n)
     is_named = _ID.search("_".join(words_of(name))) is not None
+    is_money = not _MONEY.isdisjoint(words_of(name))
     if not is_named and (form := _epoch(number_n, low, high, is_count=bool((steps == 1).all()))):
         return _of_dates(name, known, f"{form}, ")
     if not (np.floor(number_n) == number_n).all():
-        cents = np.round(number_n, 2) == number_n
-        is_cents = low >= 0 and num_values > 100 and bool(cents.all()) and np.mean(number_n * 10 % 1 > 1e-6) > 0.5
-        if _MONEY.search(name.lower()) or is_cents:
+        if is_money:
+            cents = np.round(number_n, 2) == number_n
             return Guess("money", f"{span}{', two decimals' if cents.all() else ''}")
         return Guess("number", span)
     if is_unique and ((steps > 0).all() or (steps < 0).all()):
@@ -144,7 +145,7 @@ def _of_numbers(name: str, known: pa.ChunkedArray, num_values: int) -> Guess:
         return Guess("id", "its name, and another value in nearly every row")
     if num_values <= FEW_VALUES or (is_named and 2 * num_values <= len(number_n)):
         return Guess("category", f"{num_values:,} integers, {span}")
-    if _MONEY.search(name.lower()):
+    if is_money:
         return Guess("money", f"integers, {span}")
     return Guess("count" if low >= 0 else "number", f"integers, {span}")
 

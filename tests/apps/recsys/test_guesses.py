@@ -29,6 +29,7 @@ def of(values, name="column", kind=None):
         ("grade", [1, 2, 3] * 5, "category", "3 integers, 1 to 3"),
         ("is_new", [True, False], "category", "2 values, such as True"),
         ("heat", [-1.5, 2.25, 3.0], "number", "-1.5 to 3"),
+        ("heat", [i + 0.99 for i in range(150)], "number", "0.99 to 149.99"),
         ("change", [4, -3, *range(25)], "number", "integers, -3 to 24"),
         ("visits", [5, *range(25)], "count", "integers, 0 to 24"),
         ("price", [1.5, 2.25, 1234.5], "money", "1.5 to 1,234.5, two decimals"),
