@@ -35,7 +35,7 @@ APP_ROWS = (
     ("equal_cost", "runner"),
     ("vision", "recsys", "nlp", "multimodal", "hub"),
     ("cli",),
-    ("compare", "verdict", "convert", "doctor", "audit", "plan", "serve", "demonstrate", "bench", "demo"),
+    ("compare", "verdict", "init", "convert", "doctor", "audit", "plan", "serve", "demonstrate", "bench", "demo"),
 )
 APP_ROW_OF = {room: row for row, rooms in enumerate(APP_ROWS) for room in rooms}
 APPS = APP_ROWS[4]

@@ -16,6 +16,7 @@ from apps.cli.errors import UsageError, failed, stopped
 from apps.cli.options import COMMANDS
 
 _OTHERS = {
+    "init": ("apps.init", "look at your data, and write a first configuration with comments"),
     "compare": ("apps.compare", "train sparse and dense models of equal cost, and compare them"),
     "verdict": ("apps.verdict", "does sparse pay on your data? an answer within a number of minutes"),
     "convert": ("apps.convert", "make a trained run sparse, dense, smaller, or several runs one"),

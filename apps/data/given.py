@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,9 @@ class GivenData:
         exclude: columns of a table that are not features.
         time: column of a table by which rows are split: the last ones test; None: not by time.
         user: column of a table by which rows are split: all rows of a value fall on one side; None: not by it.
+        in_place: whether the configuration reads a table or texts from the user's own files, and its comments explain
+            it to a person. Else they are copied or linked below ``folder``.
+        more_targets: further columns to predict with the same model; only with ``in_place``.
     """
 
     paths: tuple[Path, ...]
@@ -40,6 +43,8 @@ class GivenData:
     exclude: tuple[str, ...] = ()
     time: str | None = None
     user: str | None = None
+    in_place: bool = False
+    more_targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,15 @@ class GivenConfig:
     Attributes:
         config: sections ``model``, ``data`` and ``trainer``, in plain values.
         notes: sentences on how the data were read.
+        comments: remarks by the keys that lead to a value; those of a key in ``above`` are lines of their own.
+        warnings: what is wrong with the data, a line each.
     """
 
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    comments: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    above: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(

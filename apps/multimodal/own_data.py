@@ -143,8 +143,10 @@ def _pattern(values: Sequence[str], files: Sequence[Path]) -> tuple[str, int]:
         for ending in dict.fromkeys(("", suffix)):
             pattern = "{}" + ending if folder == "." else f"{folder}/{{}}{ending}"
             named = [file for value in values if (file := pattern.replace("{}", value)) in known]
-            if len(named) >= 0.9 * len(values) and len(set(named)) > best[1]:
-                best = (pattern, len(set(named)))
+            num_files = len(set(named))
+            # An image may have several captions; a column of few numbers names no images, though 1.png may lie there.
+            if len(named) >= 0.9 * len(values) and 10 * num_files >= len(named) and num_files > best[1]:
+                best = (pattern, num_files)
     return best
 
 

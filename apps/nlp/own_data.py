@@ -9,6 +9,7 @@ from pathlib import Path
 
 from apps.data.given import EXPERTS, GivenConfig, GivenData
 from apps.data.text_files import COMPRESSED, text_lines
+from apps.nlp.text.corpora import LANGUAGE
 
 LEAST_LINES = 200
 """Least number of lines: a fifth of them, to test on, is 40."""
@@ -35,6 +36,8 @@ def config_for(given: GivenData) -> GivenConfig | None:
         )
     if counts[0] < LEAST_LINES:
         raise ValueError(f"{names} have {counts[0]} lines: {LEAST_LINES} are needed at least")
+    if given.in_place:
+        return _in_place(given.paths, counts[0])
     languages = [_language(path) for path in given.paths]
     if None in languages or languages[0] == languages[1]:
         languages = ["source", "target"]
@@ -48,13 +51,33 @@ def config_for(given: GivenData) -> GivenConfig | None:
     return _config(folder, f"{languages[0]}-{languages[1]}", counts[0], notes)
 
 
+def _in_place(paths: Sequence[Path], num_lines: int) -> GivenConfig:
+    """Return the configuration that reads two files where they are.
+
+    Raises:
+        ValueError: no single word of their paths tells the languages.
+    """
+    words = [re.split(r"([./])", path.as_posix()) for path in paths]
+    differ = [place for place, both in enumerate(zip(*words, strict=False)) if len(set(both)) > 1]
+    languages = ["".join(own[place] for place in differ) for own in words]
+    if len(words[0]) != len(words[1]) or len(differ) != 1 or not all(re.fullmatch(LANGUAGE, own) for own in languages):
+        both = " and ".join(map(str, paths))
+        raise ValueError(f"{both} must differ in one word, the language, such as train.en and train.de")
+    pattern = "".join("{lang}" if place == differ[0] else own for place, own in enumerate(words[0]))
+    for ending in COMPRESSED:
+        pattern = pattern.removesuffix(ending)
+    pair = "-".join(languages)
+    notes = (f"{num_lines:,} pairs of lines, {languages[0]} to {languages[1]}; a tenth is held out for the test",)
+    return _config(None, pair, num_lines, notes, pattern)
+
+
 def _language(path: Path) -> str | None:
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
     match = re.fullmatch(r"\.([A-Za-z]{2,3}(?:_[A-Z]{2})?)", suffixes[-1]) if suffixes else None
     return None if match is None or match[1].lower() == "txt" else match[1]
 
 
-def _config(folder: Path, pair: str, num_lines: int, notes: Sequence[str]) -> GivenConfig:
+def _config(folder: Path | None, pair: str, num_lines: int, notes: Sequence[str], files: str = "lines") -> GivenConfig:
     """Return 2 + 2 layers of width 128; one of each stack has 8 experts, of which a token takes 2."""
     expert = {"class_path": "core.FFN", "init_args": {"hidden_dim": 128, "activation": "relu"}}
     model = {
@@ -67,9 +90,9 @@ def _config(folder: Path, pair: str, num_lines: int, notes: Sequence[str]) -> Gi
     }
     data = {
         "dataset": "moses",
-        "root": str(folder),
+        **({} if folder is None else {"root": str(folder)}),
         "pairs": [pair],
-        "train_files": "lines",
+        "train_files": files,
         "val_size": min(1000, num_lines // 20),
         "test_size": min(2000, num_lines // 10),
         "tokenizer": {"vocab_size": 1000 if num_lines < 5000 else 2000 if num_lines < 20000 else 4000},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from apps.base.files import replacing
 from apps.base.messages import excerpt, one_line, some
 from apps.data.given import EXPERTS, NUMBERS, GivenConfig, GivenData
-from apps.recsys.encoding.categories import as_list, is_list
-from apps.recsys.encoding.numbers import is_text
+from apps.recsys.encoding.numbers import is_text, known_text, plain
+from apps.recsys.guesses import FEW_VALUES, TABLE_ROLES, guess
 from apps.recsys.readers.user_tables import find_files, opened
 from apps.recsys.schema import nearest
 
@@ -26,10 +26,10 @@ LEAST_ROWS = 20
 """Least number of rows of each of the target's two classes: the smallest split, a ninth of them, has two then."""
 
 _ENDINGS = (".csv", ".tsv", ".parquet")
-_FEW_VALUES = 20
-"""Integers of at most so many values are categories."""
+_LARGEST_BLOCK = 1 << 28
 _STEPS = 1500
 TARGET = "target"
+SHARES = {"val": 0.15, "test": 0.25}
 
 
 def config_for(given: GivenData) -> GivenConfig | None:
@@ -49,27 +49,17 @@ def config_for(given: GivenData) -> GivenConfig | None:
     """
     if len(given.paths) != 1:
         return None
-    files = _files(given.paths[0])
+    files = table_files(given.paths[0])
     if not files:
         return None
-    table = _read(files)
+    table = join_tables([read_table(file) for file in files], files)
     target = given.target
     name = str(given.paths[0])
     if target is None:
         raise ValueError(f"{name} is a table and needs --target, the column to predict: {some(table.column_names, 20)}")
     asked = (("target", target), ("time", given.time), ("user", given.user), *(("exclude", c) for c in given.exclude))
-    for option, column in asked:
-        if column is None or column in table.column_names:
-            continue
-        near = nearest(column, table.column_names)
-        if len(table.column_names) == 1 and files[0].suffix.lower() != ".parquet":
-            near = (
-                f", whose one column is {excerpt(table.column_names[0])}: is it separated by commas, or .tsv by tabs?"
-            )
-        raise ValueError(f"--{option} {column!r} is not a column of {name}{near}")
-    if doubled := next((option for option, column in asked[1:] if column == target), None):
-        raise ValueError(f"--{doubled} {target!r} is the target")
-    label, kind, meaning = _labels(table.column(target), target, given.kind)
+    check_columns(asked, table, files[0], name)
+    label, kind, meaning = labels_of(table.column(target), target, given.kind)
     num_rows = len(table)
     table, label = table.filter(pc.is_valid(label)), label.drop_null()
     columns, roles, split, left_out = _features(table.drop_columns([target]), given)
@@ -91,7 +81,30 @@ def config_for(given: GivenData) -> GivenConfig | None:
     return _config(path, roles, split, kind, len(label), notes)
 
 
-def _files(path: Path) -> list[Path]:
+def check_columns(asked: Sequence[tuple[str, str | None]], table: pa.Table, file: Path, name: str) -> None:
+    """Reject options that name no column of a table, or its target twice.
+
+    Args:
+        asked: options with their columns; the first one is a target.
+        table: the table.
+        file: its first file.
+        name: what to call the table.
+    """
+    for option, column in asked:
+        if column is None or column in table.column_names:
+            continue
+        near = nearest(column, table.column_names)
+        if len(table.column_names) == 1 and file.suffix.lower() != ".parquet":
+            near = (
+                f", whose one column is {excerpt(table.column_names[0])}: is it separated by commas, or .tsv by tabs?"
+            )
+        raise ValueError(f"--{option} {column!r} is not a column of {name}{near}")
+    targets = [column for option, column in asked if option == "target"]
+    if doubled := next((own for own in asked if own[0] != "target" and own[1] in targets), None):
+        raise ValueError(f"--{doubled[0]} {doubled[1]!r} is the target")
+
+
+def table_files(path: Path) -> list[Path]:
     """Return the files of a table; none if there is none."""
     if path.is_dir():
         parts = {ending: sorted(path.glob(f"*{ending}")) for ending in _ENDINGS}
@@ -102,13 +115,36 @@ def _files(path: Path) -> list[Path]:
     return find_files(None, str(path), "DATA") if any(s.lower() in _ENDINGS for s in path.suffixes) else []
 
 
-def _read(files: Sequence[Path]) -> pa.Table:
-    tables = []
-    for file in files:
-        try:
-            tables.append(_read_one(file))
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{str(file)!r} cannot be read: {one_line(str(error))}") from None
+def read_table(file: Path, is_literal: bool = False) -> pa.Table:
+    """Return one file of a table.
+
+    Args:
+        file: a file of a kind that `table_files` returns.
+        is_literal: whether a text file is read as `TableData` reads it: "NA" is missing among numbers, and text
+            elsewhere.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        table = _read_file(file, is_literal)
+        table.column_names  # noqa: B018  decodes them
+    except UnicodeDecodeError:
+        raise ValueError(f"{str(file)!r} cannot be read: the names of its columns are no UTF-8 text") from None
+    except (pa.ArrowException, OSError) as error:
+        text = one_line(str(error))
+        if not text.isprintable() or "\ufffd" in text:  # what a broken file holds is not for a terminal
+            text = f"{text.encode('ascii', 'replace').decode().partition(': ')[0]}: is it a text file?"
+        raise ValueError(f"{str(file)!r} cannot be read: {text}") from None
+    return table
+
+
+def join_tables(tables: Sequence[pa.Table], files: Sequence[Path]) -> pa.Table:
+    """Return the rows of the tables of some files.
+
+    Raises:
+        ValueError: the tables differ in their types, or have a column twice.
+    """
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
@@ -119,16 +155,33 @@ def _read(files: Sequence[Path]) -> pa.Table:
     return table
 
 
-def _read_one(file: Path) -> pa.Table:
+def _read_file(file: Path, is_literal: bool) -> pa.Table:
     if file.suffix.lower() == ".parquet":
         return pq.read_table(file)
     delimiter = "\t" if ".tsv" in [s.lower() for s in file.suffixes] else ","
     parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    convert = pa.csv.ConvertOptions(null_values=[""], strings_can_be_null=True) if is_literal else None
+    # The types follow from the first block: a larger one has the "unknown" that comes late in a column of
+    # numbers. A compressed file unpacks to a few times its size.
+    block = pa.csv.ReadOptions(block_size=min(max(20 * file.stat().st_size, 1 << 20), _LARGEST_BLOCK))
     with opened(file) as source:
-        return pa.csv.read_csv(source, parse_options=parse)
+        table = pa.csv.read_csv(source, block, parse, convert)
+    if is_literal:
+        for place, column in enumerate(table.columns):
+            if is_text(column.type):
+                table = table.set_column(place, table.column_names[place], _numbers_in(column))
+    return table
 
 
-def _labels(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.ChunkedArray, str, str]:
+def _numbers_in(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return text as numbers if all of it is, but for "NA" and the like, and as it is otherwise."""
+    try:
+        return known_text(column).cast(pa.float64())
+    except pa.ArrowInvalid:
+        return column
+
+
+def labels_of(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.ChunkedArray, str, str]:
     """Return the target as a table holds it, null for none, its kind, and a description in words to put before "of N
     rows".
 
@@ -139,8 +192,8 @@ def _labels(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.Ch
         column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
-    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    if is_text:
+    are_texts = is_text(column.type)
+    if are_texts:
         column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
     counts = {c["values"]: c["counts"] for c in pc.value_counts(column).to_pylist() if c["values"] is not None}
     if not counts:
@@ -149,10 +202,10 @@ def _labels(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.Ch
         (value,) = counts
         raise ValueError(f"--target {name!r} is {excerpt(value)} in every row that has one: there is nothing to learn")
     is_number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-    if not (is_number or is_text or pa.types.is_boolean(column.type)):
+    if not (is_number or are_texts or pa.types.is_boolean(column.type)):
         raise ValueError(f"--target {name!r} holds {column.type}, and not numbers, text or truth values")
     if kind is None:
-        kind = _kind_of(len(counts), is_text, pa.types.is_integer(column.type))
+        kind = _kind_of(len(counts), are_texts, pa.types.is_integer(column.type))
     if kind == "binary":
         return _binary(column, name, counts, is_number)
     if kind == "multiclass":
@@ -170,13 +223,13 @@ def _labels(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.Ch
     return column.cast(pa.float64()), kind, f"{name!r}, {meaning},"
 
 
-def _kind_of(num_values: int, is_text: bool, is_whole: bool) -> str:
+def _kind_of(num_values: int, are_texts: bool, is_whole: bool) -> str:
     """Return the kind of a target by its values."""
     if num_values == 2:
         return "binary"
-    if is_text:
+    if are_texts:
         return "multiclass"
-    return "ordinal" if is_whole and num_values <= _FEW_VALUES else "regression"
+    return "ordinal" if is_whole and num_values <= FEW_VALUES else "regression"
 
 
 def _binary(
@@ -215,7 +268,7 @@ def _features(
     roles: dict[str, list[str]] = {"categorical": [], "multi_valued": [], "continuous": [], "timestamps": []}
     left_out = []
     for name, column in zip(table.column_names, table.columns, strict=True):
-        role, values = _role(column)
+        role, values = _role(name, column)
         own_split = next((kind for kind in ("time", "user") if name == getattr(given, kind)), None)
         # A user or a number of the time is another in each split; of a timestamp hour and weekday are not.
         if name in given.exclude or (own_split and role != "timestamps"):
@@ -235,71 +288,58 @@ def _features(
     return columns, roles, split, left_out
 
 
-def _role(column: pa.ChunkedArray) -> tuple[str | None, pa.ChunkedArray]:
+def _role(name: str, column: pa.ChunkedArray) -> tuple[str | None, pa.ChunkedArray]:
     """Return the role of a column, with its values as text, lists, float64 or timestamps; None: it has none."""
-    kind = column.type
-    if _are_lists(column):
-        return "multi_valued", column
-    if pa.types.is_dictionary(kind):
-        column, kind = column.cast(kind.value_type), kind.value_type
-    if pa.types.is_decimal(kind):
-        column, kind = column.cast(pa.float64()), pa.float64()
-    known = column.drop_null()
-    distinct = len(pc.unique(known)) if not pa.types.is_nested(kind) else 0
-    if distinct < 2:
+    found = guess(name, column)
+    role, column = TABLE_ROLES.get(found.role), plain(column)
+    if role in ("texts", "vectors"):
         return None, column
-    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
-        return "timestamps", column
-    if pa.types.is_floating(kind):
-        return "continuous", column.cast(pa.float64())
-    if pa.types.is_integer(kind):
-        if distinct <= _FEW_VALUES:
-            return "categorical", column.cast(pa.string())
-        steps = np.diff(known.to_numpy())
-        counts_rows = distinct == len(known) and (bool((steps > 0).all()) or bool((steps < 0).all()))
-        return (None if counts_rows else "continuous"), column.cast(pa.float64())
-    if pa.types.is_boolean(kind):
-        return "categorical", column.cast(pa.string())
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return ("categorical" if distinct <= len(known) / 2 else None), column.cast(pa.string())
-    return None, column
-
-
-def _are_lists(column: pa.ChunkedArray) -> bool:
-    """Return whether a column holds lists, or text that is mostly lists, whose values recur as categories do."""
-    kind, values = column.type, column.drop_null().to_pylist() if is_text(column.type) or is_list(column.type) else []
-    if is_list(kind) and pa.types.is_nested(kind.value_type):
-        return False
-    lists = [own for own in (map(as_list, values) if is_text(kind) else values) if own is not None]
-    flat = [value for own in lists for value in own]
-    return 2 * len(lists) > len(values) and 2 * len(set(flat)) <= len(flat)
+    if role == "categorical":
+        return role, column.cast(pa.string())
+    if role == "continuous":
+        return role, column.cast(pa.float64())
+    return role, column if found.separator is None else pc.split_pattern(column, found.separator)
 
 
 def _config(
     path: Path, roles: dict[str, list[str]], split: dict[str, str], kind: str, num_rows: int, notes: Sequence[str]
 ) -> GivenConfig:
-    """Return 8 experts of width 32, of which a row takes 2, and as many epochs as give 1,500 steps, within limits."""
-    num_train = round(num_rows * 0.75 * 0.85)
-    batch_size = 2 ** min(max(math.floor(math.log2(max(num_train / 16, 1))), 5), 9)
-    steps = math.ceil(num_train / batch_size)
+    """Return the configuration of a table that was written to ``path``."""
     by = next(iter(split), "random")
     stratify = None if split or kind in NUMBERS else TARGET
-    expert = {"class_path": "core.MLP", "init_args": {"hidden_dims": [32]}}
-    gates = {**EXPERTS, "expert": expert, "balance": {"load_balancing_loss": 0.01, "router_z_loss": 0.001}}
-    model = {
-        "shared": {"class_path": "core.MMoE", "init_args": gates},
-        "embedding": {"dim": 8},
-        "dense": {"kind": "normalize"},
-        "head": {"hidden_dims": [8], "activation": "silu"},
-        "optimizer": {"lr": 2.0e-3, "weight_decay": 0.01, "warmup_steps": 0.05, "fused": True},
-    }
     table = {
         **roles,
         **split,
         "left_out": [f"{column}_days" for column in split.values() if column in roles["timestamps"]],
         "tasks": {TARGET: {"column": TARGET, "kind": kind}},
-        "split": {"kind": by, "val": 0.15, "test": 0.25, "stratify": stratify},
+        "split": {"kind": by, **SHARES, "stratify": stratify},
     }
-    data = {"dataset": "table", "train_file": str(path), "table": table, "batch_size": batch_size}
+    return sparse_config({"train_file": str(path), "table": table}, num_rows, notes)
+
+
+def sparse_config(
+    data: Mapping[str, Any], num_rows: int, notes: Sequence[str], dense: str = "normalize"
+) -> GivenConfig:
+    """Return 8 experts of width 32, of which a row takes 2, and as many epochs as give 1,500 steps, within limits.
+
+    Args:
+        data: arguments of ``TableData`` that name files and columns.
+        num_rows: rows with a label.
+        dense: how numbers go in, a kind of ``DenseConfig``.
+        notes: sentences on how the data were read.
+    """
+    num_train = round(num_rows * 0.75 * 0.85)
+    batch_size = 2 ** min(max(math.floor(math.log2(max(num_train / 16, 1))), 5), 9)
+    steps = math.ceil(num_train / batch_size)
+    expert = {"class_path": "core.MLP", "init_args": {"hidden_dims": [32]}}
+    gates = {**EXPERTS, "expert": expert, "balance": {"load_balancing_loss": 0.01, "router_z_loss": 0.001}}
+    model = {
+        "shared": {"class_path": "core.MMoE", "init_args": gates},
+        "embedding": {"dim": 8},
+        "dense": {"kind": dense},
+        "head": {"hidden_dims": [8], "activation": "silu"},
+        "optimizer": {"lr": 2.0e-3, "weight_decay": 0.01, "warmup_steps": 0.05, "fused": True},
+    }
+    named = {"dataset": "table", **data, "batch_size": batch_size}
     trainer = {"max_epochs": min(max(math.ceil(_STEPS / steps), 5), 40)}
-    return GivenConfig.of(notes, trainer, model=("MultiTaskRecommender", model), data=("TableData", data))
+    return GivenConfig.of(notes, trainer, model=("MultiTaskRecommender", model), data=("TableData", named))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import core
+from apps import registry
 from apps.data.given import GivenConfig, GivenData
 from apps.report.exhibit import Answer, Example, Exhibit, LayerPart
 from apps.task.inputs import Input
@@ -222,3 +223,23 @@ def item_of(inputs: Mapping[str, Input], title: str, says: str = "", takes_other
 def read_item(inputs: Mapping[str, Input], item: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of an object that has passed its schema."""
     return {name: own.from_json(item[name], name) if name in item else own.default for name, own in inputs.items()}
+
+
+def config_of(given: GivenData) -> GivenConfig:
+    """Return the configuration of the first model that takes data of a user.
+
+    Raises:
+        ValueError: no model knows them, or one knows and rejects them.
+    """
+    for name in registry.OWN_DATA:
+        made = registry.task_named(name).own_data(given)
+        if made is not None:
+            return made  # type: ignore[no-any-return]
+    if len(given.paths) == 2:
+        raise ValueError(f"{given.paths[0]} and {given.paths[1]} are not two files of text")
+    path = given.paths[0]
+    what = "is a folder with neither images nor tables" if path.is_dir() else "is no table (.csv, .parquet)"
+    raise ValueError(
+        f"{path} {what}: give a folder of images, one with a table of their titles, a table with --target"
+        f"{', or two text files' if given.in_place else ', two text files, or a configuration'}"
+    )

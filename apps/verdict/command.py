@@ -14,7 +14,6 @@ import torch
 import yaml
 
 import core
-from apps import registry
 from apps.base.files import delete, read_json, replacing, write_json, write_text
 from apps.base.machine import machine_facts, moment
 from apps.base.messages import some
@@ -30,6 +29,7 @@ from apps.data.given import GivenData
 from apps.report.page import FILE, open_page, write_page
 from apps.report.page.writing import markdown, write_index
 from apps.runner.runner import Budget, at_work, check_same
+from apps.task.task import config_of
 from apps.verdict.options import Options
 from apps.verdict.references import RESERVED, References, best_model, by_task, reference_names
 from apps.verdict.result import NUMBERS, PAGE, Facts, Verdict, causes, changes, lines, verdict_page
@@ -325,19 +325,11 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
     columns = (options.exclude, options.time, options.user)
     first, *more = options.target or (None,)
     # The table of one task is copied with its rows without a label left out; one of several is read where it is.
-    more_options = {"in_place": True, "more_targets": tuple(more)} if more else {}
-    given = GivenData(options.data, first, options.folder / "data", options.kind, *columns, **more_options)
-    for name in registry.OWN_DATA:
-        made = registry.task_named(name).own_data(given)
-        if made is not None:
-            path = options.folder / "config.yaml"
-            with replacing(path) as file:
-                yaml.safe_dump(dict(made.config), file, sort_keys=False)
-            return path, tuple(made.notes)
-    if len(options.data) == 2:
-        raise ValueError(f"{options.data[0]} and {options.data[1]} are not two files of text")
-    what = "is a folder with neither images nor tables" if options.data[0].is_dir() else "is no table (.csv, .parquet)"
-    raise ValueError(
-        f"{options.data[0]} {what}: give a folder of images, one with a table of their titles, a table with "
-        "--target, two text files, or a configuration"
+    given = GivenData(
+        options.data, first, options.folder / "data", options.kind, *columns, bool(more), more_targets=tuple(more)
     )
+    made = config_of(given)
+    path = options.folder / "config.yaml"
+    with replacing(path) as file:
+        yaml.safe_dump(dict(made.config), file, sort_keys=False)
+    return path, tuple(made.notes)

@@ -73,7 +73,9 @@ class Options(CommandLine):
         if self.is_config:
             read_config(self.data[0])
             if self.target:
-                raise UsageError(f"--target {self.target[0]}: {self.data[0]} is a configuration, which names its targets")
+                raise UsageError(
+                    f"--target {self.target[0]}: {self.data[0]} is a configuration, which names its targets"
+                )
         if self.kind is not None and len(self.target) != 1:
             raise UsageError(f"--kind {self.kind} is the kind of a table's target: name one with --target")
         if twice := next((column for column in self.target if self.target.count(column) > 1), None):

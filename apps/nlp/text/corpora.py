@@ -21,7 +21,7 @@ from core.fields import Bounds, Checked, Count
 
 log = logging.getLogger(__name__)
 
-_LANGUAGE = r"[A-Za-z]{2,8}(?:[_@][A-Za-z0-9]+)*"
+LANGUAGE = r"[A-Za-z]{2,8}(?:[_@][A-Za-z0-9]+)*"
 
 
 @dataclass
@@ -118,7 +118,7 @@ def parse_pairs(pairs: Sequence[str]) -> tuple[tuple[str, str], ...]:
         raise ValueError(f"pairs names {twice[0]!r} twice")
     parsed = []
     for pair in pairs:
-        if not (match := re.fullmatch(f"({_LANGUAGE})-({_LANGUAGE})", pair)):
+        if not (match := re.fullmatch(f"({LANGUAGE})-({LANGUAGE})", pair)):
             raise ValueError(f"pair {pair!r} is not SOURCE-TARGET, two language codes such as en-de or en-pt_BR")
         if match[1] == match[2]:
             raise ValueError(f"pair {pair!r} translates a language into itself")

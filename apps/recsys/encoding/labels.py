@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from apps.recsys.encoding.categories import factorize, to_text
-from apps.recsys.encoding.numbers import Part, to_numbers
+from apps.recsys.encoding.numbers import NO_VALUE, Part, to_numbers
 from apps.recsys.schema import TaskConfig
 
 
@@ -36,9 +36,14 @@ def to_labels(parts: Sequence[Part], name: str, task: TaskConfig) -> NDArray[np.
                 raise ValueError(f"task {name!r}: column {column!r} never holds positive={value!r}; it holds {some}")
         label = positive.astype(np.float32)
     else:
-        known = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
-        labels = [] if values is None else [known.get(v.lower(), np.nan) for v in values]
-        if values is None or any(np.isnan(labels)):
+        known = dict.fromkeys((own.lower() for own in NO_VALUE), np.nan) | {
+            "0": 0.0,
+            "1": 1.0,
+            "false": 0.0,
+            "true": 1.0,
+        }
+        labels = [] if values is None else [known.get(v.lower()) for v in values]
+        if values is None or None in labels:
             fits = pc.is_in(pc.utf8_lower(codes.values), pa.array(list(known), pa.string()))
             code = int(np.argmin(np.asarray(fits, dtype=bool)))
             odd, row = codes.values[code].as_py(), int(np.argmax(codes.codes == code))

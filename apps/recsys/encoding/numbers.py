@@ -18,6 +18,9 @@ Part = tuple[str, pa.ChunkedArray]
 
 MAX_QUANTILES = 255
 
+NO_VALUE = ("", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null", "None", "NaT", "?")
+"""Texts among numbers and times that stand for a missing value. Among categories they are values."""
+
 
 def to_numbers(
     parts: Sequence[Part], column: str, missing: str = "leave missing numbers empty", first_row: int = 0
@@ -40,8 +43,7 @@ def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first
     data = plain(data)
     kind = data.type
     if is_text(kind):
-        data = pc.utf8_trim_whitespace(data)
-        data = pc.if_else(pc.equal(data, ""), pa.scalar(None, kind), data)
+        data = known_text(data)
     elif pa.types.is_boolean(kind):
         data = data.cast(pa.int8())
     elif not (
@@ -57,6 +59,12 @@ def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first
             f"column {column!r} of {where} must hold numbers: row {first_row + row} holds {odd!r}; {missing}"
         ) from None
     return np.asarray(numbers.fill_null(np.nan) if numbers.null_count else numbers, dtype=np.float64)
+
+
+def known_text(data: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return text of numbers or times without spaces around it, and null for what programs write for no value."""
+    text = pc.utf8_trim_whitespace(data)
+    return pc.if_else(pc.is_in(text, pa.array(NO_VALUE, text.type)), pa.scalar(None, text.type), text)
 
 
 def plain(data: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -82,9 +90,26 @@ def first_failing(data: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
     return low
 
 
+_FORMS_OF_DATES = (
+    (r"^(\d{1,2})\.(\d{1,2})\.(\d{4})", r"\3-\2-\1"),
+    (r"^(\d{1,2})/(\d{1,2})/(\d{4})", r"\3-\1-\2"),
+    (r"^(\d{4})/(\d{1,2})/(\d{1,2})", r"\1-\2-\3"),
+    (r"^(\d{4})-(\d)-", r"\1-0\2-"),
+    (r"^(\d{4}-\d\d)-(\d)($|[ T])", r"\1-0\2\3"),
+    (r"^(\d{4}-\d\d-\d\d[ T])(\d):", r"\10\2:"),
+    (r"(\d) ?(?:UTC|GMT)$", r"\1Z"),
+)
+
+
 def with_iso_dates(text: Any) -> Any:
-    """Return an array of text in which dates at the start such as 2024/05/31 have hyphens, as Arrow reads them."""
-    return pc.replace_substring_regex(text, r"^(\d{4})/(\d\d)/(\d\d)", r"\1-\2-\3")
+    """Return an array of text in which dates at the start are as Arrow reads them, 2024-05-31.
+
+    They may be written 2024/5/31, 31.5.2024 or 5/31/2024, with a time behind them. A row says by itself what it means:
+    dots have the day first, slashes the month.
+    """
+    for form, iso in _FORMS_OF_DATES:
+        text = pc.replace_substring_regex(text, form, iso)
+    return text
 
 
 def to_float32(numbers: NDArray[np.float64]) -> NDArray[np.float32]:

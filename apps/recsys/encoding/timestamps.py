@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from apps.recsys.encoding.numbers import first_failing, is_text, plain, with_iso_dates
+from apps.recsys.encoding.numbers import first_failing, is_text, known_text, plain, with_iso_dates
 from apps.recsys.encoding.table_encoding import TimeRange
 from apps.recsys.schema import timestamp_columns
 
@@ -23,8 +23,13 @@ WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", 
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 and 9999
 _FIRST_DAY, _LAST_DAY = -7_305, 47_847  # of the years 1950 and 2101
 _DAY = 86_400
+_LEAST_MILLISECONDS = 1e11
+"""Seconds would be after the year 5000; milliseconds are after 1973."""
 _HAS_ZONE = r":\d\d(?:\.\d+)?\s*(?:[Zz]|[+-]\d\d(?::?\d\d)?)$"
-_RULE = "a timestamp is seconds since 1970, a date, or text such as 2024-05-31 12:00:00 or 20240531"
+_RULE = (
+    "a timestamp is seconds or milliseconds since 1970, a date, or text such as 2024-05-31 12:00:00, 31.05.2024, "
+    "5/31/2024 or 20240531"
+)
 
 
 def with_parts(table: pa.Table, timestamps: Mapping[str, TimeRange], where: str, first_row: int = 0) -> pa.Table:
@@ -61,7 +66,7 @@ def to_seconds(
 
     Args:
         data: dates, times with a date, numbers as for ``seconds_of_numbers``, or text of numbers or of ISO 8601, also
-            with the date as 2024/05/31, with a time without a zone in UTC.
+            with the date as for ``with_iso_dates``, with a time without a zone in UTC.
         column, where: names of the column and the table in messages.
         first_row: number of the first row in messages.
         known: the times of training.
@@ -75,7 +80,9 @@ def to_seconds(
     kind = data.type
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         zone = kind.tz if pa.types.is_timestamp(kind) else None
-        numbers = pc.divide(data.cast(pa.timestamp("us", zone), safe=False).cast(pa.int64()).cast(pa.float64()), 1e6)
+        numbers = pc.divide(
+            data.cast(pa.timestamp("us", zone), safe=False).cast(pa.int64()).cast(pa.float64(), safe=False), 1e6
+        )
     elif is_text(kind):
         numbers = _of_text(data, column, where, first_row, known)
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
@@ -94,7 +101,7 @@ def to_seconds(
         row = int(np.argmax(bad_N))
         raise ValueError(
             f"column {column!r} of {where} holds {data[row].as_py()} in row {first_row + row}, {what}: {_RULE}, and not"
-            " milliseconds, days or years"
+            " days or years"
         )
     return seconds_N
 
@@ -108,8 +115,8 @@ def is_far(days_N: NDArray[np.float64], known: TimeRange) -> NDArray[np.bool_]:
 def seconds_of_numbers(numbers: Any, known: TimeRange = None) -> NDArray[np.float64]:
     """Return numbers (N,) as seconds since 1970, NaN if missing.
 
-    They are dates where all of them can be, such as 20240531, and else seconds. Numbers that can be both are seconds
-    where these are near the times of training, and the dates are not.
+    They are dates where all of them can be, such as 20240531, and else seconds, or milliseconds from 1e11 on. Numbers
+    that can be both are seconds where these are near the times of training, and the dates are not.
 
     Args:
         numbers: array of NumPy or Arrow.
@@ -117,7 +124,7 @@ def seconds_of_numbers(numbers: Any, known: TimeRange = None) -> NDArray[np.floa
     """
     number_N = np.asarray(numbers, dtype=np.float64)
     if (number_N > 21_001_231).any():  # most seconds are: casts of a million take a second
-        return number_N
+        return np.where(number_N >= _LEAST_MILLISECONDS, number_N / 1000, number_N)
     try:
         text = pa.array(number_N, from_pandas=True).cast(pa.int64()).cast(pa.string())
         iso = pc.replace_substring_regex(text, r"^(19[5-9]\d|20\d\d|2100)(\d\d)(\d\d)$", r"\1-\2-\3")
@@ -129,8 +136,8 @@ def seconds_of_numbers(numbers: Any, known: TimeRange = None) -> NDArray[np.floa
 
 
 def _of_text(data: pa.ChunkedArray, column: str, where: str, first_row: int, known: TimeRange) -> pa.ChunkedArray:
-    text = pc.utf8_trim_whitespace(data)
-    distinct = pc.unique(pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)).drop_null()
+    text = known_text(data)
+    distinct = pc.unique(text).drop_null()
     # The seconds of distinct texts, each in the way that its form asks for.
     iso = with_iso_dates(distinct)
     has_zone = pc.match_substring_regex(iso, _HAS_ZONE)

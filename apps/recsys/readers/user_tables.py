@@ -103,8 +103,9 @@ def read_columns(
 ) -> pa.Table:
     """Return some columns of one file.
 
-    In a CSV file an empty field is a missing value and everything else is taken literally, "NA" as well. A file that is
-    not compressed and does not end in a line end is read with a warning: its last field may be cut.
+    In a CSV file an empty field is a missing value and everything else is taken literally; that "NA" is no number is
+    the encoder's to know. A file that is not compressed and does not end in a line end is read with a warning: its last
+    field may be cut.
 
     Args:
         file: a file of a kind that `find_files` returns.

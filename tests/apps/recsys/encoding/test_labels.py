@@ -19,6 +19,7 @@ def part(values, kind=None, where="the training table"):
     ("values", "task", "expected"),
     [
         (["0", "1", None], TaskConfig("y"), [0, 1, np.nan]),
+        (["0", "NA", "1", "?"], TaskConfig("y"), [0, np.nan, 1, np.nan]),
         ([True, False, None], TaskConfig("y"), [1, 0, np.nan]),
         ([1.0, 0.0, float("nan")], TaskConfig("y"), [1, 0, np.nan]),
         ([" 50+.", "-50", "", "49+"], TaskConfig("y", positive=("50+.", "49+")), [1, 0, np.nan, 1]),

@@ -21,6 +21,7 @@ def part(values, kind=None, where="the training table"):
     [
         ([1, None], [1, np.nan]),
         ([" 1.5", "", "-2e3", "nan", "inf"], [1.5, np.nan, -2000, np.nan, np.nan]),
+        (["3", "NA", "N/A", "NULL", "null", "None", "?", "NaN"], [3, *[np.nan] * 7]),
         ([True, False], [1, 0]),
         ([1e300, -1e300, 3.0], [np.nan, np.nan, 3]),  # float32 cannot hold them
         ([None], [np.nan]),
@@ -35,10 +36,10 @@ def test_numbers(values, expected):
 @pytest.mark.parametrize("position", [0, 1, 6])
 def test_the_first_value_that_is_no_number_is_named_with_its_row(position):
     values = ["1", "2", "3", "4", "5", "6", "7"]
-    values[position] = "NA"
-    values[6] = "NA"
+    values[position] = "few"
+    values[6] = "few"
     chunked = pa.chunked_array([pa.array(values[:3]), pa.array(values[3:])])
-    with pytest.raises(ValueError, match=f"column 'c' of t must hold numbers: row {position} holds 'NA'"):
+    with pytest.raises(ValueError, match=f"column 'c' of t must hold numbers: row {position} holds 'few'"):
         to_numbers([("t", chunked)], "c")
     with pytest.raises(ValueError, match="holds values of type date32"):
         to_numbers([part([datetime.date(2024, 1, 1)])], "c")
