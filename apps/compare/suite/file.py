@@ -97,6 +97,7 @@ class Entry:
         """Return everything that the figures of the row depend on, as plain values."""
         options = {name: value for name, value in self.data["init_args"].items() if name not in _PLACES}
         config = {**self.written, "data": {**self.data, "init_args": options}}
+        config.pop("ladder", None)  # no single training reads it
         return {"config": json.loads(json.dumps(config, default=str)), "baseline": self.baseline}
 
     @property
