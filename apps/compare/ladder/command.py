@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,7 @@ def _report(
     save_charts(story.charts()[:1], output / "ladder.png", title)
     write_page(page, output / FILE)
     if last:
-        with set_aside(), contextlib.nullcontext():
+        with set_aside():
             print(f"\n{title}")
             show_page(page)
         say(f"as text, numbers and a picture: {output / 'table.md'}, {output / 'ladder.json'}, {output / 'ladder.png'}")
