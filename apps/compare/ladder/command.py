@@ -53,7 +53,7 @@ def run_ladder(asked: Ladder, argv: Sequence[str]) -> Story:
             outcomes.append(_do(rung, asked, base, growth, outcomes))
             story = _report(asked, base, outcomes, argv, last=rung is rungs[-1])
         if len(outcomes) < len(rungs):
-            _report(asked, base, outcomes, argv)
+            story = _report(asked, base, outcomes, argv, last=True)
     write_index(output.parent)
     if asked.open:
         open_page(output / FILE)
