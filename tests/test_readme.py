@@ -44,7 +44,9 @@ def test_it_is_one_screen():
 
 def test_moesaic_commands_run_on_digits_with_the_debug_overlay(tmp_path, monkeypatch, capfd):
     typed = commands("moesaic")
-    assert {words[1] for words in typed} == {"fit", "test", "predict", "compare", "data", "plan"}
+    assert {words[1] for words in typed} == {"fit", "test", "predict", "compare", "data", "plan", "init"}
+    rows = [f"{20 + i % 40},{'north' if i % 3 else 'south'},{i % 2}\n" for i in range(200)]
+    (tmp_path / "customers.csv").write_text("age,region,bought\n" + "".join(rows))
     # A copy of the configurations, for run folders are made where a command is run.
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)

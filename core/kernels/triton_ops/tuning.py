@@ -84,6 +84,8 @@ SQUARE = (Tile(128, 256, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 4, 4), Tile
 FULL = (Tile(64, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
 FULL_FIXED = (Tile(64, 64, 8, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
 FULL_SQUARE = (Tile(64, 64, 8, 3), Tile(64, 64, 4, 3))
+# Two sums of int8 spill 304 bytes with 64 x 64 on sm_90, and 320 with 32 x 64 and 4 warps.
+FULL_QUANTIZED_SUMS = (Tile(32, 64, 8, 3), Tile(16, 64, 4, 3))
 # Half-precision rows that are not a multiple of 16 bytes are loaded 2, 4 or 8 bytes at a time, and each address, kept
 # over the whole sum, takes two registers: on sm_80 ``linear`` spilled 1768 bytes per thread with 128 x 256, none with
 # these.
@@ -111,7 +113,10 @@ FULL_TILES = {
     "up": FULL_FIXED,
     "up_geglu": FULL_FIXED,
     "up_swiglu": FULL_FIXED,
+    "up_geglu_quantized": FULL_QUANTIZED_SUMS,
+    "up_swiglu_quantized": FULL_QUANTIZED_SUMS,
     "linear": FULL,
+    "linear_quantized": FULL_FIXED,
     "hidden_grad": FULL_FIXED,
     "weight_grad": FULL_SQUARE,
 }
@@ -123,7 +128,7 @@ RAGGED_TILES["weight_grad"] = RAGGED_SQUARE
 # The same holds for float32 rows that are not a multiple of 4: on sm_80 ``linear`` spilled 288 bytes with 4 warps, none
 # with 8.
 FULL_RAGGED_TILES = {
-    **FULL_TILES,
+    **{name: tiles for name, tiles in FULL_TILES.items() if name != "linear_quantized"},
     "linear": (Tile(64, 64, 8, 3), Tile(32, 64, 8, 3), Tile(16, 64, 4, 3)),
     "weight_grad": FULL_SQUARE[:1],
 }
