@@ -58,6 +58,12 @@ class ValueMetrics:
         return dict(self.by_name)
 
 
+QUANTILES = (0.1, 0.5, 0.9)
+"""Levels of the quantiles that "quantile" and "revenue" predict."""
+
+TWEEDIE_POWER = 1.5
+"""Power of the mean in a Tweedie distribution's variance: between a count's, 1, and a gamma distribution's, 2."""
+
 AMOUNTS = ("gini", "normalized_gini", "decile_error", "tweedie_deviance")
 """Metrics of amounts that are not negative."""
 
@@ -140,7 +146,7 @@ def amount_metrics(value_N: np.ndarray, label_N: np.ndarray) -> dict[str, float]
         "gini": own,
         "normalized_gini": own / best if best else math.nan,
         "decile_error": float(np.mean(apart)) / float(label_N.mean()),
-        "tweedie_deviance": float(mean_tweedie_deviance(label_N, np.maximum(value_N, 1e-9), power=1.5)),
+        "tweedie_deviance": float(mean_tweedie_deviance(label_N, np.maximum(value_N, 1e-9), power=TWEEDIE_POWER)),
     }
 
 
@@ -156,7 +162,7 @@ def gini(value_N: np.ndarray, label_N: np.ndarray) -> float:
 def quantile_metrics(quantile_N3: np.ndarray, label_N: np.ndarray) -> dict[str, float]:
     """Return the mean pinball loss of the quantiles at 0.1, 0.5 and 0.9, and the share of labels between the outer."""
     error_N3 = label_N[:, None] - quantile_N3
-    level = np.array([0.1, 0.5, 0.9])
+    level = np.array(QUANTILES)
     within_N = (quantile_N3[:, 0] <= label_N) & (label_N <= quantile_N3[:, 2])
     return {
         "pinball": float(np.maximum(level * error_N3, (level - 1) * error_N3).mean()),

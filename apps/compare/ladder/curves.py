@@ -135,7 +135,8 @@ class Fit:
         self.unit = float(np.exp(np.log(flops_KR).mean()))
         self.x_KR = np.log(flops_KR / self.unit)
         with_floor = self._fit(np.log(self.loss_KR)[None], len(rungs) > 2)
-        self.noise, self.freedom = self._noise(with_floor, loss_KRS)
+        self._center_DKR = self._fitted_DKR(with_floor)
+        self.noise, self.freedom = self._noise(loss_KRS)
         self.tells_floor = len(rungs) > 2 and bool(np.quantile(self._drawn().floor_D, 0.025) > 0)
         self.curves = with_floor if self.tells_floor else self._fit(np.log(self.loss_KR)[None], False)
 
@@ -165,12 +166,12 @@ class Fit:
         pick = (best, np.arange(len(best)))
         return Curves(self.kinds, self.unit, floor_FD[pick], scale[pick].T, -slope[pick].T)
 
-    def _noise(self, curves: Curves, loss_KRS: list[list[np.ndarray]]) -> tuple[float, int]:
+    def _noise(self, loss_KRS: list[list[np.ndarray]]) -> tuple[float, int]:
         """Return the relative standard deviation of a point, and its degrees of freedom."""
         from scipy.stats import f
 
         K, R = self.loss_KR.shape
-        missed = np.log(self.loss_KR) - self._fitted_DKR(curves)[0]
+        missed = np.log(self.loss_KR) - self._center_DKR[0]
         own = K * R - (K + 1 if R == 2 else 2 * K + 1)
         squares, among = float((missed**2).sum()), 0.0
         freedom = 0
@@ -192,8 +193,7 @@ class Fit:
     def _drawn(self, blocks: bool = True) -> Curves:
         """Return fits to redrawn points; with ``blocks``, of other examples too."""
         generator = np.random.default_rng(self.seed)
-        center = self._fitted_DKR(self._fit(np.log(self.loss_KR)[None], len(self.rungs) > 2))
-        y = center + self._scatter(generator)[:, None, None] * generator.standard_normal(
+        y = self._center_DKR + self._scatter(generator)[:, None, None] * generator.standard_normal(
             (self.draws, *self.loss_KR.shape)
         )
         if blocks:

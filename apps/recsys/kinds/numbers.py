@@ -12,13 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apps.recsys.kinds.binary import NUMBER, SHARE, Kind, Metrics, entropy, logit
-from apps.recsys.value_metrics import AMOUNTS, number_metrics, number_values
-
-QUANTILES = (0.1, 0.5, 0.9)
-"""Levels of the quantiles that "quantile" and "revenue" predict."""
-
-TWEEDIE_POWER = 1.5
-"""Power of the mean in a Tweedie distribution's variance: between a count's, 1, and a gamma distribution's, 2."""
+from apps.recsys.value_metrics import AMOUNTS, QUANTILES, number_metrics, number_values
 
 
 class Regression(Kind):

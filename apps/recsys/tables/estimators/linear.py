@@ -13,6 +13,7 @@ from apps.equal_cost.comparable import Search
 from apps.recsys.kinds import Count, Kind, Regression, Revenue
 from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of, sparse_values
 from apps.recsys.tables.rows.arrays import TableArrays
+from apps.recsys.value_metrics import TWEEDIE_POWER
 
 
 class LogisticRegression(PerTask):
@@ -76,7 +77,11 @@ class LogisticRegression(PerTask):
             # Its loss is a mean over the rows, where logistic regression's is a sum.
             options = {"alpha": 1 / (strength * len(y_N)), "max_iter": self.max_iter}
             is_poisson = kind.target.kind in ("count", "poisson", "regression")
-            model = PoissonRegressor(**options) if is_poisson else TweedieRegressor(power=1.5, link="log", **options)
+            model = (
+                PoissonRegressor(**options)
+                if is_poisson
+                else TweedieRegressor(power=TWEEDIE_POWER, link="log", **options)
+            )
             return model, y_N / kind.target.mean
         if isinstance(kind, Regression):
             return Ridge(alpha=1 / strength), (y_N - kind.target.mean) / kind.target.std
