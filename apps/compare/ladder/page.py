@@ -174,7 +174,7 @@ class Story:
             for outcome in self.outcomes:
                 own = outcome.kinds[kind]
                 spread = (min(own.loss_S), max(own.loss_S))
-                points.append(Point(name, own.flops, own.loss_S.mean(), *spread, note=f"rung {outcome.rung.number:g}"))
+                points.append(Point(name, own.flops, own.loss_S.mean(), *spread, note=f"{outcome.rung.number:g}"))
                 in_time.append(Point(name, own.seconds, own.loss_S.mean(), *spread, note=points[-1].note))
             if self.fit is not None:
                 ends = [self.fitted[0].kinds[kind].flops, self.fitted[-1].kinds[kind].flops]

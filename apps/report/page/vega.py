@@ -133,7 +133,10 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
     large = max(abs(p.x) for p in chart.points) >= 10_000
     x = alt.X("x:Q", title=chart.x_title, scale=_across(chart.log_x, padding=24))
     x = x.axis(format="~s" if large else "~g", labelOverlap=True)
-    kind = {"type": "log", "nice": False} if chart.log_y else {}
+    kind: dict[str, Any] = {}
+    if chart.log_y:  # a domain of its own: whole decades would leave most of the chart empty
+        heights = [y for p in chart.points for y in (p.y, p.low, p.high) if y] + [y for c in chart.curves for y in c.y]
+        kind = {"type": "log", "nice": False, "domain": [0.97 * min(heights), 1.03 * max(heights)]}
     scale = alt.Scale(zero=False, reverse=chart.is_reversed, padding=16, **kind)
     y = alt.Y("y:Q", title=chart.y_title, scale=scale)
     color = alt.Color("label:N", title=None, scale=_colors(labels)).legend(_legend(labels))
@@ -161,7 +164,9 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
             for x, y in zip(c.x, c.y, strict=True)
         ]
         curves = alt.Chart(alt.Data(values=places)).mark_line(strokeWidth=1.8)
-        dashes = alt.StrokeDash("part:N", legend=None)
+        parts = list(dict.fromkeys(c.part for c in chart.curves))  # the first is drawn through
+        strokes = alt.Scale(domain=parts, range=[[1, 0], [5, 4]][: len(parts)])
+        dashes = alt.StrokeDash("part:N", legend=None, scale=strokes)
         layers.insert(0, curves.encode(x=x, y=y, color=color, strokeDash=dashes, opacity=faded))
     if chart.front:
         steps = [{"x": _finite(x), "y": _finite(y)} for x, y in chart.front]
