@@ -400,10 +400,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
         """Return the values by row whose mean is ``monitor``; NaN if a split cannot determine it."""
-        z_NZ = torch.cat([out.outputs for out in outs]).double().cpu()
-        y_Nt = torch.cat([out.targets for out in outs]).double().cpu().numpy()
-        by_task = values_by_task(self.features.tasks, self.outputs, z_NZ, y_Nt)
-        values_tN = [values_N for _, values_N in by_task.values()]
+        values_tN = [values_N for _, values_N in self.task_values(outs).values()]
         values_tN = values_tN if self.outputs.main_metric else values_tN[:1]
         name = self.monitor.replace("val/", "mean " if len(values_tN) > 1 else "")
         return ExampleValues(name, torch.from_numpy(np.mean(values_tN, axis=0)))

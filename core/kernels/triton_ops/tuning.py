@@ -127,9 +127,11 @@ RAGGED_TILES |= {kernel: RAGGED_QUANTIZED for kernel in HALF_TILES if kernel.end
 RAGGED_TILES["weight_grad"] = RAGGED_SQUARE
 # The same holds for float32 rows that are not a multiple of 4: on sm_80 ``linear`` spilled 288 bytes with 4 warps, none
 # with 8.
+FULL_RAGGED = (Tile(64, 64, 8, 3), Tile(32, 64, 8, 3), Tile(16, 64, 4, 3))
 FULL_RAGGED_TILES = {
-    **{name: tiles for name, tiles in FULL_TILES.items() if name != "linear_quantized"},
-    "linear": (Tile(64, 64, 8, 3), Tile(32, 64, 8, 3), Tile(16, 64, 4, 3)),
+    **FULL_TILES,
+    "linear": FULL_RAGGED,
+    "linear_quantized": FULL_RAGGED,
     "weight_grad": FULL_SQUARE[:1],
 }
 TABLES = (HALF_TILES, UNEVEN_TILES, FULL_TILES, RAGGED_TILES, FULL_RAGGED_TILES)
