@@ -197,7 +197,7 @@ class Work(Runner[Unit, dict[str, Any]]):
         measured = 1.0 if self.plan.options.rounds else 0.0
         self.whole.begin(searched + len(self.systems) * len(self.plan.seeds) + measured)
         results = self._train([unit for units in search_units.values() for unit in units])
-        searches = {name: [results[u] for u in units] for name, units in search_units.items()}
+        searches = {name: {u: results[u] for u in units} for name, units in search_units.items()}
         rates = {s.name: self._choose(s, searches[s.name]) for s in self.systems}
         units = {s.name: self.plan.final_units(s.name, rates[s.name][0], s.tunes) for s in self.systems}
         # The order is seed by seed, so that a stopped comparison has whole pairs.
@@ -206,7 +206,7 @@ class Work(Runner[Unit, dict[str, Any]]):
         return Results(
             finals={name: [results[u] for u in own] for name, own in units.items()},
             rates=rates,
-            searches=searches,
+            searches={name: list(searched.values()) for name, searched in searches.items()},
             speeds=self._speeds(checkpoints),
             examples={name: [u.examples(self.output) for u in own] for name, own in units.items()},
             checkpoints=checkpoints,
@@ -235,17 +235,19 @@ class Work(Runner[Unit, dict[str, Any]]):
             text += f", test {result['test_quality']:.4g}"
         return f"{text}, {result['train_seconds']:.1f} s"
 
-    def _choose(self, system: System, searched: Sequence[Mapping[str, Any]]) -> tuple[float | None, bool]:
+    def _choose(self, system: System, searched: dict[Unit, dict[str, Any]]) -> tuple[float | None, bool]:
         """Return the learning rate that the search has chosen, and whether it is at the edge of those tried."""
-        rates = self.plan.rates
         if system.cost is None:
             return None, False
         if not searched:
-            return (rates[0] if rates else None), False
+            return next(iter(self.plan.rates), None), False
         assert self.plan.configured_rate is not None
+        rates = [unit.rate for unit in searched if unit.rate is not None]
         higher_is_better = self.experiment.monitor_mode == "max"
         try:
-            index = choose(rates, [r["quality"] for r in searched], self.plan.configured_rate, higher_is_better)
+            index = choose(
+                rates, [r["quality"] for r in searched.values()], self.plan.configured_rate, higher_is_better
+            )
         except ValueError as error:
             raise ValueError(f"{system.title}: {error}; give lower --learning_rates") from None
         return rates[index], at_edge(rates[index], rates)

@@ -221,7 +221,8 @@ class Story:
         )
         notes = (
             "FLOPs of a run: three forwards for each training example, counted on the first validation batch.",
-            f"Learning rates, searched on the two lowest rungs and by rule on the others: {rates}.",
+            f"Learning rates, searched on the two lowest rungs (further where the best is at the edge) and by rule on "
+            f"the others: {rates}.",
             f"Grown: {'; '.join(f'rung {o.rung.number:g}: {dict(o.rung.values)}' for o in self.outcomes)}.",
         )
         return Page(

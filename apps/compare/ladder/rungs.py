@@ -34,6 +34,9 @@ BACKWARD = 3
 SEARCHED = 2
 """Lowest rungs on which the learning rate is searched."""
 
+STEP, FURTHER = 2.0, 3
+"""A best rate at the edge is followed by one so many times as large or small, and so often at most."""
+
 TURN = 0.02
 """Rise of the validation loss over its lowest value, relative, from which a run counts as limited by its data; both are
 means over a tenth of the run's validations, as single ones scatter."""
@@ -123,7 +126,7 @@ def _sizes(experiment: Experiment) -> tuple[float, float, float]:
 
 
 class RungWork(Work):
-    """The comparison of one rung.
+    """The comparison of one rung; its search goes on beyond a best rate at the edge.
 
     Args:
         fixed: learning rates by system, in place of a search.
@@ -137,8 +140,19 @@ class RungWork(Work):
     def _search_units(self, system: System) -> list[Unit]:
         return [] if system.name in self.fixed else super()._search_units(system)
 
-    def _choose(self, system: System, searched: Sequence[Mapping[str, Any]]) -> tuple[float | None, bool]:
-        return (self.fixed[system.name], False) if system.name in self.fixed else super()._choose(system, searched)
+    def _choose(self, system: System, searched: dict[Unit, dict[str, Any]]) -> tuple[float | None, bool]:
+        if system.name in self.fixed:
+            return self.fixed[system.name], False
+        rate, edge = super()._choose(system, searched)
+        for _ in range(FURTHER):
+            if not edge or not rate:
+                break
+            up = rate == max(unit.rate or 0.0 for unit in searched)
+            beyond = replace(next(iter(searched)), rate=float(f"{rate * (STEP if up else 1 / STEP):.3g}"))
+            self.whole.grow(beyond.share)
+            searched.update(self._train([beyond]))
+            rate, edge = super()._choose(system, searched)
+        return rate, edge
 
 
 @dataclass(frozen=True)

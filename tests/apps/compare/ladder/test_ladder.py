@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from compared import CONFIG
 from apps.cli import main as moesaic
 from apps.compare.ladder.curves import Measured
 from apps.compare.ladder.page import Story
-from apps.compare.ladder.rungs import Outcome, Rung, limits
+from apps.compare.ladder.rungs import Outcome, Rung, RungWork, limits
+from apps.compare.options import Options
+from apps.compare.training import Unit
+from apps.compare.work import Plan
 from apps.report.page import html
 
 LADDER = CONFIG.replace("max_epochs: 2", "max_epochs: 10") + (
@@ -178,3 +182,30 @@ def test_rungs_beyond_the_turn_are_not_fitted():
     story = Story(outcomes, "loss")
     assert [o.rung.number for o in story.fitted] == [1, 4, 16]
     assert "Limited by data, and not fitted: 2 rungs (64, 256)" in " ".join(story.sentences())
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "chosen"),
+    [
+        (0.11, [0.033, 0.1, 0.3], (0.1, False)),
+        (0.5, [0.033, 0.1, 0.3, 0.6, 1.2], (0.6, False)),
+        (0.02, [0.033, 0.1, 0.3, 0.0165, 0.00825], (0.0165, False)),
+        (1e9, [0.033, 0.1, 0.3, 0.6, 1.2, 2.4], (2.4, True)),
+    ],
+)
+def test_a_search_goes_on_beyond_its_edge(best, tried, chosen, tmp_path, monkeypatch):
+    plan = Plan({}, Options(), {}, (0.033, 0.1, 0.3), 0.1, (0,), 1000)
+    experiment, whole = SimpleNamespace(monitor_mode="min"), SimpleNamespace(grow=lambda share: None)
+    work = RungWork({}, experiment, plan, [], tmp_path, whole, 1)
+    done = []
+
+    def train(units):
+        done.extend(unit.rate for unit in units)
+        return {unit: {"quality": abs(np.log(unit.rate / best))} for unit in units}
+
+    monkeypatch.setattr(work, "_train", train)
+    system = SimpleNamespace(name="sparse", title="sparse", cost=1)
+    searched = train(plan.search_units("sparse"))
+    assert work._choose(system, searched) == chosen
+    assert done == tried == [unit.rate for unit in searched]
+    assert {type(unit) for unit in searched} == {Unit}
