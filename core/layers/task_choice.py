@@ -70,8 +70,17 @@ class SparseMultiGateMoE(MultiGateLayer):
 
     def active_expert_params(self) -> int:
         """Return the parameters that one example touches on average; see ``expected_experts``."""
-        E = self.experts.num_experts
-        return round(self.all_expert_params() * expected_experts(E, self.pairs_per_token, self.num_tasks) / E)
+        return round(self.all_expert_params() * self._experts_of_an_example() / self.experts.num_experts)
+
+    def _experts_of_an_example(self) -> float:
+        return expected_experts(self.experts.num_experts, self.pairs_per_token, self.num_tasks)
+
+    @property
+    def share_computed(self) -> float | None:
+        """Rows that the experts compute over pairs that are chosen, if tasks choose independently; None: all are."""
+        if self.router[0].gates_on == "input":
+            return None
+        return self._experts_of_an_example() / (self.pairs_per_token * self.num_tasks)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import core
 from apps.nets.depths import by_capacity
 from core.convert.read.calls import evaluating
+from core.layers import SparseMultiGateMoE
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
         batch: batch of the data module, on the module's device.
         replaced: dotted names of the blocks that a baseline replaces: the MoE layers, or the blocks around them.
         as_evaluated: count the matmuls under the module's evaluation capacity. Else count as in training, by the rule
-            of ``MoEConfig.flops_per_token``: every chosen pair, times the training's capacity factor if that is
-            below 1, whatever an untrained router drops or leaves empty.
+            of ``flops_per_token`` of the layer's config: every chosen pair, times the training's capacity factor if
+            that is below 1, whatever an untrained router drops or leaves empty; tasks choose independently, though
+            untrained ones may agree.
 
     Raises:
         ValueError: a name in ``replaced`` is not a submodule.
@@ -87,7 +89,8 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
                 hook.remove()
             inside: float = sum(core.count_flops(m, *args, **kwargs) for m, args, kwargs in calls)
             for name, args in rows:
-                less = dropped[name] * core.count_flops(modules[name].experts, *args)
+                share = _share_of_rule(modules[name], dropped[name], *args)
+                less = (1 - share) * core.count_flops(modules[name].experts, *args)
                 total -= less
                 inside -= less * any(f"{name}.".startswith(f"{block}.") for block in replaced)
     finally:
@@ -107,14 +110,24 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
 
 
 def _shares_dropped(module: nn.Module) -> dict[str, float]:
-    """Return the part of the routed pairs that the training's capacity drops even under equal loads, by layer."""
+    """Return the part of the routed pairs that the training's capacity drops even under equal loads, by the names of
+    the layers whose cost depends on what their routers choose."""
     shares = {}
     for name, layer in core.moe_layers(module).items():
         factors = [router.capacity.factor for router in layer.routers().values()]
         least = min((f for f in factors if f is not None), default=1.0)
-        if least < 1:
-            shares[name] = 1 - least
+        if least < 1 or isinstance(layer, SparseMultiGateMoE):
+            shares[name] = max(1 - least, 0.0)
     return shares
+
+
+def _share_of_rule(layer: nn.Module, dropped: float, rows: Any, *_: Any) -> float:
+    """Return the FLOPs of experts by the training's rule, over those that they compute of these rows."""
+    once = layer.share_computed if isinstance(layer, SparseMultiGateMoE) else None
+    if once is None:
+        return 1 - dropped
+    pairs, computed = rows.num_tokens, int(rows.offsets_E[-1])
+    return once * pairs / max(computed, 1)
 
 
 def megaflops(flops: float) -> str:

@@ -37,6 +37,16 @@ class Rows(TinyModule, Comparable):
         return {"dense": Baseline(lambda: Rows(3))}
 
 
+class Called:
+    """A network under the interface of a module."""
+
+    def __init__(self, net):
+        self.module, self.cost_inputs, self.cost_unit = net, lambda x: (x,), lambda x: "a row"
+
+    def __call__(self, x):
+        return self.module(x)
+
+
 class RowData(LightningDataModule):
     """Rows of two points to train on, of five to validate on."""
 
@@ -116,3 +126,14 @@ def test_small_costs_keep_three_digits():
         *("0.00", "0.00339", "1"),
         *("1.00", "6.60", "1,234.50"),
     ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tasks_count_as_independent_whatever_their_untrained_routers_agree_on(seed):
+    torch.manual_seed(seed)
+    config = core.MMoE(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.MLP((8,)))
+    net = torch.nn.Sequential(config.build(6, num_tasks=2))
+    counted = measure_cost(Called(net), torch.randn(32, 6), ["0"])
+    # Two routers of 2 * 6*4; 4 (1 - 1/2 * 1/2) = 3 of 4 experts, each 2 * 6*8.
+    assert counted.flops_per_example == counted.replaced_flops_per_example == 2 * 48 + 3 * 96
+    assert measure_cost(Called(net), torch.randn(32, 6), as_evaluated=True).flops_per_example != 384
