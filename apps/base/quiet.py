@@ -52,9 +52,9 @@ def quiet(own_notes: bool = True) -> Iterator[None]:
     own_level = own.level
     for name in levels:
         logging.getLogger(name).setLevel(logging.WARNING if own_notes else logging.ERROR)
+    own.setLevel(logging.INFO if own_notes else logging.ERROR)
     if own_notes:
         own.addHandler(handler)
-        own.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings(), _quiet_event_writer():
             for pattern in _UNHELPFUL_WARNINGS:

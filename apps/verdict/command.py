@@ -85,8 +85,8 @@ def give_verdict(
                 delete(output / name)
         seconds = 60 * options.minutes
         budget = Budget(seconds, output / "spent.json", clock, began, reserve(seconds))
-        path, notes = configuration(options)
         with quiet(own_notes=False):
+            path, notes = configuration(options)
             experiment = Experiment(arguments(path, [], options.rest))
         with quiet(own_notes=False), bar("making the two models"):
             model, sparse, dense, warnings = _systems(experiment)
