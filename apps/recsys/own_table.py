@@ -112,9 +112,9 @@ def config_for(given: GivenData) -> GivenConfig | None:
     notes.append(f"{len(table):,} rows; {'; '.join(f'{task}: {label.meaning}' for task, label in labels.items())}")
     columns, comments, above = _columns(found, table, given, labels, separator)
     comments[*_DATA, "train_file"] = f"{counted(len(table), 'row')}; file names start from the folder you are in"
-    comments["model", "init_args", "dense", "kind"] = "or normalize, which is faster"
-    # A predicted amount is exponential in the inputs: bins keep large ones bounded.
-    made = sparse_config({**paths, "table": columns}, num_rows, notes, dense="piecewise_linear")
+    comments["model", "init_args", "dense", "kind"] = "also: piecewise_linear, quantile, normalize"
+    comments[*_TABLE, "min_count"] = "rarer categories share a row"
+    made = sparse_config({**paths, "table": columns}, num_rows, notes)
     return replace(made, comments=comments, above=above, warnings=tuple(warnings))
 
 

@@ -41,6 +41,7 @@ class ContinuousFeature(Checked):
             for a frequent value: x is in bin i if ``quantiles[i - 1] < x <= quantiles[i]``, as in ``torch.bucketize``.
             Empty where the column is constant.
         missing: share of the training split that is missing.
+        least, most: smallest and largest value; None: they were not kept.
     """
 
     name: str
@@ -48,6 +49,8 @@ class ContinuousFeature(Checked):
     std: float = 1.0
     quantiles: tuple[float, ...] = ()
     missing: float = 0.0
+    least: float | None = None
+    most: float | None = None
 
 
 @core.register_config

@@ -165,7 +165,8 @@ def statistics(name: str, values: NDArray[np.float32]) -> ContinuousFeature:
     if present[0] == present[-1]:
         return ContinuousFeature(name, mean, missing=missing)
     std = float(present.std(dtype=np.float64))
-    return ContinuousFeature(name, mean, std, tuple(map(float, boundaries(present))), missing)
+    quantiles = tuple(map(float, boundaries(present)))
+    return ContinuousFeature(name, mean, std, quantiles, missing, float(present[0]), float(present[-1]))
 
 
 def boundaries(ascending: NDArray[np.float32], num_bins: int = MAX_QUANTILES + 1) -> NDArray[np.float32]:

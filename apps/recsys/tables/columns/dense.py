@@ -17,6 +17,9 @@ import core
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature
 from core.fields import Bounds, Checked, Count
 
+_KNEE = 3.0
+"""Standard deviations from which on "quantile_normal" takes the logarithm."""
+
 _CLIP = 100.0
 """Standard deviations beyond which a value is taken as this far off: a slip of the decimal point must not blow up."""
 
@@ -33,9 +36,13 @@ class DenseConfig(Checked):
     - "piecewise_linear": the encoding of Gorishniy et al. (arXiv 2203.05556, equation 1): each bin is 0 below, 1 above
       and linear inside. Beyond the outermost boundary, as their bins continue linearly, two more numbers grow as
       ``log(1 + distance / std)``. A missing value is 0 everywhere but in its indicator.
+    - "quantile_normal": two numbers a column: the value's quantile in the training split as one of a normal
+      distribution, which skewed values spread evenly over, and ``z = (x - mean) / std``, logarithmic beyond 3, which
+      tells large ones apart. A value outside the training split's range is taken as the end of it, as trees do.
+      Missing values as with "normalize".
 
     Attributes:
-        kind: "normalize", "quantile" or "piecewise_linear".
+        kind: "normalize", "quantile", "piecewise_linear" or "quantile_normal".
         log1p: whether "normalize" takes the logarithm.
         num_bins: largest number of bins of a column, taken evenly from its quantiles; None: all of them.
         dim: width to which a linear map and ReLU take each column's encoding, with "piecewise_linear"; None: the
@@ -47,7 +54,7 @@ class DenseConfig(Checked):
 
     prefix = "dense."
 
-    kind: Literal["normalize", "quantile", "piecewise_linear"] = "normalize"
+    kind: Literal["normalize", "quantile", "piecewise_linear", "quantile_normal"] = "normalize"
     log1p: bool = False
     num_bins: Annotated[int, Bounds(2)] | None = None
     dim: Count | None = None
@@ -92,7 +99,10 @@ class DenseArch(nn.Module):
             self.out_dim = self.encode.out_dim
             return
         edges = [thin(f.quantiles, config.num_bins) for f in features]
-        if config.kind == "quantile":
+        if config.kind == "quantile_normal":
+            self.encode = QuantileNormal(features, edges)
+            self.out_dim = self.encode.out_dim
+        elif config.kind == "quantile":
             self.bin_features = tuple(
                 CategoricalFeature(f.name, num_rows=len(e) + 2) for f, e in zip(features, edges, strict=True)
             )
@@ -151,6 +161,44 @@ class Normalize(nn.Module):
             return z_BC
         missing = ~dense_BC.index_select(1, self._indicated).isfinite()
         return torch.cat((z_BC, missing.to(z_BC.dtype)), dim=1)
+
+
+class QuantileNormal(Normalize):
+    """The normal quantile, ``z`` within the training split's range, and the indicator. See ``DenseConfig``."""
+
+    _edges_CM: Tensor
+    _score_CM: Tensor
+    _low_C: Tensor
+    _high_C: Tensor
+
+    def __init__(self, features: Sequence[ContinuousFeature], edges: Sequence[tuple[float, ...]]) -> None:
+        super().__init__(features)
+        # Of M boundaries the i-th has i / (M + 1) of the values at or below it.
+        places = [torch.arange(1, len(e) + 1, dtype=torch.float64) / (len(e) + 1) for e in edges]
+        scores = [torch.special.ndtri(place).float() for place in places]
+        self.register_buffer("_edges_CM", F.pad(_padded(edges), (0, 2), value=math.inf), persistent=False)
+        padded = F.pad(pad_sequence(scores, batch_first=True), (0, self._edges_CM.shape[1] - max(map(len, scores))))
+        self.register_buffer("_score_CM", padded, persistent=False)
+        low = torch.tensor([-math.inf if f.least is None else f.least for f in features])
+        high = torch.tensor([math.inf if f.most is None else f.most for f in features])
+        self.register_buffer("_low_C", low, persistent=False)
+        self.register_buffer("_high_C", high, persistent=False)
+        self.out_dim += len(features)
+
+    def forward(self, dense_BC: Tensor) -> Tensor:
+        C = dense_BC.shape[1]
+        x_BC = torch.where(dense_BC.isfinite(), dense_BC.clamp(self._low_C, self._high_C), dense_BC)
+        z_BK = super().forward(x_BC)
+        z_BC, size_BC = z_BK[:, :C], z_BK[:, :C].abs()
+        z_BC = z_BC.sign() * (size_BC.clamp_max(_KNEE) + (size_BC - _KNEE).clamp_min(0).log1p())
+        # The last boundary and infinity end the highest bin, whose values all have the last score.
+        x_CB = torch.where(dense_BC.isfinite(), x_BC, -math.inf).t().contiguous()
+        bin_CB = (num_below(self._edges_CM, x_CB) - 1).clamp_min(0)
+        low, high = self._edges_CM.gather(1, bin_CB), self._edges_CM.gather(1, bin_CB + 1)
+        share_CB = ((x_CB - low) / (high - low)).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, 1.0)
+        score_CB = torch.lerp(self._score_CM.gather(1, bin_CB), self._score_CM.gather(1, bin_CB + 1), share_CB)
+        score_BC = torch.where(dense_BC.isfinite(), score_CB.t(), 0.0)
+        return torch.cat((score_BC, z_BC, z_BK[:, C:]), dim=1)
 
 
 class _Bins(nn.Module):

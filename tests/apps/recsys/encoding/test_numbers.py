@@ -52,6 +52,7 @@ def test_statistics_by_hand():
     assert s.std == pytest.approx(3.5**0.5)
     assert s.quantiles == (1, 2, 3)  # each value a bin of its own: (.., 1], (1, 2], (2, 3], (3, ..)
     assert s.missing == pytest.approx(0.2)
+    assert (s.least, s.most) == (1, 6)
     assert statistics("x", np.array([5, 5], dtype=np.float32)) == ContinuousFeature("x", 5, 1, (), 0)
     assert statistics("x", np.array([np.nan], dtype=np.float32)) == ContinuousFeature("x", 0, 1, (), 1)
 

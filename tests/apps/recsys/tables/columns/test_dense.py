@@ -1,6 +1,7 @@
 """DenseArch: continuous columns as numbers, bins and piecewise-linear encodings; values that are missing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from made_table import AGE, FLAT
 from torch.testing import assert_close
 
 from apps.recsys.encoding.features import ContinuousFeature
+from apps.recsys.encoding.numbers import statistics
 from apps.recsys.tables.columns.dense import DenseArch, DenseConfig, thin
 
 NAN, INF = math.nan, math.inf
 HOURS = ContinuousFeature("hours", mean=5.0, std=2.0, quantiles=(5.0,))
 ALL = [DenseConfig(), DenseConfig(log1p=True), DenseConfig("quantile"), DenseConfig("piecewise_linear")]
-ALL += [DenseConfig("piecewise_linear", dim=3)]
+ALL += [DenseConfig("piecewise_linear", dim=3), DenseConfig("quantile_normal")]
 
 
 def column(*values):
@@ -34,6 +36,32 @@ def test_normalize_is_bounded_and_log1p_is_signed():
     # z = -2, 0, 3: -log 3, 0, log 4.
     got = DenseArch((HOURS,), DenseConfig(log1p=True))(column(1.0, 5.0, 11.0))
     assert_close(got, column(-math.log(3), 0.0, math.log(4)))
+
+
+def test_quantile_normal_by_hand():
+    # Boundaries 20, 30, 50 are the quartiles: -0.6745, 0, 0.6745. 40 lies half between the last two.
+    # z = (40 - 40) / 10; 90: z = 5, and 3 + log(1 + 2) beyond the knee; 200 is taken as the most, 110: 3 + log(5).
+    age = replace(AGE, least=10.0, most=110.0)
+    end = 0.6744898
+    got = DenseArch((age, FLAT), DenseConfig("quantile_normal"))(
+        torch.tensor([[40.0, 3.0], [90.0, 4.0], [200.0, 3.0], [0.0, 3.0], [NAN, NAN], [INF, 3.0]])
+    )
+    expected = [
+        [end / 2, 0.0, 0.0, 0.0, 0.0],
+        [end, 0.0, 3 + math.log(3), 1.0, 0.0],
+        [end, 0.0, 3 + math.log(5), 0.0, 0.0],
+        [-end, 0.0, -3.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0, 1.0],
+        [0.0, 0.0, 0.0, 0.0, 1.0],
+    ]
+    assert_close(got, torch.tensor(expected))
+
+
+def test_quantile_normal_of_a_normal_column_is_its_z():
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    feature = statistics("x", x.numpy())
+    z = torch.linspace(-2.5, 2.5, 101)
+    assert_close(DenseArch((feature,), DenseConfig("quantile_normal"))(z[:, None])[:, 0], z, atol=0.05, rtol=0)
 
 
 def test_a_bin_ends_with_its_boundary():
