@@ -21,7 +21,7 @@ from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
 from apps.compare.systems import SPARSE, label
 from apps.equal_cost.comparable import Search
-from apps.report.intervals import crossed_interval
+from apps.report.intervals import crossed_interval, mean_interval
 from apps.verdict.work import Finished
 
 TREES = ("lightgbm", "hist_gradient_boosting")
@@ -145,7 +145,7 @@ def best_model(task: str, models: Mapping[str, OfTask], dense: str) -> str:
     best, second, networks = ranked[0], ranked[1], [own for own in ranked if own.model in (SPARSE, dense)]
     low, high = _gain(best, second)
     qualities = ", ".join(f"{label(own.model)} {own.quality:.4g}" for own in ranked)
-    ends = f"95 % interval {low:+.3g} to {high:+.3g}" if math.isfinite(low) else "one seed gives no interval"
+    ends = f"95 % interval {low:+.3g} to {high:+.3g}" if math.isfinite(low) else "one value gives no interval"
     if low > 0:
         line = f"{task}: {label(best.model)} is best ({best.metric}: {qualities}; over the second {ends})."
     else:
@@ -158,10 +158,10 @@ def best_model(task: str, models: Mapping[str, OfTask], dense: str) -> str:
 
 def _gain(one: OfTask, other: OfTask) -> tuple[float, float]:
     """Return the ends of the interval of a difference, over seeds and test rows; a model of one seed is the same with
-    each."""
+    each, and two of them have one over test rows."""
     seeds = max(len(one.values_SN), len(other.values_SN))
     own, than = (np.broadcast_to(m.values_SN, (seeds, m.values_SN.shape[1])) for m in (one, other))
-    interval = crossed_interval(own - than)
+    interval = mean_interval((own - than)[0].tolist()) if seeds == 1 else crossed_interval(own - than)
     if interval.half_width is None:
         return -math.inf, math.inf
     return interval.low, interval.high

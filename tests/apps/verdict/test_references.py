@@ -37,7 +37,8 @@ def of_task(model, *means, task="spend"):
         ),
         (
             (of_task("sparse", 0.6), of_task(DENSE, 0.3), of_task("lightgbm", 0.5)),
-            "over the second one seed gives no interval). Of the networks, sparse adds nothing that is shown.",
+            "spend: sparse is best (r2: sparse 0.6, lightgbm 0.5, dense, equal FLOPs 0.3; over the second 95 % "
+            "interval +0.1 to +0.1).",
         ),
     ],
 )
