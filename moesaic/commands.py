@@ -230,7 +230,7 @@ def verdict(
     overrides: Overrides | None = None,
     *,
     minutes: float = 30.0,
-    target: str | None = None,
+    target: str | Sequence[str] = (),
     kind: str | None = None,
     exclude: Sequence[str] = (),
     time: str | None = None,
@@ -244,7 +244,7 @@ def verdict(
         data: a folder of images, a table, two text files, or a configuration.
         overrides: values over the configuration's.
         minutes: time that it may take.
-        target: column of the table to predict.
+        target: column of the table to predict, or several, for tasks of one model.
         kind: kind of the target; None: as its values are.
         exclude: columns of the table to leave out.
         time: splits the rows by this column, the last ones test.
@@ -256,11 +256,12 @@ def verdict(
         ValueError: wrong data or options, or a folder with another verdict.
     """
     options = {
-        "minutes": minutes, "target": target, "kind": kind, "exclude": exclude or None, "time": time, "user": user,
+        "minutes": minutes, "kind": kind, "exclude": exclude or None, "time": time, "user": user,
         "output": output, "seed": seed,
     }  # fmt: skip
     paths = [data] if isinstance(data, (str, Path)) else data
-    words = [*map(str, paths), *_words(options), *_flags(overrides)]
+    targets = [target] if isinstance(target, str) else target
+    words = [*map(str, paths), *(f"--target={column}" for column in targets), *_words(options), *_flags(overrides)]
     return give_verdict(Options.read(words), shlex.join(["moesaic", "verdict", *words]))
 
 

@@ -149,3 +149,12 @@ def test_a_comparison_and_a_verdict_are_values(tmp_path, monkeypatch):
     given = moesaic.verdict(path, {"trainer.max_epochs": 1}, minutes=1.0, output=tmp_path / "verdict")
     assert [answer.where for answer in given.answers] == ["equal FLOPs", "equal time"]
     assert (tmp_path / "verdict" / "verdict.json").exists()
+
+
+def test_a_verdict_takes_several_targets(tmp_path, monkeypatch):
+    (tmp_path / "shop.csv").write_text("x,bought,spent\n1,0,0.0\n")
+    monkeypatch.setattr("moesaic.commands.give_verdict", lambda options, command: (options, command))
+    options, line = moesaic.verdict(tmp_path / "shop.csv", target=["bought", "spent"], exclude=["x"])
+    assert (options.target, options.exclude) == (("bought", "spent"), ("x",))
+    assert line.endswith("--target=bought --target=spent --minutes=30.0 --exclude x --seed=0")
+    assert moesaic.verdict(tmp_path / "shop.csv", target="spent")[0].target == ("spent",)
