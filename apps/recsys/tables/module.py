@@ -274,7 +274,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
         Args:
             rows: a pandas DataFrame, or a row of one, a pyarrow Table (or what offers itself as one, such as a polars
-                DataFrame), a dict of columns, or a path, or a pattern of paths, of CSV or Parquet files.
+                DataFrame), a dict of columns, a list of dicts, one a row, or a path, or a pattern of paths, of CSV or
+                Parquet files.
             batch_size: rows per step. Files and frames are read in chunks of sixteen steps; the scores are held whole.
 
         Returns:

@@ -144,7 +144,7 @@ class Notes:
         if shares:
             self.warnings.append(
                 f"column {column!r}: {_by_split(shares)} values are outside the training rows' range, {low:g} to "
-                f"{high:g}: predictions extrapolate there. Leave out what only grows with time (exclude: [{column}])"
+                f"{high:g}: the model has seen none such. Leave out what only grows with time (exclude: [{column}])"
             )
 
     def single(self, column: str, codes: NDArray[np.int64], unseen: NDArray[np.bool_]) -> None:

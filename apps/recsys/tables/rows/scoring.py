@@ -117,8 +117,8 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
     """Yield the columns of ``roles`` as tables of ``size`` rows; the last one may have fewer. Others are ignored.
 
     Args:
-        rows: a pandas DataFrame, an arrow table or what becomes one, a mapping of columns, or a path (a pattern too) of
-            CSV or Parquet files.
+        rows: a pandas DataFrame, an arrow table or what becomes one, a mapping of columns, a list of mappings, one a
+            row, or a path (a pattern too) of CSV or Parquet files.
         roles: role of each column to read; messages name it.
         numbers: columns of numbers.
         size: rows of a table.
@@ -130,6 +130,8 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
 
     from apps.recsys.readers import user_tables
 
+    if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
+        rows = pa.Table.from_pylist(rows)
     if isinstance(rows, (str, Path)):
         yield from pieces_of_files(user_tables.find_files(None, str(rows), "rows"), roles, numbers, size)
     elif is_frame(rows):
@@ -152,8 +154,8 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
         yield from _joined([table.select(list(roles))], size)
     else:
         raise ValueError(
-            f"rows={excerpt(rows)} are none that can be scored: give a DataFrame, an arrow table, a dict of columns, "
-            "or a path of CSV or Parquet files"
+            f"rows={excerpt(rows)} are none that can be scored: give a DataFrame, an arrow table, a dict of columns, a "
+            "list of dicts, or a path of CSV or Parquet files"
         )
 
 

@@ -338,7 +338,7 @@ def test_values_that_only_validation_and_test_have_are_warnings(own, tmp_path):
     assert data.findings.warnings == [
         "column 'city': 40.0% of the test values are not in training",
         "column 'day': 100.0% of the val and 100.0% of the test values are outside the training rows' range, 0 to 79: "
-        "predictions extrapolate there. Leave out what only grows with time (exclude: [day])",
+        "the model has seen none such. Leave out what only grows with time (exclude: [day])",
     ]
     # A gap of 5 days is 5 rows before validation (days 75-79) and 5 before the test (85-89).
     split = SplitConfig("time", val=1 / 9, test=0.1, gap=5)

@@ -78,7 +78,12 @@ def test_every_form_of_the_rows_has_the_same_scores(loaded, tmp_path):
     pa.parquet.write_table(table, tmp_path / "new.parquet", row_group_size=2)
     files = ["new.csv", "new.csv.gz", "new.parquet", "part-*.csv"]
     arrays = {c: pa.array(v) for c, v in NEW.items()} | {"user": np.array(NEW["user"]), "shop": NEW["shop"]}
-    for rows in (arrays, {**NEW, "tags": [["z", "y"], [], ["w"], ["x"], ["x", "y"]]}, *(tmp_path / f for f in files)):
+    for rows in (
+        arrays,
+        table.to_pylist(),
+        {**NEW, "tags": [["z", "y"], [], ["w"], ["x"], ["x", "y"]]},
+        *(tmp_path / f for f in files),
+    ):
         scores = loaded.predict(rows, batch_size=2)
         for name in NAMES:
             np.testing.assert_allclose(scores[name], expected[name], rtol=1e-5)
