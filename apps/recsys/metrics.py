@@ -31,7 +31,8 @@ class MultiTaskMetrics(SyncedMetric):
 
     ``compute`` returns ``auc_<task>``, ``pr_auc_<task>``, ``log_loss_<task>``, ``ece_<task>``, where users are known
     ``gauc_<task>``, and ``auc`` (and ``gauc``), the mean over the tasks that have one. Tasks that are not binary have
-    those of ``ValueMetrics``, such as ``rmse_<task>``, and ``r2`` is the mean over those that have one.
+    those of ``ValueMetrics``, such as ``rmse_<task>``, and ``r2`` is the mean over those that have one. Where
+    the tasks' main metrics differ, ``quality`` is their mean.
 
     Predictions are kept in float32 on the CPU until the end, 8 bytes per row and task, and are gathered by every rank.
     Where some users or items have no row in training, there are ``<part>_rows`` of the parts "warm", "cold_user" and
@@ -147,6 +148,9 @@ class MultiTaskMetrics(SyncedMetric):
                 values[f"{name}_{task}"] = value
                 by_metric.setdefault(name, []).append(value)
         means: dict[str, float] = {name: _mean(by_metric[name]) for name in ("auc", "gauc", "r2") if name in by_metric}
+        if self.outputs.main_metric is None:
+            kinds = zip(self.task_names, self.outputs.kinds, strict=True)
+            means["quality"] = _mean([values.get(f"{kind.main_metric}_{task}", math.nan) for task, kind in kinds])
         for part, (num_rows, of_part) in self.by_part.items():
             values[f"{part}_rows"] = num_rows
             names = [kind.main_metric for kind in self.outputs.kinds]

@@ -63,6 +63,9 @@ LEAST_STEPS = 20
 SEEDS, MOST_SEEDS = (5, 4, LEAST_SEEDS), 10
 """Seeds of a final run, the most that leave half of the configured steps; most, where time is left."""
 
+CHECKS = 8
+"""Validations of a final run, evenly over its steps: the weights that validate best are tested, as after a fit."""
+
 SAME_TIME = 0.03
 """Relative difference of two systems' seconds per step up to which equal steps are taken for equal time."""
 
@@ -74,7 +77,7 @@ class Speed:
     Attributes:
         step: of an optimizer step.
         start: of a run in addition to its steps and evaluations: making model and data, and the trainer's set-up.
-        validation: of an evaluation on the validation split, which a run of the search has.
+        validation: of an evaluation on the validation split: a run of the search has one, a final one ``CHECKS``.
         test: of the evaluations of a final run: test split and a sample of the training split.
     """
 
@@ -89,7 +92,7 @@ class Speed:
 
     def final(self, steps: int) -> float:
         """Return the seconds of a final run."""
-        return self.start + steps * self.step + self.test
+        return self.start + steps * self.step + CHECKS * self.validation + self.test
 
 
 @dataclass(frozen=True)

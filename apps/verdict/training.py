@@ -32,7 +32,7 @@ from apps.train.cost.flops import num_examples
 from apps.train.step.balanced import routing_metrics
 from apps.train.step.module import SparseModule
 from apps.train.watch.progress import routing_figures
-from apps.verdict.schedule import Speed
+from apps.verdict.schedule import CHECKS, Speed
 from core.convert.read.calls import evaluating
 
 TASKS = "tasks.npy"
@@ -198,12 +198,49 @@ class Run(Unit):
             ) from None
 
 
+class Best:
+    """Keeps the weights that validate best.
+
+    Args:
+        model: the model.
+        batches: function that returns the batches of an evaluation.
+        steps: steps of the training, of which ``CHECKS`` are evaluated, evenly spread, the last one too.
+        budget: checked after each batch.
+    """
+
+    def __init__(self, model: SparseModule, batches: Callable[[], Iterable[Any]], steps: int, budget: Budget) -> None:
+        self.model, self.batches, self.budget = model, batches, budget
+        self._at = {math.ceil(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+        self._quality = -math.inf
+        self._weights: dict[str, torch.Tensor] | None = None
+
+    def check(self, step: int, trainer: Trainer) -> None:
+        """Evaluate the weights if it is time, and keep them if they are the best so far."""
+        if step not in self._at:
+            return
+        self._at.remove(step)
+        found = _by_example(self.model, trainer, iter(self.batches()), self.budget)
+        if found is None:
+            self._at.clear()
+            return
+        quality = found.quality if found.higher_is_better else -found.quality
+        if quality > self._quality:
+            self._quality, state = quality, self.model.state_dict()
+            self._weights = {name: value.detach().clone() for name, value in state.items()}
+
+    def restore(self) -> None:
+        """Give the model the kept weights."""
+        if self._weights is not None:
+            self.model.load_state_dict(self._weights)
+
+
 class Pace(Callback):
     """Measures the seconds of a training, and stops it when the budget is used up.
 
     Args:
         budget: checked after each step.
         progress: is called with the steps and the use of the experts.
+        best: called after each step; its seconds are none of the training's.
         until: ends a trial: a function of the steps done and the seconds since the first one.
 
     Attributes:
@@ -211,9 +248,13 @@ class Pace(Callback):
     """
 
     def __init__(
-        self, budget: Budget, progress: Progress, until: Callable[[int, float], bool] = lambda steps, seconds: False
+        self,
+        budget: Budget,
+        progress: Progress,
+        until: Callable[[int, float], bool] = lambda steps, seconds: False,
+        best: Best | None = None,
     ) -> None:
-        self.budget, self.progress, self.until = budget, progress, until
+        self.budget, self.progress, self.until, self.best = budget, progress, until, best
         self.steps = 0
         self.is_over = False
         self._began = self._first = self._last = budget.clock()
@@ -239,10 +280,19 @@ class Pace(Callback):
             self.budget.check()
         except BudgetOver:  # an exception inside the loop would be Lightning's business
             self.is_over = True
+        if self.best is not None and not self.is_over:
+            try:
+                self.best.check(self.steps, trainer)
+            except BudgetOver:
+                self.is_over = True
+            passed = self.budget.clock() - self._last
+            self._first, self._began, self._last = (at + passed for at in (self._first, self._began, self._last))
         if self.is_over or (self._first_steps and self.until(self.steps, self._last - self._first)):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.best is not None:
+            self.best.restore()
         if torch.cuda.is_available():  # steps of a GPU are asked for before they are done
             torch.cuda.synchronize()
             self._last = self.budget.clock()
@@ -272,7 +322,10 @@ def do(
     """
 
     def work() -> dict[str, Any]:
-        model, data, trainer, pace = _fit(experiment, run.system, run.rate, run.steps, budget, progress)
+        checked = 0 if run.is_search else most_batches
+        model, data, trainer, pace = _fit(
+            experiment, run.system, run.rate, run.steps, budget, progress, checked=checked
+        )
         if run.is_search:
             validated = evaluate(model, trainer, data.val_dataloader(), most_batches, budget)
             result: dict[str, Any] = {"quality": validated.quality, "higher_is_better": validated.higher_is_better}
@@ -329,11 +382,16 @@ def _fit(
     budget: Budget,
     progress: Progress,
     until: Callable[[int, float], bool] = lambda steps, seconds: False,
+    checked: int | None = 0,
 ) -> tuple[Any, Any, Trainer, Pace]:
+    """Train a system; unless ``checked``, the batches of a validation (None: all), is 0, its best weights are kept."""
     model, data = experiment.build(system, rate)
     module = model.module
     module.reports = False  # pictures and checks are not part of a verdict
-    pace = Pace(budget, progress, until)
+    best = None
+    if checked != 0 and isinstance(model, SparseModule):
+        best = Best(model, lambda: itertools.islice(data.val_dataloader(), checked), steps, budget)
+    pace = Pace(budget, progress, until, best)
     trainer = experiment.trainer(pace, **_OWN, max_steps=steps)
     with interruptible(trainer):
         trainer.fit(module, datamodule=data)

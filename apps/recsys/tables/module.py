@@ -141,7 +141,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
             raise ValueError("weighting.kind='gradnorm' needs a shared layer, and SingleTask shares nothing")
         self.features = features
         self.outputs = Outputs(features.target_of_task)
-        self.monitor = f"val/{self.outputs.main_metric or self.shown_metrics[0]}"
+        self.monitor = f"val/{self.outputs.main_metric or 'quality'}"
         self.shared_config = shared or SharedBottom()
         self.embedding, self.dense = embedding or EmbeddingConfig(), dense or DenseConfig()
         self.interaction, self.head = interaction or InteractionConfig(), head or HeadConfig()
@@ -402,7 +402,6 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
         """Return the values by row whose mean is ``monitor``; NaN if a split cannot determine it."""
         values_tN = [values_N for _, values_N in self.task_values(outs).values()]
-        values_tN = values_tN if self.outputs.main_metric else values_tN[:1]
         name = self.monitor.replace("val/", "mean " if len(values_tN) > 1 else "")
         return ExampleValues(name, torch.from_numpy(np.mean(values_tN, axis=0)))
 

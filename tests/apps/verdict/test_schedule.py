@@ -27,8 +27,8 @@ def test_the_better_half_goes_on_with_twice_the_steps():
 def test_seconds_are_those_of_all_runs():
     # Sparse: 3 (1 + 100 * .02 + .5) + 2 (1 + 200 * .02 + .5) = 10.5 + 11; dense: 3 * 2.5 + 2 * 3.5 = 14.5.
     assert search_seconds(Schedule(5, 400, RATES), SPEEDS) == pytest.approx(36.0)
-    # Sparse 1 + 8 + 2, dense 1 + 4 + 2, sparse at equal time 200 steps: 1 + 4 + 2.
-    assert seed_seconds(400, SPEEDS) == pytest.approx(25.0)
+    # With 8 validations of .5 s: sparse 1 + 8 + 4 + 2, dense 1 + 4 + 4 + 2, sparse at equal time 200 steps: the same.
+    assert seed_seconds(400, SPEEDS) == pytest.approx(37.0)
 
 
 @pytest.mark.parametrize(
@@ -39,36 +39,36 @@ def test_equal_time_is_steps_by_the_ratio_of_seconds(sparse, dense, steps):
 
 
 def test_all_configured_steps_and_the_seeds_that_fit():
-    # 36 s of search and 25 s a seed: 36 + 7 * 25 = 211, 36 + 8 * 25 = 236.
-    assert make_schedule(235.9, 400, RATES, SPEEDS, 5) == Schedule(7, 400, RATES)
+    # 36 s of search and 37 s a seed: 36 + 7 * 37 = 295, 36 + 8 * 37 = 332.
+    assert make_schedule(331.9, 400, RATES, SPEEDS, 5) == Schedule(7, 400, RATES)
     assert make_schedule(1e6, 400, RATES, SPEEDS, 5) == Schedule(10, 400, RATES)
 
 
 def test_fewer_steps_before_fewer_seeds():
-    # Of n steps, a multiple of 4, the search takes 15 s and 1.75 * .03 n; a seed 9 s and .02 n + .01 n + .01 n.
-    # Five seeds: 15 + 45 + (.0525 + .2) n = 60 + .2525 n; for 300 of 400 steps 135.75 s.
-    assert make_schedule(135.8, 400, RATES, SPEEDS, 5) == Schedule(5, 300, RATES)
+    # Of n steps, a multiple of 4, the search takes 15 s and 1.75 * .03 n; a seed 21 s and .02 n + .01 n + .01 n.
+    # Five seeds: 15 + 105 + (.0525 + .2) n = 120 + .2525 n; for 300 of 400 steps 195.75 s.
+    assert make_schedule(195.8, 400, RATES, SPEEDS, 5) == Schedule(5, 300, RATES)
 
 
 def test_fewer_seeds_before_less_than_half_of_the_steps():
-    # Five seeds leave less than 200 steps in 100 s: 60 + .2525 * 200 = 110.5. Four have 51 + .2125 n: 230 steps.
-    schedule = make_schedule(100.0, 400, RATES, SPEEDS, 5)
+    # Five seeds leave less than 200 steps in 148 s: 120 + .2525 * 200 = 170.5. Four have 99 + .2125 n: 230 steps.
+    schedule = make_schedule(148.0, 400, RATES, SPEEDS, 5)
     assert schedule.seeds == 4
     assert schedule.steps == pytest.approx(230, abs=2)  # rungs are rounded up
 
 
 def test_three_seeds_of_few_steps():
-    # Three seeds: 15 + 27 + (.0525 + .12) n = 42 + .1725 n.
-    assert make_schedule(52.4, 400, RATES, SPEEDS, 1) == Schedule(3, 60, RATES)
+    # Three seeds: 15 + 63 + (.0525 + .12) n = 78 + .1725 n.
+    assert make_schedule(88.4, 400, RATES, SPEEDS, 1) == Schedule(3, 60, RATES)
 
 
 def test_a_budget_that_fits_no_comparison_says_what_would():
-    # Three seeds of 20 steps: 42 + .1725 * 20 = 45.45 s, 25.45 more than there are: 0.42 minutes more, and a tenth for
-    # the reserve: 1.1 * 0.92 = 1.02, rounded up.
-    with pytest.raises(ValueError, match=r"minutes=0\.5 fits no comparison: 3 seeds of 20 steps.*about 1\.1 minutes"):
+    # Three seeds of 20 steps: 78 + .1725 * 20 = 81.45 s, 61.45 more than there are: 1.02 minutes more, and a tenth for
+    # the reserve: 1.1 * 1.52 = 1.68, rounded up.
+    with pytest.raises(ValueError, match=r"minutes=0\.5 fits no comparison: 3 seeds of 20 steps.*about 1\.7 minutes"):
         make_schedule(20.0, 400, RATES, SPEEDS, 0.5)
 
 
 def test_a_model_without_a_named_rate_has_no_search():
     assert search_seconds(Schedule(5, 400, ()), SPEEDS) == 0
-    assert make_schedule(25 * 6 + 1.0, 400, (), SPEEDS, 5) == Schedule(6, 400, ())
+    assert make_schedule(37 * 6 + 1.0, 400, (), SPEEDS, 5) == Schedule(6, 400, ())
