@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,7 +51,11 @@ class _Library(PerTask):
         return importlib.util.find_spec(cls.package) is not None
 
     def num_settings(self, task: Task) -> int:
-        return len(self.settings)
+        return len(self.candidates(task))
+
+    def candidates(self, task: Task) -> Sequence[dict[str, Any]]:
+        """Return what is tried for a task."""
+        return self.settings
 
     def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
         rows = _rows(task)
@@ -59,7 +63,7 @@ class _Library(PerTask):
         def quality(options: dict[str, Any]) -> float:
             return quality_of(task.kind, self._train(rows, options).decision(rows.xv), task.yv_N)
 
-        return best_of(self.settings, quality, search, task.name, part[1], one_at_least=True)[0]
+        return best_of(self.candidates(task), quality, search, task.name, part[1], one_at_least=True)[0]
 
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         rows = _rows(task)
@@ -114,12 +118,19 @@ class LightGBM(_Library):
         "quantile": ("regression_l1", "l1"),
     }
 
+    def candidates(self, task: Task) -> Sequence[dict[str, Any]]:
+        if task.kind.target.kind not in ("tweedie", "revenue"):
+            return self.settings
+        # Where the inputs nearly give an amount, the squared loss is the better one.
+        losses: tuple[dict[str, str], ...] = ({}, {"objective": "regression", "metric": "l2"})
+        return [{**options, **loss} for options in self.settings for loss in losses]
+
     def _train(self, rows: Rows, settings: Mapping[str, Any]) -> _LightGBM:
         import lightgbm
 
         task, (objective, metric) = rows.task, self._loss(rows.task.kind)
         options = {
-            **settings, "objective": objective, "metric": metric, "learning_rate": 0.05, "verbosity": -1,
+            "objective": objective, "metric": metric, **settings, "learning_rate": 0.05, "verbosity": -1,
             "seed": task.seed, "deterministic": True, "num_threads": self._num_threads, "bagging_fraction": 0.8,
             "bagging_freq": 1,
         }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,8 @@ from every_column import EveryColumn
 from sklearn.metrics import log_loss, roc_auc_score
 
 from apps.equal_cost.comparable import Estimator, Search
+from apps.recsys.encoding.features import Target
+from apps.recsys.kinds import kind_of
 from apps.recsys.schema import TableConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.estimators import (
@@ -246,6 +249,14 @@ def test_other_libraries_predict_tasks_of_every_kind(kind, tmp_path):
     model = kind(max_iter=60)
     model.settings = kind.settings[:1]
     check_every_kind(model, every_kind(tmp_path))
+
+
+def test_lightgbm_tries_the_squared_loss_on_amounts_too():
+    def losses(kind):
+        return [own.get("objective") for own in LightGBM().candidates(SimpleNamespace(kind=kind_of(Target(kind))))]
+
+    assert losses("revenue") == losses("tweedie") == [None, "regression"] * 6
+    assert losses("binary") == losses("regression") == [None] * 6
 
 
 @pytest.mark.parametrize("kind", [LightGBM, CatBoost])
