@@ -333,7 +333,7 @@ def sparse_config(data: Mapping[str, Any], num_rows: int, notes: Sequence[str]) 
     model = {
         "shared": {"class_path": "core.MMoE", "init_args": gates},
         "embedding": {"dim": 8},
-        "dense": {"kind": "quantile_normal"},
+        "dense": {"kind": "quantile_normal", "num_bins": 32},
         "head": {"hidden_dims": [8], "activation": "silu"},
         "optimizer": {"lr": 2.0e-3, "weight_decay": 0.01, "warmup_steps": 0.05, "fused": True},
     }

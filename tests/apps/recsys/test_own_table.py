@@ -82,7 +82,7 @@ def test_every_role_has_its_place_and_its_reason(tmp_path):
         "same is left out: 'x' in every row",
         "none is left out: no value in any row",
     )
-    assert made.config["model"]["init_args"]["dense"] == {"kind": "quantile_normal"}
+    assert made.config["model"]["init_args"]["dense"] == {"kind": "quantile_normal", "num_bins": 32}
     data = TableData(**made.config["data"]["init_args"], cache_dir=str(tmp_path / "cache"))
     assert data.sizes() == {"train": 128, "val": 22, "test": 50}  # 15 % of 150 is 22.5
 

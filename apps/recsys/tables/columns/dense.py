@@ -39,12 +39,14 @@ class DenseConfig(Checked):
     - "quantile_normal": two numbers a column: the value's quantile in the training split as one of a normal
       distribution, which skewed values spread evenly over, and ``z = (x - mean) / std``, logarithmic beyond 3, which
       tells large ones apart. A value outside the training split's range is taken as the end of it, as trees do.
-      Missing values as with "normalize".
+      Missing values as with "normalize". With ``num_bins`` the bins are embedded too, as with "quantile": single values
+      of a column may mean something of their own.
 
     Attributes:
         kind: "normalize", "quantile", "piecewise_linear" or "quantile_normal".
         log1p: whether "normalize" takes the logarithm.
-        num_bins: largest number of bins of a column, taken evenly from its quantiles; None: all of them.
+        num_bins: largest number of bins of a column, taken evenly from its quantiles; None: all of them, and none that
+            are embedded with "quantile_normal".
         dim: width to which a linear map and ReLU take each column's encoding, with "piecewise_linear"; None: the
             encoding itself.
 
@@ -79,7 +81,7 @@ class DenseArch(nn.Module):
 
     Attributes:
         out_dim: width of the output; 0 if there is none.
-        bin_features: columns that ``bins`` gives to the embeddings, with "quantile".
+        bin_features: columns that ``bins`` gives to the embeddings, with "quantile" and "quantile_normal".
     """
 
     _edges_CM: Tensor
@@ -94,25 +96,23 @@ class DenseArch(nn.Module):
         self.encode: nn.Module | None = None
         if not features:
             return
-        if config.kind == "normalize":
-            self.encode = Normalize(features, config.log1p)
-            self.out_dim = self.encode.out_dim
-            return
         edges = [thin(f.quantiles, config.num_bins) for f in features]
-        if config.kind == "quantile_normal":
-            self.encode = QuantileNormal(features, edges)
-            self.out_dim = self.encode.out_dim
-        elif config.kind == "quantile":
+        if config.kind == "quantile" or (config.kind == "quantile_normal" and config.num_bins is not None):
             self.bin_features = tuple(
                 CategoricalFeature(f.name, num_rows=len(e) + 2) for f, e in zip(features, edges, strict=True)
             )
             self.register_buffer("_edges_CM", _padded(edges), persistent=False)
-        elif config.dim is None:
+        if config.kind == "normalize":
+            self.encode = Normalize(features, config.log1p)
+        elif config.kind == "quantile_normal":
+            self.encode = QuantileNormal(features, [thin(f.quantiles, None) for f in features])
+        elif config.kind == "piecewise_linear" and config.dim is None:
             self.encode = PiecewiseLinear(features, edges)
-            self.out_dim = self.encode.out_dim
-        else:
+        elif config.dim is not None:
             self.encode = PiecewiseLinearEmbedding(features, edges, copies * config.dim)
             self.out_dim = len(features) * config.dim
+        if isinstance(self.encode, Normalize | PiecewiseLinear):
+            self.out_dim = self.encode.out_dim
 
     def bins(self, dense_BC: Tensor) -> Tensor | None:
         """Return the rows int64 (C, B) of the columns' tables, 0 if missing, else 1 + the bin; None without bins."""

@@ -15,7 +15,11 @@ from apps.recsys.tables.columns.dense import DenseArch, DenseConfig, thin
 NAN, INF = math.nan, math.inf
 HOURS = ContinuousFeature("hours", mean=5.0, std=2.0, quantiles=(5.0,))
 ALL = [DenseConfig(), DenseConfig(log1p=True), DenseConfig("quantile"), DenseConfig("piecewise_linear")]
-ALL += [DenseConfig("piecewise_linear", dim=3), DenseConfig("quantile_normal")]
+ALL += [
+    DenseConfig("piecewise_linear", dim=3),
+    DenseConfig("quantile_normal"),
+    DenseConfig("quantile_normal", num_bins=3),
+]
 
 
 def column(*values):
@@ -55,6 +59,14 @@ def test_quantile_normal_by_hand():
         [0.0, 0.0, 0.0, 0.0, 1.0],
     ]
     assert_close(got, torch.tensor(expected))
+
+
+def test_quantile_normal_embeds_bins_too_where_they_are_numbered():
+    arch = DenseArch((AGE, FLAT), DenseConfig("quantile_normal", num_bins=4))
+    rows = torch.tensor([[20.0, 3.0], [30.5, NAN], [NAN, 3.0]])
+    assert [(f.name, f.num_rows) for f in arch.bin_features] == [("age", 5), ("flat", 2)]
+    assert arch.bins(rows).tolist() == [[1, 3, 0], [1, 0, 1]]
+    assert torch.equal(arch(rows), DenseArch((AGE, FLAT), DenseConfig("quantile_normal"))(rows))
 
 
 def test_quantile_normal_of_a_normal_column_is_its_z():
