@@ -70,6 +70,20 @@ def claim(name: str) -> Literal["flops", "params"] | None:
     return "params" if name.endswith("equal_params") else None
 
 
+def of_equal_flops(model: Any) -> str:
+    """Return the first baseline of a sparse model that has equal FLOPs.
+
+    Raises:
+        ValueError: it has none; the message says why.
+    """
+    baselines = {name: own for name, own in model.baselines().items() if claim(name) == "flops"}
+    found = next((name for name, own in baselines.items() if own.build is not None), None)
+    if found is None:
+        why = "; ".join(own.note for own in baselines.values()) or "it has no such baseline"
+        raise ValueError(f"{type(model.module).__name__} has no dense model of equal FLOPs to compare with: {why}")
+    return found
+
+
 def check_equal(name: str, sparse: Cost, other: Cost) -> str:
     """Return why the baseline ``name``, of cost ``other``, is not as equal as its name claims, or "" where it is."""
     what = claim(name)

@@ -23,7 +23,7 @@ from apps.compare.command import command_line, until_stopped
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.options import SEARCH_FACTORS as FACTORS
 from apps.compare.summary import means
-from apps.compare.systems import SPARSE, System, claim, find_systems, label
+from apps.compare.systems import SPARSE, System, find_systems, label, of_equal_flops
 from apps.compare.training import interruptible
 from apps.data.given import GivenData
 from apps.report.page import FILE, open_page, write_page
@@ -173,12 +173,7 @@ def _systems(experiment: Experiment) -> tuple[Any, System, System, Sequence[str]
     model, data = experiment.build(SPARSE)
     if not model.moe_block_names:
         raise ValueError(f"{type(model.module).__name__} has no MoE layer: a verdict starts from a sparse model")
-    baselines = {name: own for name, own in model.baselines().items() if claim(name) == "flops"}
-    wanted = next((name for name, own in baselines.items() if own.build is not None), None)
-    if wanted is None:
-        why = "; ".join(own.note for own in baselines.values()) or "it has no such baseline"
-        raise ValueError(f"{type(model.module).__name__} has no dense model of equal FLOPs to compare with: {why}")
-    sparse, dense = find_systems(model, validation_batch(data, VALIDATION_NEED), [wanted])
+    sparse, dense = find_systems(model, validation_batch(data, VALIDATION_NEED), [of_equal_flops(model)])
     return model, sparse, dense, getattr(data, "warnings", list)()
 
 

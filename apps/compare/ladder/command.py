@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from apps.compare.ladder.growth import Growth
 from apps.compare.ladder.options import Ladder
 from apps.compare.ladder.page import GATES, Story
 from apps.compare.ladder.rungs import SEARCHED, Outcome, Rung, RungWork, described, find_rungs, outcome_of, plan_of
+from apps.compare.systems import SPARSE, of_equal_flops
 from apps.report.page import FILE, open_page, save_charts, show_page, write_page
 from apps.report.page.writing import markdown, write_index
 from apps.runner.runner import Budget, at_work, check_same
@@ -40,6 +42,8 @@ def run_ladder(asked: Ladder, argv: Sequence[str]) -> Story:
         config, overlays = str(asked.config), [*map(str, asked.overlays)]
         base = Experiment((*arguments(config, overlays, asked.rest, asked.options.routers), BY_LOSS))
         growth = Growth.of(base.ladder, asked.rungs, config)
+        if not asked.baselines and not asked.routers:
+            asked = replace(asked, baselines=(of_equal_flops(base.module(SPARSE)),))
         rungs = find_rungs(asked, base, growth)
     for rung in rungs:
         say(described(rung))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 from apps.cli.errors import UsageError
 from apps.cli.parser import Shown
-from apps.compare.options import Command, Options
-
-EQUAL = "dense_equal_flops"
+from apps.compare.options import Command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,7 @@ class Ladder(Command):
     Attributes:
         ladder: budgets as multiples of the configuration's training FLOPs, rising, such as 0.1,0.3,1,3
         minutes: begin no rung that does not fit into the rest of so many minutes, by the time of the one before
-        baselines: those to train, besides the sparse model (default: dense_equal_flops)
+        baselines: those to train, besides the sparse model (default: the dense one of equal FLOPs)
         output: folder of the ladder (default: runs/ladder/<config name>)
 
     Raises:
@@ -59,12 +57,6 @@ class Ladder(Command):
         if not all(0 < low < high < math.inf for low, high in itertools.pairwise(rungs)):
             raise UsageError(f"--ladder {self.ladder} must rise from above 0")
         return rungs
-
-    @property
-    def options(self) -> Options:
-        """The options of each rung's comparison."""
-        options = super().options
-        return replace(options, baselines=options.baselines or (() if options.routers else (EQUAL,)))
 
     @property
     def folder(self) -> Path:

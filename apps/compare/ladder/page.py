@@ -142,7 +142,7 @@ class Story:
                 f"{p.came:.4g} came, {inside} of the interval."
             )
         ahead = "; ".join(f"{label(p.kind)} {_span(p.expected)}" for p in self.ahead)
-        return [*lines, f"Rung {self.next:g} is expected to have a test loss of: {ahead}."]
+        return [*lines, f"Rung {self.next:.2g} is expected to have a test loss of: {ahead}."]
 
     # ---- as a page
 
@@ -174,7 +174,8 @@ class Story:
             for outcome in self.outcomes:
                 own = outcome.kinds[kind]
                 spread = (min(own.loss_S), max(own.loss_S))
-                points.append(Point(name, own.flops, own.loss_S.mean(), *spread, note=f"{outcome.rung.number:g}"))
+                note = f"{outcome.rung.number:g}" if kind == SPARSE else ""
+                points.append(Point(name, own.flops, own.loss_S.mean(), *spread, note=note))
                 in_time.append(Point(name, own.seconds, own.loss_S.mean(), *spread, note=points[-1].note))
             if self.fit is not None:
                 ends = [self.fitted[0].kinds[kind].flops, self.fitted[-1].kinds[kind].flops]
