@@ -48,7 +48,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
     """A recommender for several tasks: clicks, purchases, watch times, ratings.
 
     The metric that is compared, and by which the best weights are kept, is the mean AUC of the tasks, or their mean R^2
-    if all predict numbers; if only some do, it is the first task's metric.
+    if all predict numbers; if only some do, it is "quality", the mean of AUCs and R^2.
 
     Configs may also be given as mappings, as they are in a run's ``config.yaml``.
 

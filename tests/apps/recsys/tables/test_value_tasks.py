@@ -130,12 +130,14 @@ def test_training_lowers_every_loss_and_predictions_have_their_columns(tmp_path)
     metrics.update(out.outputs, out.targets)
     computed = metrics.compute()
     assert_close(computed["auc"], (computed["auc_clicked"] + computed["auc_colour"]) / 2)
-    # The tasks differ in unit: the first one stands for all, and none is averaged with another.
-    assert model.monitor == "val/auc_clicked"
-    assert model.task_metrics == ("auc_clicked", "r2_price", "r2_visits", "r2_stars", "auc_colour")
+    # AUC and R^2 have no unit: a model of both kinds is judged by their mean.
+    mains = ("auc_clicked", "r2_price", "r2_visits", "r2_stars", "auc_colour")
+    assert_close(computed["quality"], sum(computed[name] for name in mains) / 5)
+    assert model.monitor == "val/quality"
+    assert model.task_metrics == mains
     values = model.example_values([out])
-    assert values.name == "auc_clicked"
-    assert_close(values.values_N.mean(), computed["auc_clicked"], rtol=1e-6, atol=0)
+    assert values.name == "mean quality"
+    assert_close(values.values_N.mean(), computed["quality"], rtol=1e-6, atol=0)
 
 
 def test_rows_of_cold_users_have_no_mean_over_tasks_of_two_units():
