@@ -206,11 +206,12 @@ class _Histories(nn.Module):
         super().__init__()
         self.graph = graph
 
-    def forward(self, items_BS: Tensor, seconds_BS: Tensor | None = None) -> Tensor:
+    def forward(self, items_BS: Tensor, seconds_BS: Tensor | None = None, seen_BH: Tensor | None = None) -> Tensor:
         """Map histories to scores of the next item."""
         if "seconds" in self.graph.inputs and seconds_BS is None:
             seconds_BS = torch.zeros_like(items_BS)
-        return self.graph({"items": items_BS, "seconds": seconds_BS})[0]
+        scores_BI = self.graph({"items": items_BS, "seconds": seconds_BS})[0]
+        return scores_BI if seen_BH is None else scores_BI.scatter(1, seen_BH, -torch.inf)
 
 
 TASK = NextItem
