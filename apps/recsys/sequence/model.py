@@ -308,6 +308,11 @@ class HistoryModel(nn.Module):
             with torch.no_grad():
                 self.item_embed.weight[0] = 0.0
 
+    def set_codes(self, codes_NL: Tensor) -> None:
+        """Set the semantic ids of the items, int64 (num_items, levels + 1); see ``CodeEmbedding``."""
+        assert isinstance(self.item_embed, CodeEmbedding)
+        self.item_embed.set_codes(codes_NL)
+
     def encode(self, items_BS: Tensor, seconds_BS: Tensor | None = None) -> tuple[Tensor, Packing, Tensor]:
         """Return the last layer's output at each real item.
 

@@ -160,7 +160,7 @@ class NextItemRecommender(SparseModule, Comparable):
         super().setup(stage)
         if stage == "fit" and self.semantic_ids is not None and self.starts_afresh:
             codes = self.semantic_ids.codes_of(self._data())
-            self.model.item_embed.set_codes(self.trainer.strategy.broadcast(codes))
+            self.model.set_codes(self.trainer.strategy.broadcast(codes))
 
     def forward(self, items: Tensor, seconds: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """Map item ids (B, S), 0 for padding, to scores (B, num_items + 1) of the next item; see ``HistoryModel``."""
@@ -236,8 +236,8 @@ class NextItemRecommender(SparseModule, Comparable):
 
     def predict_step(self, batch: Any, batch_idx: int) -> NextItems:
         """Return the ``top_k`` best next items of each history."""
-        items, *seconds = self.example_inputs(batch)
-        scores_BI = self(items, seconds[0] if seconds else None, self._left_out(batch))
+        items_BS, *seconds = self.example_inputs(batch)
+        scores_BI = self(items_BS, seconds[0] if seconds else None, self._left_out(batch))
         best = scores_BI.topk(min(self.top_k, self.num_items), dim=-1)
         items, names, users = (
             getattr(self._data(), attribute, None) for attribute in ("item_values", "item_names", "user_names")
@@ -315,7 +315,8 @@ class NextItemRecommender(SparseModule, Comparable):
         if self.moe is None and mixing != "mixture":
             return ()
         mixings = [] if mixing == "attention" else [f"model.blocks.{i}.mixing" for i in range(self.sequence.depth)]
-        decoder = () if self.semantic_ids is None else self.model.generator.ffn_names("model.generator")
+        generator = self.model.generator
+        decoder = () if generator is None else generator.ffn_names("model.generator")
         return (*mixings, *(f"model.blocks.{i}.ffn" for i in self.model.moe_blocks), *decoder)
 
     def baselines(self) -> Mapping[str, Baseline]:
@@ -404,7 +405,7 @@ def baseline_widths(
     for prefix, sequence in dense_sequences(config, num_moe_blocks).items():
         more_flops = config.extra_flops_per_token() - sequence.extra_flops_per_token()
         more_params = config.extra_params() - sequence.extra_params()
-        more_flops = more_flops * config.depth / (num_moe_blocks + decoder[0])
-        more_params = more_params * config.depth / (num_moe_blocks + decoder[1])
-        widths |= equal_widths(prefix, dense, dim, flops + more_flops, params + more_params, each=" a block")
+        own_flops = flops + more_flops * config.depth / (num_moe_blocks + decoder[0])
+        own_params = params + more_params * config.depth / (num_moe_blocks + decoder[1])
+        widths |= equal_widths(prefix, dense, dim, own_flops, own_params, each=" a block")
     return widths

@@ -180,6 +180,14 @@ class NextItem(Task):
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
         length = min(sizes.length or model.max_length, model.max_length)
         batch = sizes.examples(length)
+        if model.semantic_ids is not None:
+
+            def run() -> Tensor:
+                h_TD, *_ = model.model.encode(ids_on_meta(batch, length))
+                loss: Tensor = model.model.loss(h_TD, ids_on_meta(batch * length))
+                return loss
+
+            return Trial(run, batch, batch * length, unit="items")
         loss = vocabulary_loss(batch * length, model.model.output_weight, dtype)
         return Trial(lambda: model.model.encode(ids_on_meta(batch, length)), batch, batch * length, loss, "items")
 
