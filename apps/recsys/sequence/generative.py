@@ -151,8 +151,8 @@ class CodeDecoder(nn.Module):
             return items.logits(last_R1D, done).unflatten(0, (B, k)).squeeze(2)
 
         emptied_Bn = None if seen_BH is None else items.trie.emptied(seen_BH - 1)
-        found_Bk, score_Bk = trie_search(items.trie, logits_of, len(h_BD), self.width, emptied_Bn)
-        scores_BI = score_Bk.new_full((len(h_BD), len(items.codes)), -math.inf)
+        found_Bk, score_Bk = trie_search(items.trie, logits_of, h_BD.shape[0], self.width, emptied_Bn)
+        scores_BI = score_Bk.new_full((h_BD.shape[0], len(items.codes)), -math.inf)
         scores_BI = scores_BI.scatter(1, found_Bk + 1, score_Bk)
         scores_BI[:, 0] = -math.inf
         return scores_BI
