@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from pyarrow import parquet
+from reexported import reexported
 from safetensors.numpy import save_file
 from torch.testing import assert_close
 
@@ -206,3 +208,18 @@ def test_a_trained_model_knows_what_follows(clicks, tmp_path):
     assert len(loaded.model.item_embed.codes.unique(dim=0)) == 12
     assert [best[0][0] for best in loaded.predict([["i3", "i4"], ["i10", "i11"]], top=1)] == ["i5", "i0"]
     assert len(loaded.predict([["i3", "i4"]], top=20)[0]) == 10  # the items that the search finds
+
+
+def test_a_graph_of_it_finds_the_same_items(tmp_path):
+    pa.csv.write_csv(
+        pa.table({"user": [1, 1, 2, 2, 2], "item": [3, 1, 5, 4, 2], "time": [1, 2, 1, 2, 3]}), tmp_path / "c.csv"
+    )
+    data = HistoryData("table", file=str(tmp_path / "c.csv"), cache_dir=str(tmp_path), max_length=4)
+    model = build(num_items=data.num_items, max_length=4, top_k=5, report=None).eval()
+    model.adopt_encoding({"encoding": data.encoding_state})
+    exported, _ = reexported(model, tmp_path)
+    histories = [[3, 1], [5]]
+    expected = model.predict(histories, include_seen=True)
+    for own, best in zip(exported.predict(histories, include_seen=True), expected, strict=True):
+        assert [item for item, _ in own] == [item for item, _ in best]
+        assert [score for _, score in own] == pytest.approx([score for _, score in best], rel=1e-4)
