@@ -324,7 +324,8 @@ class NextItemRecommender(SparseModule, Comparable):
         before them HSTU with dense FFNs.
 
         The FFNs of ``moe_blocks`` are so wide that they make up for the experts and, compared with SASRec, for the
-        mixing's extra cost over attention. SASRec is a baseline of HSTU if every block has an FFN.
+        mixing's extra cost over attention. SASRec is a baseline of HSTU if every block has an FFN. With semantic ids
+        the baselines have them too, and "tiger" takes the place of "sasrec".
         """
         if not self.moe_block_names:
             return {}
@@ -338,7 +339,12 @@ class NextItemRecommender(SparseModule, Comparable):
             mixing = "pointwise attention" if sequence.mixing == "hstu" else "attention"
             says = f"{mixing} and dense FFNs, hidden dim {{width}} in moe_blocks, {elsewhere} elsewhere"
             baselines |= baselines_of(own, partial(_dense_twin, self, sequence), says)
-        return baselines
+        if ids is None:
+            return baselines
+        return {
+            name.replace("sasrec", "tiger"): dataclasses.replace(own, note=own.note.replace("sasrec", "tiger"))
+            for name, own in baselines.items()
+        }
 
     def routed_layers(self) -> RoutedLayers | None:
         if self.moe is None:

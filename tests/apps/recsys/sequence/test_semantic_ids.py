@@ -169,8 +169,8 @@ def test_experts_in_the_decoder_too():
     names = dict(module.named_modules())
     assert module.moe_block_names == ("model.blocks.0.ffn", "model.generator.stack.layers.0.ffn")
     assert all(name in names for name in module.moe_block_names)
-    assert set(module.baselines()) == {"sasrec_equal_flops", "sasrec_equal_params"}
-    twin = module.baselines()["sasrec_equal_flops"].build()
+    assert set(module.baselines()) == {"tiger_equal_flops", "tiger_equal_params"}
+    twin = module.baselines()["tiger_equal_flops"].build()
     assert twin.model.generator.stack.layers[0].ffn.w_in.weight.shape == twin.model.blocks[0].ffn.w_in.weight.shape
 
 
@@ -223,3 +223,10 @@ def test_a_graph_of_it_finds_the_same_items(tmp_path):
     for own, best in zip(exported.predict(histories, include_seen=True), expected, strict=True):
         assert [item for item, _ in own] == [item for item, _ in best]
         assert [score for _, score in own] == pytest.approx([score for _, score in best], rel=1e-4)
+
+
+def test_new_items_are_rejected():
+    checkpoint = {"state_dict": build(num_items=7, top_k=9).state_dict()}
+    with pytest.raises(ValueError, match="^semantic ids of 7 items are trained, and the data have 9$"):
+        build(top_k=9).widened(checkpoint, {})
+    assert build(num_items=7, top_k=9).widened(checkpoint, {}) is checkpoint
