@@ -143,7 +143,9 @@ class NextItemRecommender(SparseModule, Comparable):
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
         self.num_items, self.max_length, self.semantic_ids = num_items, max_length, semantic_ids
         self.exclude_seen, self.top_k, self.mask_seen_items = exclude_seen, top_k, mask_seen_items
-        self.place = Place(type(self).__name__, ("token_ids_BS",), is_causal=True)
+        # A token of the decoder is a code, and no item.
+        known = ("token_ids_BS",) if semantic_ids is None else ()
+        self.place = Place(type(self).__name__, known, is_causal=True)
         if moe is not None:
             check_fits(self.place, moe.router, moe.balance)
         self.model = HistoryModel(

@@ -129,7 +129,8 @@ class NextItem(Task):
         """Return one graph from histories to the scores of all items, and the items by id.
 
         The inputs are "items", int64 (B, S) ids with 0 for padding, and, of a model that reads times, "seconds", int64
-        (B, S). The output "scores" (B, num_items + 1) has the score of each item, by its id.
+        (B, S). The output "scores" (B, num_items + 1) has the score of each item, by its id; with semantic ids -inf for
+        items that the beam search does not find.
         """
         model, draw = self.model, torch.Generator().manual_seed(0)
         items_BS = torch.randint(1, model.num_items + 1, (3, min(5, model.max_length)), generator=draw)

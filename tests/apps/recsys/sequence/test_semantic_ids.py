@@ -111,6 +111,10 @@ def test_what_files_are_rejected(tmp_path):
         (lambda: build(num_items=28, top_k=9), "semantic_ids.codes=3 in 2 levels do not tell 28 items apart"),
         (lambda: build(top_k=10), "top_k=10 exceeds semantic_ids.beam_size=9"),
         (lambda: build(top_k=9, exclude_seen=True, mask_seen_items=True), "does not go with semantic_ids"),
+        (
+            lambda: build(top_k=9, moe=core.MoEConfig(4, router=core.Hash(10))),
+            r"needs context.token_ids_BS, which NextItemRecommender does not give",
+        ),
         (lambda: build(top_k=9).distribution(None), "has no logits of all items to distil"),
     ],
 )
@@ -227,6 +231,6 @@ def test_a_graph_of_it_finds_the_same_items(tmp_path):
 
 def test_new_items_are_rejected():
     checkpoint = {"state_dict": build(num_items=7, top_k=9).state_dict()}
-    with pytest.raises(ValueError, match="^semantic ids of 7 items are trained, and the data have 9$"):
+    with pytest.raises(ValueError, match=r"^semantic ids of 7 items are trained, and the data have 9$"):
         build(top_k=9).widened(checkpoint, {})
     assert build(num_items=7, top_k=9).widened(checkpoint, {}) is checkpoint
