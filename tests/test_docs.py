@@ -171,7 +171,7 @@ def test_every_option_of_an_expert_is_in_its_entry(kind):
 
 @pytest.mark.parametrize(
     "kind",
-    (core.Balance, core.MMoE, core.CGC, core.PLE, core.SMES, core.HoME, core.STAR),
+    (core.Balance, core.MMoE, core.CGC, core.PLE, core.SMES, core.HoME, core.STAR, core.RankMixer),
     ids=lambda kind: kind.__name__,
 )
 def test_every_option_of_balance_and_of_multi_gate_layers_is_in_their_pages(kind):

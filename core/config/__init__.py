@@ -3,6 +3,7 @@
 from .dense import DenseFFN
 from .moe import LAYERS, MoEConfig
 from .multi_gate import CGC, PLE, MMoE, MultiGateConfig, OMoE
+from .rank_mixer import RankMixer
 from .scenarios import STAR, HoME, M3oE
 from .smes import SMES
 
@@ -16,6 +17,7 @@ __all__ = [
     "MultiGateConfig",
     "OMoE",
     "PLE",
+    "RankMixer",
     "SMES",
     "STAR",
 ]

@@ -10,6 +10,7 @@ from .moe import AveragedMoE, MergedMoE, MoE, SoftMoE, set_capacity_factor
 from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer
 from .neurons import NeuronMoE
 from .patches import PatchMoE
+from .rank_mixer import RankMixerLayer
 from .replaying import replay
 from .scenarios import HoMELayer, M3oELayer, STARLayer
 from .shared import SharedGate
@@ -29,6 +30,7 @@ __all__ = [
     "NeuronMoE",
     "PLELayer",
     "PatchMoE",
+    "RankMixerLayer",
     "SelectedMultiGateMoE",
     "SoftMoE",
     "SparseMultiGateMoE",

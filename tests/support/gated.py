@@ -21,6 +21,7 @@ from core import (
     MultiGateConfig,
     NullExperts,
     OMoE,
+    RankMixer,
     ReLURouting,
     RoutingContext,
     SwiGLU,
@@ -78,7 +79,11 @@ SPARSE: dict[str, MultiGateConfig] = {
     "smes of FFN": SMES(8, FFN(12), 0, 2, gate_hidden_dims=(5,), gate_bias=True),
     "smes without private": SMES(8, MLP((6,), norm="batch"), 3, 0),
 }
-ALL = DENSE | DOMAIN | SPARSE
+MIXED: dict[str, MultiGateConfig] = {
+    "rank mixer": RankMixer(num_tokens=3, token_dim=6, depth=2),
+    "sparse rank mixer": RankMixer(3, FFN(12), ReLURouting(1), num_tokens=2, token_dim=6, depth=1),
+}
+ALL = DENSE | DOMAIN | SPARSE | MIXED
 
 
 def build(name: str, seed: int = 0, **options) -> core.MultiGateLayer:

@@ -240,12 +240,17 @@ class HistoryData(SuiteData):
         return self.histories.user_names
 
     @property
-    def training_counts(self) -> NDArray[np.int64]:
-        """How often each item trains, by id, int64 (num_items + 1,)."""
+    def in_training(self) -> NDArray[np.bool_]:
+        """Which interactions train, bool (N,): all but those that validate and test."""
         data = self.histories
         trains_N, ends = np.ones(len(data.item_N), bool), data.offsets[1:][data.length_U >= MIN_LENGTH]
         trains_N[ends - 1] = trains_N[ends - 2] = False
-        return np.bincount(data.item_N[trains_N], minlength=self.num_items + 1)
+        return trains_N
+
+    @property
+    def training_counts(self) -> NDArray[np.int64]:
+        """How often each item trains, by id, int64 (num_items + 1,)."""
+        return np.bincount(self.histories.item_N[self.in_training], minlength=self.num_items + 1)
 
     # ---- Lightning
 

@@ -28,11 +28,15 @@ from apps.nets.attention import Mask, SelfAttention, self_mask
 from apps.nets.blocks import FFNConfig, ffn_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
 from apps.nets.layers import Layer, Pass
+from apps.nets.loss import linear_cross_entropy
 from apps.nets.norms import build_norm
 from apps.nets.packing import Packing
 from apps.nets.pair_bias import PairBias
 from apps.nets.place import Place, check_fits
 from apps.nets.pointwise import PointwiseAttention
+from apps.nets.positions import Learned
+from apps.recsys.sequence.generative import CodeDecoder, CodeEmbedding
+from apps.recsys.sequence.semantic_ids import SemanticIdsConfig
 from core.fields import Checked, Count, CountOrZero, ShareBelowOne
 from core.kernels import cpu
 
@@ -248,6 +252,7 @@ class HistoryModel(nn.Module):
         ffn: FFN of ``moe_blocks``: an MoE layer, whose router must be causal, or another dense FFN; None: the same as
             in the other blocks.
         moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``.
+        semantic_ids: items are codes, which a decoder generates; it has ``ffn`` too. None: each has a vector.
 
     Raises:
         ValueError: a value is out of its range, or the parts do not fit together.
@@ -261,12 +266,17 @@ class HistoryModel(nn.Module):
         max_length: int,
         ffn: FFNConfig | None = None,
         moe_blocks: str | Sequence[int] = "all",
+        semantic_ids: SemanticIdsConfig | None = None,
     ) -> None:
         super().__init__()
         check_at_least(1, num_items=num_items, max_length=max_length)
         self.config, self.num_items, self.max_length = config, num_items, max_length
         self.moe_blocks = resolve_blocks(moe_blocks, config.depth)
-        self.item_embed = nn.Embedding(num_items + 1, config.dim, padding_idx=0)
+        self.item_embed: nn.Embedding | CodeEmbedding = nn.Embedding(num_items + 1, config.dim, padding_idx=0)
+        self.generator: CodeDecoder | None = None
+        if semantic_ids is not None:
+            self.item_embed = CodeEmbedding(semantic_ids, num_items, config.dim)
+            self.generator = CodeDecoder(semantic_ids, config.transformer, ffn)
         self.pos_embed = nn.Embedding(max_length, config.dim)
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         transformer, dense = config.transformer, config.dense_ffn
@@ -287,13 +297,21 @@ class HistoryModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, Learned):
+                nn.init.normal_(module.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, core.Experts):
                 module.init_each(nn.init.xavier_uniform_)
         nn.init.normal_(self.item_embed.weight, std=0.02)
         nn.init.normal_(self.pos_embed.weight, std=0.02)
-        with torch.no_grad():
-            self.item_embed.weight[0] = 0.0
+        if isinstance(self.item_embed, nn.Embedding):
+            with torch.no_grad():
+                self.item_embed.weight[0] = 0.0
+
+    def set_codes(self, codes_NL: Tensor) -> None:
+        """Set the semantic ids of the items, int64 (num_items, levels + 1); see ``CodeEmbedding``."""
+        assert isinstance(self.item_embed, CodeEmbedding)
+        self.item_embed.set_codes(codes_NL)
 
     def encode(self, items_BS: Tensor, seconds_BS: Tensor | None = None) -> tuple[Tensor, Packing, Tensor]:
         """Return the last layer's output at each real item.
@@ -342,24 +360,42 @@ class HistoryModel(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """The output weight (num_items, D), a view of the embedding: row i scores item i + 1."""
+        """The output weight (num_items, D), a view of the embedding: row i scores item i + 1. Not with semantic ids."""
         return self.item_embed.weight[1:]
 
-    def scores(self, h_BD: Tensor) -> Tensor:
-        """Return the score of each item as the next one, float32 (B, num_items + 1) by id; padding has -inf."""
+    def loss(self, h_TD: Tensor, target_T: Tensor, left_out: Tensor | None = None) -> Tensor:
+        """Return the mean cross-entropy over all items, (), of outputs (T, D) and the ids of the items that follow.
+
+        ``left_out`` is as in ``linear_cross_entropy``, without a meaning for semantic ids.
+        """
+        if isinstance(self.item_embed, CodeEmbedding):
+            assert self.generator is not None
+            return self.generator.loss(h_TD, target_T, self.item_embed)
+        return linear_cross_entropy(h_TD, self.output_weight, target_T - 1, left_out=left_out)
+
+    def scores(self, h_BD: Tensor, seen_BH: Tensor | None = None) -> Tensor:
+        """Return the score of each item as the next one, float32 (B, num_items + 1) by id.
+
+        With semantic ids it is log p of those that the beam search finds. Padding, other items and those of
+        ``seen_BH``, int64 (B, H), have -inf.
+        """
+        if isinstance(self.item_embed, CodeEmbedding):
+            assert self.generator is not None
+            return self.generator.scores(h_BD, self.item_embed, seen_BH)
         # In bfloat16 many items would tie.
         with torch.autocast(h_BD.device.type, enabled=False):
             h_BD = h_BD if h_BD.dtype == torch.float64 else h_BD.float()
             logits_BV = cpu.linear(h_BD, self.output_weight.to(h_BD.dtype))
-        return F.pad(logits_BV, (1, 0), value=-math.inf)
+        scores_BI = F.pad(logits_BV, (1, 0), value=-math.inf)
+        return scores_BI if seen_BH is None else scores_BI.scatter(1, seen_BH, -math.inf)
 
-    def forward(self, items_BS: Tensor, seconds_BS: Tensor | None = None) -> Tensor:
+    def forward(self, items_BS: Tensor, seconds_BS: Tensor | None = None, seen_BH: Tensor | None = None) -> Tensor:
         """Map histories (B, S) to scores (B, num_items + 1) of the item after the last one; see ``encode``.
 
-        A history without any item scores all items 0.
+        A history without any item scores all items 0, or with semantic ids those that are found.
         """
         h_TD, packing, _ = self.encode(items_BS, seconds_BS)
-        return self.scores(last_of(h_TD, packing))
+        return self.scores(last_of(h_TD, packing), seen_BH)
 
 
 def check_ids(ids: Tensor, num_items: int, kind: str, zero: str) -> None:

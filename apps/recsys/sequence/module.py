@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -23,13 +22,14 @@ from apps.equal_cost.comparable import (
     equal_widths,
 )
 from apps.nets.blocks import FFNConfig, one_ffn
-from apps.nets.loss import OutputLogits, linear_cross_entropy
+from apps.nets.loss import OutputLogits
 from apps.nets.packing import Packing
 from apps.nets.place import Place, check_fits, check_layers
 from apps.recsys.metrics import CUTOFF, RankingMetrics, target_ranks
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_ids, last_of
 from apps.recsys.sequence.report import NextItemReport, NextItemReportConfig
+from apps.recsys.sequence.semantic_ids import SemanticIdsConfig
 from apps.registry import RENAMED
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
@@ -86,6 +86,9 @@ class NextItemRecommender(SparseModule, Comparable):
             position, as ``exclude_seen`` does in evaluation. For data whose users take an item once: the model need
             not learn which items were seen. It needs ``exclude_seen``. A target that the history has before stays a
             candidate.
+        semantic_ids: items are short sequences of codes, and a decoder generates those of the next item, as TIGER does
+            (arXiv 2305.05065): see ``CodeDecoder``. Metrics and predictions know the items that its beam search finds.
+            None: each item has a vector, and its logit.
 
     Raises:
         ValueError: a value is out of its range, or the parts do not fit together.
@@ -120,21 +123,29 @@ class NextItemRecommender(SparseModule, Comparable):
         top_k: int = 10,
         report: NextItemReportConfig | None = _REPORT,
         mask_seen_items: bool = False,
+        semantic_ids: SemanticIdsConfig | None = None,
         **kwargs: Any,
     ) -> None:
         sequence = from_plain(sequence, HistoryModelConfig, "sequence")
         moe, dense_ffn = from_plain(moe, core.MoEConfig, "moe"), from_plain(dense_ffn, core.DenseFFN, "dense_ffn")
+        semantic_ids = from_plain(semantic_ids, SemanticIdsConfig, "semantic_ids")
         super().__init__(**kwargs)
         if num_items is None:
             return self.wait_for_data("num_items")
         check_at_least(1, top_k=top_k)
+        if semantic_ids is not None and mask_seen_items:
+            raise ValueError("mask_seen_items=True does not go with semantic_ids, whose softmax is over codes")
+        if semantic_ids is not None and top_k > semantic_ids.beam_size:
+            raise ValueError(f"top_k={top_k} exceeds semantic_ids.beam_size={semantic_ids.beam_size}")
         if mask_seen_items and not exclude_seen:
             raise ValueError("mask_seen_items=True needs exclude_seen=True: it leaves scores of seen items untrained")
         self.report = from_plain(report, NextItemReportConfig, "report")
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
-        self.num_items, self.max_length = num_items, max_length
+        self.num_items, self.max_length, self.semantic_ids = num_items, max_length, semantic_ids
         self.exclude_seen, self.top_k, self.mask_seen_items = exclude_seen, top_k, mask_seen_items
-        self.place = Place(type(self).__name__, ("token_ids_BS",), is_causal=True)
+        # A token of the decoder is a code, and no item.
+        known = ("token_ids_BS",) if semantic_ids is None else ()
+        self.place = Place(type(self).__name__, known, is_causal=True)
         if moe is not None:
             check_fits(self.place, moe.router, moe.balance)
         self.model = HistoryModel(
@@ -143,12 +154,19 @@ class NextItemRecommender(SparseModule, Comparable):
             max_length=max_length,
             ffn=one_ffn(moe, dense_ffn),
             moe_blocks=moe_blocks,
+            semantic_ids=semantic_ids,
         )
         check_layers(self.place, self.model)
 
-    def forward(self, items: Tensor, seconds: Tensor | None = None) -> Tensor:
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.semantic_ids is not None and self.starts_afresh:
+            codes = self.semantic_ids.codes_of(self._data())
+            self.model.set_codes(self.trainer.strategy.broadcast(codes))
+
+    def forward(self, items: Tensor, seconds: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """Map item ids (B, S), 0 for padding, to scores (B, num_items + 1) of the next item; see ``HistoryModel``."""
-        return self.model(items, seconds)
+        return self.model(items, seconds, seen)
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the mean cross-entropy of the targets, over the positions that have one; padding has none.
@@ -161,24 +179,28 @@ class NextItemRecommender(SparseModule, Comparable):
         check_ids(batch.targets_BS, self.num_items, "target", "none")
         has_T = target_T > 0
         rows = _rows(has_T)
-        predicted = OutputLogits(h_TD[rows], self.model.output_weight)
         seen = _seen_columns(batch.items_BS, packing, index_T)[rows] if self.mask_seen_items else None
-        loss = linear_cross_entropy(predicted.h_TD, predicted.weight_VD, target_T[rows] - 1, left_out=seen)
+        loss = self.model.loss(h_TD[rows], target_T[rows], seen)
         if self.training:
+            predicted = None if self.semantic_ids is not None else OutputLogits(h_TD[rows], self.model.output_weight)
             return TaskOutput(loss, None, None, len(batch.items_BS), distribution=predicted)
         kept_B = packing.last_B >= 0
         last_target_B = target_T.new_zeros(packing.num_rows)
         last_target_B[kept_B] = target_T[packing.last_B[kept_B]]
         kept_B = last_target_B > 0
-        scores_BI = self._candidates(self.model.scores(last_of(h_TD, packing)), batch)[kept_B]
+        left_out = self._left_out(batch)
+        scores_BI = self.model.scores(last_of(h_TD, packing)[kept_B], None if left_out is None else left_out[kept_B])
         return TaskOutput(loss, scores_BI, last_target_B[kept_B], len(batch.items_BS))
 
     def distribution(self, batch: Any) -> OutputLogits:
         """Return the logits of all items at the positions that have a target.
 
         Raises:
-            ValueError: with ``mask_seen_items`` those of seen items mean nothing.
+            ValueError: with ``mask_seen_items`` those of seen items mean nothing, and with ``semantic_ids`` there are
+                none.
         """
+        if self.semantic_ids is not None:
+            raise ValueError("a model with semantic_ids has no logits of all items to distil")
         if self.mask_seen_items:
             raise ValueError(
                 "mask_seen_items=True leaves logits of seen items untrained: distil with mask_seen_items=False"
@@ -186,12 +208,10 @@ class NextItemRecommender(SparseModule, Comparable):
         h_TD, _, index_T = self.model.encode(*self.example_inputs(batch))
         return OutputLogits(h_TD[_rows(batch.targets_BS.flatten()[index_T] > 0)], self.model.output_weight)
 
-    def _candidates(self, scores_BI: Tensor, batch: Any) -> Tensor:
-        """Return the scores, with -inf for items that may not be recommended."""
-        if not self.exclude_seen:
-            return scores_BI
-        seen_BH = getattr(batch, "seen_BH", None)
-        return scores_BI.scatter(1, batch.items_BS if seen_BH is None else seen_BH, -math.inf)
+    def _left_out(self, batch: Any) -> Tensor | None:
+        """Return the items of each history that may not be recommended, int64 (B, H); None: there are none."""
+        seen_BH: Tensor | None = getattr(batch, "seen_BH", None)
+        return None if not self.exclude_seen else batch.items_BS if seen_BH is None else seen_BH
 
     def example_inputs(self, batch: Any) -> tuple[Tensor, ...]:
         """Return the items of the histories, and their times where the model reads them.
@@ -218,7 +238,8 @@ class NextItemRecommender(SparseModule, Comparable):
 
     def predict_step(self, batch: Any, batch_idx: int) -> NextItems:
         """Return the ``top_k`` best next items of each history."""
-        scores_BI = self._candidates(self(*self.example_inputs(batch)), batch)
+        items_BS, *seconds = self.example_inputs(batch)
+        scores_BI = self(items_BS, seconds[0] if seconds else None, self._left_out(batch))
         best = scores_BI.topk(min(self.top_k, self.num_items), dim=-1)
         items, names, users = (
             getattr(self._data(), attribute, None) for attribute in ("item_values", "item_names", "user_names")
@@ -269,8 +290,11 @@ class NextItemRecommender(SparseModule, Comparable):
 
     def widened(self, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a checkpoint with the embeddings of this model's further items, as the model has initialized them."""
+        codes = checkpoint["state_dict"].get("model.item_embed.codes")
+        if codes is not None and len(codes) <= self.num_items:
+            raise ValueError(f"semantic ids of {len(codes) - 1} items are trained, and the data have {self.num_items}")
         key = "model.item_embed.weight"
-        old = checkpoint["state_dict"].get(key)
+        old = None if codes is not None else checkpoint["state_dict"].get(key)
         if old is None or len(old) >= len(self.model.item_embed.weight):
             return checkpoint
         added = self.model.item_embed.weight.detach()[len(old) :].to(old.dtype)
@@ -293,26 +317,36 @@ class NextItemRecommender(SparseModule, Comparable):
         if self.moe is None and mixing != "mixture":
             return ()
         mixings = [] if mixing == "attention" else [f"model.blocks.{i}.mixing" for i in range(self.sequence.depth)]
-        return (*mixings, *(f"model.blocks.{i}.ffn" for i in self.model.moe_blocks))
+        generator = self.model.generator
+        decoder = () if generator is None else generator.ffn_names("model.generator")
+        return (*mixings, *(f"model.blocks.{i}.ffn" for i in self.model.moe_blocks), *decoder)
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Return SASRec of equal active FLOPs and of equal parameters, with only attention and dense FFNs; of HSTU
         before them HSTU with dense FFNs.
 
         The FFNs of ``moe_blocks`` are so wide that they make up for the experts and, compared with SASRec, for the
-        mixing's extra cost over attention. SASRec is a baseline of HSTU if every block has an FFN.
+        mixing's extra cost over attention. SASRec is a baseline of HSTU if every block has an FFN. With semantic ids
+        the baselines have them too, and "tiger" takes the place of "sasrec".
         """
         if not self.moe_block_names:
             return {}
         baselines: dict[str, Baseline] = {}
-        widths = baseline_widths(self.sequence, self.moe, len(self.model.moe_blocks), self.max_length)
+        ids, blocks = self.semantic_ids, len(self.model.moe_blocks)
+        decoder = (0, 0) if ids is None else (ids.depth * (ids.levels + 1), ids.depth)
+        widths = baseline_widths(self.sequence, self.moe, blocks, self.max_length, decoder)
         for prefix, sequence in dense_sequences(self.sequence, len(self.model.moe_blocks)).items():
             own = {name: width for name, width in widths.items() if name.startswith(prefix)}
             elsewhere = "none" if sequence.dense_ffn is None else sequence.dense_ffn.hidden_dim
             mixing = "pointwise attention" if sequence.mixing == "hstu" else "attention"
             says = f"{mixing} and dense FFNs, hidden dim {{width}} in moe_blocks, {elsewhere} elsewhere"
             baselines |= baselines_of(own, partial(_dense_twin, self, sequence), says)
-        return baselines
+        if ids is None:
+            return baselines
+        return {
+            name.replace("sasrec", "tiger"): dataclasses.replace(own, note=own.note.replace("sasrec", "tiger"))
+            for name, own in baselines.items()
+        }
 
     def routed_layers(self) -> RoutedLayers | None:
         if self.moe is None:
@@ -351,7 +385,11 @@ def dense_sequences(config: HistoryModelConfig, num_moe_blocks: int) -> dict[str
 
 
 def baseline_widths(
-    config: HistoryModelConfig, moe: core.MoEConfig | None, num_moe_blocks: int, tokens_per_sequence: int | None = None
+    config: HistoryModelConfig,
+    moe: core.MoEConfig | None,
+    num_moe_blocks: int,
+    tokens_per_sequence: int | None = None,
+    decoder: tuple[int, int] = (0, 0),
 ) -> dict[str, SolvedWidth]:
     """Return the FFN hidden dims with which the dense baselines cost what ``config`` with ``moe`` does.
 
@@ -362,6 +400,7 @@ def baseline_widths(
         moe: the FFN of its ``moe_blocks``; None: they are dense.
         num_moe_blocks: number of these blocks.
         tokens_per_sequence: length of a sequence, on which some routers' cost depends.
+        decoder: rows that a decoder's FFNs of the same width compute for an item, and the number of these FFNs.
 
     Returns:
         "sasrec_equal_flops" and "sasrec_equal_params", and of HSTU "hstu_equal_flops" and "hstu_equal_params" before
@@ -374,9 +413,7 @@ def baseline_widths(
     for prefix, sequence in dense_sequences(config, num_moe_blocks).items():
         more_flops = config.extra_flops_per_token() - sequence.extra_flops_per_token()
         more_params = config.extra_params() - sequence.extra_params()
-        share = config.depth / num_moe_blocks
-        own = equal_widths(
-            prefix, dense, dim, flops + share * more_flops, params + share * more_params, each=" a block"
-        )
-        widths |= own
+        own_flops = flops + more_flops * config.depth / (num_moe_blocks + decoder[0])
+        own_params = params + more_params * config.depth / (num_moe_blocks + decoder[1])
+        widths |= equal_widths(prefix, dense, dim, own_flops, own_params, each=" a block")
     return widths

@@ -93,9 +93,8 @@ def _best(
     parts = [(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0))]
     for batch in in_order(examples, batch_size):
         seconds_BS = None if batch.seconds_BS is None else batch.seconds_BS.to(model.device)
-        scores_BI = model(batch.items_BS.to(model.device), seconds_BS)
-        if not include_seen:
-            scores_BI = scores_BI.scatter(1, batch.seen_BH.to(scores_BI.device), -torch.inf)
+        seen_BH = None if include_seen else batch.seen_BH.to(model.device)
+        scores_BI = model(batch.items_BS.to(model.device), seconds_BS, seen_BH)
         best = scores_BI.topk(min(top, model.num_items), dim=-1)
         item_Bk, score_Bk = best.indices.cpu(), best.values.float().cpu()
         kept_Bk = score_Bk > -torch.inf

@@ -129,7 +129,8 @@ class NextItem(Task):
         """Return one graph from histories to the scores of all items, and the items by id.
 
         The inputs are "items", int64 (B, S) ids with 0 for padding, and, of a model that reads times, "seconds", int64
-        (B, S). The output "scores" (B, num_items + 1) has the score of each item, by its id.
+        (B, S). The output "scores" (B, num_items + 1) has the score of each item, by its id; with semantic ids -inf for
+        items that the beam search does not find.
         """
         model, draw = self.model, torch.Generator().manual_seed(0)
         items_BS = torch.randint(1, model.num_items + 1, (3, min(5, model.max_length)), generator=draw)
@@ -180,6 +181,14 @@ class NextItem(Task):
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
         length = min(sizes.length or model.max_length, model.max_length)
         batch = sizes.examples(length)
+        if model.semantic_ids is not None:
+
+            def run() -> Tensor:
+                h_TD, *_ = model.model.encode(ids_on_meta(batch, length))
+                loss: Tensor = model.model.loss(h_TD, ids_on_meta(batch * length))
+                return loss
+
+            return Trial(run, batch, batch * length, unit="items")
         loss = vocabulary_loss(batch * length, model.model.output_weight, dtype)
         return Trial(lambda: model.model.encode(ids_on_meta(batch, length)), batch, batch * length, loss, "items")
 
@@ -206,11 +215,12 @@ class _Histories(nn.Module):
         super().__init__()
         self.graph = graph
 
-    def forward(self, items_BS: Tensor, seconds_BS: Tensor | None = None) -> Tensor:
+    def forward(self, items_BS: Tensor, seconds_BS: Tensor | None = None, seen_BH: Tensor | None = None) -> Tensor:
         """Map histories to scores of the next item."""
         if "seconds" in self.graph.inputs and seconds_BS is None:
             seconds_BS = torch.zeros_like(items_BS)
-        return self.graph({"items": items_BS, "seconds": seconds_BS})[0]
+        scores_BI = self.graph({"items": items_BS, "seconds": seconds_BS})[0]
+        return scores_BI if seen_BH is None else scores_BI.scatter(1, seen_BH, -torch.inf)
 
 
 TASK = NextItem

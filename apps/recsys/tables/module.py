@@ -55,8 +55,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
     Args:
         features: the columns and tasks; the command line takes them from the data.
         shared: the layer between the columns and the towers: ``core.MMoE``, ``OMoE``, ``CGC``, ``PLE``, ``SMES``,
-            ``HoME``, ``M3oE``, ``STAR``, or of ``apps.recsys.tables.columns.bottoms`` ``SharedBottom`` or
-            ``SingleTask``.
+            ``HoME``, ``M3oE``, ``STAR``, ``RankMixer``, or of ``apps.recsys.tables.columns.bottoms`` ``SharedBottom``
+            or ``SingleTask``.
         embedding: embeddings of the categorical columns.
         dense: encoding of the continuous columns.
         interaction: interaction of the columns.

@@ -114,6 +114,7 @@ SHARED = [
     core.HoME(2, core.MLP((4,)), categories=(0, 1)),
     core.MMoE(8, core.MLP((4,)), router=core.TokenChoice(top_k=2)),
     core.SMES(8, core.MLP((4,)), 2, 1),
+    core.RankMixer(num_tokens=2, token_dim=4),
     BOTTOM,
     SingleTask(expert=core.MLP((6, 5))),
 ]

@@ -294,8 +294,9 @@ def test_missing_and_infinite_values_train(dense):
         core.M3oE(4, core.MLP((16,))),
         core.STAR(expert=core.MLP((64,))),
         core.SMES(8, core.MLP((16, 8)), 2, 0),
+        core.RankMixer(num_tokens=4, token_dim=16),
     ],
-    ids=["mmoe", "deep", "ple", "sparse", "ffn", "home", "m3oe", "star", "smes"],
+    ids=["mmoe", "deep", "ple", "sparse", "ffn", "home", "m3oe", "star", "smes", "rank mixer"],
 )
 def test_baselines_cost_what_the_shared_layer_does(shared):
     domains = 3 if isinstance(shared, core.M3oE | core.STAR) else 0

@@ -273,8 +273,9 @@ def run(module: MultiTaskRecommender, tmp_path, data=None) -> Trainer:
         core.MMoE(4, MLP, router=core.TokenChoice(top_k=2), selection="shared"),
         core.OMoE(2, MLP),
         core.SMES(8, MLP, 2, 1),
+        core.RankMixer(3, router=core.TokenChoice(2), num_tokens=2, token_dim=4, depth=1),
     ],
-    ids=["mmoe", "ple", "sparse", "selected", "omoe", "smes"],
+    ids=["mmoe", "ple", "sparse", "selected", "omoe", "smes", "rank mixer"],
 )
 def test_a_test_writes_its_report(shared, tmp_path, capsys):
     module = recommender(shared)
