@@ -224,8 +224,9 @@ class Story:
             "FLOPs of a run: three forwards for each training example, counted on the first validation batch.",
             f"Learning rates, searched on the two lowest rungs (further where the best is at the edge) and by rule on "
             f"the others: {rates}.",
-            f"Grown: {'; '.join(f'rung {o.rung.number:g}: {dict(o.rung.values)}' for o in self.outcomes)}.",
         )
+        grown = [(f"{o.rung.number:g}", *(f"{value}" for value in o.rung.values.values())) for o in self.outcomes]
+        sizes = Table("", ("rung", *self.outcomes[0].rung.values), tuple(grown))
         return Page(
             title=title,
             verdict=tuple(self.sentences()),
@@ -233,7 +234,7 @@ class Story:
             sections=(
                 Section("Curves", self.charts()),
                 Section("Gates, written before the first run", (gates,)),
-                Section("How it was made", (Text(notes),)),
+                Section("How it was made", (Text(notes), *((sizes,) if self.outcomes[0].rung.values else ()))),
                 how_to_repeat(numbers["command"], config, numbers["machine"]),
             ),
             kind="ladder",
