@@ -67,6 +67,7 @@ class GenerationData(VisionData):
     ) -> None:
         super().__init__(dataset, **kwargs)
         check_at_least(1, number=number)
+        check_at_least(0, seed=self.seed)
         self.classes, self.number = classes, number
         for name in ("mixup_alpha", "cutmix_alpha"):
             if value := getattr(self._augment, name):

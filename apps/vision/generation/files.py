@@ -52,15 +52,14 @@ class ImageFolder(Callback):
 
     Args:
         folder: the folder.
-        class_names: names of the classes.
         overwrite: replace an earlier folder of drawn images.
 
     Raises:
         ValueError: the folder holds something, which is to stay.
     """
 
-    def __init__(self, folder: Path, class_names: Sequence[str], overwrite: bool) -> None:
-        self.folder, self.names, self.overwrite = folder, folder_names(class_names), overwrite
+    def __init__(self, folder: Path, overwrite: bool) -> None:
+        self.folder, self.overwrite = folder, overwrite
         self.counts: dict[str, int] = {}
         self._rows: dict[str, list[Tensor]] = {}
         self._check()
@@ -83,9 +82,11 @@ class ImageFolder(Callback):
             self._check()
             put_folder(self._new, self.folder)
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
-    ) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        encoding: Any = pl_module.encoding
+        self.names = folder_names(encoding.class_names)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         for label, number, pixels in zip(outputs.label.tolist(), outputs.index.tolist(), outputs.pixels, strict=True):
             name = self.names[label]
             path = self._new / name / f"{number:04}.png"

@@ -226,7 +226,7 @@ class ImageGenerator(SparseModule, Comparable):
 
     def folder_writer(self, folder: Path, overwrite: bool) -> ImageFolder:
         """Return the callback that writes what ``predict_step`` returns as files of a folder."""
-        return ImageFolder(folder, self.encoding.class_names, overwrite)
+        return ImageFolder(folder, overwrite)
 
     def predict(
         self, classes: Sequence[str | int] | str | int, number: int = 1, seed: int = 0, **sampling: Any
