@@ -68,13 +68,15 @@ class _Coder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_dim, 3, padding=1)
 
     def _middle(self, x: Tensor) -> Tensor:
-        first, second = self.mid_block["resnets"]
-        return second(self.mid_block["attentions"][0](first(x)))  # type: ignore[no-any-return]
+        parts: Any = self.mid_block
+        first, second = parts["resnets"]
+        return second(parts["attentions"][0](first(x)))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         x = self._middle(x) if self.up else x
-        for block in self.up_blocks if self.up else self.down_blocks:
+        blocks: Any = self.up_blocks if self.up else self.down_blocks
+        for block in blocks:
             for residual in block["resnets"]:
                 x = residual(x)
             for resize in block["upsamplers" if self.up else "downsamplers"]:

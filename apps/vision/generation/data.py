@@ -63,7 +63,11 @@ class GenerationData(VisionData):
     """
 
     def __init__(
-        self, dataset: str = "digits", classes: str | int | list[str | int] | None = None, number: int = 16, **kwargs: Any
+        self,
+        dataset: str = "digits",
+        classes: str | int | list[str | int] | None = None,
+        number: int = 16,
+        **kwargs: Any,
     ) -> None:
         super().__init__(dataset, **kwargs)
         check_at_least(1, number=number)

@@ -1,4 +1,4 @@
-"""Figures of drawn images: Fréchet distance, precision and recall, class accuracy, and distance to the training images."""
+"""Figures of drawn images: Fréchet distance, precision, recall, class accuracy, distance to the training images."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def read_classifier(run: str, names: tuple[str, ...], image_size: int, in_chans:
 
 def _of_classifier(model: Any, pixels: Tensor) -> Tensor:
     network = model.model
-    return network.forward_head(network.forward_features(model.encoding.normalized(pixels, model.device)), pre_logits=True)
+    return network.forward_head(
+        network.forward_features(model.encoding.normalized(pixels, model.device)), pre_logits=True
+    )
 
 
 def _efficientnet(path: str) -> Callable[[Tensor], Tensor]:
@@ -166,9 +168,7 @@ def precision_and_recall(real: np.ndarray, drawn: np.ndarray, neighbors: int) ->
     first, second = torch.from_numpy(real), torch.from_numpy(drawn)
     between = torch.cdist(first, second)
     # The nearest one of its own kind is the image itself.
-    radius1, radius2 = (
-        torch.cdist(x, x).kthvalue(min(neighbors + 1, len(x)), dim=1).values for x in (first, second)
-    )
+    radius1, radius2 = (torch.cdist(x, x).kthvalue(min(neighbors + 1, len(x)), dim=1).values for x in (first, second))
     precision = (between <= radius1[:, None]).any(0).double().mean()
     recall = (between <= radius2[None]).any(1).double().mean()
     return float(precision), float(recall)

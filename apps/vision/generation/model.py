@@ -1,8 +1,8 @@
 """A diffusion transformer (DiT, arXiv 2212.09748) on timm's parts, whose FFNs may be mixtures of experts.
 
-DiT-MoE (arXiv 2407.11633) has experts in every block, shared and routed ones. Class and noise level come in by adaLN-Zero:
-they scale and shift the normed tokens, which the routers read too, and scale what each branch adds, from 0 at the
-start. As ids, they are also in the routers' context.
+DiT-MoE (arXiv 2407.11633) has experts in every block, shared and routed ones. Class and noise level come in by
+adaLN-Zero: they scale and shift the normed tokens, which the routers read too, and scale what each branch adds, from 0
+at the start. As ids, they are also in the routers' context.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class DiTConfig(Checked):
     """Attention heads; must divide ``embed_dim``."""
     hidden_dim: Count | None = None
     """FFN hidden dim F of the dense blocks; None: 4 * embed_dim."""
+    fused_attn: bool | None = None
+    """Use torch's fused attention; None: timm's choice. In bfloat16 on a CPU a step of 128 images of 49 tokens
+    took 0.70 s with it and 0.41 s without."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +98,7 @@ class LevelEmbedding(nn.Module):
         rate = torch.arange(_FREQUENCIES, device=level_B.device, dtype=torch.float32) / _FREQUENCIES
         # DiT's frequencies, for its 1,000 steps
         angle = 1000 * level_B.float()[:, None] * torch.exp(-math.log(10000) * rate)
-        return self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+        return self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(level_B.dtype))  # type: ignore[no-any-return]
 
 
 def _modulated(x: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
@@ -166,6 +169,10 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(dit.dim, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(dit.dim, 2 * dit.dim)
         self.head = nn.Linear(dit.dim, dit.patch_size**2 * in_chans)
+        if dit.fused_attn is not None:
+            for part in self.modules():
+                if isinstance(part, Attention):
+                    part.fused_attn = dit.fused_attn
         self.reset_parameters()
         cpu.convert_linear(self)
 
@@ -181,10 +188,13 @@ class DiT(nn.Module):
                 module.init_each(nn.init.xavier_uniform_)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.class_embed.weight, std=0.02)
-        for layer in (self.level_embed.mlp[0], self.level_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for zero in (*(block.modulation for block in self.blocks), self.modulation, self.head):
-            nn.init.zeros_(zero.weight)
+        for layer in self.level_embed.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        zero = ("modulation", "head")  # each block adds nothing at first, and the prediction is 0
+        for name, module in self.named_modules():
+            if name.endswith(zero) and isinstance(module, nn.Linear):
+                nn.init.zeros_(module.weight)
 
     def forward(self, image: Tensor, level: Tensor, label: Tensor) -> Tensor:
         """Map noisy images (B, C, H, W), noise levels (B,) and classes (B,) to predictions (B, C, H, W)."""

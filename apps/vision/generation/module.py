@@ -13,7 +13,7 @@ from torch import Tensor
 import core
 from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers, dense_twins
-from apps.nets.blocks import one_ffn
+from apps.nets.blocks import moe_configs, one_ffn
 from apps.nets.place import Place, check_fits
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
@@ -86,8 +86,13 @@ class ImageGenerator(SparseModule, Comparable):
         ValueError: a value out of its range, or a combination that cannot be built.
     """
 
+    judged_in: str | None = None
+    """Whose features the last test measured distances in; None: it measured none."""
+
     reporter = GenerationReport
-    model_kind = ModelKind("a generator of images", "model.predict(classes=[0], seed=0)", "unconditional-image-generation")
+    model_kind = ModelKind(
+        "a generator of images", "model.predict(classes=[0], seed=0)", "unconditional-image-generation"
+    )
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "num_classes")
     readout: ClassVar[tuple[str, ...]] = ("model.head",)
 
@@ -133,7 +138,7 @@ class ImageGenerator(SparseModule, Comparable):
             ffn=one_ffn(moe, dense_ffn),
             moe_blocks=moe_blocks,
         )
-        for config in self.routed_layers().configs if moe is not None else ():
+        for config in moe_configs(moe):
             check_fits(self._place, config.router, config.balance)
 
     @property
@@ -180,6 +185,11 @@ class ImageGenerator(SparseModule, Comparable):
         predicted = self(noised.image, noised.level_B, label)
         loss_B = (predicted.float() - noised.target.float()).square().mean((1, 2, 3))
         return TaskOutput(loss_B.mean(), loss_B, noised.level_B, len(loss_B))
+
+    @property
+    def metric_signatures(self) -> Mapping[str, str]:
+        names = ("frechet", "precision", "recall")
+        return {} if self.judged_in is None else dict.fromkeys(names, f"in {self.judged_in}")
 
     def example_inputs(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         noised = fixed_noise(self.process, self.clean(batch.image), batch.index)

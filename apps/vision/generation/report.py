@@ -98,7 +98,9 @@ class GenerationReport(Report):
             sums.index_add_(0, band_B, out.outputs.float().cpu())
             counts.index_add_(0, band_B, torch.ones(len(band_B)))
         loss_bands = tuple((sums / counts).tolist())
-        drawn, steps, alike, rows, features = self._drawn(trainer, module) if module.metrics.images else ([], [], None, [], "")
+        drawn, steps, alike, rows, features = (
+            self._drawn(trainer, module) if module.metrics.images else ([], [], None, [], "")
+        )
         return _Collected(module.encoding.class_names, use, loss_bands, drawn, steps, alike, rows, features)
 
     def _drawn(self, trainer: Any, module: Any) -> tuple[Any, ...]:
@@ -126,6 +128,7 @@ class GenerationReport(Report):
         training = lambda: real(data.train_eval_dataloader(), _REFERENCE)  # noqa: E731
         some = torch.cat([*real(data.train_eval_dataloader(), len(pixels))])[: len(pixels)]
         features = features_of(config, classifier, some)
+        module.judged_in = features.name
         real_ND, drawn_ND, train_ND = (features.each(x.split(256)) for x in (tested, pixels, some))
         precision, recall = precision_and_recall(real_ND, drawn_ND, config.neighbors)
         gaps, found = nearest(pixels, training())
@@ -173,7 +176,9 @@ class GenerationReport(Report):
             sections.append(Section("Loss", (bars,)))
         if collected.use.stats.layers:
             counts = collected.use.counts
-            by_level = map_parts([(counts["level"], BANDS)], "a noise level", "noise level", folder / "expert_level.png")
+            by_level = map_parts(
+                [(counts["level"], BANDS)], "a noise level", "noise level", folder / "expert_level.png"
+            )
             by_class = map_parts([(counts["class"], collected.names)], "a class", "class", folder / "expert_class.png")
             loads = load_parts(collected.use.stats, folder / "load.png")
             sections.append(Section("What the experts are used for", (*by_level, *by_class, *loads)))
@@ -189,8 +194,12 @@ class GenerationReport(Report):
             [Tile(to_array(images[row]) / 255, f"{level:.2f}" if row == 0 else "") for level, images in collected.steps]
             for row in range(len(collected.steps[0][1]))
         ]
-        save_images(rows, folder / "steps.png", "What the network sees in the noise, by level", collected.names[:_SHOWN])
-        yield Picture("steps.png", "The image at each noise level, a row a class", "From noise to an image, step by step.")
+        save_images(
+            rows, folder / "steps.png", "What the network sees in the noise, by level", collected.names[:_SHOWN]
+        )
+        yield Picture(
+            "steps.png", "The image at each noise level, a row a class", "From noise to an image, step by step."
+        )
         if collected.alike is not None:
             grid_of(collected.alike).save(folder / "nearest.png")
             caption = "The drawn images nearest to training images, above these."

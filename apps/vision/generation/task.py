@@ -38,9 +38,7 @@ def _guidance(default: float) -> Input:
 
 def _image() -> Output:
     """Return an image; an answer is its pixels, uint8 (H, W) or (H, W, 3)."""
-    schema = properties(
-        "Image", image={"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png"}
-    )
+    schema = properties("Image", image={"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png"})
 
     def to_json(pixels: np.ndarray) -> dict[str, str]:
         file = io.BytesIO()
@@ -73,8 +71,8 @@ class ImageGeneration(Task):
     @property
     def invites(self) -> str:
         return (
-            f"Choose one of {len(self.names)} classes: the model draws an image of it, and shows which expert took each "
-            "patch in the last step."
+            f"Choose one of {len(self.names)} classes: the model draws an image of it, and shows which expert took "
+            "each patch in the last step."
         )
 
     def answers(self, examples: Sequence[Mapping[str, Any]], most: int = 1) -> list[np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,6 @@ from ...kernels.eager import capacity as capacity_of, check_devices, count_exper
 from ..gates import LinearGate
 from ..router import LinearGateConfig, Router, Tokens
 from ..selection import Capacity
-
 
 THRESHOLD_DECAY = 0.95
 """Decay of the moving average of the thresholds, per step, as in DiffMoE."""
@@ -221,10 +219,10 @@ class ExpertChoice(LinearGateConfig):
     layer is the expert itself if ``capacity_factor`` is 1 or more, and raises an error below 1, when the expert would
     take the earliest tokens whatever they are.
 
-    With ``predictor_dim`` it is DiffMoE (arXiv 2503.14487): the group is the batch, and an MLP learns which experts take
-    a token, by binary cross-entropy and without a gradient to the token. In evaluation an expert takes the tokens whose
-    predicted probability reaches its threshold, a moving average of the one at which it would have taken as many in
-    training: no token depends on another one.
+    With ``predictor_dim`` it is DiffMoE (arXiv 2503.14487): the group is the batch, and an MLP learns which experts
+    take a token, by binary cross-entropy and without a gradient to the token. In evaluation an expert takes the tokens
+    whose predicted probability reaches its threshold, a moving average of the one at which it would have taken as many
+    in training: no token depends on another one.
 
     Attributes:
         capacity_factor: experts that compute a token, on average. It takes the place of ``MoEConfig.capacity_factor``.
@@ -255,7 +253,7 @@ class ExpertChoice(LinearGateConfig):
         return self.predictor_dim is None
 
     @property
-    def extra_weights(self) -> Mapping[str, float]:
+    def extra_weights(self) -> dict[str, float]:
         # Nothing else learns from this loss: its weight is no matter of balance.
         return {} if self.predictor_dim is None else {"capacity_predictor": 1.0}
 
