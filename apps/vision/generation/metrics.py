@@ -61,6 +61,7 @@ class Features:
     name: str
     of: Callable[[Tensor], Tensor]
 
+    @torch.no_grad()
     def each(self, batches: Iterable[Tensor]) -> np.ndarray:
         """Return the features of all images, float64 (N, D)."""
         return np.concatenate([self.of(pixels).double().cpu().numpy() for pixels in batches])
