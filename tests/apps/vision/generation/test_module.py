@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
+from doc_scripts import output, script
 from undrawn import undrawn as undrawn
 
 import apps
@@ -190,3 +191,5 @@ def test_a_graph_of_one_step_draws_the_same_images(run, tmp_path):
             np.asarray(Image.open(tmp_path / kind / "3" / f"000{number}.png"), int) for kind in ("torch", "onnx")
         )
         assert np.abs(one - other).max() <= 1
+    output(script("docs/reference/onnx_scripts.md", "draw.py"), str(tmp_path / "step.onnx"), "3", str(tmp_path / "3.png"))
+    assert np.asarray(Image.open(tmp_path / "3.png")).shape == (8, 8)
