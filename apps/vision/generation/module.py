@@ -219,8 +219,9 @@ class ImageGenerator(SparseModule, Comparable):
             mean, std = self._channels(noise)
             bounds = (-mean / std, (1 - mean) / std)
         shown = None if watch is None else lambda level, image: watch(level, self._pixels(image))
-        found = sample(self.model, self.process, noise, label_B, config, self.null_class, bounds, shown)
-        return self._pixels(found)
+        with torch.autocast(self.device.type, enabled=False):  # the command draws what predict() does
+            found = sample(self.model, self.process, noise, label_B, config, self.null_class, bounds, shown)
+            return self._pixels(found)
 
     def _pixels(self, image: Tensor) -> Tensor:
         """Return what the network draws as pixels, uint8 (B, C, H, W)."""

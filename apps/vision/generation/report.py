@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from apps.report.base import Report, ReportConfig, first_batches, is_left_out
 from apps.report.images import Tile, save_images
 from apps.report.page import BarChart, Part, Picture, Section, Table, Text
 from apps.report.use import ExpertUse, Labels, load_parts, map_parts, tokens_of
-from apps.train.cost.flops import measure_cost, megaflops
+from apps.train.cost.flops import measure_cost
 from apps.vision.generation.data import MOST_AT_ONCE, Wanted
 from apps.vision.generation.diffusion import NUM_BANDS, bands
 from apps.vision.generation.files import grid_of
@@ -36,6 +37,17 @@ from core.fields import CountOrZero
 BANDS = tuple(f"{band / NUM_BANDS:.1f} to {(band + 1) / NUM_BANDS:.1f}" for band in range(NUM_BANDS))
 _SHOWN = 10
 """Classes, images of each, and steps that pictures have at most."""
+_FIGURES = {
+    "class_accuracy": ("of their class, by the classifier, %", 100),
+    "frechet": ("Fréchet distance to test images", 1),
+    "frechet_of_training": ("the same of as many training images", 1),
+    "precision": ("precision, %", 100),
+    "recall": ("recall, %", 100),
+    "nearest_ratio": ("distance to the nearest training image, relative to test images'", 1),
+    "mflops_per_image": ("MFLOPs per image", 1),
+    "seconds_per_image": ("seconds per image", 1),
+}
+"""Titles of the figures, and what a value is multiplied with there."""
 _REFERENCE = 50_000
 """Training images at most among which the nearest are looked for."""
 
@@ -126,7 +138,7 @@ class GenerationReport(Report):
 
         tested = torch.cat([*real(batches_of_test(trainer), len(pixels))])[: len(pixels)]
         training = lambda: real(data.train_eval_dataloader(), _REFERENCE)  # noqa: E731
-        some = torch.cat([*real(data.train_eval_dataloader(), len(pixels))])[: len(pixels)]
+        some = torch.cat([*real(data.train_eval_dataloader(), len(pixels))] or [tested])[: len(pixels)]
         features = features_of(config, classifier, some)
         module.judged_in = features.name
         real_ND, drawn_ND, train_ND = (features.each(x.split(256)) for x in (tested, pixels, some))
@@ -147,10 +159,11 @@ class GenerationReport(Report):
         if classifier is not None:
             label_N = torch.arange(module.num_classes).repeat_interleave(each)
             values["class_accuracy"] = _accuracy(classifier, pixels, label_N)
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # without training images
         for name, value in values.items():
             module.log(f"test/{name}", value, batch_size=1, rank_zero_only=True)
         closest = gaps.argsort()[:_SHOWN]
-        return drawn, steps, (pixels[closest], found[closest]), _rows(values, len(pixels), flops), features.name
+        return drawn, steps, (pixels[closest], found[closest]), _rows(values, len(pixels)), features.name
 
     def _steps(self, module: Any) -> list[tuple[float, Tensor]]:
         """Return what the network sees in the noise at steps of equal distance, of one image a class."""
@@ -212,20 +225,9 @@ def _accuracy(classifier: Any, pixels: Tensor, label_N: Tensor) -> float:
     return float((torch.cat([logits.argmax(-1).cpu() for logits in parts]) == label_N).double().mean())
 
 
-def _rows(values: dict[str, float], count: int, flops: float) -> list[tuple[str, str]]:
-    rows = [("images", f"{count:,}")]
-    if "class_accuracy" in values:
-        rows.append(("of their class, by the classifier", f"{100 * values['class_accuracy']:.1f} %"))
-    return [
-        *rows,
-        ("Fréchet distance to test images", f"{values['frechet']:.3f}"),
-        ("the same of as many training images", f"{values['frechet_of_training']:.3f}"),
-        ("precision", f"{100 * values['precision']:.1f} %"),
-        ("recall", f"{100 * values['recall']:.1f} %"),
-        ("distance to the nearest training image, relative to test images'", f"{values['nearest_ratio']:.2f}"),
-        ("MFLOPs an image", megaflops(flops)),
-        ("seconds an image", f"{values['seconds_per_image']:.3f}"),
-    ]
+def _rows(values: Mapping[str, float], count: int) -> list[tuple[str, str]]:
+    measured = [(f, values[name]) for name, f in _FIGURES.items() if name in values]
+    return [("images", f"{count:,}"), *((title, f"{times * value:.4g}") for (title, times), value in measured)]
 
 
 def denormalized(image: Tensor, encoding: Any) -> Tensor:

@@ -52,6 +52,8 @@ class ImageGeneration(Task):
     """The use of an ``ImageGenerator``."""
 
     app, noun, verb = "generation", "Image", "Draw"
+    asks = "A class and a seed: the answer is an image of that class, as PNG."
+    invites = "Choose a class: the model draws an image of it, and shows which expert took each patch in the last step."
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -63,17 +65,6 @@ class ImageGeneration(Task):
             **guided,
         }
         self.output = _image()
-
-    @property
-    def asks(self) -> str:
-        return f"One of {len(self.names)} classes and a seed: the answer is an image of that class, as PNG."
-
-    @property
-    def invites(self) -> str:
-        return (
-            f"Choose one of {len(self.names)} classes: the model draws an image of it, and shows which expert took "
-            "each patch in the last step."
-        )
 
     def answers(self, examples: Sequence[Mapping[str, Any]], most: int = 1) -> list[np.ndarray]:
         # One by one: in one batch an image's last bits would depend on its batch-mates.

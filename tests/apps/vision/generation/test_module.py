@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from doc_scripts import output, script
 from PIL import Image
 from torch.testing import assert_close
-from doc_scripts import output, script
 from undrawn import undrawn as undrawn
 
 import apps
@@ -45,7 +45,7 @@ def batch(number=4):
 
 
 def test_the_loss_of_an_image_in_evaluation_follows_from_its_number():
-    module = built().eval()
+    module = built().eval().requires_grad_(False)
     out = module.task_loss(batch())
     # The prediction is 0 at first, so the loss is the mean square of noise minus image.
     noised = fixed_noise("flow", batch().image, batch().index)
@@ -60,7 +60,7 @@ def test_the_loss_of_an_image_in_evaluation_follows_from_its_number():
 
 
 def test_training_hides_the_class_of_some_images():
-    module, seen = built(class_dropout=0.5), []
+    module, seen = built(moe=None, class_dropout=0.5), []
     module.model.class_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for _ in range(50):
         module.task_loss(batch())
@@ -128,8 +128,8 @@ def run(tmp_path_factory):
 
 def test_a_run_draws_equal_folders_and_leaves_others_alone(run, tmp_path, capsys):
     ask = ["predict", "--ckpt_path", str(run), "--data.number", "3", "--data.seed", "1"]
-    for classes, output in (("3,7", "a"), ("[3,7]", "b")):
-        assert main([*ask, "--data.classes", classes, "--output", str(tmp_path / output)]) == 0
+    for classes, name in (("3,7", "a"), ("[3,7]", "b")):
+        assert main([*ask, "--data.classes", classes, "--output", str(tmp_path / name)]) == 0
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert [*map(str, files)] == [
         *(f"{c}/000{i}.png" for c in (3, 7) for i in range(3)), "grid.png", "images.json"
@@ -191,5 +191,7 @@ def test_a_graph_of_one_step_draws_the_same_images(run, tmp_path):
             np.asarray(Image.open(tmp_path / kind / "3" / f"000{number}.png"), int) for kind in ("torch", "onnx")
         )
         assert np.abs(one - other).max() <= 1
-    output(script("docs/reference/onnx_scripts.md", "draw.py"), str(tmp_path / "step.onnx"), "3", str(tmp_path / "3.png"))
+    output(
+        script("docs/reference/onnx_scripts.md", "draw.py"), str(tmp_path / "step.onnx"), "3", str(tmp_path / "3.png")
+    )
     assert np.asarray(Image.open(tmp_path / "3.png")).shape == (8, 8)
