@@ -90,6 +90,17 @@ def test_every_sampler_follows_a_straight_line_to_its_end(sampler):
     assert_close(found, torch.full_like(NOISE, 2.0))
 
 
+@pytest.mark.parametrize(("sampler", "steps", "error"), [("ddim", 3, 1e-4), ("euler", 200, 0.02), ("heun", 50, 1e-3)])
+def test_every_sampler_follows_the_curve_of_ddpm_to_its_end(sampler, steps, error):
+    # The noise of a single image 0.5 is (x - 0.5 a) / s: x = 0.5 a + s e, of which DDIM makes no error.
+    def network(x, level_B, label_B):
+        a, s = coefficients("ddpm", level_B.view(-1, 1, 1, 1))
+        return (x - 0.5 * a) / s
+
+    found = sample(network, "ddpm", NOISE, LABEL, SamplingConfig(sampler, steps, 1.0))
+    assert float((found - 0.5).abs().max()) < error
+
+
 def test_ddim_is_euler_on_a_flow_and_not_on_ddpm():
     network = lambda x, level_B, label_B: torch.sin(3 * x) + level_B.view(-1, 1, 1, 1)  # noqa: E731
     noise = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
