@@ -256,6 +256,7 @@ class SparseCLI(RunSetup):
         options: Any = self.request.options
         path = options.output
         if path is not None:
+            check_ending(path)
             check_new(path, options.overwrite)
             how = {"overwrite": options.overwrite, "raw_csv": options.raw_csv}
             self._print_written(write_stream(self.model, stream, path, **how))
