@@ -10,6 +10,7 @@ from typing import Any
 
 MODELS = {
     "VisionClassifier": "apps.vision",
+    "ImageGenerator": "apps.vision.generation",
     "MultiTaskRecommender": "apps.recsys.tables",
     "NextItemRecommender": "apps.recsys.sequence",
     "TwoTowerRetriever": "apps.recsys.retrieval",
@@ -26,6 +27,7 @@ OWN_EXPORT = "apps.train.publish.own_export"
 
 DATA = {
     "VisionData": "apps.vision.data",
+    "GenerationData": "apps.vision.generation.data",
     "TableData": "apps.recsys.tables.data",
     "HistoryData": "apps.recsys.sequence.data",
     "RetrievalData": "apps.recsys.retrieval.data",

@@ -36,6 +36,12 @@ def check_new(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} exists: --overwrite replaces it, --output FILE writes another")
 
 
+def check_ending(output: Path) -> None:
+    """Raise a ``UsageError`` for a file of predictions whose ending is no format."""
+    if output.suffix not in ENDINGS:
+        raise UsageError(f"output={output} must end in one of {', '.join(ENDINGS)} ({ENDINGS[-1]}: lines of text)")
+
+
 Quantize = Annotated[
     str, Shown("int8|int4[:GROUP]", "quantize the experts; GROUP inputs share a scale, else all", read=_form)
 ]
@@ -153,7 +159,8 @@ class Predict(RunOptions):
     """The outputs of a checkpoint, into a file.
 
     Attributes:
-        output: .jsonl, .csv, .parquet, or .txt for lines of text (default: predictions.jsonl in the run's folder)
+        output: .jsonl, .csv, .parquet, or .txt for lines of text (default: predictions.jsonl in the run's folder); a
+            folder for images (default: images there)
         overwrite: replace an earlier file
         raw_csv: write no apostrophe before text that a spreadsheet would compute, such as =1+1
         open: show the page of a search in the browser
@@ -186,10 +193,9 @@ class Predict(RunOptions):
             raise UsageError(f"{what}, and onnx={onnx} runs in onnxruntime: leave one out")
         if self.raw_csv and (output is None or output.suffix != ".csv"):
             raise UsageError("raw_csv is for predictions in CSV: give --output FILE.csv")
-        if output is None:
+        if output is None or not output.suffix:  # a model that draws images writes a folder
             return
-        if output.suffix not in ENDINGS:
-            raise UsageError(f"output={output} must end in one of {', '.join(ENDINGS)} ({ENDINGS[-1]}: lines of text)")
+        check_ending(output)
         if output.is_dir():
             raise UsageError(f"output={output} is a folder: give a file")
         check_new(output, self.overwrite)

@@ -19,7 +19,7 @@ from apps.base.machine import machine_facts, moment
 from apps.base.messages import counted
 from apps.base.quiet import quiet
 from apps.cli.errors import UsageError
-from apps.cli.options import Test, check_new
+from apps.cli.options import Test, check_ending, check_new
 from apps.cli.request import Request
 from apps.cli.setup import RunSetup
 from apps.cli.sweep import Sweep
@@ -204,7 +204,11 @@ class SparseCLI(RunSetup):
                 self._predict_stream(stream)
                 self._print_offloaded()
                 return
+        if hasattr(self.model, "folder_writer"):
+            self._predict_folder(arguments)
+            return
         path = options.output or self.run_dir / "predictions.jsonl"
+        check_ending(path)
         if path.suffix == ".txt":
             raise UsageError(
                 f"output={path} is for lines of text, and this model predicts rows: give .jsonl, .csv or .parquet"
@@ -224,6 +228,22 @@ class SparseCLI(RunSetup):
             print(f"importance of the columns in {table}", file=sys.stderr)
         self._print_offloaded()
 
+    def _predict_folder(self, arguments: dict[str, Any]) -> None:
+        """Write predictions that are files themselves, by the model's own writer."""
+        options: Any = self.request.options
+        if options.output is not None and options.output.suffix:
+            raise UsageError(f"output={options.output} is a file, and this model draws images: give a folder")
+        folder = options.output or self.run_dir / "images"
+        writer = self.model.folder_writer(folder, options.overwrite)
+        if options.output is None and is_unused(self.run_dir):
+            mark(self.run_dir)
+        start = time.monotonic()
+        with writer.open():
+            self.trainer.callbacks.append(writer)
+            self.trainer.predict(**arguments)
+        print(f"{writer}, in {time.monotonic() - start:.1f} s")
+        self._print_offloaded()
+
     def _check_explained(self) -> None:
         """Raise a ``UsageError`` for a model without columns, or rows without labels."""
         if not (hasattr(self.model, "importances") and hasattr(self.datamodule, "examples")):
@@ -236,6 +256,7 @@ class SparseCLI(RunSetup):
         options: Any = self.request.options
         path = options.output
         if path is not None:
+            check_ending(path)
             check_new(path, options.overwrite)
             how = {"overwrite": options.overwrite, "raw_csv": options.raw_csv}
             self._print_written(write_stream(self.model, stream, path, **how))

@@ -13,7 +13,7 @@ from apps.base.files import replacing
 
 _NOT_SHARES = (
     *("loss", "ece", "error", "mse", "rmse", "mae", "r2", "spearman", "pcc", "score"),
-    *("perplexity", "bits", "bleu", "chrf", "rank"),
+    *("perplexity", "bits", "bleu", "chrf", "rank", "frechet", "ratio", "seconds", "mflops"),
 )
 """Words in the names of metrics that are never shown in percent: a poor BLEU lies in 0..1 as well."""
 _COMPUTED = re.compile(r"^[=@]|^[+-](?!(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$)|[\x00-\x1f\x7f-\x9f]", re.IGNORECASE)

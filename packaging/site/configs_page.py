@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference" / "configs.md"
 _FOLDERS = {
     "vision": "Images",
+    "vision/generation": "Drawing images",
     "recsys": "Tables, sequences of items and retrieval",
     "nlp": "Translation and language models",
     "multimodal": "Images with texts",

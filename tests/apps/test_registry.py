@@ -50,6 +50,8 @@ IN_FILES = (
     "apps.train.schedules.GrowingTopK",
     "apps.train.schedules.SharedStart",
     "apps.vision.data.VisionData",
+    "apps.vision.generation.data.GenerationData",
+    "apps.vision.generation.module.ImageGenerator",
     "apps.vision.module.VisionClassifier",
 )
 """Class paths that checkpoints and configurations may hold. A line stays when its class moves."""

@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...contract import Evidence, Routing, RoutingContext, span
-from ...fields import Positive
-from ...kernels.eager import capacity as capacity_of, count_experts, outside_autocast, whole_ratio
+from ...fields import Count, Positive
+from ...kernels.eager import capacity as capacity_of, check_devices, count_experts, outside_autocast, whole_ratio
 from ..gates import LinearGate
 from ..router import LinearGateConfig, Router, Tokens
 from ..selection import Capacity
 
+THRESHOLD_DECAY = 0.95
+"""Decay of the moving average of the thresholds, per step, as in DiffMoE."""
+
+
+class CapacityPredictor(nn.Module):
+    """Foretells from a token which experts take it: ``W2 silu(W1 x)`` (DiffMoE, arXiv 2503.14487)."""
+
+    def __init__(self, dim: int, hidden_dim: int, num_experts: int, init_scale: float) -> None:
+        super().__init__()
+        self.hidden = LinearGate(dim, hidden_dim, 1.0)
+        self.output = LinearGate(hidden_dim, num_experts, init_scale)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return logits (T, E) of float32 (T, D) tokens."""
+        return self.output(F.silu(self.hidden(x_TD)))  # type: ignore[no-any-return]
+
 
 class ExpertChoiceRouter(Router):
-    """Each expert takes its best tokens of each group. Built by ``ExpertChoice``."""
+    """Each expert takes its best tokens of each group. Built by ``ExpertChoice``.
+
+    Attributes:
+        predictor: with ``predictor_dim``, module that foretells the choice; else None.
+        threshold: float32 (E,) buffer, the predicted probability from which an expert takes a token in evaluation.
+    """
+
+    predictor: CapacityPredictor | None
+    threshold: Tensor
 
     def __init__(self, dim: int, num_experts: int, config: ExpertChoice, capacity: Capacity) -> None:
         super().__init__()
         self.num_experts, self.config, self.capacity = num_experts, config, capacity
-        self.terms = config.terms
+        self.extra_weights = config.extra_weights
+        self.terms = config.terms | frozenset(self.extra_weights)
+        self.predictor = None
+        if config.predictor_dim is not None:
+            self.predictor = CapacityPredictor(dim, config.predictor_dim, num_experts, config.init_scale)
+            self.register_buffer("threshold", torch.full((num_experts,), 0.5))
+            self.num_counts = num_experts + 1
         self.gate = LinearGate(dim, num_experts, config.init_scale)
         # Integers, made here: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
         self.ratio = whole_ratio(config.capacity_factor)
@@ -34,7 +64,11 @@ class ExpertChoiceRouter(Router):
         with outside_autocast(x.device):
             tokens = Tokens.of(x, context)
             logits_TE = tokens.logits(self.gate)
-            return choose_tokens(
+            if self.predictor is not None and not self.training:
+                check_devices(logits_TE, type(self).__name__, self._buffers)
+                taken_TE = self.predictor(tokens.x_TD).sigmoid() >= self.threshold
+                return pairs_of(taken_TE & tokens.real_T[:, None], logits_TE, tokens)
+            routing = choose_tokens(
                 logits_TE,
                 self.ratio,
                 group=self.capacity.group,
@@ -42,6 +76,67 @@ class ExpertChoiceRouter(Router):
                 length=tokens.length,
                 valid_T=tokens.valid_T,
             )
+            return routing if self.predictor is None else self._foretold(routing, tokens, self.predictor)
+
+    def _foretold(self, routing: Routing, tokens: Tokens, predictor: CapacityPredictor) -> Routing:
+        """Return the choice with the predictor's loss, and the thresholds at which it would take as many tokens."""
+        T, E = len(tokens.x_TD), self.num_experts
+        # Detached: the predictor follows the choice and does not change what it predicts from.
+        logits_TE = predictor(tokens.x_TD.detach())
+        taken_TE = torch.zeros(T, E + 1, device=logits_TE.device, dtype=logits_TE.dtype)
+        taken_TE = taken_TE.index_put((routing.token_index_N, routing.expert_ids_N), taken_TE.new_ones(()))[:, :E]
+        loss_T = F.binary_cross_entropy_with_logits(logits_TE, taken_TE, reduction="none").mean(-1)
+        falling_TE = logits_TE.detach().sigmoid().masked_fill(~tokens.real_T[:, None], 0.0).sort(0, descending=True)[0]
+        last_1E = (routing.tokens_per_expert_E - 1).clamp(0, max(T - 1, 0))[None]
+        at_last_E = falling_TE.gather(0, last_1E)[0] if T else falling_TE.new_zeros(E)
+        counts = torch.cat((at_last_E, at_last_E.new_full((1,), float(T > 0)))).float()
+        extra = {"capacity_predictor": loss_T}
+        return replace(routing, evidence=replace(routing.evidence, extra=extra, counts=counts))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.predictor is not None:
+            self.threshold.fill_(0.5)
+
+    @torch.no_grad()
+    def after_counts(self, counts: Tensor) -> None:
+        passes = counts[-1]
+        moved_E = self.threshold.lerp(counts[:-1] / passes.clamp_min(1), 1 - THRESHOLD_DECAY)
+        # In place: a compiled layer and a captured graph see the same buffer.
+        self.threshold.copy_(torch.where(passes > 0, moved_E, self.threshold))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExpertChoiceRouter:
+        before = self.threshold if self.predictor is not None else None
+        super()._apply(fn, recurse)
+        if before is not None and self.threshold.dtype != before.dtype:
+            # In bfloat16 the small steps of an average would vanish: keep the dtype, and the value unrounded.
+            self.threshold = before.to(self.threshold.device)
+        return self
+
+
+def pairs_of(taken_TE: Tensor, logits_TE: Tensor, tokens: Tokens) -> Routing:
+    """Return the pairs of tokens with the experts that take them, with the softmax over all experts as gates.
+
+    Args:
+        taken_TE: bool (T, E); False for padding.
+        logits_TE: float32 (T, E).
+        tokens: the tokens.
+    """
+    T, E = logits_TE.shape
+    scores_TE, expert_E = logits_TE.softmax(-1), torch.arange(E, device=logits_TE.device)
+    tokens_E = taken_TE.sum(0)
+    return Routing(
+        token_index_N=torch.arange(T, device=logits_TE.device).repeat_interleave(E),
+        expert_ids_N=torch.where(taken_TE, expert_E, E).flatten(),
+        gates_N=scores_TE.masked_fill(~taken_TE, 0.0).flatten(),
+        tokens_per_expert_E=tokens_E,
+        chosen_per_expert_E=tokens_E,
+        num_tokens=T,
+        top_k=E,
+        valid_T=tokens.valid_T,
+        num_sequences=tokens.num_sequences,
+        evidence=Evidence(scores_TE, logits_TE),
+    )
 
 
 def choose_tokens(
@@ -124,20 +219,43 @@ class ExpertChoice(LinearGateConfig):
     layer is the expert itself if ``capacity_factor`` is 1 or more, and raises an error below 1, when the expert would
     take the earliest tokens whatever they are.
 
+    With ``predictor_dim`` it is DiffMoE (arXiv 2503.14487): the group is the batch, and an MLP learns which experts
+    take a token, by binary cross-entropy and without a gradient to the token. In evaluation an expert takes the tokens
+    whose predicted probability reaches its threshold, a moving average of the one at which it would have taken as many
+    in training: no token depends on another one.
+
     Attributes:
         capacity_factor: experts that compute a token, on average. It takes the place of ``MoEConfig.capacity_factor``.
         init_scale: variance of the gate's initial weights times D.
+        predictor_dim: hidden dim of the predictor; None: there is none, and tokens compete in evaluation too.
     """
 
     paper = "2202.09368"
     router_class = ExpertChoiceRouter
     terms = frozenset({"router_z_loss"})
     is_causal = False
-    default_group = "sequence"
     layer_options = frozenset({"backend"})
 
     capacity_factor: Positive = 2.0
     init_scale: Positive = 0.1
+    predictor_dim: Count | None = None
+
+    @property
+    def default_group(self) -> str:
+        return "sequence" if self.predictor_dim is None else "batch"
+
+    @property
+    def depends_on(self) -> str:
+        return "sequence" if self.predictor_dim is None else "token"
+
+    @property
+    def can_grow(self) -> bool:
+        return self.predictor_dim is None
+
+    @property
+    def extra_weights(self) -> dict[str, float]:
+        # Nothing else learns from this loss: its weight is no matter of balance.
+        return {} if self.predictor_dim is None else {"capacity_predictor": 1.0}
 
     def check(self, num_experts: int) -> None:
         if num_experts == 1 and self.capacity_factor < 1:
@@ -154,3 +272,9 @@ class ExpertChoice(LinearGateConfig):
             return self.pairs_per_token(num_experts)
         places = capacity_of(whole_ratio(self.capacity_factor), 1, tokens_per_group, num_experts)
         return num_experts * int(places) / tokens_per_group
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return super().num_params(dim, num_experts) + (self.predictor_dim or 0) * (dim + num_experts)
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        return super().flops_per_token(dim, num_experts) + 2 * (self.predictor_dim or 0) * (dim + num_experts)

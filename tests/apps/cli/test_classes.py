@@ -17,12 +17,12 @@ from apps.cli.request import Request
 
 def test_the_apps_classes_need_no_import():
     assert set(app_classes("model")) == {
-        "HubCausalLM", "ImageCaptioner", "ImageTextRetriever", "LanguageModeler", "MultiTaskRecommender",
-        "NextItemRecommender", "Translator", "TwoTowerRetriever", "VisionClassifier",
+        "HubCausalLM", "ImageCaptioner", "ImageGenerator", "ImageTextRetriever", "LanguageModeler",
+        "MultiTaskRecommender", "NextItemRecommender", "Translator", "TwoTowerRetriever", "VisionClassifier",
     }  # fmt: skip
     assert set(app_classes("data")) == {
-        "HistoryData", "HubTextData", "ImageTextData", "RetrievalData", "TableData", "TextData", "TranslationData",
-        "VisionData",
+        "GenerationData", "HistoryData", "HubTextData", "ImageTextData", "RetrievalData", "TableData", "TextData",
+        "TranslationData", "VisionData",
     }  # fmt: skip
     assert long_name("data", "TextData") == "apps.nlp.language.data.TextData"
     assert long_name("data", "mine.TextData") == "mine.TextData"

@@ -183,6 +183,9 @@ def test_a_file_of_predictions_is_never_replaced_unasked(untrained, capsys, monk
     assert Path("deep/down/p.csv").read_text().startswith("output_1,output_2,output_3\n")
     assert main([*untrained, "--output", "p.txt"]) == 2
     assert "output=p.txt is for lines of text, and this model predicts rows" in capsys.readouterr().err
+    assert main([*untrained, "--output", "folder"]) == 2  # only a model that draws images writes one
+    assert "output=folder must end in one of .jsonl, .csv, .parquet, .txt" in capsys.readouterr().err
+    assert not Path("folder").exists()
 
 
 @pytest.mark.parametrize("raw", [False, True])

@@ -17,6 +17,7 @@ from core import (
     DomainRandom,
     Ensemble,
     Evidence,
+    ExpertChoice,
     Hash,
     Merge,
     MixtureOfTokens,
@@ -57,6 +58,7 @@ VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
         "unit gates": TokenChoice(1, normalize="unit"),
     },
     Ensemble: {"ensemble": Ensemble(top_k=2)},
+    ExpertChoice: {"expert choice": ExpertChoice(), "diffmoe": ExpertChoice(predictor_dim=8)},
     TokenRounding: {"token rounding": TokenRounding(tile=4)},
     ProductKeys: {
         "product keys": ProductKeys(top_k=3, heads=2),

@@ -303,3 +303,64 @@ def test_one_expert_of_all_tokens_is_the_expert_itself_and_trains_no_router():
     y.square().sum().backward()
     assert layer.router.gate.weight.grad.eq(0).all()
     assert layer.experts.w_in.grad.ne(0).any()
+
+
+# ---- a capacity predictor (DiffMoE)
+
+
+def foreseeing(factor: float = 1.0) -> ExpertChoiceRouter:
+    """Return a router of 2 experts whose predictor's logits are 4 silu(x) of the token."""
+    made = built(ExpertChoice(factor, predictor_dim=2), 2, limit=Capacity(group="batch"))
+    with torch.no_grad():
+        made.predictor.hidden.weight.copy_(torch.eye(2))
+        made.predictor.output.weight.copy_(4 * torch.eye(2))
+    return made
+
+
+def test_a_predictor_learns_what_the_experts_took():
+    made = foreseeing().train()
+    # One sequence of 4 tokens, capacity ceil(1 * 4 / 2) = 2: expert 0 takes tokens 0 and 1, expert 1 takes 2 and 3.
+    x = torch.tensor([[[3.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 3.0]]])
+    routing = made(x)
+    assert chosen(routing, 2) == [[0, 1], [3, 2]]
+    silu2, silu3 = (v / (1 + math.exp(-v)) for v in (2.0, 3.0))
+    # Each token: the right expert costs log(1 + exp(-4 silu)), and the other one, at logit 0, log 2.
+    for token, silu in ((0, silu3), (1, silu2)):
+        expected = (math.log1p(math.exp(-4 * silu)) + math.log(2)) / 2
+        assert float(routing.evidence.extra["capacity_predictor"][token]) == pytest.approx(expected, rel=1e-4)
+    # The second token of an expert decides its threshold.
+    last = 1 / (1 + math.exp(-4 * silu2))
+    assert routing.evidence.counts.tolist() == pytest.approx([last, last, 1.0])
+    made.after_counts(2 * routing.evidence.counts)  # of two passes
+    assert made.threshold.tolist() == pytest.approx([0.95 * 0.5 + 0.05 * last] * 2)
+    made.after_counts(torch.zeros(3))
+    assert made.threshold.tolist() == pytest.approx([0.95 * 0.5 + 0.05 * last] * 2)
+
+
+def test_in_evaluation_thresholds_decide_and_no_token_another():
+    made = foreseeing().eval()
+    made.threshold.copy_(torch.tensor([0.9, 0.4]))
+    # Predicted: sigmoid(4 silu(3)) = 1.0, sigmoid(0) = 0.5. Expert 0 takes from 0.9, expert 1 from 0.4 on.
+    x = torch.tensor([[[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]]])
+    assert chosen(made(x), 2) == [[0], [0, 1, 2]]
+    assert chosen(made(x[:, 1:2]), 2) == [[], [0]]
+    routing = made(x, RoutingContext(valid_BS=torch.tensor([[True, False, True]])))
+    assert chosen(routing, 2) == [[0], [0, 2]]
+    assert routing.tokens_per_expert_E.tolist() == [1, 2]
+
+
+def test_the_predictor_changes_no_token_and_is_kept_in_float32():
+    made = foreseeing().train()
+    x = torch.randn(2, 4, 2, requires_grad=True)
+    made(x).evidence.extra["capacity_predictor"].sum().backward()
+    assert x.grad is None or not x.grad.any()
+    assert made.gate.weight.grad is None
+    assert made.predictor.hidden.weight.grad.abs().max() > 0
+    assert made.to(torch.bfloat16).threshold.dtype == torch.float32
+
+
+def test_costs_of_a_predictor():
+    plain, own = (MoEConfig(4, ExpertChoice(1.0, predictor_dim=dim), FFN(8)) for dim in (None, 3))
+    # W1 (3, 8) and W2 (4, 3): 36 parameters, two FLOPs each.
+    assert own.num_params(8) - plain.num_params(8) == 36
+    assert own.flops_per_token(8, tokens_per_sequence=4) - plain.flops_per_token(8, tokens_per_sequence=4) == 72

@@ -1,0 +1,1 @@
+"""Class-conditional diffusion transformers with experts, which draw images of a class."""

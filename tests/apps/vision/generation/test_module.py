@@ -1,0 +1,195 @@
+"""ImageGenerator: its loss, and a run from training to files, a page and a graph."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from doc_scripts import output, script
+from PIL import Image
+from torch.testing import assert_close
+from undrawn import undrawn as undrawn
+
+import apps
+import core
+from apps.cli import main
+from apps.vision.batch import ImageBatch
+from apps.vision.generation.autoencoder import WEIGHTS, Autoencoder
+from apps.vision.generation.diffusion import SamplingConfig, fixed_noise
+from apps.vision.generation.model import DiTConfig
+from apps.vision.generation.module import ImageGenerator
+
+CONFIG = Path(__file__).parents[4] / "configs" / "vision" / "generation" / "digits.yaml"
+TINY = DiTConfig(patch_size=4, embed_dim=8, depth=2, num_heads=2)
+MOE = core.MoEConfig(4, core.TokenChoice(2), core.FFN(8), num_shared_experts=1)
+SMALL = [
+    *("--model.dit.embed_dim", "16", "--model.dit.depth", "2", "--model.dit.patch_size", "4"),
+    *("--model.moe.num_experts", "4", "--model.sampling.steps", "2", "--model.metrics.images", "20"),
+    *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3", "--trainer.accelerator", "cpu"),
+]
+
+
+def built(**options):
+    torch.manual_seed(0)
+    return ImageGenerator(**{"dit": TINY, "moe": MOE, "image_size": 8, "report": None, **options})
+
+
+def batch(number=4):
+    image = torch.randn(number, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return ImageBatch(image, torch.arange(number), torch.arange(number) + 100)
+
+
+def test_the_loss_of_an_image_in_evaluation_follows_from_its_number():
+    module = built().eval().requires_grad_(False)
+    out = module.task_loss(batch())
+    # The prediction is 0 at first, so the loss is the mean square of noise minus image.
+    noised = fixed_noise("flow", batch().image, batch().index)
+    assert_close(out.outputs, noised.target.square().mean((1, 2, 3)))
+    assert_close(out.loss, out.outputs.mean())
+    some = ImageBatch(*(part[1:3] for part in batch()))
+    assert_close(module.task_loss(some).outputs, out.outputs[1:3])
+    values = module.example_values([out])
+    assert values.name == "loss"
+    assert not values.higher_is_better
+    assert values.mean == pytest.approx(float(out.loss))
+
+
+def test_training_hides_the_class_of_some_images():
+    module, seen = built(moe=None, class_dropout=0.5), []
+    module.model.class_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for _ in range(50):
+        module.task_loss(batch())
+    label = torch.stack(seen)
+    assert 0.35 < float((label == 10).double().mean()) < 0.65  # 200 images, half of them +- 4 standard deviations
+    seen.clear()
+    module.eval().task_loss(batch())
+    assert seen[0].tolist() == [0, 1, 2, 3]
+
+
+def test_dense_twins_cost_the_same():
+    module = built()
+    flops = module.routed_layers().flops_per_token()
+    twin = module.baselines()["dense_equal_flops"].build()
+    ffn = twin.model.blocks[1].mlp
+    # Two matmuls of 8 x F, two FLOPs each; the router's 2 * 8 * 4 are in the sparse layer's.
+    assert 4 * 8 * ffn.fc1.out_features == pytest.approx(flops, rel=0.1)
+    assert core.moe_layers(twin) == {}
+
+
+def test_values_that_do_not_go_together():
+    with pytest.raises(ValueError, match=r"sampling\.guidance=1\.5 needs a null class, and class_dropout=0"):
+        built(class_dropout=0.0)
+    built(class_dropout=0.0, sampling=SamplingConfig(guidance=1.0))
+    with pytest.raises(ValueError, match="num_tasks=3, which does not fit the data: they have 10"):
+        built(moe=core.MoEConfig(4, core.Task(num_tasks=3), core.FFN(8)))
+    with pytest.raises(ValueError, match="process='sde' is not one of"):
+        built(process="sde")
+    with pytest.raises(ValueError, match="autoencoder=nowhere is no folder of diffusers"):
+        built(autoencoder="nowhere")
+
+
+def test_latents_are_drawn_and_the_checkpoint_has_no_autoencoder(tmp_path):
+    from safetensors.torch import save_file
+
+    sizes = {"block_out_channels": [4, 4], "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 2}
+    config = {"in_channels": 1, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(Autoencoder(config).state_dict(), tmp_path / WEIGHTS)
+    module = built(autoencoder=str(tmp_path))
+    module._encoding = {"class_names": list("0123456789"), "image_size": 8, "in_chans": 1, "mean": [0.5], "std": [0.5]}
+    assert module.drawn_shape == (2, 4, 4)
+    assert module.eval().task_loss(batch()).outputs.shape == (4,)
+    assert module.predict(3, number=2, steps=2)[1].size == (8, 8)
+    assert not any("coder" in name for name in module.state_dict())
+
+
+@pytest.mark.parametrize("router", [core.ExpertChoice(1.0, predictor_dim=4), core.TokenChoice(2)])
+def test_an_image_does_not_depend_on_the_classes_beside_it(router):
+    module = built(moe=core.MoEConfig(4, router, core.FFN(8)))
+    for part in (module.model.head, *(block.modulation for block in module.model.blocks)):
+        torch.nn.init.normal_(part.weight, std=0.3)
+    module._encoding = {"class_names": list("0123456789"), "image_size": 8, "in_chans": 1, "mean": [0.5], "std": [0.5]}
+    both, alone = (module.predict(classes, number=2, seed=3, steps=3) for classes in (["3", 7], [7]))
+    assert [np.array_equal(a, b) for a, b in zip(both[2:], alone, strict=True)] == [True, True]
+    assert not np.array_equal(both[0], module.predict(3, seed=4, steps=3)[0])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "digits"
+    assert main(["fit", "--config", str(CONFIG), "--run_dir", str(folder), *SMALL]) == 0
+    return folder
+
+
+def test_a_run_draws_equal_folders_and_leaves_others_alone(run, tmp_path, capsys):
+    ask = ["predict", "--ckpt_path", str(run), "--data.number", "3", "--data.seed", "1"]
+    for classes, name in (("3,7", "a"), ("[3,7]", "b")):
+        assert main([*ask, "--data.classes", classes, "--output", str(tmp_path / name)]) == 0
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert [*map(str, files)] == [
+        *(f"{c}/000{i}.png" for c in (3, 7) for i in range(3)), "grid.png", "images.json"
+    ]  # fmt: skip
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    (drawn,) = apps.load(run).predict([7], seed=1)
+    assert drawn.size == (8, 8)
+    assert "6 images of 3, 7" in capsys.readouterr().out
+    for options, says in (
+        (["--output", str(tmp_path / "a")], "exists: --overwrite replaces it"),
+        (["--output", str(tmp_path / "x.csv")], "x.csv is a file, and this model draws images: give a folder"),
+        (["--output", str(tmp_path / "c"), "--data.classes", "12"], "classes=12 is none of the model's 10 classes"),
+        (["--output", str(tmp_path / "c"), "--model.sampling.steps", "0"], "sampling.steps=0 is not at least 1"),
+    ):
+        assert main([*ask, *options]) != 0
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+    assert main([*ask, "--output", str(tmp_path / "a"), "--data.classes", "5", "--overwrite"]) == 0
+    assert not (tmp_path / "a" / "3").exists()
+
+
+def test_a_test_reports_figures_by_name(run, capsys):
+    assert main(["test", "--ckpt_path", str(run), "--run_dir", str(run)]) == 0
+    found = json.loads((run / "test.json").read_text())
+    assert found["signatures"]["frechet"] == "in 19 principal components of pixels"  # of 20 images
+    assert 0 <= found["test/precision"] <= 1
+    assert found["test/frechet_of_training"] < found["test/frechet"]  # three steps learn nothing
+    titles = (run / "report" / "sections.json").read_text()
+    assert "Which expert takes a noise level, block 1" in titles
+    assert {"classes.png", "steps.png", "nearest.png", "expert_level.png"} <= {
+        p.name for p in (run / "report").iterdir()
+    }
+
+
+def test_the_service_answers_with_a_file_and_the_page_with_experts(run):
+    model = apps.load(run)
+    service = model.task.service()
+    values = service.read({"class_name": "3", "seed": 5})
+    (answer,) = service.predict([values])
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["image"]))))
+    assert image.shape == (8, 8)
+    assert service.predict([values, values]) == [answer, answer]
+    shown = model.task.exhibit(None, 0).answer(["3", 5, 1.5])
+    assert np.array_equal(shown.parts[0].images[0][1], image)
+    ((patches,),) = shown.layers.values()
+    assert patches.experts.shape == (2, 2, 2)
+
+
+def test_a_graph_of_one_step_draws_the_same_images(run, tmp_path):
+    assert main(["export", "--ckpt_path", str(run), "--output", str(tmp_path / "step.onnx")]) == 0
+    ask = ["predict", "--data.number", "2", "--data.classes", "3"]
+    assert main([*ask, "--ckpt_path", str(run), "--output", str(tmp_path / "torch")]) == 0
+    assert main([*ask, "--onnx", str(tmp_path / "step.onnx"), "--output", str(tmp_path / "onnx")]) == 0
+    for number in range(2):
+        one, other = (
+            np.asarray(Image.open(tmp_path / kind / "3" / f"000{number}.png"), int) for kind in ("torch", "onnx")
+        )
+        assert np.abs(one - other).max() <= 1
+    output(
+        script("docs/reference/onnx_scripts.md", "draw.py"), str(tmp_path / "step.onnx"), "3", str(tmp_path / "3.png")
+    )
+    assert np.asarray(Image.open(tmp_path / "3.png")).shape == (8, 8)
