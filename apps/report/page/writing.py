@@ -51,9 +51,9 @@ def from_json(value: Any) -> Any:
     """
     if isinstance(value, dict):
         fields = {name: from_json(item) for name, item in value.items()}
-        name = fields.pop(_NAME, None)
-        if name is None:
+        if not isinstance(fields.get(_NAME), str):  # a task may be called so
             return fields
+        name = fields.pop(_NAME)
         if name not in _CLASSES:
             raise ValueError(f"{name!r} is no part of a page")
         try:

@@ -24,7 +24,7 @@ from apps.report.page import (
     show_page,
     write_page,
 )
-from apps.report.page.writing import markdown, read_reports, write_index
+from apps.report.page.writing import from_json, markdown, read_reports, to_json, write_index
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,8 @@ def test_sections_come_back_with_pictures_by_their_paths(tmp_path):
     assert repr(kept) == repr(tuple(s.below(tmp_path) for s in page.sections))  # NaN differs from NaN
     assert kept[2].parts[2].path == str(tmp_path / "point.png")
     assert load_sections(tmp_path / "none") == ()
+    by_task = {"class": (1.0, 2.0), "price": (3.0,)}
+    assert from_json(to_json(by_task)) == by_task
 
 
 @pytest.mark.parametrize("text, reason", [("[", "Expecting"), ('{"class": "Popen"}', "'Popen' is no part of a page")])
