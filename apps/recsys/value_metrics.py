@@ -193,13 +193,15 @@ def class_metrics(z_NC: np.ndarray, place_N: np.ndarray) -> ValueMetrics:
 def number_values(value_N: np.ndarray, label_N: np.ndarray) -> np.ndarray:
     """Return values (N,) whose mean is the ``r2`` of predicted numbers.
 
-    The value of an example is ``1 - (y - value)^2 / variance of y``, that of one without a label the ``r2`` itself.
+    The value of an example is ``1 - (y - value)^2 / variance of y``, stretched about the ``r2`` by the number of
+    examples over that of labels, so that the spread is that of the ``r2``. One without a label has the ``r2`` itself.
     """
     y_n = label_N[~np.isnan(label_N)]
     if not len(y_n) or not np.ptp(y_n):
         return np.full(len(label_N), math.nan)
     values_N = 1 - np.square(label_N - value_N) / y_n.var()
-    return np.where(np.isnan(label_N), np.nanmean(values_N), values_N)
+    r2 = np.nanmean(values_N)
+    return np.where(np.isnan(label_N), r2, r2 + (values_N - r2) * (len(label_N) / len(y_n)))
 
 
 def class_values(z_NC: np.ndarray, place_N: np.ndarray) -> np.ndarray:

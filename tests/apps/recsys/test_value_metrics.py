@@ -53,6 +53,12 @@ def test_values_by_example_have_the_metric_as_mean():
     assert class_values(z_NC, place).mean() == pytest.approx(class_metrics(z_NC, place).values()["auc"])
 
 
+def test_examples_without_a_label_leave_the_interval_of_the_r2_as_it_is():
+    # The variance of the labels is 1: 1 - 1 and 1 - 0 are stretched about their mean of a half by 4 / 2.
+    values = number_values(np.array([1.0, 2, 5, 5]), np.array([0, 2, NAN, NAN]))
+    assert values.tolist() == [-0.5, 1.5, 0.5, 0.5]
+
+
 def test_the_r2_of_equal_labels_is_nan_also_where_their_mean_is_rounded():
     label, value = np.full(7, 0.1), np.arange(7.0)
     assert label.mean() != 0.1
