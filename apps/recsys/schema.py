@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -432,6 +432,36 @@ _SIZES = ("hash_rows", "num_rows")
 def timestamp_columns(column: str) -> tuple[str, str, str]:
     """Return the names of a timestamp's columns: hour, weekday, days."""
     return f"{column}_hour", f"{column}_weekday", f"{column}_days"
+
+
+def plain_name(column: str) -> str:
+    """Return the name by which a description calls a file's column whose own name has dots or slashes."""
+    return column.replace(".", "_").replace("/", "_")
+
+
+def names_of(roles: Mapping[str, str], names: Sequence[Any], where: str, hint: str = "") -> dict[str, Any]:
+    """Return the own name, in a file or another table, of each column of ``roles``: itself, or of that plain name.
+
+    Args:
+        roles: role of each column.
+        names: the table's own names.
+        where: what to call the table in messages.
+        hint: what to say of a missing column, instead of a near name.
+
+    Raises:
+        ValueError: a column is missing, or there twice.
+    """
+    texts = [name for name in names if isinstance(name, str)]
+    found = {}
+    for column, role in roles.items():
+        own = [name for name in texts if name == column] or [name for name in texts if plain_name(name) == column]
+        if not own:
+            near = hint or nearest(column, [name for name in texts if name not in roles])
+            raise ValueError(f"column {column!r} ({role}) is not in {where}{near}")
+        if len(own) > 1:
+            raise ValueError(f"column {column!r} is twice in {where}")
+        found[column] = own[0]
+    return found
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import glob
 import io
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from apps.base.inflate import Inflated, check_unpacked
 from apps.data.store import identity
 from apps.recsys.encoding.numbers import first_failing, is_text
 from apps.recsys.readers.raw import RawTables
-from apps.recsys.schema import TableConfig, nearest
+from apps.recsys.schema import TableConfig, names_of, nearest
 
 log = logging.getLogger(__name__)
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _SERIAL = pa.csv.ReadOptions(use_threads=False)  # only then an error of the layout names the row
 _TEXT = pa.dictionary(pa.int32(), pa.string())
-_UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
+_UNREADABLE = (pa.ArrowException, OSError, EOFError)
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
 
@@ -89,7 +89,15 @@ def read_files(
     Raises:
         ValueError: as for `read_columns`, or the files differ in their types.
     """
-    tables = [read_columns(file, roles, numbers, inferred) for file in files]
+    return joined([read_columns(file, roles, numbers, inferred) for file in files], files)
+
+
+def joined(tables: Sequence[pa.Table], files: Sequence[Path]) -> pa.Table:
+    """Return the rows of the tables of some files, one after the other.
+
+    Raises:
+        ValueError: the tables differ in their types.
+    """
     if len(tables) == 1:
         return tables[0]
     try:
@@ -105,7 +113,7 @@ def read_columns(
 
     In a CSV file an empty field is a missing value and everything else is taken literally; that "NA" is no number is
     the encoder's to know. A file that is not compressed and does not end in a line end is read with a warning: its last
-    field may be cut.
+    field may be cut. A column "age.years" or "age/years" of a file is "age_years" too.
 
     Args:
         file: a file of a kind that `find_files` returns.
@@ -118,11 +126,15 @@ def read_columns(
         ValueError: a column is missing or doubled, text is not UTF-8, or the file cannot be read, was cut, or unpacks
             to far more than its size explains (see ``apps.base.inflate``).
     """
-    with _naming(file):
+    names = check_columns(file, roles)
+    with naming(file):
+        own = list(dict.fromkeys(names.values()))
         if _kind(file) == ".parquet":
-            with _parquet(file, roles) as parquet:
-                return parquet.read(columns=list(roles))
-        return _read_csv(file, roles, numbers, inferred)
+            with _parquet(file, own) as parquet:
+                table = parquet.read(columns=own)
+        else:
+            table = _read_csv(file, own, [names[c] for c in numbers], names.get(inferred or ""))
+    return _called(table, names)
 
 
 def iter_columns(
@@ -137,88 +149,97 @@ def iter_columns(
     Raises:
         ValueError: as for `read_columns`.
     """
-    with _naming(file):
+    names = check_columns(file, roles)
+    with naming(file):
+        own = list(dict.fromkeys(names.values()))
         if _kind(file) == ".parquet":
-            with _parquet(file, roles) as parquet:
-                for batch in parquet.iter_batches(num_rows, columns=list(roles)):
-                    yield pa.Table.from_batches([batch])
+            with _parquet(file, own) as parquet:
+                for batch in parquet.iter_batches(num_rows, columns=own):
+                    yield _called(pa.Table.from_batches([batch]), names)
         else:
-            for batch in _iter_csv(file, roles, numbers):
-                yield pa.Table.from_batches([batch])
+            for batch in _iter_csv(file, own, [names[c] for c in numbers]):
+                yield _called(pa.Table.from_batches([batch]), names)
 
 
-def check_columns(file: Path, roles: Mapping[str, str]) -> None:
-    """Reject a file that lacks a column, or has one twice; no row is read.
+def check_columns(file: Path, roles: Mapping[str, str]) -> dict[str, str]:
+    """Return the file's own name of each column; no row is read.
 
     Raises:
-        ValueError: naming the column and its role; or the file cannot be read.
+        ValueError: the file lacks a column, or has it twice; or it cannot be read.
     """
-    with _naming(file):
-        if _kind(file) != ".parquet":
-            _layout(file, roles)
-            return
-        with _parquet(file, roles):
-            pass
+    with naming(file):
+        if _kind(file) == ".parquet":
+            with pa.parquet.ParquetFile(file) as parquet:
+                names = parquet.schema_arrow.names
+        else:
+            with opened(file) as source, pa.csv.open_csv(source, _SERIAL, parse_options=layout(file)) as reader:
+                names = reader.schema.names
+    hint = ""
+    if len(names) == 1 and _kind(file) in _SEPARATORS:
+        hint = f", whose one column is {names[0]!r}: is it separated by {_SEPARATORS[_kind(file)]!r}?"
+    return names_of(roles, names, repr(str(file)), hint)
+
+
+def _called(table: pa.Table, names: Mapping[str, str]) -> pa.Table:
+    return table.select(list(names.values())).rename_columns(list(names))
 
 
 @contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
+def naming(file: Path) -> Iterator[None]:
     """Name the file in an error of reading it."""
     try:
         yield
+    except UnicodeDecodeError:
+        raise ValueError(f"{str(file)!r} cannot be read: the names of its columns are no UTF-8 text") from None
     except _UNREADABLE as error:
         raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
 
 
 @contextlib.contextmanager
-def _parquet(file: Path, roles: Mapping[str, str]) -> Iterator[pa.parquet.ParquetFile]:
-    """Open a Parquet file, and check that it has the columns and holds no more than its size explains."""
+def _parquet(file: Path, names: Collection[str]) -> Iterator[pa.parquet.ParquetFile]:
+    """Open a Parquet file, and check that it holds no more than its size explains."""
     with pa.parquet.ParquetFile(file) as parquet:
-        _check(parquet.schema_arrow.names, roles, file)
         _check_size(parquet.metadata, file)
-        texts = [f.name for f in parquet.schema_arrow if f.name in roles and is_text(f.type)]
+        texts = [f.name for f in parquet.schema_arrow if f.name in names and is_text(f.type)]
     # Texts are read as a dictionary: a page may repeat a long one a million times in a few bytes.
     with pa.parquet.ParquetFile(file, read_dictionary=texts) as parquet:
         yield parquet
 
 
-def _read_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str], inferred: str | None) -> pa.Table:
-    parse = _layout(file, roles)
-    types: dict[str, Any] = {c: _TEXT for c in roles if c != inferred}
+def _read_csv(file: Path, names: list[str], numbers: Collection[str], inferred: str | None) -> pa.Table:
+    parse = layout(file)
+    types: dict[str, Any] = {c: _TEXT for c in names if c != inferred}
     try:
-        table = _convert(file, parse, {**types, **{c: pa.float64() for c in numbers}}, list(roles))
+        table = _convert(file, parse, {**types, **{c: pa.float64() for c in numbers}}, names)
     except pa.ArrowInvalid as error:
         if "conversion error" not in str(error):
             raise
         # A field of a column of numbers is not a number: from text the encoder can say which one, and in which row.
         with _naming_bytes(file, parse, types):
-            table = _convert(file, parse, types, list(roles))
+            table = _convert(file, parse, types, names)
     _check_end(file)
     return table
 
 
-def _iter_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str]) -> Iterator[pa.RecordBatch]:
-    parse = _layout(file, roles)
-    text: dict[str, Any] = dict.fromkeys(roles, _TEXT)
+def _iter_csv(file: Path, names: list[str], numbers: Collection[str]) -> Iterator[pa.RecordBatch]:
+    parse = layout(file)
+    text: dict[str, Any] = dict.fromkeys(names, _TEXT)
     _check_end(file)
     count = 0
     try:
-        for batch in _stream(file, parse, {**text, **{c: pa.float64() for c in numbers}}, list(roles)):
+        for batch in _stream(file, parse, {**text, **{c: pa.float64() for c in numbers}}, names):
             yield batch
             count += 1
     except pa.ArrowInvalid as error:
         if "conversion error" not in str(error):
             raise
         with _naming_bytes(file, parse, text):  # as text from there on, as in _read_csv: the chunks are the same
-            yield from itertools.islice(_stream(file, parse, text, list(roles)), count, None)
+            yield from itertools.islice(_stream(file, parse, text, names), count, None)
 
 
-def _layout(file: Path, roles: Mapping[str, str]) -> pa.csv.ParseOptions:
-    """Return how a file of text is parsed, after a check that it has the columns."""
-    parse = pa.csv.ParseOptions(delimiter=_SEPARATORS[_kind(file)], newlines_in_values=True)
-    with opened(file) as source, pa.csv.open_csv(source, _SERIAL, parse_options=parse) as reader:
-        _check(reader.schema.names, roles, file)
-    return parse
+def layout(file: Path) -> pa.csv.ParseOptions:
+    """Return how a file of text is parsed."""
+    return pa.csv.ParseOptions(delimiter=_SEPARATORS[_kind(file)], newlines_in_values=True)
 
 
 def _check_end(file: Path) -> None:
@@ -298,17 +319,6 @@ def _check_size(metadata: pa.parquet.FileMetaData, file: Path) -> None:
     check_unpacked(file.name, size, pages, "bytes of pages")
     # A number takes at least 4 bytes in memory.
     check_unpacked(file.name, size, 4 * metadata.num_rows * metadata.num_columns, "bytes of rows")
-
-
-def _check(names: list[str], roles: Mapping[str, str], file: Path) -> None:
-    for column, role in roles.items():
-        if column not in names:
-            near = nearest(column, [name for name in names if name not in roles])
-            if len(names) == 1 and _kind(file) in _SEPARATORS:
-                near = f", whose one column is {names[0]!r}: is it separated by {_SEPARATORS[_kind(file)]!r}?"
-            raise ValueError(f"column {column!r} ({role}) is not in {str(file)!r}{near}")
-        if names.count(column) > 1:
-            raise ValueError(f"{str(file)!r} has two columns {column!r}")
 
 
 def _kind(file: Path) -> str:

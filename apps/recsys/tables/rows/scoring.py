@@ -20,7 +20,7 @@ import torch
 from apps.base.checks import check_at_least
 from apps.base.messages import excerpt, first_line
 from apps.recsys.encoding.table_encoding import Encoding
-from apps.recsys.schema import nearest
+from apps.recsys.schema import names_of
 from apps.recsys.tables.rows.batch import TableBatch
 from apps.recsys.tables.rows.rows import TableRows
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+_ROWS = "the rows to predict"
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -135,13 +136,12 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
     if isinstance(rows, (str, Path)):
         yield from pieces_of_files(user_tables.find_files(None, str(rows), "rows"), roles, numbers, size)
     elif is_frame(rows):
-        _check_columns(list(rows.columns), roles)
+        names = names_of(roles, list(rows.columns), _ROWS)
         for begin in range(0, len(rows), size):
             part = rows.iloc[begin : begin + size]
-            yield pa.table({column: _column(column, part[column]) for column in roles})
+            yield pa.table({column: _column(column, part[own]) for column, own in names.items()})
     elif isinstance(rows, Mapping):
-        _check_columns(list(rows), roles)
-        columns = {column: _column(column, rows[column]) for column in roles}
+        columns = {column: _column(column, rows[own]) for column, own in names_of(roles, list(rows), _ROWS).items()}
         lengths = {column: len(values) for column, values in columns.items()}
         for column, length in lengths.items():
             if length != next(iter(lengths.values())):
@@ -150,8 +150,8 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
         yield from _joined([pa.table(columns)], size)
     elif isinstance(rows, pa.Table) or hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__"):
         table = rows if isinstance(rows, pa.Table) else pa.table(rows)
-        _check_columns(table.column_names, roles)
-        yield from _joined([table.select(list(roles))], size)
+        names = names_of(roles, table.column_names, _ROWS)
+        yield from _joined([table.select(list(names.values())).rename_columns(list(names))], size)
     else:
         raise ValueError(
             f"rows={excerpt(rows)} are none that can be scored: give a DataFrame, an arrow table, a dict of columns, a "
@@ -193,15 +193,6 @@ def is_frame(rows: Any) -> bool:
     """Tell whether ``rows`` are a pandas DataFrame, without importing pandas."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(rows, pandas.DataFrame)
-
-
-def _check_columns(names: list[Any], roles: Mapping[str, str]) -> None:
-    for column, role in roles.items():
-        if column not in names:
-            near = nearest(column, [name for name in names if isinstance(name, str) and name not in roles])
-            raise ValueError(f"column {column!r} ({role}) is not in the rows to predict{near}")
-        if names.count(column) > 1:
-            raise ValueError(f"the rows to predict have two columns {column!r}")
 
 
 def _column(name: str, values: Any) -> pa.Array | pa.ChunkedArray:

@@ -172,7 +172,7 @@ def test_files_that_cannot_be_read_are_named(own, tmp_path):
         _ = own(train_file="train.txt").features
     header = (tmp_path / "test.csv").read_text().splitlines()[0].replace("other", "city")
     (tmp_path / "train.csv").write_text(header + "\na,b,1,2,c,1,1,x\n")
-    with pytest.raises(ValueError, match="has two columns 'city'"):
+    with pytest.raises(ValueError, match="column 'city' is twice in "):
         _ = own().features
 
 
@@ -218,7 +218,7 @@ def test_text_of_another_encoding_is_named_with_its_row(tmp_path, numbers):
     ):
         user_tables.read_columns(tmp_path / "t.csv", dict.fromkeys(("user", "age", "city"), "categorical"), numbers)
     (tmp_path / "t.csv").write_bytes("straße,user\n1,2\n".encode("latin1"))
-    with pytest.raises(ValueError, match=r"t\.csv' cannot be read: 'utf-8' codec can't decode byte 0xdf"):
+    with pytest.raises(ValueError, match=r"t\.csv' cannot be read: the names of its columns are no UTF-8 text"):
         user_tables.read_columns(tmp_path / "t.csv", {"user": "categorical"})
 
 
