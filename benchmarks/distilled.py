@@ -24,7 +24,7 @@ from verdict import TASKS, Folders
 from apps.base.files import replacing
 from apps.base.machine import machine_line
 from apps.data.given import GivenData
-from apps.recsys.own_data import config_for
+from apps.recsys.own_table import config_for
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "docs" / "runs" / "distilled.json"

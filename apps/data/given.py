@@ -31,9 +31,9 @@ class GivenData:
         exclude: columns of a table that are not features.
         time: column of a table by which rows are split: the last ones test; None: not by time.
         user: column of a table by which rows are split: all rows of a value fall on one side; None: not by it.
-        in_place: whether the configuration reads a table or texts from the user's own files, and its comments explain
-            it to a person. Else they are copied or linked below ``folder``.
-        more_targets: further columns to predict with the same model; only with ``in_place``.
+        in_place: whether a person reads the configuration next: it reads texts from the user's own files, which are
+            else linked below ``folder``, and a table may have no ``target``.
+        more_targets: further columns to predict with the same model.
     """
 
     paths: tuple[Path, ...]

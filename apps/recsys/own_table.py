@@ -2,98 +2,75 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
+import math
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from apps.base.messages import counted, excerpt, some
-from apps.data.given import GivenConfig, GivenData
+from apps.base.messages import counted, some
+from apps.data.given import EXPERTS, NUMBERS, GivenConfig, GivenData
 from apps.recsys.encoding.numbers import plain, to_order
 from apps.recsys.encoding.texts import encoder_folder
 from apps.recsys.encoding.timestamps import to_seconds
-from apps.recsys.guesses import FEW_VALUES, TABLE_ROLES, Guess, guess, words_of
-from apps.recsys.leaks import floats_of, leak
-from apps.recsys.own_data import SHARES, check_columns, join_tables, labels_of, read_table, sparse_config, table_files
-from apps.recsys.schema import TextConfig, timestamp_columns
-
-LEAST_ZEROS = 0.1
-"""Share of zeros from which on amounts are "revenue"."""
+from apps.recsys.guesses import TABLE_ROLES, Guess, guess
+from apps.recsys.leaks import leak
+from apps.recsys.own_files import check_columns, read_tables, table_files
+from apps.recsys.own_labels import Label, label_of, likeliest
+from apps.recsys.readers.user_tables import joined
+from apps.recsys.schema import TextConfig, plain_name, timestamp_columns
 
 _LOOKED_AT = 20_000
+_STEPS = 1500
+_SHARES = {"val": 0.15, "test": 0.25}
 _DATA = ("data", "init_args")
 _TABLE = (*_DATA, "table")
-_WITH_CLASSES = ("binary", "ordinal", "multiclass")
-_CERTAIN = {"label", "target", "y", "class", "outcome"}
-_LABELS = {"churn", "churned", "click", "clicked", "bought", "buy", "purchase", "purchased", "converted", "conversion"}
-_LABELS |= {
-    "survived",
-    "default",
-    "fraud",
-    "spam",
-    "response",
-    "subscribed",
-    "canceled",
-    "returned",
-    "liked",
-} | _CERTAIN
-_LAST = {"price", "amount", "sales", "revenue", "rating", "score", "demand", "count", "cnt", "value", "quality"}
-
-
-@dataclass(frozen=True)
-class _Label:
-    """A column that is predicted.
-
-    Attributes:
-        config: arguments of its ``TaskConfig`` that are no default.
-        meaning: its kind and its values in words.
-        values_N: float64, NaN for none; of several classes, whether it is the most frequent one.
-    """
-
-    config: Mapping[str, Any]
-    meaning: str
-    values_N: np.ndarray
-
-    @property
-    def kind(self) -> str:
-        return self.config.get("kind", "binary")
 
 
 def config_for(given: GivenData) -> GivenConfig | None:
     """Return a commented configuration of a small MMoE with routers for a table; None: another kind of data.
 
-    Several targets become tasks of one model. Without one the likeliest column is taken. Ids, columns without
-    information, and columns that nearly decide a label by themselves are left out, and a comment says why.
+    The table is a CSV, TSV or Parquet file, or a folder of files of one of these kinds with the same columns, and is
+    read where it is. Several targets become tasks of one model. A person who reads the configuration may name none:
+    then it is the likeliest column. Ids, columns without information, and columns that nearly decide a label by
+    themselves are left out, and a comment says why.
 
     Raises:
-        ValueError: as for ``apps.recsys.own_data.config_for``, or no column is plainly the label.
+        ValueError: no target is named, or no column is plainly one; an option names no column; a target has no value,
+            only one, values of another kind, or too few rows, or of a class; no column is left to predict from; or a
+            file cannot be read.
     """
     if len(given.paths) != 1 or not (files := table_files(given.paths[0])):
         return None
-    tables = {file: read_table(file, is_literal=True) for file in files}
-    table = join_tables(list(tables.values()), files)
+    tables = read_tables(files)
+    table = joined([*tables.values()], files)
     name = str(given.paths[0])
     if not len(table):
         raise ValueError(f"{name} has names of columns and no row")
     notes = []
     targets = [own for own in dict.fromkeys((given.target, *given.more_targets)) if own is not None]
     if not targets:
+        if not given.in_place:
+            names = some(table.column_names, 20)
+            raise ValueError(f"{name} is a table and needs --target, the column to predict: {names}")
         targets, why = likeliest(table, name)
         notes.append(f"target: {targets[0]}, {why}; --target names another one")
-    asked = (*(("target", target) for target in targets), ("time", given.time), ("user", given.user))
-    check_columns(asked, table, files[0], name)
-    labels = {target.replace(".", "_").replace("/", "_"): _label(target, table.column(target)) for target in targets}
+    asked = [("time", given.time), ("user", given.user), *(("exclude", column) for column in given.exclude)]
+    check_columns([*(("target", target) for target in targets), *asked], table, files[0], name)
+    labels = {plain_name(target): label_of(target, table.column(target), given.kind) for target in targets}
     if given.time is not None:
         to_order([("the table", table.column(given.time))], given.time)
-    found = {column: guess(column, table.column(column)) for column in table.column_names if column not in targets}
+    given, table = _with_plain_names(given, table.drop_columns(targets), targets)
+    found = {column: guess(column, table.column(column)) for column in table.column_names}
+    found |= dict.fromkeys(given.exclude, Guess("unused", "excluded"))
     lengths = {file.name: len(own) for file, own in tables.items()}
-    dates = [column for column, own in found.items() if own.role == "date"]
+    dates = (column for column, own in found.items() if own.role == "date")
     warnings = [line for column in dates for line in _odd_dates(column, table, lengths)]
     found = {column: _used(column, own, given, table, labels) for column, own in found.items()}
     separators = Counter(own.separator for own in found.values() if own.separator)
@@ -105,92 +82,29 @@ def config_for(given: GivenData) -> GivenConfig | None:
     left_out = {column: own for column, own in found.items() if own.role not in TABLE_ROLES}
     if len(left_out) == len(found):
         raise ValueError(f"{name} has no column to predict {targets[0]!r} from: {some(list(left_out))} left out")
-    odd = {column: own for column, own in left_out.items() if column not in (given.time, given.user)}
+    odd = {column: own for column, own in left_out.items() if column not in (given.time, given.user, *given.exclude)}
     warnings += [f"{column} is left out: {_words(own)}" for column, own in odd.items()]
-    paths = {"train_file": str(given.paths[0] / f"*{files[0].suffix}") if given.paths[0].is_dir() else name}
+    path = f"{glob.escape(name)}/*{files[0].suffix}" if given.paths[0].is_dir() else name
     num_rows = max(int((~np.isnan(label.values_N)).sum()) for label in labels.values())
     notes.append(f"{len(table):,} rows; {'; '.join(f'{task}: {label.meaning}' for task, label in labels.items())}")
     columns, comments, above = _columns(found, table, given, labels, separator)
+    if not given.in_place:
+        used = [f"{', '.join(own)} ({role})" for role, own in columns.items() if role in TABLE_ROLES.values()]
+        notes.append(f"columns: {'; '.join(used)}")
     comments[*_DATA, "train_file"] = f"{counted(len(table), 'row')}; file names start from the folder you are in"
     comments["model", "init_args", "dense", "kind"] = "also: piecewise_linear, quantile, normalize"
     comments[*_TABLE, "min_count"] = "rarer categories share a row"
-    made = sparse_config({**paths, "table": columns}, num_rows, notes)
+    made = _sparse_config({"train_file": path, "table": columns}, num_rows, notes)
     return replace(made, comments=comments, above=above, warnings=tuple(warnings))
 
 
-def likeliest(table: pa.Table, name: str) -> tuple[list[str], str]:
-    """Return the column that is most likely the label, alone, and why.
-
-    Raises:
-        ValueError: none is more likely than others.
-    """
-    counts = {
-        c: len(pc.unique(own.drop_null())) for c, own in zip(table.column_names, map(_flat, table.columns), strict=True)
-    }
-    can_be = [column for column, number in counts.items() if number > 1]
-    two = [column for column in can_be if counts[column] == 2]
-    named = [column for column in can_be if _LABELS & {*words_of(column)} and counts[column] <= len(table) / 2]
-    certain = [column for column in table.column_names if column.lower() in _CERTAIN]
-    last = table.column_names[-1]
-    for columns, why in (
-        (certain, "by its name"),
-        ([column for column in named if column in two], "by its name and its two values"),
-        (named, "by its name"),
-        ([last] if last in two else [], "the last column, of two values"),
-        (two if len(two) == 1 else [], "the only column of two values"),
-        ([last] if last in can_be and _LAST & {*words_of(last)} else [], "the last column, by its name"),
-    ):
-        if columns:
-            others = f"; also likely: {some(columns[1:])}" if len(columns) > 1 else ""
-            return columns[:1], why + others
-    hint = ": is it separated by commas, or .tsv by tabs?" if len(table.column_names) == 1 else ""
-    names = some(table.column_names, 20)
-    raise ValueError(f"{name} has no column that is plainly the label: give --target, one of {names}{hint}")
-
-
-def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column, or nothing of one whose values are no single ones."""
-    return column.slice(0, 0).cast(pa.null()) if pa.types.is_nested(column.type) else plain(column)
-
-
-def _label(name: str, column: pa.ChunkedArray) -> _Label:
-    """Return what is to be known of a target.
-
-    Raises:
-        ValueError: as for ``labels_of``.
-    """
-    label, kind, _ = labels_of(column, name, None)
-    config: dict[str, Any] = {"column": name}
-    counts = pc.value_counts(label.drop_null()).to_pylist()
-    missing = f", {label.null_count:,} rows without" if label.null_count else ""
-    if kind == "binary":
-        values = [own for own in pc.unique(plain(column).drop_null()).to_pylist() if own not in ("",)]
-        high = max(values)
-        if not {str(own).lower().removesuffix(".0") for own in values} <= {"0", "1", "false", "true"}:
-            config |= {"positive": [high.strip()]} if isinstance(high, str) else {"at_least": high}
-        share = float(pc.mean(label).as_py())
-        return _Label(config, f"binary, {excerpt(high)} in {share:.1%}{missing}", floats_of(label))
-    if kind == "multiclass":
-        most = max(counts, key=lambda own: own["counts"])["values"]
-        own = f"{len(counts):,} classes, most often {excerpt(most)}"
-        return _Label({**config, "kind": kind}, f"{kind}, {own}{missing}", floats_of(pc.equal(label, most)))
-    values_N = floats_of(label)
-    known = values_N[~np.isnan(values_N)]
-    kind = number_kind(known) if kind == "regression" else kind
-    own = f"{known.min():,.10g} to {known.max():,.10g}, {np.mean(known == 0):.0%} zeros"
-    return _Label({**config, "kind": kind}, f"{kind}, {own}{missing}", values_N)
-
-
-def number_kind(values: np.ndarray) -> str:
-    """Return the kind of a target of numbers, of more values than levels have."""
-    from scipy.stats import skew
-
-    is_whole = bool((np.floor(values) == values).all())
-    if values.min() < 0:
-        return "regression"
-    if np.mean(values == 0) >= LEAST_ZEROS and (not is_whole or skew(values) > 1):
-        return "revenue"
-    return "count" if is_whole and values.min() <= 1 and np.median(values) < 5 * FEW_VALUES else "regression"
+def _with_plain_names(given: GivenData, table: pa.Table, targets: Sequence[str]) -> tuple[GivenData, pa.Table]:
+    """Return options and features under their plain names, but for columns that share one."""
+    num_of = Counter(map(plain_name, (*table.column_names, *targets)))
+    plain_of = {own: plain_name(own) if num_of[plain_name(own)] == 1 else own for own in table.column_names}
+    time, user = (own and plain_of[own] for own in (given.time, given.user))
+    exclude = tuple(plain_of[own] for own in given.exclude)
+    return replace(given, time=time, user=user, exclude=exclude), table.rename_columns(list(plain_of.values()))
 
 
 def _odd_dates(column: str, table: pa.Table, lengths: Mapping[str, int]) -> list[str]:
@@ -220,7 +134,7 @@ def _day(seconds: float) -> str:
     return str(np.datetime64(int(seconds), "s").astype("M8[D]"))
 
 
-def _used(column: str, own: Guess, given: GivenData, table: pa.Table, labels: Mapping[str, _Label]) -> Guess:
+def _used(column: str, own: Guess, given: GivenData, table: pa.Table, labels: Mapping[str, Label]) -> Guess:
     """Return a guess, or why a column is not used after all."""
     if own.role not in TABLE_ROLES:
         return own
@@ -229,7 +143,7 @@ def _used(column: str, own: Guess, given: GivenData, table: pa.Table, labels: Ma
     if column == given.user and given.time is None:
         return Guess("unused", "each of its values is in one split")
     if "." in column or "/" in column or not column:
-        return Guess("unused", "its name", advice="a name takes no dot and no slash")
+        return Guess("unused", "its name", advice="a name takes no dot and no slash, and with _ it is another column's")
     if own.role == "date" and (parts := [part for part in timestamp_columns(column) if part in table.column_names]):
         return Guess("unused", f"{some(parts)} is there already")
     if own.role == "text":
@@ -253,7 +167,7 @@ def _words(own: Guess) -> str:
 
 
 def _columns(
-    found: Mapping[str, Guess], table: pa.Table, given: GivenData, labels: Mapping[str, _Label], separator: str
+    found: Mapping[str, Guess], table: pa.Table, given: GivenData, labels: Mapping[str, Label], separator: str
 ) -> tuple[dict[str, Any], dict[tuple[str, ...], str], dict[tuple[str, ...], tuple[str, ...]]]:
     """Return the section ``table``, and its comments beside and above values."""
     section: dict[str, Any] = {}
@@ -287,11 +201,11 @@ def _columns(
     section |= {"user": given.user} if given.user else {}
     section |= {"time": given.time} if given.time else {}
     kind = "time" if given.time else "user" if given.user else "random"
-    section["split"] = {"kind": kind, **SHARES}
+    section["split"] = {"kind": kind, **_SHARES}
     rules = {"time": "the last rows test", "user": "all rows of a user are in one split", "random": "also: time, user"}
     comments[*_TABLE, "split", "kind"] = rules[kind]
     first = next(iter(labels))
-    if kind == "random" and labels[first].kind in _WITH_CLASSES:
+    if kind == "random" and labels[first].kind not in NUMBERS:
         section["split"]["stratify"] = first
         comments[*_TABLE, "split", "stratify"] = "each split has its classes in the same shares"
     if kind == "time":
@@ -299,3 +213,30 @@ def _columns(
     elif dates := section.get("timestamps"):
         above[*_TABLE, "split"] = (f"To test on the last rows: moesaic init {given.paths[0]} --time {dates[0]}",)
     return section, comments, above
+
+
+def _sparse_config(data: Mapping[str, Any], num_rows: int, notes: Sequence[str]) -> GivenConfig:
+    """Return 8 experts of width 32, of which a row takes 2, and as many epochs as give 1,500 steps, within limits.
+
+    Args:
+        data: arguments of ``TableData`` that name files and columns.
+        num_rows: rows with a label.
+        notes: sentences on how the data were read.
+    """
+    num_train = round(num_rows * 0.75 * 0.85)
+    batch_size = 2 ** min(max(math.floor(math.log2(max(num_train / 16, 1))), 5), 9)
+    steps = math.ceil(num_train / batch_size)
+    expert = {"class_path": "core.MLP", "init_args": {"hidden_dims": [32]}}
+    gates = {**EXPERTS, "expert": expert, "balance": {"load_balancing_loss": 0.01, "router_z_loss": 0.001}}
+    model = {
+        "shared": {"class_path": "core.MMoE", "init_args": gates},
+        "embedding": {"dim": 8},
+        "dense": {"kind": "quantile_normal", "num_bins": 32},
+        "head": {"hidden_dims": [8], "activation": "silu"},
+        "optimizer": {"lr": 2.0e-3, "weight_decay": 0.01, "warmup_steps": 0.05, "fused": True},
+    }
+    # A row of its own for a user of three orders learns these by heart.
+    rare = {"min_count": min(max(num_train // 2000, 2), 20)}
+    named = {"dataset": "table", **data, "table": {**data["table"], **rare}, "batch_size": batch_size}
+    trainer = {"max_epochs": min(max(math.ceil(_STEPS / steps), 5), 40)}
+    return GivenConfig.of(notes, trainer, model=("MultiTaskRecommender", model), data=("TableData", named))

@@ -86,13 +86,14 @@ def give_verdict(
         seconds = 60 * options.minutes
         budget = Budget(seconds, output / "spent.json", clock, began, reserve(seconds))
         with quiet(own_notes=False):
-            path, notes = configuration(options)
+            path, notes, found = configuration(options)
             experiment = Experiment(arguments(path, [], options.rest))
         with quiet(own_notes=False), bar("making the two models"):
             model, sparse, dense, warnings = _systems(experiment)
         if warnings:
             how = "--exclude COLUMN" if options.target else "--data.exclude=[COLUMN]"
             warnings = [*warnings, f"{how} leaves a column out."]
+        warnings = [*found, *warnings]
         for line in (*notes, *(f"check: {warning}" for warning in warnings)):
             say(line)
         names = reference_names(model)
@@ -306,8 +307,8 @@ def _facts(figures: Mapping[str, Any], higher_is_better: bool) -> Facts:
     return Facts(quality, trained, figures["seconds_per_step"], figures["routing"])
 
 
-def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
-    """Return the configuration's file and sentences on how the data were read.
+def configuration(options: Options) -> tuple[Path, tuple[str, ...], tuple[str, ...]]:
+    """Return the configuration's file, sentences on how the data were read, and what is wrong with the data.
 
     A configuration is taken as it is. For other data the apps are asked in turn, and the configuration of the first one
     that accepts them is written to ``config.yaml`` in the output folder.
@@ -316,15 +317,12 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
         ValueError: data that no app knows, or that one knows and rejects.
     """
     if options.is_config:
-        return options.data[0], ()
+        return options.data[0], (), ()
     columns = (options.exclude, options.time, options.user)
     first, *more = options.target or (None,)
-    # The table of one task is copied with its rows without a label left out; one of several is read where it is.
-    given = GivenData(
-        options.data, first, options.folder / "data", options.kind, *columns, bool(more), more_targets=tuple(more)
-    )
+    given = GivenData(options.data, first, options.folder / "data", options.kind, *columns, more_targets=tuple(more))
     made = config_of(given)
     path = options.folder / "config.yaml"
     with replacing(path) as file:
         yaml.safe_dump(dict(made.config), file, sort_keys=False)
-    return path, tuple(made.notes)
+    return path, made.notes, made.warnings

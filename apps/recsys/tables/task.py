@@ -163,9 +163,9 @@ class TablePrediction(RowTask):
 
     @classmethod
     def own_data(cls, given: GivenData) -> GivenConfig | None:
-        from apps.recsys import own_data, own_table  # read pyarrow, which others do without
+        from apps.recsys import own_table  # reads pyarrow, which others do without
 
-        return (own_table if given.in_place else own_data).config_for(given)
+        return own_table.config_for(given)
 
 
 def _network(model: Any, features: Features, batch: int, dtype: torch.dtype) -> Any:

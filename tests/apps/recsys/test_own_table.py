@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from apps.data.given import GivenData
-from apps.recsys.own_table import config_for, number_kind
+from apps.recsys.own_labels import number_kind
+from apps.recsys.own_table import config_for
 from apps.recsys.tables.data import TableData
 
 N = 200
@@ -30,10 +31,27 @@ def columns(**changed):
     return {name: values for name, values in {**made, **changed}.items() if values is not None}
 
 
-def described(tmp_path, target="bought", more=(), time=None, user=None, **changed):
-    path = tmp_path / "t.csv"
-    pa.csv.write_csv(pa.table(columns(**changed)), path)
-    return config_for(GivenData((path,), target, tmp_path / "x", None, (), time, user, True, more))
+def described(
+    tmp_path,
+    target="bought",
+    more=(),
+    time=None,
+    user=None,
+    kind=None,
+    exclude=(),
+    is_read=True,
+    suffix="csv",
+    **changed,
+):
+    path = tmp_path / f"t.{suffix}"
+    (pa.csv.write_csv if suffix == "csv" else pq.write_table)(pa.table(columns(**changed)), path)
+    made = config_for(GivenData((path,), target, tmp_path / "x", kind, exclude, time, user, is_read, more))
+    assert not (tmp_path / "x").exists()  # the table is read where it is
+    return made
+
+
+def data_of(made, tmp_path):
+    return TableData(**made.config["data"]["init_args"], cache_dir=str(tmp_path / "cache"))
 
 
 def table_of(made):
@@ -83,7 +101,7 @@ def test_every_role_has_its_place_and_its_reason(tmp_path):
         "none is left out: no value in any row",
     )
     assert made.config["model"]["init_args"]["dense"] == {"kind": "quantile_normal", "num_bins": 32}
-    data = TableData(**made.config["data"]["init_args"], cache_dir=str(tmp_path / "cache"))
+    data = data_of(made, tmp_path)
     assert data.sizes() == {"train": 128, "val": 22, "test": 50}  # 15 % of 150 is 22.5
 
 
@@ -200,7 +218,7 @@ def test_dates_in_the_future_and_in_two_files(tmp_path):
     )
     assert table_of(made)["vectors"] == ["place"]
     assert made.config["data"]["init_args"]["train_file"] == str(folder / "*.parquet")
-    data = TableData(**made.config["data"]["init_args"], cache_dir=str(tmp_path / "cache"))
+    data = data_of(made, tmp_path)
     assert sum(data.sizes().values()) == 3 * N
 
 
@@ -211,28 +229,168 @@ def test_one_separator_a_table(tmp_path):
     assert "kinds is left out: lists with '|', and a table has one separator, here ';'" in made.warnings[-1]
 
 
-def test_columns_that_cannot_be_features(tmp_path):
-    made = described(
-        tmp_path, about=[f"a red hat, {i}" for i in range(N)], **{"age.years": [i * 7 % 50 for i in range(N)]}
+def test_texts_need_an_encoder(tmp_path):
+    made = described(tmp_path, about=[f"a red hat, {i}" for i in range(N)])
+    assert made.warnings[-1].startswith("about is left out: text of 4 words per row")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_names_with_dots_and_slashes_are_read_with_underscores(tmp_path, suffix):
+    age, home = [i * 7 % 50 for i in range(N)], ["Oslo", "Rome"] * (N // 2)
+    also = {"is.new": [own == 1 for own in BOUGHT], "a.b": home, "a/b": age}
+    made = described(tmp_path, "is.new", suffix=suffix, bought=None, **{"age.years": age, "home/town": home}, **also)
+    table = table_of(made)
+    assert table["continuous"] == ["heat", "age_years"]
+    assert table["categorical"] == ["town", "home_town"]
+    assert table["tasks"] == {"is_new": {"column": "is.new"}}
+    advice = "its name (a name takes no dot and no slash, and with _ it is another column's)"
+    assert made.warnings[1:] == (f"a.b is left out: {advice}", f"a/b is left out: {advice}")
+    data = data_of(made, tmp_path)
+    rows = data.rows("train")[:]
+    assert {*data.vocabulary("home_town")} == {None, "Oslo", "Rome"}
+    index = rows.index_B.tolist()
+    assert rows.label_Bt[:, 0].tolist() == [float(BOUGHT[i]) for i in index]
+    place = [f.name for f in data.features.continuous].index("age_years")
+    assert rows.dense_BC[:, place].tolist() == [float(age[i]) for i in index]
+
+
+def test_options_name_columns_as_the_file_does(tmp_path):
+    day = [str(dt.date(2024, 1, 1) + dt.timedelta(i)) for i in range(N)][::-1]
+    changed = {"ship.day": day, "who.is": [f"u{i % 20}" for i in range(N)], "a.size": [i % 30 for i in range(N)]}
+    made = described(tmp_path, time="ship.day", user="who.is", exclude=("a.size", "town"), **changed)
+    table = table_of(made)
+    assert (table["time"], table["user"], table["categorical"], table["continuous"]) == (
+        "ship_day",
+        "who_is",
+        ["who_is"],
+        ["heat"],
     )
-    assert made.warnings[-2:] == (
-        made.warnings[-2],
-        "age.years is left out: its name (a name takes no dot and no slash)",
+    assert [line for line in made.warnings if "size" in line or "town" in line] == []  # who excludes it knows
+    # A time split tests the last rows, which the table has first.
+    assert data_of(made, tmp_path).rows("test")[:].index_B.tolist() == list(range(50))
+
+
+def test_a_user_s_rows_fall_on_one_side(tmp_path):
+    made = described(tmp_path, user="who.is", **{"who.is": [f"u{i % 20}" for i in range(N)]})
+    data = data_of(made, tmp_path)
+    users = [set((data.rows(split)[:].index_B % 20).tolist()) for split in ("train", "val", "test")]
+    assert sum(map(len, users)) == 20
+    assert "who_is" not in [f.name for f in data.features.categorical]
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "meaning", "positives"),
+    [
+        (list(range(N)), {"at_least": 99.5}, "at least 99.5 in 50.0%", 100),
+        ([0] * 125 + [1] * 25 + [2] * 50, {"at_least": 1.0}, "at least 1 in 37.5%", 75),  # the median is the smallest
+        (
+            ["a"] * 100 + ["b"] * 60 + ["c"] * 40,
+            {"positive": ["a"]},
+            "'a', the most frequent of 3 values, in 50.0%",
+            100,
+        ),
+        ([True, False] * 100, {}, "True in 50.0%", 100),
+        ([1, 2] * 100, {"at_least": 2}, "2 in 50.0%", 100),
+        (["no ", " yes"] * 100, {"positive": ["yes"]}, "'yes' in 50.0%", 100),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_any_target_becomes_two_classes(tmp_path, suffix, values, config, meaning, positives):
+    order = np.random.default_rng(0).permutation(N)
+    made = described(tmp_path, kind="binary", suffix=suffix, bought=[values[i] for i in order])
+    assert table_of(made)["tasks"] == {"bought": {"column": "bought", **config}}
+    assert made.comments[*TABLE, "tasks", "bought"] == f"binary, {meaning}"
+    data = data_of(made, tmp_path)
+    assert sum(data.rows(split)[:].label_Bt.sum().item() for split in ("train", "val", "test")) == positives
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "found"),
+    [
+        ([x / 8 for x in range(N)], None, "regression"),
+        ([1, 2, 3, 5] * 50, None, "ordinal"),
+        ([1, 2, 3, 5] * 50, "regression", "regression"),
+        ([1, 2, 3, 5] * 50, "multiclass", "multiclass"),
+        ([1, 2] * 100, "regression", "regression"),
+        ([0, 2.5, 0, 1.5] * 50, None, "revenue"),
+        ([0, 0, 0, 1.5] * 50, "tweedie", "tweedie"),
+        (["a", "b", "c", "d"] * 50, None, "multiclass"),
+        (["a", "b"] * 100, "multiclass", "multiclass"),
+    ],
+)
+def test_the_kind_of_a_target_is_as_asked_or_that_of_its_values(tmp_path, values, kind, found):
+    made = described(tmp_path, kind=kind, bought=values)
+    assert data_of(made, tmp_path).features.target_of_task[0].kind == found
+
+
+def test_rows_without_a_target_have_no_label(tmp_path):
+    made = described(tmp_path, bought=[*(["no", "yes"] * 80), *[None] * 40])
+    assert made.notes == ("200 rows; bought: binary, 'yes' in 50.0%, 40 rows without",)
+    labels = [label for split in ("train", "val", "test") for label in data_of(made, tmp_path).rows(split)[:].label_Bt]
+    assert [sum(own.item() == value for own in labels) for value in (0, 1)] == [80, 80]
+
+
+def test_a_configuration_that_nobody_reads_names_its_columns_in_a_note(tmp_path):
+    made = described(tmp_path, is_read=False, visits=[i * 7 % 90 for i in range(N)])
+    assert made.notes == (
+        "200 rows; bought: binary, 'yes' in 50.0%",
+        "columns: town (categorical); heat, visits (continuous)",
     )
-    assert made.warnings[-2].startswith("about is left out: text of 4 words per row")
+    assert made.warnings == ("order is left out: id, it counts the rows",)
+
+
+def test_a_folder_of_other_files_is_no_table(tmp_path):
+    folder = tmp_path / "parts [2024]"  # brackets are no pattern
+    folder.mkdir()
+    assert config_for(GivenData((folder,), None, tmp_path / "x")) is None
+    for part in range(2):
+        pq.write_table(pa.table(columns()), folder / f"{part}.parquet")
+    made = config_for(GivenData((folder,), "bought", tmp_path / "x"))
+    assert sum(data_of(made, tmp_path).sizes().values()) == 2 * N
+    (folder / "0.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"holds tables of several kinds \(.csv, .parquet\): name one file"):
+        config_for(GivenData((folder,), "bought", tmp_path / "x"))
+
+
+def test_a_file_of_utf_16_is_read(tmp_path):
+    config = described(tmp_path).config
+    file = tmp_path / "t.csv"
+    file.write_bytes(file.read_text().encode("utf-16"))
+    made = config_for(GivenData((file,), "bought", tmp_path / "x"))
+    assert made.config == config
+    assert sum(data_of(made, tmp_path).sizes().values()) == N
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_lists_are_multi_valued_columns(tmp_path, suffix):
+    tags = [["a", "b"], ["b"]] * (N // 2)
+    made = described(tmp_path, suffix=suffix, tags=tags if suffix == "parquet" else [str(own) for own in tags])
+    assert table_of(made)["multi_valued"] == ["tags"]
+    assert data_of(made, tmp_path).vocabulary("tags") == (None, "b", "a")
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"target": None, "bought": None, "town": None}, "has no column that is plainly the label: give --target, one"),
+        (
+            {"target": None, "is_read": False},
+            "is a table and needs --target, the column to predict: order, town, heat, bou",
+        ),
         ({"target": "bougt"}, r"--target 'bougt' is not a column of .*; did you mean 'bought'\?"),
         ({"target": "bought", "more": ("hat",)}, "--target 'hat' is not a column of"),
+        ({"exclude": ("town", "heaat")}, r"--exclude 'heaat' is not a column of .*; did you mean 'heat'\?"),
+        ({"user": "users"}, "--user 'users' is not a column of"),
         ({"time": "bought"}, "--time 'bought' is the target"),
         ({"time": "days"}, "--time 'days' is not a column of"),
         ({"time": "town"}, "must hold numbers: row 0 holds 'Rome'; times are numbers, or dates"),
         ({"bought": ["yes"] * N}, "--target 'bought' is 'yes' in every row that has one: there is nothing to learn"),
+        ({"bought": [None] * N}, "--target 'bought' has no value in any of 200 rows: there is nothing"),
         ({"bought": ["yes"] * 5 + ["no"] * 195}, "5 rows are positive .*, and each class needs 20"),
+        ({"bought": ["a", "b"] * 100, "kind": "regression"}, "holds string, and kind 'regression' takes numbers"),
+        ({"bought": [f"v{i}" for i in range(N)]}, "0 of 200 classes have 20 rows, and two are needed"),
+        ({"bought": [0.5 * i for i in range(9)] + [None] * 191}, "has a number in 9 rows, and 40 are needed"),
+        ({"exclude": ("town", "heat")}, "has no column to predict 'bought' from: order, town, heat left out"),
         ({"town": None, "heat": None}, "has no column to predict 'bought' from: order left out"),
     ],
 )
@@ -240,3 +398,13 @@ def test_refused(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message) as error:
         described(tmp_path, **changed)
     assert "\n" not in str(error.value)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "t.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"t.parquet' cannot be read: "):
+        config_for(GivenData((path,), "x", tmp_path / "x"))
+    (tmp_path / "t.csv").write_text("a,b,a\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"column 'a' is twice in '.*t.csv'"):
+        config_for(GivenData((tmp_path / "t.csv",), "b", tmp_path / "x"))

@@ -84,26 +84,30 @@ def test_a_whole_verdict_and_the_same_again(tmp_path, monkeypatch):
         give_verdict(asked(tmp_path, CONFIG, minutes=9.0), "", clock=Ticks())
 
 
-def test_a_second_label_among_the_columns_is_named_before_the_training_and_in_the_end(tmp_path, capsys):
+def test_a_second_label_among_the_columns_is_left_out_and_named_before_the_training_and_in_the_end(tmp_path, capsys):
     rng = np.random.default_rng(0)
     bought = rng.integers(0, 2, 240)
     spent = np.where(bought, rng.exponential(30, 240).round(2) + 1, 0.0)
     spent[np.argmax(bought)] = 0.0  # one order was free
     path = tmp_path / "shop.csv"
-    rows = zip(rng.normal(size=240), spent, bought, strict=True)
-    path.write_text("age,spend,bought\n" + "".join(f"{a:.3f},{s},{b}\n" for a, s, b in rows))
+    rows = zip(rng.normal(size=240), rng.permutation([*range(120)] * 2), spent, bought, strict=True)
+    path.write_text("age,plate,spend,bought\n" + "".join(f"{a:.3f},p{p},{s},{b}\n" for a, p, s, b in rows))
     options = Options((path,), tmp_path / "out", target=("bought",), minutes=0.4)
     verdict = give_verdict(options, "", clock=Ticks())
     said = capsys.readouterr().out
-    leak = "column 'spend' alone predicts task 'target' with AUC 0.99"
-    assert "Columns: age, spend (numbers)." in said
-    assert leak in said
-    assert said.index(leak) < said.index("search")
-    *_, found, advice, last = lines(verdict)
-    assert found.startswith(f"check: {leak}")
+    assert "columns: plate (categorical); age (continuous)" in said
+    leak = "check: spend is left out: a leak? It alone predicts bought with AUC 1.0000"
+    plate = "check: column 'plate': 100.0% of the val and 100.0% of the test values are not in training"
+    assert said.count("check: spend") == said.count("check: column 'plate'") == 1
+    assert said.index(leak) < said.index(plate) < said.index("search")
+    *_, left_out, found, advice, last = lines(verdict)
+    assert left_out.startswith(leak)
+    assert found == plate
     assert (advice, last) == ("check: --exclude COLUMN leaves a column out.", verdict.last_line)
-    assert leak in (tmp_path / "out" / "verdict.md").read_text()
-    assert leak in (tmp_path / "out" / "report.html").read_text().replace("&#39;", "'")
+    page = (tmp_path / "out" / "verdict.md").read_text()
+    assert page.count("spend is left out") == 1
+    assert "spend is left out" in (tmp_path / "out" / "report.html").read_text()
+    assert not (tmp_path / "out" / "data").exists()  # the table is read where it is
 
 
 def test_a_module_of_the_user_s_own(tmp_path, monkeypatch):
