@@ -113,7 +113,7 @@ def find_all(experiment: Experiment, asked: Command) -> list[System]:
     options = asked.options
     with quiet(own_notes=False), bar("counting FLOPs"):
         torch.manual_seed(experiment.seed)
-        sparse, data = experiment.build(SPARSE)
+        sparse, data = experiment.build(SPARSE, seed=experiment.seed)
         batch = validation_batch(data, "the learning rates are chosen by")
         if options.rounds and isinstance(sparse, OwnModel):
             sparse.configure_optimizers()  # rejected now, and not after the training
@@ -177,7 +177,7 @@ def _report(
     write_json(path, numbers)
     first_seed = {label(name): of_seeds[0] for name, of_seeds in results.examples.items() if of_seeds and of_seeds[0]}
     examples = module.side_by_side(first_seed) if SPARSE in first_seed else ""
-    facts = _facts(plan, numbers)
+    facts = _facts(plan, numbers, experiment.num_windows)
     page = comparison_page(title, summary, results, numbers, facts, examples, use)
     text = write_text(output / "table.md", markdown(replace(page, figures=None)))  # a later table has all figures
     with set_aside():
@@ -202,7 +202,7 @@ def _example_pairs(module: Any, results: Results, seeds: Sequence[int]) -> list[
     ]
 
 
-def _facts(plan: Plan, numbers: Mapping[str, Any]) -> list[str]:
+def _facts(plan: Plan, numbers: Mapping[str, Any], num_windows: int) -> list[str]:
     """Return lines for the page that say how the comparison was made."""
     rates, machine = ", ".join(f"{r:g}" for r in plan.rates), numbers["machine"]
     share = "" if plan.options.search_share == 1 else f" and {plan.options.search_share:g} of the training"
@@ -210,6 +210,10 @@ def _facts(plan: Plan, numbers: Mapping[str, Any]) -> list[str]:
     return [
         searched if len(plan.rates) > 1 else f"One learning rate for all: {rates or 'that of the model'}.",
         f"Seeds {', '.join(map(str, plan.seeds))}.",
+        *(
+            [f"The seeds test the {num_windows} windows of the split in turn: intervals are over both."]
+            * (num_windows > 1)
+        ),
         f"{numbers['date']}, on {machine['device']} ({machine['threads']} threads, {machine['jobs']} runs at a time), "
         f"torch {machine['torch']}, Python {machine['python']}.",
         *(f"{name}: {signature}." for name, signature in numbers.get("signatures", {}).items()),

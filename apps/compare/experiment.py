@@ -104,12 +104,27 @@ class Experiment:
         self.replaced = tuple(model.moe_block_names)
         self.modules = (type(model.module).__module__, type(data).__module__)
 
-    def _make(self, rate: float | None = None) -> Any:
+    def _windows(self) -> tuple[str, int]:
+        """Return the option that names the test window of a split by time, and the number of windows in turn, or 1."""
+        for option in ("data.init_args.table.split", "data.init_args.split"):
+            split = self._config.get(option)
+            if split and split.get("origins", 1) > 1 and split.get("origin") is None:
+                return f"{option}.origin", split["origins"]
+        return "", 1
+
+    @property
+    def num_windows(self) -> int:
+        """Test windows that the seeds take in turn, each trained on what is before it; 1: all have the same rows."""
+        return self._windows()[1]
+
+    def _make(self, rate: float | None = None, seed: int | None = None) -> Any:
         """Return model, data and trainer options; a user's own model is made with the learning rate and made sparse."""
-        config = self._config
+        config = self._config.clone()
         if self._rate_name is not None and rate is not None:
-            config = config.clone()
             config[self._rate_name] = rate
+        option, count = self._windows()
+        if count > 1 and seed is not None:
+            config[option] = (seed - self.seed) % count
         made = self._fit_parser.instantiate(config)
         section = made.get("sparsify")
         if section is not None:
@@ -181,7 +196,7 @@ class Experiment:
         return with_short_names(plain)
 
     def data(self) -> LightningDataModule:
-        return self._make()["data"]
+        return self._make(seed=self.seed)["data"]
 
     def callbacks(self) -> list[Callback]:
         """Return new callbacks of the configuration, without bars, checkpoints and those that end a training early."""
@@ -202,15 +217,16 @@ class Experiment:
 
     def module(self, system: str) -> Any:
         """Return a new, untrained model of ``system``: a ``SparseModule``, an ``OwnModel``, or an ``Estimator``."""
-        return self.build(system)[0]
+        return self.build(system, seed=self.seed)[0]
 
-    def build(self, system: str, rate: float | None = None) -> tuple[Any, LightningDataModule]:
+    def build(self, system: str, rate: float | None = None, seed: int | None = None) -> tuple[Any, LightningDataModule]:
         """Return a new, untrained model of ``system``, whose weights depend only on the generators, and new data.
 
-        Its learning rate is ``rate``; None: the configuration's.
+        Its learning rate is ``rate``; None: the configuration's. Of several test windows the data have that of the
+        ``seed``, the first seed the first one; None: the last one, as a fit has it.
         """
         state = torch.get_rng_state()
-        made = self._make(rate)
+        made = self._make(rate, seed)
         model, data = made.pop("model"), made["data"]
         if system != SPARSE:
             build = candidates(model, self.routers)[system].build

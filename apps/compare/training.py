@@ -204,7 +204,7 @@ def train(
     folder = unit.folder(output)
 
     def work() -> dict[str, Any]:
-        module, data = experiment.build(unit.system, unit.rate)
+        module, data = experiment.build(unit.system, unit.rate, unit.seed if unit.final else experiment.seed)
         if isinstance(module, SparseModule | OwnModel):
             return _fit(experiment, module, data, unit, folder, progress, callbacks)
         data.prepare_data()

@@ -161,7 +161,7 @@ def _is_new(path: Path, checkpoint: Path) -> bool:
 
 def _test(experiment: Experiment, checkpoint: Path, output: Path) -> None:
     """Test the sparse model with its report, if it has one."""
-    module, data = experiment.build(SPARSE)
+    module, data = experiment.build(SPARSE, seed=experiment.seed)
     if not isinstance(module, SparseModule) or not module.report_callbacks():
         return
     config = getattr(module, "report", None)
