@@ -100,6 +100,8 @@ _FORMS_OF_DATES = (
     (r"(\d) ?(?:UTC|GMT)$", r"\1Z"),
 )
 
+_ISO = r"^\d{4}-\d\d-\d\d(?:[ T]\d\d:[0-9:.]*Z?)?$"
+
 
 def with_iso_dates(text: Any) -> Any:
     """Return an array of text in which dates at the start are as Arrow reads them, 2024-05-31.
@@ -107,6 +109,8 @@ def with_iso_dates(text: Any) -> Any:
     They may be written 2024/5/31, 31.5.2024 or 5/31/2024, with a time behind them. A row says by itself what it means:
     dots have the day first, slashes the month.
     """
+    if pc.all(pc.match_substring_regex(text, _ISO)).as_py() is not False:
+        return text
     for form, iso in _FORMS_OF_DATES:
         text = pc.replace_substring_regex(text, form, iso)
     return text

@@ -146,6 +146,8 @@ def _of_text(data: pa.ChunkedArray, column: str, where: str, first_row: int, kno
     failed = []
     for chosen, zone in ((is_number, None), (has_zone, "UTC"), (pc.invert(pc.or_(is_number, has_zone)), None)):
         own, place_d = iso.filter(chosen), np.flatnonzero(chosen)
+        if not len(own):
+            continue
         type_ = pa.float64() if chosen is is_number else pa.timestamp("us", zone)
         try:
             values = own.cast(type_)
