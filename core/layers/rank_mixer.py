@@ -100,8 +100,7 @@ class RankMixerLayer(MultiGateLayer):
         E = experts.num_experts // P
         token_N, ids_N, gates_N = [], [], []
         for i in range(P):
-            end = f"level{level}.token{i}.tasks"
-            router = self.routers()[end]
+            end, router = f"level{level}.token{i}.tasks", self.router[level * P + i]
             seen_BSH = x_TPH[:, i].unflatten(0, examples.x_BSD.shape[:2])
             routing = router(seen_BSH, examples.context)
             self.record_pass(routing, examples.context, end=end, router=router)

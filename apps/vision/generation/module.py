@@ -87,7 +87,7 @@ class ImageGenerator(SparseModule, Comparable):
     """
 
     judged_in: str | None = None
-    """Whose features the last test measured distances in; None: it measured none."""
+    """The features that the last test measured distances in; None: it measured none."""
 
     reporter = GenerationReport
     model_kind = ModelKind(
