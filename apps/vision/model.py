@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from timm.layers import Mlp, get_act_layer
@@ -37,10 +37,45 @@ VARIANTS: Mapping[str, tuple[int, int, int]] = {
 }
 
 
+class VariantSizes:
+    """The sizes of a config whose ``variant`` gives those that it leaves at None: ``variants`` has embed_dim, depth and
+    num_heads of each."""
+
+    if TYPE_CHECKING:  # jsonargparse would look these names up in the module of each subclass
+        variants: ClassVar[Mapping[str, tuple[int, int, int]]]
+        variant: str
+        embed_dim: int | None
+        depth: int | None
+        num_heads: int | None
+        hidden_dim: int | None
+
+    @property
+    def dim(self) -> int:
+        """Model dim D, the variant's unless ``embed_dim`` is set."""
+        return self.variants[self.variant][0] if self.embed_dim is None else self.embed_dim
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, the variant's unless ``depth`` is set."""
+        return self.variants[self.variant][1] if self.depth is None else self.depth
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads, the variant's unless ``num_heads`` is set."""
+        return self.variants[self.variant][2] if self.num_heads is None else self.num_heads
+
+    @property
+    def dense_hidden_dim(self) -> int:
+        """Hidden dim F of the dense FFNs, 4 * D unless ``hidden_dim`` is set."""
+        return 4 * self.dim if self.hidden_dim is None else self.hidden_dim
+
+
 @core.register_config
 @dataclass(frozen=True)
-class ViTConfig(Checked):
+class ViTConfig(VariantSizes, Checked):
     """The transformer around the experts. A field left at None takes the variant's value."""
+
+    variants = VARIANTS
 
     variant: Literal["nano", "tiny", "small", "base", "large"] = "nano"
     """Size: embed_dim / depth / num_heads of 96/6/3, 192/12/3, 384/12/6, 768/12/12, 1024/24/16."""
@@ -95,26 +130,6 @@ class ViTConfig(Checked):
             raise ValueError(f"embed_dim={self.dim} is not divisible by num_heads={self.heads}")
         if self.pool == "token" and self.class_token is False:
             raise ValueError("pool='token' needs class_token=True")
-
-    @property
-    def dim(self) -> int:
-        """Model dim D, the variant's unless ``embed_dim`` is set."""
-        return VARIANTS[self.variant][0] if self.embed_dim is None else self.embed_dim
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks, the variant's unless ``depth`` is set."""
-        return VARIANTS[self.variant][1] if self.depth is None else self.depth
-
-    @property
-    def heads(self) -> int:
-        """Number of attention heads, the variant's unless ``num_heads`` is set."""
-        return VARIANTS[self.variant][2] if self.num_heads is None else self.num_heads
-
-    @property
-    def dense_hidden_dim(self) -> int:
-        """Hidden dim F of the dense FFNs, 4 * D unless ``hidden_dim`` is set."""
-        return 4 * self.dim if self.hidden_dim is None else self.hidden_dim
 
     @property
     def dense_ffn(self) -> core.DenseFFN:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import core
 from apps.nets.blocks import FFNConfig, MoEs, feed, ffn_configs, resolve_blocks
 from apps.vision.generation.diffusion import bands
-from apps.vision.model import build_ffn
+from apps.vision.model import VariantSizes, build_ffn
 from core.fields import Checked, Count
 from core.kernels import cpu
 
@@ -38,10 +38,11 @@ _FREQUENCIES = 128
 
 @core.register_config
 @dataclass(frozen=True)
-class DiTConfig(Checked):
+class DiTConfig(VariantSizes, Checked):
     """The transformer around the experts. A field left at None takes the variant's value."""
 
     prefix = "dit."
+    variants = VARIANTS
 
     variant: Literal["nano", "small", "base", "large", "xlarge"] = "nano"
     """Size: embed_dim / depth / num_heads of 128/6/4, 384/12/6, 768/12/12, 1024/24/16, 1152/28/16."""
@@ -67,24 +68,9 @@ class DiTConfig(Checked):
             raise ValueError(f"dit.embed_dim={self.dim} is not divisible by 4, as sine positions in two axes need")
 
     @property
-    def dim(self) -> int:
-        """Model dim D."""
-        return VARIANTS[self.variant][0] if self.embed_dim is None else self.embed_dim
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks."""
-        return VARIANTS[self.variant][1] if self.depth is None else self.depth
-
-    @property
-    def heads(self) -> int:
-        """Number of attention heads."""
-        return VARIANTS[self.variant][2] if self.num_heads is None else self.num_heads
-
-    @property
     def dense_ffn(self) -> core.DenseFFN:
         """FFN of the dense blocks."""
-        return core.DenseFFN(4 * self.dim if self.hidden_dim is None else self.hidden_dim)
+        return core.DenseFFN(self.dense_hidden_dim)
 
 
 class LevelEmbedding(nn.Module):
