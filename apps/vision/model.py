@@ -37,7 +37,8 @@ VARIANTS: Mapping[str, tuple[int, int, int]] = {
 }
 
 
-class VariantSizes:
+@dataclass(frozen=True)  # jsonargparse nests plain dataclasses only
+class VariantSizes(Checked):
     """The sizes of a config whose ``variant`` gives those that it leaves at None: ``variants`` has embed_dim, depth and
     num_heads of each."""
 
@@ -72,7 +73,7 @@ class VariantSizes:
 
 @core.register_config
 @dataclass(frozen=True)
-class ViTConfig(VariantSizes, Checked):
+class ViTConfig(VariantSizes):
     """The transformer around the experts. A field left at None takes the variant's value."""
 
     variants = VARIANTS

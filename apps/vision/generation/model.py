@@ -38,7 +38,7 @@ _FREQUENCIES = 128
 
 @core.register_config
 @dataclass(frozen=True)
-class DiTConfig(VariantSizes, Checked):
+class DiTConfig(VariantSizes):
     """The transformer around the experts. A field left at None takes the variant's value."""
 
     prefix = "dit."
