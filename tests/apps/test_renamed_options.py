@@ -116,7 +116,7 @@ def test_a_checkpoint_with_old_names_loads_with_one_line_each(name, tmp_path, li
 
 
 def test_a_search_takes_an_old_option(lines):
-    assert decoding(DecodeConfig(), {"beam_size": 3, "num_best": 2}).num_return_sequences == 2
+    assert decoding(DecodeConfig(), {"num_beams": 3, "num_best": 2}).num_return_sequences == 2
     with pytest.raises(ValueError, match="num_return_sequences=2: predict returns one text each"):
         one_each({"num_best": 2})
     assert lines() == [told("num_best", "num_return_sequences")]

@@ -74,8 +74,8 @@ class TextConstraint(Constraint):
     """The text that the ids spell by themselves is in a language, before ``Subwords.decode`` removes control characters
     and the spaces around it.
 
-    Texts are read in bytes, so that characters that the vocabulary spells in bytes need nothing of their own. A state is
-    that of the language, and whether the text is still empty: then a subword's leading space is not written.
+    Texts are read in bytes, so that characters that the vocabulary spells in bytes need nothing of their own. A state
+    is that of the language, and whether the text is still empty: then a subword's leading space is not written.
 
     Args:
         language: the texts.

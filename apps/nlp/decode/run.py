@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ def translate_ids(
     domain_ids_B: Tensor | None = None,
     index_B: Tensor | None = None,
     constraints: Sequence[Constraint] | None = None,
+    surfaces: Sequence[bytes | None] | None = None,
+    tell: Callable[[list[int]], None] | None = None,
 ) -> Hypotheses:
     """Return the translations of a batch.
 
@@ -47,16 +49,23 @@ def translate_ids(
         task_ids_B, domain_ids_B: int64 (B,), for the routing context.
         index_B: int64 (B,), the sentences' numbers, which their random draws depend on; None: their places.
         constraints: what each translation may be; the same object may stand for several.
+        surfaces: ``Subwords.surfaces`` of the side that is written, for ``config.stop_strings``.
+        tell: called with the first one's ids each time they grow, if a sentence has one row: not in a beam search.
 
     Raises:
         ValueError: the model's log-probabilities are not finite, or a constraint allows no text that is short enough.
     """
     inputs = (source_BS, task_ids_B, domain_ids_B)
-    return _from_memory(model, inputs, _lengths(source_BS), config, index_B, constraints)
+    return _from_memory(model, inputs, _lengths(source_BS), config, index_B, constraints, surfaces, tell)
 
 
 def caption_ids(
-    model: Any, image: Tensor, config: DecodeConfig, length: int, index_B: Tensor | None = None
+    model: Any,
+    image: Tensor,
+    config: DecodeConfig,
+    length: int,
+    index_B: Tensor | None = None,
+    surfaces: Sequence[bytes | None] | None = None,
 ) -> Hypotheses:
     """Return the captions that a model writes for each image of a batch.
 
@@ -67,12 +76,13 @@ def caption_ids(
         config: how to search.
         length: S in a text's maximal length, for an image has none of its own.
         index_B: int64 (B,), the images' numbers, which their random draws depend on; None: their places.
+        surfaces: as in ``translate_ids``.
 
     Raises:
         ValueError: the model's log-probabilities are not finite.
     """
     image = image if config.dtype is None else image.to(getattr(torch, config.dtype))
-    return _from_memory(model, (image,), [length] * len(image), config, index_B)
+    return _from_memory(model, (image,), [length] * len(image), config, index_B, None, surfaces)
 
 
 def _from_memory(
@@ -81,7 +91,7 @@ def _from_memory(
     lengths: Sequence[int],
     config: DecodeConfig,
     index_B: Tensor | None,
-    constraints: Sequence[Constraint] | None = None,
+    *beside: Any,
 ) -> Hypotheses:
     """Search from the start of a text, over what the model's ``encode`` makes of a batch."""
     if not lengths:
@@ -92,7 +102,7 @@ def _from_memory(
         # A text is about as long as its source.
         steps = min(max(lengths), config.max_length(max(lengths)))
         with _steady(model, len(lengths) * config.width, steps):
-            return search(model, cache, bos_B1, lengths, config, index_B, constraints)
+            return search(model, cache, bos_B1, lengths, config, index_B, *beside)
 
 
 def generate_ids(
@@ -103,6 +113,8 @@ def generate_ids(
     domain_ids_B: Tensor | None = None,
     index_B: Tensor | None = None,
     constraints: Sequence[Constraint] | None = None,
+    surfaces: Sequence[bytes | None] | None = None,
+    tell: Callable[[list[int]], None] | None = None,
 ) -> Hypotheses:
     """Return a language model's continuation of each prompt: the ids that follow it, without the prompt's own.
 
@@ -116,6 +128,8 @@ def generate_ids(
         task_ids_B, domain_ids_B: int64 (B,), for the routing context.
         index_B: int64 (B,), the prompts' numbers, which their random draws depend on; None: their places.
         constraints: what each continuation may be; the same object may stand for several.
+        surfaces: ``Subwords.surfaces`` of the side that is written, for ``config.stop_strings``.
+        tell: called with the first one's ids each time they grow, if a sentence has one row: not in a beam search.
 
     Raises:
         ValueError: an empty prompt, the model's log-probabilities are not finite, or a constraint allows no text that
@@ -131,7 +145,7 @@ def generate_ids(
         cache = model.start(len(prompt_BL), task_ids_B, domain_ids_B)
         steps = max(lengths) + config.max_length(max(lengths))
         with _steady(model, len(prompt_BL) * config.width, steps):
-            return search(model, cache, prompt_BL, lengths, config, index_B, constraints)
+            return search(model, cache, prompt_BL, lengths, config, index_B, constraints, surfaces, tell)
 
 
 def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import insort
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,9 @@ from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
 from apps.nlp.decode.choice import Choice, Report, ranked
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.constraint import Constraint, needs
+from apps.nlp.decode.repetition import Penalized, ReadRows
 from apps.nlp.decode.sampling import drawn, draws
+from apps.nlp.decode.stops import Stops
 from core.parallel import InStep
 
 
@@ -51,12 +53,14 @@ class Sentence:
         done: nothing more is asked of it.
         constraint: what its text may be; None: anything.
         states: the constraint's state of each row; None of a row that is no hypothesis.
+        tails: of each row the state of the search's ``Stops``, if it has them.
     """
 
     prompt: list[int]
     limit: int
     constraint: Constraint | None = None
     states: list[Hashable | None] = field(default_factory=list)
+    tails: list[bytes | None] = field(default_factory=list)
     steps: list[tuple[Report, int]] = field(default_factory=list)
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
     done: bool = False
@@ -74,28 +78,45 @@ class Sentence:
             row = int(report.parent[place, row])
         return backwards[::-1]
 
-    def advance(self, report: Report, place: int, config: DecodeConfig) -> None:
-        """Take in a step's choices; ``place`` is the sentence's in it."""
+    def advance(self, report: Report, place: int, config: DecodeConfig, stops: Stops | None = None) -> list[int]:
+        """Take in a step's choices; ``place`` is the sentence's in it. Return the rows that ``stops`` has ended."""
         num_ids = len(self.steps)
         if report.ends[place]:
             closed = zip(report.closed_score[place].tolist(), report.closed_parent[place].tolist(), strict=True)
             for log_prob, parent in closed:
-                score = config.score(log_prob, num_ids)
-                is_kept = len(self.finished) < config.num_kept or score > self.finished[-1][0]
-                if log_prob > -math.inf and is_kept:
-                    insort(self.finished, (score, self.ids(int(parent))), key=lambda hypothesis: -hypothesis[0])
-                    del self.finished[config.num_kept :]
+                self._finish(log_prob, int(parent), num_ids, config)
+        rows = [
+            (int(token), int(parent), log_prob > -math.inf)
+            for token, parent, log_prob in zip(
+                *(part[place].tolist() for part in (report.token, report.parent, report.score)), strict=True
+            )
+        ]
         if self.constraint is not None:
-            rows = zip(*(part[place].tolist() for part in (report.token, report.parent, report.score)), strict=True)
-            self.states = [
-                self.constraint.advance(self.states[int(parent)], int(token)) if log_prob > -math.inf else None
-                for token, parent, log_prob in rows
-            ]
+            advance = self.constraint.advance
+            self.states = [advance(self.states[parent], token) if is_open else None for token, parent, is_open in rows]
         self.steps.append((report, place))
-        best_open = report.best[place]
+        best_open, stopped = report.best[place], list[int]()
+        if stops is not None:
+            self.tails = [stops.advance(self.tails[parent], token) for token, parent, _ in rows]
+            stopped = [row for row, (_, _, is_open) in enumerate(rows) if is_open and stops.ends(self.tails[row])]
+            for row in stopped:
+                self._finish(float(report.score[place, row]), row, num_ids, config, stops)
+                report.score[place, row] = -math.inf
+            best_open = float(report.score[place].max())
         self.done = num_ids >= self.limit or not best_open > -math.inf
         if not self.done and len(self.finished) == config.num_kept:
             self.done = config.attainable(best_open, num_ids + 1, self.limit) <= self.finished[-1][0]
+        return stopped
+
+    def _finish(
+        self, log_prob: float, row: int, num_ids: int, config: DecodeConfig, stops: Stops | None = None
+    ) -> None:
+        """Take in a hypothesis that ends at a row, if it is good enough."""
+        score = config.score(log_prob, num_ids)
+        if log_prob > -math.inf and (len(self.finished) < config.num_kept or score > self.finished[-1][0]):
+            ids = self.ids(row) if stops is None else stops.cut(self.ids(row), self.prompt)
+            insort(self.finished, (score, ids), key=lambda hypothesis: -hypothesis[0])
+            del self.finished[config.num_kept :]
 
 
 def search(
@@ -106,10 +127,13 @@ def search(
     config: DecodeConfig,
     index_B: Tensor | None,
     constraints: Sequence[Constraint] | None = None,
+    surfaces: Sequence[bytes | None] | None = None,
+    tell: Callable[[list[int]], None] | None = None,
 ) -> Hypotheses:
     """Search by the loop that all methods share; a sentence's limit depends on its entry in ``lengths``.
 
-    With ``constraints``, one a sentence, an id is only taken if the text can still end in time.
+    With ``constraints``, one a sentence, an id is only taken if the text can still end in time. ``surfaces`` are what
+    ids write, for ``stop_strings``. With one row a sentence, ``tell`` gets the first one's ids as they grow.
 
     A sentence has one row in the batch until its first choice is made, and then k rows side by side. Ranks that share
     experts take as many steps as the one with the most: the others' rows are padding in the end.
@@ -118,15 +142,27 @@ def search(
         ValueError: a sentence has no text of finite log p, or its constraint allows none of at most its limit.
     """
     k, device, ranks = config.width, prompt_BL.device, InStep(model)
+    stops = None
+    if config.stop_strings:
+        if surfaces is None:
+            raise ValueError(f"stop_strings={list(config.stop_strings)} needs the ids' surfaces")
+        if constraints is not None:
+            raise ValueError(f"stop_strings={list(config.stop_strings)}: a constraint says where a text ends")
+        stops = Stops(config.stop_strings, surfaces)
     prompts = [[i for i in row if i != PAD_ID] for row in prompt_BL.tolist()]
     most = max_positions(model)
     sentences = [
         Sentence(prompt, config.max_length(length, None if most is None else most - len(prompt)))
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
+    if config.repetition_penalty != 1:
+        model, cache = Penalized(model, config.repetition_penalty), ReadRows(cache)
     if constraints is not None:
         _constrain(sentences, constraints, k)
     needs_of: dict[tuple[int, Hashable], Tensor] = {}
+    if stops is not None:
+        for sentence in sentences:
+            sentence.tails = [stops.start(sentence.prompt)] * k
     first = min(s.start for s in sentences)
     for t in range(first):
         ranks.go_on(True)
@@ -159,7 +195,9 @@ def search(
         del logits_RV, log_prob_bkV  # or the next step's would need memory in addition: pages that the system zeroes
         for place, sentence in enumerate(waiting):
             if step >= sentence.start and not sentence.done:
-                sentence.advance(report, place, config)
+                choice.score_bk[place, sentence.advance(report, place, config, stops)] = -math.inf
+        if tell is not None and k == 1 and not sentences[0].done:
+            tell(sentences[0].ids(0))
         if all(s.done for s in waiting):
             break
 
@@ -185,7 +223,8 @@ def search(
     best = [s.finished[: config.num_return_sequences] for s in sentences]
     for i, own in enumerate(best):
         if not own:
-            raise ValueError(f"sentence {i} of the batch has no end with a finite log-probability")
+            allowed = "" if constraints is None else " that its constraint and min_new_tokens allow"
+            raise ValueError(f"sentence {i} of the batch has no end with a finite log-probability{allowed}")
     return Hypotheses([[ids for _, ids in own] for own in best], [[score for score, _ in own] for own in best])
 
 
@@ -208,7 +247,7 @@ def _restrict(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, co
     for place, sentence in enumerate(sentences):
         if step - sentence.start >= sentence.limit:
             too_long.append(place)
-        elif step - sentence.start < config.min_length:
+        elif step - sentence.start < config.min_new_tokens:
             too_short.append(place)
     if too_short:
         at = slice(None) if len(too_short) == len(sentences) else too_short

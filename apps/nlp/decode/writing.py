@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 import core
 from apps.base.checks import check_name
 from apps.data.subwords import PAD_ID, Side, Subwords
+from apps.data.text_files import clean
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers, dense_twins
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import TokenGate
@@ -21,6 +22,7 @@ from apps.nlp.decode.candidate import Candidate
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.run import in_dtype
 from apps.nlp.decode.search import Hypotheses
+from apps.nlp.decode.stops import num_begun
 from apps.nlp.text.foreseen import Judged, of_mean_length, per_sentence
 from apps.train.step.module import SparseModule, Stage, TaskOutput
 from apps.train.step.pieces import ratio_values
@@ -140,6 +142,27 @@ class WritingModule(SparseModule, Comparable):
         """Return the texts of hypotheses with their scores."""
         subwords, each = self.subwords, zip(hypotheses.ids, hypotheses.scores, strict=True)
         return [[*map(Candidate, subwords.decode(ids, self.side), scores)] for ids, scores in each]
+
+    def surfaces(self, config: DecodeConfig) -> list[bytes | None] | None:
+        """Return what each id writes, if a search asks for it."""
+        return self.subwords.surfaces(self.side) if config.stop_strings else None
+
+    def teller(
+        self, tell: Callable[[str], None] | None, config: DecodeConfig, prompt: Sequence[int] = ()
+    ) -> Callable[[list[int]], None] | None:
+        """Return a function of ids as they grow that tells the text so far, a prompt's included.
+
+        What may become a stop string, or is part of a character, is not told yet.
+        """
+        if tell is None:
+            return None
+        processor = self.subwords.processor(self.side)
+
+        def told(ids: list[int]) -> None:
+            text = processor.decode([*prompt, *ids])
+            tell(clean(text[: len(text) - num_begun(text, config.stop_strings)].rstrip("\ufffd")))
+
+        return told
 
     def model_in(self, dtype: str | None) -> Any:
         """Return the model in a dtype, one copy for a pass; outside of a pass, or for None, as it is."""
