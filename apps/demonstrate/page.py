@@ -15,17 +15,7 @@ from markupsafe import Markup
 from apps.base.messages import message, one_line
 from apps.cli.errors import describe
 from apps.demonstrate.drawing import draw_parts, problem
-from apps.report.exhibit import (
-    Answer,
-    ChoiceField,
-    Exhibit,
-    Field,
-    ImageField,
-    ItemsField,
-    NumberField,
-    Part,
-    TextField,
-)  # fmt: skip
+from apps.report.exhibit import Answer, ChoiceField, Exhibit, Field, ImageField, ItemsField, NumberField, TextField
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +81,10 @@ def build_page(exhibit: Exhibit, name: str, folder: Path) -> Any:
             for shown, by_layer in _growing(exhibit, raw):
                 if by_layer is None:
                     yield [shown, *[gr.skip()] * 3]
-                elif not by_layer:
-                    yield [shown, gr.update(choices=[], value=None, visible=False), gr.update(visible=False), {}]
-                else:
-                    last = chosen if chosen in by_layer else list(by_layer)[-1]
-                    choices = gr.update(choices=list(by_layer), value=last, visible=True)
-                    yield [shown, choices, gr.update(value=by_layer[last], visible=True), by_layer]
+                    continue
+                last = chosen if chosen in by_layer else next(reversed(by_layer), None)
+                choices = gr.update(choices=list(by_layer), value=last, visible=bool(by_layer))
+                yield [shown, choices, gr.update(value=by_layer.get(last or ""), visible=bool(by_layer)), by_layer]
 
         def show(chosen: str | None, by_layer: dict[str, str]) -> Any:
             return by_layer.get(chosen or "", "")
@@ -127,7 +115,7 @@ def _growing(exhibit: Exhibit, raw: Sequence[Any]) -> Iterator[tuple[str, dict[s
         return
     told, gone = queue.SimpleQueue[tuple[str, dict[str, str] | None]](), threading.Event()
 
-    def tell(part: Part) -> None:
+    def tell(part: Any) -> None:
         if gone.is_set():
             raise ValueError("nobody reads the answer any more")
         told.put((_shown(draw_parts((part,))), None))
@@ -142,13 +130,11 @@ def _growing(exhibit: Exhibit, raw: Sequence[Any]) -> Iterator[tuple[str, dict[s
         gone.set()
 
 
-def _answer(
-    exhibit: Exhibit, raw: Sequence[Any], tell: Callable[[Part], None] | None = None
-) -> tuple[str, dict[str, str]]:
+def _answer(exhibit: Exhibit, raw: Sequence[Any], *tell: Callable[[Any], None]) -> tuple[str, dict[str, str]]:
     """Return the HTML of an answer, and of the experts by layer; of wrong input one line."""
     try:
         values = [field.read(own) for field, own in zip(exhibit.fields, raw, strict=True)]
-        answer: Answer = exhibit.answer(values) if tell is None else exhibit.answer(values, tell)
+        answer: Answer = exhibit.answer(values, *tell)
     except ValueError as error:
         return _shown(problem(one_line(message(error)))), {}
     except Exception as error:  # a fault of ours: the page says so, and the terminal where

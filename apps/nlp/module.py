@@ -11,7 +11,7 @@ import core
 from apps.data.subwords import Subwords
 from apps.equal_cost.comparable import Baseline
 from apps.nets.config import TransformerConfig
-from apps.nlp.decode import Candidate, Constraint, DecodeConfig, in_dtype
+from apps.nlp.decode import Candidate, DecodeConfig, in_dtype
 from apps.nlp.decode.writing import WritingModule
 from apps.nlp.predict import Line, as_text, identity_of, in_order, num_lines
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
@@ -61,25 +61,19 @@ class TextModule(WritingModule):
 
     # ---- predictions of lines
 
-    def candidates_of(
-        self, batch: Any, config: DecodeConfig, model: Any = None, constraint: Constraint | None = None
-    ) -> list[list[Candidate]]:
+    def candidates_of(self, batch: Any, config: DecodeConfig, model: Any = None, **how: Any) -> list[list[Candidate]]:
         """Return the candidates of each line of a batch, best first.
 
         Args:
             batch: a batch of lines on the module's device.
             config: how to search.
             model: a copy of ``model`` in another dtype; None: ``model`` itself.
-            constraint: what each text may be; None: anything.
+            how: as in ``how_to_write``.
         """
         raise NotImplementedError
 
     def lines_of(
-        self,
-        batches: Iterable[tuple[Any, list[str]]],
-        config: DecodeConfig,
-        start: int = 0,
-        constraint: Constraint | None = None,
+        self, batches: Iterable[tuple[Any, list[str]]], config: DecodeConfig, start: int = 0, **how: Any
     ) -> Iterator[Line]:
         """Yield the candidates of the lines of ``batches``, each given with its lines; the first line is ``start``."""
         model = in_dtype(self.model, config.dtype)
@@ -88,7 +82,7 @@ class TextModule(WritingModule):
             for batch, sources in batches:
                 batch = type(batch)(*(side.to(self.device) for side in batch))
                 numbers = batch.index_B.tolist()
-                rows = zip(numbers, sources, self.candidates_of(batch, config, model, constraint), strict=True)
+                rows = zip(numbers, sources, self.candidates_of(batch, config, model, **how), strict=True)
                 yield numbers, [Line(*row) for row in rows]
 
         return in_order(predicted(), start)

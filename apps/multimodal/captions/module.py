@@ -192,7 +192,7 @@ class ImageCaptioner(JudgedModule):
         """Return captions of (B, C, H, W) normalized images in ids; ``model`` may be a copy in another dtype."""
         # Out of autocast: in bfloat16 an image's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
-            model, surfaces = model or self.model_in(config.dtype), self.surfaces(config)
+            model, surfaces = model or self.model_in(config.dtype), self.how_to_write(config, len(image))["surfaces"]
             return caption_ids(model, image, config, self.max_tokens, index_B, surfaces)
 
     def references(self, batch: PairBatch) -> list[str]:

@@ -6,26 +6,17 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import core
 from apps.base.checks import check_name
 from apps.registry import RENAMED
-from core.fields import (
-    Checked,
-    Count,
-    CountOrZero,
-    NotNegative,
-    Positive,
-    PositiveShare,
-    Share,
-    renames,
-    with_new_names,
-)
+from core import fields
+from core.fields import Checked, Count, CountOrZero, Length, NotNegative, Positive, PositiveShare, Share
 
 
 @core.register_config
-@renames(**RENAMED["decode"])
+@fields.renames(**RENAMED["decode"])
 @dataclass(frozen=True)
 class DecodeConfig(Checked):
     """The options of a search for translations or continuations.
@@ -75,15 +66,13 @@ class DecodeConfig(Checked):
     top_p: PositiveShare = 1.0
     min_p: Share = 0.0
     repetition_penalty: Positive = 1.0
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: tuple[Annotated[str, Length(1)], ...] = ()
     seed: CountOrZero = 0
     prune: bool = True
     dtype: Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "" in self.stop_strings:
-            raise ValueError(f"stop_strings={list(self.stop_strings)} has an empty one, with which every text ends")
         if self.method != "sample" and self.num_return_sequences > self.width:
             raise ValueError(
                 f"num_return_sequences={self.num_return_sequences} exceeds the {self.width} hypotheses of "
@@ -97,9 +86,7 @@ class DecodeConfig(Checked):
 
     def max_length(self, source_length: int, most: int | None = None) -> int:
         """Return how many ids a hypothesis may have before its end; ``most``: the model's limit."""
-        length = self.max_new_tokens
-        if length is None:
-            length = int(self.max_length_ratio * source_length + self.max_length_extra)
+        length = self.max_new_tokens or int(self.max_length_ratio * source_length + self.max_length_extra)
         length = max(length, self.min_new_tokens)
         return length if most is None else min(length, most)
 
@@ -133,7 +120,7 @@ def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
         ValueError: no such field, or a value out of its range.
     """
     known = [field.name for field in dataclasses.fields(DecodeConfig)]
-    options = with_new_names(DecodeConfig, options)
+    options = fields.with_new_names(DecodeConfig, options)
     for name in options:
         check_name("option", name, known)
     return dataclasses.replace(config, **options)

@@ -28,16 +28,11 @@ _PACKING = 10
 
 
 def translate_ids(
-    model: Any,
-    source_BS: Tensor,
-    config: DecodeConfig,
-    task_ids_B: Tensor | None = None,
-    domain_ids_B: Tensor | None = None,
-    index_B: Tensor | None = None,
-    constraints: Sequence[Constraint] | None = None,
-    surfaces: Sequence[bytes | None] | None = None,
+    model: Any, source_BS: Tensor, config: DecodeConfig, task_ids_B: Tensor | None = None,
+    domain_ids_B: Tensor | None = None, index_B: Tensor | None = None,
+    constraints: Sequence[Constraint] | None = None, surfaces: Sequence[bytes | None] | None = None,
     tell: Callable[[list[int]], None] | None = None,
-) -> Hypotheses:
+) -> Hypotheses:  # fmt: skip
     """Return the translations of a batch.
 
     Args:
@@ -60,13 +55,9 @@ def translate_ids(
 
 
 def caption_ids(
-    model: Any,
-    image: Tensor,
-    config: DecodeConfig,
-    length: int,
-    index_B: Tensor | None = None,
+    model: Any, image: Tensor, config: DecodeConfig, length: int, index_B: Tensor | None = None,
     surfaces: Sequence[bytes | None] | None = None,
-) -> Hypotheses:
+) -> Hypotheses:  # fmt: skip
     """Return the captions that a model writes for each image of a batch.
 
     Args:
@@ -86,12 +77,7 @@ def caption_ids(
 
 
 def _from_memory(
-    model: Any,
-    inputs: Sequence[Tensor | None],
-    lengths: Sequence[int],
-    config: DecodeConfig,
-    index_B: Tensor | None,
-    *beside: Any,
+    model: Any, inputs: Sequence[Tensor | None], lengths: Sequence[int], config: DecodeConfig, *beside: Any
 ) -> Hypotheses:
     """Search from the start of a text, over what the model's ``encode`` makes of a batch."""
     if not lengths:
@@ -102,20 +88,15 @@ def _from_memory(
         # A text is about as long as its source.
         steps = min(max(lengths), config.max_length(max(lengths)))
         with _steady(model, len(lengths) * config.width, steps):
-            return search(model, cache, bos_B1, lengths, config, index_B, *beside)
+            return search(model, cache, bos_B1, lengths, config, *beside)
 
 
 def generate_ids(
-    model: Any,
-    prompt_BL: Tensor,
-    config: DecodeConfig,
-    task_ids_B: Tensor | None = None,
-    domain_ids_B: Tensor | None = None,
-    index_B: Tensor | None = None,
-    constraints: Sequence[Constraint] | None = None,
-    surfaces: Sequence[bytes | None] | None = None,
+    model: Any, prompt_BL: Tensor, config: DecodeConfig, task_ids_B: Tensor | None = None,
+    domain_ids_B: Tensor | None = None, index_B: Tensor | None = None,
+    constraints: Sequence[Constraint] | None = None, surfaces: Sequence[bytes | None] | None = None,
     tell: Callable[[list[int]], None] | None = None,
-) -> Hypotheses:
+) -> Hypotheses:  # fmt: skip
     """Return a language model's continuation of each prompt: the ids that follow it, without the prompt's own.
 
     Prompts are read a position at a time, in the steps of the search itself: shorter ones start to write earlier.

@@ -16,7 +16,7 @@ from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
 from apps.nlp.decode.choice import Choice, Report, ranked
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.constraint import Constraint, needs
-from apps.nlp.decode.repetition import Penalized, ReadRows
+from apps.nlp.decode.repetition import Penalized
 from apps.nlp.decode.sampling import drawn, draws
 from apps.nlp.decode.stops import Stops
 from core.parallel import InStep
@@ -51,16 +51,14 @@ class Sentence:
         steps: of each step from the first choice on, the choices, and the sentence's place in it.
         finished: scores and ids of its best finished hypotheses, best first; of equal scores the one that ended first.
         done: nothing more is asked of it.
-        constraint: what its text may be; None: anything.
-        states: the constraint's state of each row; None of a row that is no hypothesis.
-        tails: of each row the state of the search's ``Stops``, if it has them.
+        watch: its ``Constraint``, or the search's ``Stops``; None: neither.
+        states: the state of ``watch`` of each row, if the row is a hypothesis.
     """
 
     prompt: list[int]
     limit: int
-    constraint: Constraint | None = None
-    states: list[Hashable | None] = field(default_factory=list)
-    tails: list[bytes | None] = field(default_factory=list)
+    watch: Any = None
+    states: list[Any] = field(default_factory=list)
     steps: list[tuple[Report, int]] = field(default_factory=list)
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
     done: bool = False
@@ -78,39 +76,34 @@ class Sentence:
             row = int(report.parent[place, row])
         return backwards[::-1]
 
-    def advance(self, report: Report, place: int, config: DecodeConfig, stops: Stops | None = None) -> list[int]:
-        """Take in a step's choices; ``place`` is the sentence's in it. Return the rows that ``stops`` has ended."""
-        num_ids = len(self.steps)
+    def advance(self, report: Report, place: int, config: DecodeConfig) -> list[int]:
+        """Take in a step's choices; ``place`` is the sentence's in it. Return the rows that a stop string has ended."""
+        num_ids, stopped = len(self.steps), list[int]()
         if report.ends[place]:
             closed = zip(report.closed_score[place].tolist(), report.closed_parent[place].tolist(), strict=True)
             for log_prob, parent in closed:
                 self._finish(log_prob, int(parent), num_ids, config)
-        rows = [
-            (int(token), int(parent), log_prob > -math.inf)
-            for token, parent, log_prob in zip(
-                *(part[place].tolist() for part in (report.token, report.parent, report.score)), strict=True
-            )
-        ]
-        if self.constraint is not None:
-            advance = self.constraint.advance
-            self.states = [advance(self.states[parent], token) if is_open else None for token, parent, is_open in rows]
         self.steps.append((report, place))
-        best_open, stopped = report.best[place], list[int]()
-        if stops is not None:
-            self.tails = [stops.advance(self.tails[parent], token) for token, parent, _ in rows]
-            stopped = [row for row, (_, _, is_open) in enumerate(rows) if is_open and stops.ends(self.tails[row])]
-            for row in stopped:
-                self._finish(float(report.score[place, row]), row, num_ids, config, stops)
-                report.score[place, row] = -math.inf
-            best_open = float(report.score[place].max())
+        if self.watch is not None:
+            parts = (part[place].tolist() for part in (report.token, report.parent, report.score))
+            rows, watch = list(zip(*parts, strict=True)), self.watch
+            self.states = [
+                watch.advance(self.states[int(parent)], int(token)) if log_prob > -math.inf else None
+                for token, parent, log_prob in rows
+            ]
+            if isinstance(watch, Stops):
+                stopped = [row for row, state in enumerate(self.states) if watch.ends(state)]
+                for row in stopped:
+                    self._finish(rows[row][2], row, num_ids, config, watch)
+                    report.score[place, row] = -math.inf
+                    report.best[place] = float(report.score[place].max())
+        best_open = report.best[place]
         self.done = num_ids >= self.limit or not best_open > -math.inf
         if not self.done and len(self.finished) == config.num_kept:
             self.done = config.attainable(best_open, num_ids + 1, self.limit) <= self.finished[-1][0]
         return stopped
 
-    def _finish(
-        self, log_prob: float, row: int, num_ids: int, config: DecodeConfig, stops: Stops | None = None
-    ) -> None:
+    def _finish(self, log_prob: float, row: int, num_ids: int, config: DecodeConfig, stops: Any = None) -> None:
         """Take in a hypothesis that ends at a row, if it is good enough."""
         score = config.score(log_prob, num_ids)
         if log_prob > -math.inf and (len(self.finished) < config.num_kept or score > self.finished[-1][0]):
@@ -120,16 +113,10 @@ class Sentence:
 
 
 def search(
-    model: Any,
-    cache: Any,
-    prompt_BL: Tensor,
-    lengths: Sequence[int],
-    config: DecodeConfig,
-    index_B: Tensor | None,
-    constraints: Sequence[Constraint] | None = None,
-    surfaces: Sequence[bytes | None] | None = None,
+    model: Any, cache: Any, prompt_BL: Tensor, lengths: Sequence[int], config: DecodeConfig, index_B: Tensor | None,
+    constraints: Sequence[Constraint] | None = None, surfaces: Sequence[bytes | None] | None = None,
     tell: Callable[[list[int]], None] | None = None,
-) -> Hypotheses:
+) -> Hypotheses:  # fmt: skip
     """Search by the loop that all methods share; a sentence's limit depends on its entry in ``lengths``.
 
     With ``constraints``, one a sentence, an id is only taken if the text can still end in time. ``surfaces`` are what
@@ -142,13 +129,6 @@ def search(
         ValueError: a sentence has no text of finite log p, or its constraint allows none of at most its limit.
     """
     k, device, ranks = config.width, prompt_BL.device, InStep(model)
-    stops = None
-    if config.stop_strings:
-        if surfaces is None:
-            raise ValueError(f"stop_strings={list(config.stop_strings)} needs the ids' surfaces")
-        if constraints is not None:
-            raise ValueError(f"stop_strings={list(config.stop_strings)}: a constraint says where a text ends")
-        stops = Stops(config.stop_strings, surfaces)
     prompts = [[i for i in row if i != PAD_ID] for row in prompt_BL.tolist()]
     most = max_positions(model)
     sentences = [
@@ -156,13 +136,9 @@ def search(
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
     if config.repetition_penalty != 1:
-        model, cache = Penalized(model, config.repetition_penalty), ReadRows(cache)
-    if constraints is not None:
-        _constrain(sentences, constraints, k)
-    needs_of: dict[tuple[int, Hashable], Tensor] = {}
-    if stops is not None:
-        for sentence in sentences:
-            sentence.tails = [stops.start(sentence.prompt)] * k
+        model = cache = Penalized(model, cache, config.repetition_penalty)
+    _watch(sentences, config, constraints, surfaces)
+    known: dict[tuple[int, Hashable], Tensor] = {}
     first = min(s.start for s in sentences)
     for t in range(first):
         ranks.go_on(True)
@@ -182,7 +158,7 @@ def search(
         waiting = [sentences[i] for i in in_batch]
         _restrict(log_prob_bkV, waiting, step, config)
         if constraints is not None:
-            _mask(log_prob_bkV, waiting, step, needs_of)
+            _mask(log_prob_bkV, waiting, step, known)
         for exact in (False, True):
             if draw_BkT is not None:
                 choice = drawn(log_prob_bkV, score_bk, draw_BkT[:, :, step], config)
@@ -195,7 +171,8 @@ def search(
         del logits_RV, log_prob_bkV  # or the next step's would need memory in addition: pages that the system zeroes
         for place, sentence in enumerate(waiting):
             if step >= sentence.start and not sentence.done:
-                choice.score_bk[place, sentence.advance(report, place, config, stops)] = -math.inf
+                for row in sentence.advance(report, place, config):
+                    choice.score_bk[place, row] = -math.inf
         if tell is not None and k == 1 and not sentences[0].done:
             tell(sentences[0].ids(0))
         if all(s.done for s in waiting):
@@ -223,8 +200,7 @@ def search(
     best = [s.finished[: config.num_return_sequences] for s in sentences]
     for i, own in enumerate(best):
         if not own:
-            allowed = "" if constraints is None else " that its constraint and min_new_tokens allow"
-            raise ValueError(f"sentence {i} of the batch has no end with a finite log-probability{allowed}")
+            raise ValueError(f"sentence {i} of the batch has no end with a finite log-probability")
     return Hypotheses([[ids for _, ids in own] for own in best], [[score for score, _ in own] for own in best])
 
 
@@ -258,36 +234,43 @@ def _restrict(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, co
         log_prob_kV.fill_(-math.inf)[:, EOS_ID] = end_k
 
 
-def _constrain(sentences: Sequence[Sentence], constraints: Sequence[Constraint], k: int) -> None:
-    """Give each sentence its constraint, and the states of its k rows before the first choice."""
-    for i, (sentence, own) in enumerate(zip(sentences, constraints, strict=True)):
-        sentence.constraint, sentence.states = own, [own.start()] * k
-        if (least := own.least(sentence.states[0])) > sentence.limit:
+def _watch(
+    sentences: Sequence[Sentence], config: DecodeConfig, constraints: Sequence[Constraint] | None,
+    surfaces: Sequence[bytes | None] | None,
+) -> None:  # fmt: skip
+    """Give each sentence its constraint, or the stop strings, and the states before the first choice."""
+    if config.stop_strings and constraints is not None:
+        raise ValueError(f"stop_strings={list(config.stop_strings)}: a constraint says where a text ends")
+    stops = Stops(config.stop_strings, surfaces) if config.stop_strings else None
+    each: Sequence[Constraint | None] = constraints or [None] * len(sentences)
+    for i, (sentence, own) in enumerate(zip(sentences, each, strict=True)):
+        start = stops.start(sentence.prompt) if stops is not None else own and own.start()
+        sentence.watch, sentence.states = own or stops, [start] * config.width
+        if own is not None and (least := own.least(start)) > sentence.limit:
             raise ValueError(
-                f"sentence {i} of the batch may have {sentence.limit} tokens, and the shortest text of its constraint "
-                f"has {least:,}"
+                f"sentence {i} of the batch may have {sentence.limit} tokens: the shortest text that its constraint "
+                f"allows has {least:,}"
             )
 
 
 def _mask(
-    log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, needs_of: dict[tuple[int, Hashable], Tensor]
+    log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, known: dict[tuple[int, Hashable], Tensor]
 ) -> None:
-    """Set to -inf what a constraint does not allow, and after what no end is near enough, in place."""
+    """Set to -inf what a constraint does not allow, and after which no end is near enough, in place."""
     k, rows, left, needed = log_prob_bkV.shape[1], list[int](), list[int](), list[Tensor]()
     for place, sentence in enumerate(sentences):
-        if sentence.constraint is None or sentence.done or step < sentence.start:
-            continue
+        is_open = step >= sentence.start and not sentence.done
         for row, state in enumerate(sentence.states[:k]):
-            if state is not None:
-                key = id(sentence.constraint), state
-                if key not in needs_of:
-                    needs_of[key] = needs(sentence.constraint, state).to(log_prob_bkV.device)
+            if is_open and state is not None:
+                key: Any = id(sentence.watch), state
+                if key not in known:
+                    known[key] = needs(sentence.watch, state).to(log_prob_bkV.device)
                 rows.append(place * k + row)
                 left.append(sentence.limit - step + sentence.start - 1)
-                needed.append(needs_of[key])
+                needed.append(known[key])
     if rows:
-        log_prob_RV, left_r = log_prob_bkV.flatten(0, 1), torch.tensor(left, device=log_prob_bkV.device)
-        log_prob_RV[rows] = log_prob_RV[rows].masked_fill(torch.stack(needed) > left_r[:, None], -math.inf)
+        log_prob_RV, left_r1 = log_prob_bkV.flatten(0, 1), torch.tensor(left, device=log_prob_bkV.device)[:, None]
+        log_prob_RV[rows] = log_prob_RV[rows].masked_fill(torch.stack(needed) > left_r1, -math.inf)
 
 
 def _read_prompts(choice: Choice, sentences: Sequence[Sentence], step: int, method: str) -> None:

@@ -18,12 +18,16 @@ class Stops:
     Args:
         strings: the strings.
         surfaces: what each id writes, see ``Subwords.surfaces``.
+
+    Raises:
+        ValueError: without ``surfaces``.
     """
 
-    def __init__(self, strings: Sequence[str], surfaces: Sequence[bytes | None]) -> None:
-        self.strings, self.surfaces = [string.encode() for string in strings], surfaces
+    def __init__(self, strings: Sequence[str], surfaces: Sequence[bytes | None] | None) -> None:
+        if surfaces is None:
+            raise ValueError(f"stop_strings={list(strings)} needs the surfaces of ids")
+        self.strings, self.surfaces = [string.encode() for string in strings], [own or b"" for own in surfaces]
         self._reach = max(map(len, self.strings)) - 1
-        self._ids = {piece: i for i, piece in reversed(list(enumerate(surfaces))) if piece}
 
     def start(self, prompt: Sequence[int]) -> bytes | None:
         """Return the state after a prompt, in which strings do not count."""
@@ -31,7 +35,7 @@ class Stops:
 
     def advance(self, state: bytes | None, token_id: int) -> bytes | None:
         """Return the state after one more id."""
-        piece = self.surfaces[token_id] or b""
+        piece = self.surfaces[token_id]
         if state is None:
             return piece.removeprefix(b" ") or None
         return state[max(0, len(state) - self._reach) :] + piece
@@ -41,27 +45,17 @@ class Stops:
         return state is not None and any(string in state for string in self.strings)
 
     def cut(self, ids: Sequence[int], prompt: Sequence[int]) -> list[int]:
-        """Return the ids before the first string; what is left of a subword that it cuts is spelled by others."""
-        pieces, state = list[bytes](), self.start(prompt)
+        """Return ids of the text before the first string; what is left of a subword that it cuts has others."""
+        text = b"".join(self.surfaces[i] for i in ids)
+        dropped = int(self.start(prompt) is None and text[:1] == b" ")
+        kept, at = list[int](), 0
+        end = min(place for place in (text.find(string, dropped) for string in self.strings) if place >= 0)
         for i in ids:
-            piece = self.surfaces[i] or b""
-            pieces.append(piece.removeprefix(b" ") if state is None else piece)
-            state = pieces[-1] or state
-        text = b"".join(pieces)
-        left = min(place for place in map(text.find, self.strings) if place >= 0)
-        kept = list[int]()
-        for i, piece in zip(ids, pieces, strict=True):
-            if len(piece) > left:
-                return [*kept, *self._spelled(piece[:left])]
-            kept.append(i)
-            left -= len(piece)
-        raise AssertionError("the string is in the text")
-
-    def _spelled(self, text: bytes) -> list[int]:
-        """Return ids of a part of a subword, the longest first."""
-        ids = list[int]()
-        while text:
-            size = next((n for n in range(len(text), 0, -1) if text[:n] in self._ids), 0)
-            ids += [self._ids[text[:size]]] if size else []
-            text = text[max(size, 1) :]
-        return ids
+            if at + len(self.surfaces[i]) > end:
+                break
+            kept, at = [*kept, i], at + len(self.surfaces[i])
+        while at < end:  # the longest first; a byte without an id is left out
+            size = next((n for n in range(end - at, 0, -1) if text[at : at + n] in self.surfaces), 0)
+            kept += [self.surfaces.index(text[at : at + size])] if size else []
+            at += max(size, 1)
+        return kept

@@ -20,6 +20,7 @@ from apps.nets.loss import OutputLogits, TargetScores, linear_cross_entropy, tar
 from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode.candidate import Candidate
 from apps.nlp.decode.config import DecodeConfig
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.run import in_dtype
 from apps.nlp.decode.search import Hypotheses
 from apps.nlp.decode.stops import num_begun
@@ -143,26 +144,30 @@ class WritingModule(SparseModule, Comparable):
         subwords, each = self.subwords, zip(hypotheses.ids, hypotheses.scores, strict=True)
         return [[*map(Candidate, subwords.decode(ids, self.side), scores)] for ids, scores in each]
 
-    def surfaces(self, config: DecodeConfig) -> list[bytes | None] | None:
-        """Return what each id writes, if a search asks for it."""
-        return self.subwords.surfaces(self.side) if config.stop_strings else None
+    def how_to_write(
+        self, config: DecodeConfig, num_rows: int, prompt: Sequence[int] = (), *, constraint: Constraint | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return the arguments of a search over the ids of texts.
 
-    def teller(
-        self, tell: Callable[[str], None] | None, config: DecodeConfig, prompt: Sequence[int] = ()
-    ) -> Callable[[list[int]], None] | None:
-        """Return a function of ids as they grow that tells the text so far, a prompt's included.
-
-        What may become a stop string, or is part of a character, is not told yet.
+        Args:
+            config: how to search.
+            num_rows: number of texts.
+            prompt: ids that the first text starts with.
+            constraint: what each text may be; None: anything.
+            tell: called with the first text, from the prompt on, each time it grows, except in a beam search. What may
+                become a stop string, or is a part of a character, is not told yet.
         """
-        if tell is None:
-            return None
-        processor = self.subwords.processor(self.side)
 
         def told(ids: list[int]) -> None:
-            text = processor.decode([*prompt, *ids])
-            tell(clean(text[: len(text) - num_begun(text, config.stop_strings)].rstrip("\ufffd")))
+            text = self.subwords.processor(self.side).decode([*prompt, *ids])
+            tell(clean(text[: len(text) - num_begun(text, config.stop_strings)].rstrip("\ufffd")))  # type: ignore[misc]
 
-        return told
+        return {
+            "constraints": None if constraint is None else [constraint] * num_rows,
+            "surfaces": self.subwords.surfaces(self.side) if config.stop_strings else None,
+            "tell": None if tell is None else told,
+        }
 
     def model_in(self, dtype: str | None) -> Any:
         """Return the model in a dtype, one copy for a pass; outside of a pass, or for None, as it is."""

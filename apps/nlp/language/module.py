@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,16 +18,8 @@ from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.nets.transformer import LanguageModel
 from apps.nets.universal import Universal
-from apps.nlp.decode import (
-    Candidate,
-    Constraint,
-    DecodeConfig,
-    Hypotheses,
-    decoding,
-    generate_ids,
-    in_columns,
-    one_each,
-)
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, generate_ids, in_columns, one_each
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
@@ -218,33 +210,25 @@ class LanguageModeler(TextModule):
         return Continuations(batch.index_B, *in_columns(self.candidates_of(batch, self.decode)))
 
     def candidates_of(
-        self, batch: TextBatch, config: DecodeConfig, model: Any = None, constraint: Constraint | None = None
+        self, batch: TextBatch, config: DecodeConfig, model: Any = None, **how: Any
     ) -> list[list[Candidate]]:
         """Return each prompt with its continuations, best first."""
-        hypotheses = self.hypotheses_of(batch, config, model, constraint)
+        hypotheses = self.hypotheses_of(batch, config, model, **how)
         prompts = ([i for i in row if i != PAD_ID] for row in batch.tokens_BL.tolist())
         return [
             [*map(Candidate, self.subwords.decode([[*prompt, *ids] for ids in own], "target"), scores)]
             for prompt, own, scores in zip(prompts, hypotheses.ids, hypotheses.scores, strict=True)
         ]
 
-    def hypotheses_of(
-        self,
-        batch: TextBatch,
-        config: DecodeConfig,
-        model: Any = None,
-        constraint: Constraint | None = None,
-        tell: Callable[[str], None] | None = None,
-    ) -> Hypotheses:
+    def hypotheses_of(self, batch: TextBatch, config: DecodeConfig, model: Any = None, **how: Any) -> Hypotheses:
         """Return what follows each prompt, in ids; ``model`` may be a copy in another dtype.
 
-        All obey ``constraint``; ``tell`` gets the first prompt with what follows as it grows, except in a beam search.
+        ``how`` is as in ``how_to_write``.
         """
-        tokens_BL, prompt = batch.tokens_BL, [i for i in batch.tokens_BL[0].tolist() if i != PAD_ID]
-        constraints = None if constraint is None else [constraint] * len(tokens_BL)
-        beside = (batch.index_B, constraints, self.surfaces(config), self.teller(tell, config, prompt))
+        prompt = [i for i in batch.tokens_BL[0].tolist() if i != PAD_ID]
+        how = self.how_to_write(config, len(batch.tokens_BL), prompt, **how)
         with torch.autocast(self.device.type, enabled=False):
-            return generate_ids(model or self.model, tokens_BL, config, None, None, *beside)
+            return generate_ids(model or self.model, batch.tokens_BL, config, index_B=batch.index_B, **how)
 
     def predict(self, prompts: Sequence[str], **decode: Any) -> list[str]:
         """Return each prompt with what follows it, as ``moesaic predict --data.text`` prints it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,16 +16,8 @@ from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.place import Place
 from apps.nets.transformer import TranslationModel
-from apps.nlp.decode import (
-    Candidate,
-    Constraint,
-    DecodeConfig,
-    Hypotheses,
-    decoding,
-    in_columns,
-    one_each,
-    translate_ids,
-)
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, in_columns, one_each, translate_ids
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts, source_batches
@@ -183,23 +175,17 @@ class Translator(JudgedModule, TextModule):
         return range(len(batch.index_B)), self.translate(batch, config)
 
     def translate(
-        self,
-        batch: TranslationBatch,
-        config: DecodeConfig,
-        model: TranslationModel | None = None,
-        constraint: Constraint | None = None,
-        tell: Callable[[str], None] | None = None,
+        self, batch: TranslationBatch, config: DecodeConfig, model: TranslationModel | None = None, **how: Any
     ) -> Hypotheses:
         """Return translations of the batch's sources, in ids; ``model`` may be a copy in another dtype.
 
-        All obey ``constraint``; ``tell`` gets the first one's text as it grows, except in a beam search.
+        ``how`` is as in ``how_to_write``.
         """
         # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
             ids, model = self._ids(batch), model or self.model_in(config.dtype)
-            constraints = None if constraint is None else [constraint] * len(batch.source_BS)
-            beside = (batch.index_B, constraints, self.surfaces(config), self.teller(tell, config))
-            return translate_ids(model, batch.source_BS, config, *ids, *beside)
+            how = self.how_to_write(config, len(batch.source_BS), **how)
+            return translate_ids(model, batch.source_BS, config, *ids, batch.index_B, **how)
 
     def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         """Return the tasks and the domains, int64 (B,) each."""
@@ -255,11 +241,10 @@ class Translator(JudgedModule, TextModule):
         return Translations(batch.index_B, pairs, self.subwords.decode(sources, "source"), *columns)
 
     def candidates_of(
-        self, batch: TranslationBatch, config: DecodeConfig, model: Any = None, constraint: Constraint | None = None
+        self, batch: TranslationBatch, config: DecodeConfig, model: Any = None, **how: Any
     ) -> list[list[Candidate]]:
         """Return the translations of each source, best first; an empty line has only an empty text."""
-        found = self.translate(batch, config, model, constraint)
-        rows = zip(batch.empty_B.tolist(), self.spelled(found), strict=True)
+        rows = zip(batch.empty_B.tolist(), self.spelled(self.translate(batch, config, model, **how)), strict=True)
         return [[Candidate("", 0.0)] if empty else candidates for empty, candidates in rows]
 
     def predict(self, texts: Sequence[str], pair: str | None = None, **options: Any) -> list[str]:
