@@ -36,11 +36,10 @@ class Constraint(Protocol):
         0: it may end here."""
 
 
-def needs(constraint: Constraint, state: Any) -> Tensor:
+def needs(constraint: Constraint, state: Any, size: int) -> Tensor:
     """Return the ids that a text needs before its end after each next id, int32 (V,): -1 after ``EOS_ID``; if the id is
-    not allowed, more than any text has."""
-    allowed_V = constraint.allowed(state)
-    need_V = torch.full(allowed_V.shape, _NEVER, dtype=torch.int32)
+    not allowed, more than any text has. ``size`` is V, for a model may have ids that its subwords lack."""
+    allowed_V, need_V = constraint.allowed(state), torch.full((size,), _NEVER, dtype=torch.int32)
     ids = [i for i in allowed_V.nonzero().flatten().tolist() if i != EOS_ID]
     least = [constraint.least(constraint.advance(state, i)) for i in ids]
     need_V[ids] = torch.tensor(least, dtype=torch.int32)
@@ -66,16 +65,14 @@ class TextConstraint(Constraint):
     """
 
     def __init__(self, language: Any, subwords: Subwords, side: Side = "target") -> None:
-        self.language, surfaces = language, subwords.surfaces(side)
-        decode = subwords.processor(side).decode
-        spaced = next((i for i, piece in enumerate(surfaces) if piece and piece[:1] == b" "), None)
-        drops = spaced is not None and not decode([spaced]).startswith(" ")
-        space = surfaces.index(b" ") if b" " in surfaces else None
-        self._drops_again = space is not None and not decode([space, space])
+        self.language, surfaces, processor = language, subwords.surfaces(side), subwords.processor(side)
+        spaced = {i for i, piece in enumerate(surfaces) if piece and piece[:1] == b" " and not processor.is_byte(i)}
+        drops = any(not processor.decode([i]).startswith(" ") for i in spaced)
+        self._drops_again = not processor.decode([i for i in spaced if surfaces[i] == b" "] * 2)
         # Trees of the subwords by their bytes, with their ids at -1: within a text, and at its start.
         self.size, self._trees = len(surfaces), tuple[dict[int, Any], dict[int, Any]](({}, {}))
         for i, piece in ((i, piece) for i, piece in enumerate(surfaces) if piece):
-            first = piece[1:] if drops and piece[:1] == b" " else piece
+            first = piece[1:] if drops and i in spaced else piece
             for tree, own in zip(self._trees, (piece, first), strict=True):
                 functools.reduce(lambda node, byte: node.setdefault(byte, {}), own, tree).setdefault(-1, []).append(i)
         self._after = functools.lru_cache(_WALKS)(self._walk)

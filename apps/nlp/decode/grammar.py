@@ -209,10 +209,8 @@ def _one_of(chars: str, others: bool) -> list[Stack]:
 
 def _run(run: Chars) -> list[Stack]:
     """Return the alternatives of a run."""
-    if run.least == run.most == 1:
-        return _one_of(run.chars, run.others)
+    if run.most == 0 or run.least == run.most == 1:
+        return _one_of(run.chars, run.others) if run.most else [()]
     one = Chars(run.chars, 1, 1, run.others)
     rest = Chars(run.chars, 0, None if run.most is None else run.most - max(run.least, 1), run.others)
-    if run.least:
-        return [(*[one] * run.least, rest)]
-    return [()] if run.most == 0 else [(), (one, rest)]
+    return [(*[one] * run.least, rest)] if run.least else [(), (one, rest)]

@@ -264,7 +264,7 @@ def _mask(
             if is_open and state is not None:
                 key: Any = id(sentence.watch), state
                 if key not in known:
-                    known[key] = needs(sentence.watch, state).to(log_prob_bkV.device)
+                    known[key] = needs(sentence.watch, state, log_prob_bkV.shape[-1]).to(log_prob_bkV.device)
                 rows.append(place * k + row)
                 left.append(sentence.limit - step + sentence.start - 1)
                 needed.append(known[key])
