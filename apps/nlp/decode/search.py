@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import insort
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
 from apps.nlp.decode.choice import Choice, Report, ranked
 from apps.nlp.decode.config import DecodeConfig
-from apps.nlp.decode.constraint import Constraint, needs
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.repetition import Penalized
 from apps.nlp.decode.sampling import drawn, draws
 from apps.nlp.decode.stops import Stops
@@ -84,11 +85,11 @@ class Sentence:
             for log_prob, parent in closed:
                 self._finish(log_prob, int(parent), num_ids, config)
         self.steps.append((report, place))
-        if self.watch is not None:
-            parts = (part[place].tolist() for part in (report.token, report.parent, report.score))
-            rows, watch = list(zip(*parts, strict=True)), self.watch
+        if (watch := self.watch) is not None:
+            rows = [*zip(*(part[place].tolist() for part in (report.token, report.parent, report.score)), strict=True)]
+            before = self.states
             self.states = [
-                watch.advance(self.states[int(parent)], int(token)) if log_prob > -math.inf else None
+                watch.advance(before[int(parent)], int(token)) if log_prob > -math.inf else None
                 for token, parent, log_prob in rows
             ]
             if isinstance(watch, Stops):
@@ -96,7 +97,7 @@ class Sentence:
                 for row in stopped:
                     self._finish(rows[row][2], row, num_ids, config, watch)
                     report.score[place, row] = -math.inf
-                    report.best[place] = float(report.score[place].max())
+                report.best[place] = float(report.score[place].max())
         best_open = report.best[place]
         self.done = num_ids >= self.limit or not best_open > -math.inf
         if not self.done and len(self.finished) == config.num_kept:
@@ -138,7 +139,7 @@ def search(
     if config.repetition_penalty != 1:
         model = cache = Penalized(model, cache, config.repetition_penalty)
     _watch(sentences, config, constraints, surfaces)
-    known: dict[tuple[int, Hashable], Tensor] = {}
+    known: dict[Any, Tensor] = {}
     first = min(s.start for s in sentences)
     for t in range(first):
         ranks.go_on(True)
@@ -234,16 +235,12 @@ def _restrict(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, co
         log_prob_kV.fill_(-math.inf)[:, EOS_ID] = end_k
 
 
-def _watch(
-    sentences: Sequence[Sentence], config: DecodeConfig, constraints: Sequence[Constraint] | None,
-    surfaces: Sequence[bytes | None] | None,
-) -> None:  # fmt: skip
+def _watch(sentences: Sequence[Sentence], config: DecodeConfig, constraints: Any, surfaces: Any) -> None:
     """Give each sentence its constraint, or the stop strings, and the states before the first choice."""
     if config.stop_strings and constraints is not None:
         raise ValueError(f"stop_strings={list(config.stop_strings)}: a constraint says where a text ends")
     stops = Stops(config.stop_strings, surfaces) if config.stop_strings else None
-    each: Sequence[Constraint | None] = constraints or [None] * len(sentences)
-    for i, (sentence, own) in enumerate(zip(sentences, each, strict=True)):
+    for i, (sentence, own) in enumerate(zip(sentences, constraints or [None] * len(sentences), strict=True)):
         start = stops.start(sentence.prompt) if stops is not None else own and own.start()
         sentence.watch, sentence.states = own or stops, [start] * config.width
         if own is not None and (least := own.least(start)) > sentence.limit:
@@ -253,9 +250,7 @@ def _watch(
             )
 
 
-def _mask(
-    log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, known: dict[tuple[int, Hashable], Tensor]
-) -> None:
+def _mask(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, known: dict[Any, Tensor]) -> None:
     """Set to -inf what a constraint does not allow, and after which no end is near enough, in place."""
     k, rows, left, needed = log_prob_bkV.shape[1], list[int](), list[int](), list[Tensor]()
     for place, sentence in enumerate(sentences):
@@ -264,7 +259,9 @@ def _mask(
             if is_open and state is not None:
                 key: Any = id(sentence.watch), state
                 if key not in known:
-                    known[key] = needs(sentence.watch, state, log_prob_bkV.shape[-1]).to(log_prob_bkV.device)
+                    need_V = sentence.watch.needs(state)  # a model may have ids that its subwords lack
+                    lacking = (0, log_prob_bkV.shape[-1] - len(need_V))
+                    known[key] = F.pad(need_V, lacking, value=sentence.limit + 1).to(log_prob_bkV.device)
                 rows.append(place * k + row)
                 left.append(sentence.limit - step + sentence.start - 1)
                 needed.append(known[key])

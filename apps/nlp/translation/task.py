@@ -89,11 +89,9 @@ class Translation(TextTask):
     def _together(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """Return the places of the examples of each pair; each by itself where draws depend on its number, or if what
         is written is told."""
-        groups: dict[Any, list[int]] = {}
-        for place, example in enumerate(examples):
-            is_alone = self.model.decode.method == "sample" or "tell" in example
-            groups.setdefault(place if is_alone else example["pair"], []).append(place)
-        return list(groups.values())
+        method, each = self.model.decode.method, enumerate(examples)
+        keys = [place if method == "sample" or "tell" in own else own["pair"] for place, own in each]
+        return [[place for place, own in enumerate(keys) if own == key] for key in dict.fromkeys(keys)]
 
     def _batches(self, own: Sequence[str], pair: str) -> Any:
         """Yield the numbers of sentences with their batch on the model's device."""

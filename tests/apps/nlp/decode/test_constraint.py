@@ -13,17 +13,9 @@ import torch
 from toy_decoders import Recurrent, Table, close, sources
 
 from apps.data.subwords import EOS_ID, SubwordConfig, Subwords, train_subwords
-from apps.nlp.decode import (
-    Chars,
-    DecodeConfig,
-    Grammar,
-    GrammarConstraint,
-    Ref,
-    TrieConstraint,
-    generate_ids,
-    translate_ids,
-)
-from apps.nlp.decode.constraint import TextConstraint
+from apps.nlp.decode import DecodeConfig, generate_ids, translate_ids
+from apps.nlp.decode.constraint import Constraint, TextConstraint, TrieConstraint
+from apps.nlp.decode.grammar import Chars, Grammar, GrammarConstraint, Ref
 
 LINES = ["ab abab ba aab (ab) ((a)) (b) a, b, a", "12 1 2 21 é éa aé 121", "a b ab ba a b ab (a) abba"] * 3
 
@@ -247,7 +239,7 @@ def test_a_text_that_does_not_fit_is_an_error_that_names_the_sentence(subwords):
         translate_ids(model, batch, DecodeConfig(stop_strings=["x"]), constraints=[free, free])
 
 
-class Turns:
+class Turns(Constraint):
     """Ids 4 and 5 in turn, an even number of them; at most ``most``."""
 
     def __init__(self, most: int = 100) -> None:
