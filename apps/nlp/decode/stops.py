@@ -54,6 +54,7 @@ class Stops:
             if at + len(self.surfaces[i]) > end:
                 break
             kept, at = [*kept, i], at + len(self.surfaces[i])
+        at = max(at, dropped)
         while at < end:  # the longest first; a byte without an id is left out
             size = next((n for n in range(end - at, 0, -1) if text[at : at + n] in self.surfaces), 0)
             kept += [self.surfaces.index(text[at : at + size])] if size else []

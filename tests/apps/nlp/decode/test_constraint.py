@@ -275,5 +275,7 @@ def test_a_constraint_is_read_only_once_a_state(subwords, monkeypatch):
     walk = TextConstraint._walk
     monkeypatch.setattr(TextConstraint, "_walk", lambda self, state: walks.append(state) or walk(self, state))
     constraint = GrammarConstraint(Grammar(GRAMMARS["others"]), subwords)
-    translate_ids(Recurrent(subwords.size("target")), sources([9] * 8, 290), DecodeConfig("greedy"), constraints=[constraint] * 8)
+    translate_ids(
+        Recurrent(subwords.size("target")), sources([9] * 8, 290), DecodeConfig("greedy"), constraints=[constraint] * 8
+    )
     assert len(walks) == len(set(walks))
