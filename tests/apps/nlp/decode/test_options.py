@@ -1,4 +1,4 @@
-"""Options of a search, by hand and against plain loops: min_p, repetition_penalty, stop_strings, lengths, and texts told."""
+"""Options of a search, by hand and against plain loops: min_p, penalties, stop strings, lengths, and texts told."""
 
 from __future__ import annotations
 
@@ -169,8 +169,10 @@ def test_the_id_that_completes_a_stop_string_is_scored_as_the_end():
     model = Table({BOS_ID: {A: 0.5, B: 0.5}, A: {A: 0.1, B: 0.8, EOS_ID: 0.1}, B: {A: 0.5, EOS_ID: 0.5}})
     config = DecodeConfig("beam", num_beams=2, num_return_sequences=2, stop_strings=["ab"], max_new_tokens=4)
     out = translate_ids(model, sources([3]), config, surfaces=surfaces)
-    assert out.ids[0][0] == [] and out.scores[0][0] == pytest.approx((math.log(0.5) + math.log(0.8)) / 2)
-    assert out.ids[0][1] == [B] and out.scores[0][1] == pytest.approx(math.log(0.25) / 2)
+    assert out.ids[0][0] == []
+    assert out.scores[0][0] == pytest.approx((math.log(0.5) + math.log(0.8)) / 2)
+    assert out.ids[0][1] == [B]  # from "bab"
+    assert out.scores[0][1] == pytest.approx(math.log(0.5 * 0.5 * 0.8) / 3)
     with pytest.raises(ValueError, match=r"stop_strings=\['ab'\] needs the surfaces of ids"):
         translate_ids(model, sources([3]), config)
     with pytest.raises(ValueError, match=r"stop_strings\[0\]='' has length 0"):
