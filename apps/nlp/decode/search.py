@@ -87,9 +87,8 @@ class Sentence:
         self.steps.append((report, place))
         if (watch := self.watch) is not None:
             rows = [*zip(*(part[place].tolist() for part in (report.token, report.parent, report.score)), strict=True)]
-            before = self.states
             self.states = [
-                watch.advance(before[int(parent)], int(token)) if log_prob > -math.inf else None
+                watch.advance(self.states[int(parent)], int(token)) if log_prob > -math.inf else None
                 for token, parent, log_prob in rows
             ]
             if isinstance(watch, Stops):
@@ -259,9 +258,9 @@ def _mask(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, known:
             if is_open and state is not None:
                 key: Any = id(sentence.watch), state
                 if key not in known:
-                    need_V = sentence.watch.needs(state)  # a model may have ids that its subwords lack
-                    lacking = (0, log_prob_bkV.shape[-1] - len(need_V))
-                    known[key] = F.pad(need_V, lacking, value=sentence.limit + 1).to(log_prob_bkV.device)
+                    need_V = sentence.watch.needs(state).to(log_prob_bkV.device)
+                    # A model may have ids that its subwords lack.
+                    known[key] = F.pad(need_V, (0, log_prob_bkV.shape[-1] - len(need_V)), value=1 << 30)
                 rows.append(place * k + row)
                 left.append(sentence.limit - step + sentence.start - 1)
                 needed.append(known[key])

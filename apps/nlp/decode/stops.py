@@ -47,8 +47,7 @@ class Stops:
     def cut(self, ids: Sequence[int], prompt: Sequence[int]) -> list[int]:
         """Return ids of the text before the first string; what is left of a subword that it cuts has others."""
         text = b"".join(self.surfaces[i] for i in ids)
-        dropped = int(self.start(prompt) is None and text[:1] == b" ")
-        kept, at = list[int](), 0
+        kept, at, dropped = list[int](), 0, int(self.start(prompt) is None and text[:1] == b" ")
         end = min(place for place in (text.find(string, dropped) for string in self.strings) if place >= 0)
         for i in ids:
             if at + len(self.surfaces[i]) > end:

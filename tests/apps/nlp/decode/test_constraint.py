@@ -224,6 +224,15 @@ def test_whatever_the_limit_the_text_is_in_the_language(subwords, name, method):
             assert matches(GRAMMARS[name], decode(ids))
 
 
+def test_ids_that_the_subwords_lack_are_never_taken(subwords):
+    model, size = Recurrent(subwords.size("target") + 7), subwords.size("target")
+    model.out.data[:, size:] *= 9.0
+    batch, texts = sources([2, 9], size), ["ab", "abba (a)"]
+    assert max(map(max, translate_ids(model, batch, DecodeConfig("greedy")).best)) >= size
+    out = translate_ids(model, batch, DecodeConfig("greedy"), constraints=[TrieConstraint(texts, subwords)] * 2)
+    assert set(subwords.decode(out.best, "target")) <= set(texts)
+
+
 def test_a_text_that_does_not_fit_is_an_error_that_names_the_sentence(subwords):
     model, batch = Recurrent(subwords.size("target")), sources([3, 4], 290)
     free, long = TrieConstraint(["a"], subwords), TrieConstraint(["12é(,21é)"], subwords)
