@@ -106,7 +106,7 @@ RENAMED = {
         "rest": "non_experts",
         "static_exchange": "static_all_to_all",
     },
-    "decode": {"num_best": "num_return_sequences"},
+    "decode": {"num_best": "num_return_sequences", "beam_size": "num_beams", "min_length": "min_new_tokens"},
     "model": {"train_unseen": "mask_seen_items"},
     "negatives": {"moves_with": "item_features"},
     "model.optimizer": {"warmup": "warmup_steps"},

@@ -199,8 +199,8 @@ def arguments(program: str, doc: str | None, argv: list[str] | None) -> argparse
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments("decode", __doc__, argv)
-    equal = DecodeConfig(beam_size=BEAM, min_length=TARGET, max_length_ratio=0.0, max_length_extra=TARGET)
-    spread = DecodeConfig(beam_size=BEAM, max_length_ratio=1.0, max_length_extra=0)
+    equal = DecodeConfig(num_beams=BEAM, min_new_tokens=TARGET, max_length_ratio=0.0, max_length_extra=TARGET)
+    spread = DecodeConfig(num_beams=BEAM, max_length_ratio=1.0, max_length_extra=0)
     lengths = caption_lengths()
     print(f"{SENTENCES} sentences of {SOURCE} ids to {TARGET} ids, beam {BEAM}; 4 + 4 layers, D={DIM}, F={HIDDEN}")
     print("\n| E | system | sentences/s (quartiles) | moesaic over it |\n|---|---|---|---|")

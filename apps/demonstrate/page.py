@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,14 +76,15 @@ def build_page(exhibit: Exhibit, name: str, folder: Path) -> Any:
         layers = gr.State(by_layer)
         outputs = [answer, layer, experts, layers]
 
-        def answered(chosen: str | None, *raw: Any) -> list[Any]:
-            """Return the outputs for the values in the fields."""
-            shown, by_layer = _answer(exhibit, raw)
-            if not by_layer:
-                return [shown, gr.update(choices=[], value=None, visible=False), gr.update(visible=False), {}]
-            chosen = chosen if chosen in by_layer else list(by_layer)[-1]
-            choices = gr.update(choices=list(by_layer), value=chosen, visible=True)
-            return [shown, choices, gr.update(value=by_layer[chosen], visible=True), by_layer]
+        def answered(chosen: str | None, *raw: Any) -> Iterator[list[Any]]:
+            """Yield the outputs for the values in the fields, each time the answer grows."""
+            for shown, by_layer in _growing(exhibit, raw):
+                if by_layer is None:
+                    yield [shown, *[gr.skip()] * 3]
+                    continue
+                last = chosen if chosen in by_layer else next(reversed(by_layer), None)
+                choices = gr.update(choices=list(by_layer), value=last, visible=bool(by_layer))
+                yield [shown, choices, gr.update(value=by_layer.get(last or ""), visible=bool(by_layer)), by_layer]
 
         def show(chosen: str | None, by_layer: dict[str, str]) -> Any:
             return by_layer.get(chosen or "", "")
@@ -94,8 +97,8 @@ def build_page(exhibit: Exhibit, name: str, folder: Path) -> Any:
         layer.input(show, [layer, layers], experts, **private)
         for example, values in zip(buttons, examples, strict=True):
 
-            def take(chosen: str | None, values: Sequence[Any] = values) -> list[Any]:
-                return [*values, *answered(chosen, *values)]
+            def take(chosen: str | None, values: Sequence[Any] = values) -> Iterator[list[Any]]:
+                yield from ([*values, *outputs] for outputs in answered(chosen, *values))
 
             example.click(take, layer, [*fields, *outputs], **private)
     return page
@@ -105,11 +108,33 @@ def _shown(html: str) -> str:
     return f'<div class="shown">{html}</div>'
 
 
-def _answer(exhibit: Exhibit, raw: Sequence[Any]) -> tuple[str, dict[str, str]]:
+def _growing(exhibit: Exhibit, raw: Sequence[Any]) -> Iterator[tuple[str, dict[str, str] | None]]:
+    """Yield the HTML of an answer each time it grows, with None; at the end, what ``_answer`` returns."""
+    if not exhibit.grows:
+        yield _answer(exhibit, raw)
+        return
+    told, gone = queue.SimpleQueue[tuple[str, dict[str, str] | None]](), threading.Event()
+
+    def tell(part: Any) -> None:
+        if gone.is_set():
+            raise ValueError("nobody reads the answer any more")
+        told.put((_shown(draw_parts((part,))), None))
+
+    threading.Thread(target=lambda: told.put(_answer(exhibit, raw, tell)), daemon=True).start()
+    try:
+        by_layer = None
+        while by_layer is None:
+            shown, by_layer = told.get()
+            yield shown, by_layer
+    finally:
+        gone.set()
+
+
+def _answer(exhibit: Exhibit, raw: Sequence[Any], *tell: Callable[[Any], None]) -> tuple[str, dict[str, str]]:
     """Return the HTML of an answer, and of the experts by layer; of wrong input one line."""
     try:
         values = [field.read(own) for field, own in zip(exhibit.fields, raw, strict=True)]
-        answer: Answer = exhibit.answer(values)
+        answer: Answer = exhibit.answer(values, *tell)
     except ValueError as error:
         return _shown(problem(one_line(message(error)))), {}
     except Exception as error:  # a fault of ours: the page says so, and the terminal where

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +49,7 @@ class _Logits(nn.Module):
 class HubPrompt(Task):
     """The use of a ``HubCausalLM``. Prompts are answered one by one."""
 
-    app, noun, verb = "language", "Prompt", "Answer"
+    app, noun, verb, streams = "language", "Prompt", "Answer", True
     asks = "A prompt: the answer is what the model writes after it."
     invites = "Type a prompt: the model answers, and shows which experts took each token."
 
@@ -85,7 +84,7 @@ class HubPrompt(Task):
 
     def service(self) -> Service:
         _ = self.model.tokenizer  # a folder without one is rejected before a request comes
-        return replace(super().service(), listen=lambda values, tell: {**values, "tell": tell})
+        return super().service()
 
     @torch.no_grad()
     def layers(self, tape: core.Tape, example: Any, answer: Answered) -> Mapping[str, tuple[LayerPart, ...]]:

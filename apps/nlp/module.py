@@ -61,18 +61,19 @@ class TextModule(WritingModule):
 
     # ---- predictions of lines
 
-    def candidates_of(self, batch: Any, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
+    def candidates_of(self, batch: Any, config: DecodeConfig, model: Any = None, **how: Any) -> list[list[Candidate]]:
         """Return the candidates of each line of a batch, best first.
 
         Args:
             batch: a batch of lines on the module's device.
             config: how to search.
             model: a copy of ``model`` in another dtype; None: ``model`` itself.
+            how: as in ``how_to_write``.
         """
         raise NotImplementedError
 
     def lines_of(
-        self, batches: Iterable[tuple[Any, list[str]]], config: DecodeConfig, start: int = 0
+        self, batches: Iterable[tuple[Any, list[str]]], config: DecodeConfig, start: int = 0, **how: Any
     ) -> Iterator[Line]:
         """Yield the candidates of the lines of ``batches``, each given with its lines; the first line is ``start``."""
         model = in_dtype(self.model, config.dtype)
@@ -81,7 +82,7 @@ class TextModule(WritingModule):
             for batch, sources in batches:
                 batch = type(batch)(*(side.to(self.device) for side in batch))
                 numbers = batch.index_B.tolist()
-                rows = zip(numbers, sources, self.candidates_of(batch, config, model), strict=True)
+                rows = zip(numbers, sources, self.candidates_of(batch, config, model, **how), strict=True)
                 yield numbers, [Line(*row) for row in rows]
 
         return in_order(predicted(), start)

@@ -325,10 +325,12 @@ class Exhibit:
         answer: function from the fields' values, in their order, to the answer; a ``ValueError`` of one line names an
             input that the model cannot take.
         examples: inputs to choose with a click.
+        grows: whether ``answer`` also takes a function, and calls it with the answer so far each time it grows.
     """
 
     about: str
     action: str
     fields: tuple[Field, ...]
-    answer: Callable[[Sequence[Any]], Answer]
+    answer: Callable[..., Answer]
     examples: tuple[Example, ...] = ()
+    grows: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 import core
 from apps import registry
 from apps.data.given import GivenConfig, GivenData
-from apps.report.exhibit import Answer, Example, Exhibit, LayerPart
+from apps.report.exhibit import Answer, Example, Exhibit, LayerPart, Part, Said
 from apps.task.inputs import Input
 from apps.task.outputs import Output
 from apps.task.service import Service
@@ -55,6 +55,8 @@ class Task(ABC):
     """Whether a request may have further properties, which are left out."""
     combinations: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Inputs that a request has together, by the title of each combination; empty: a request may have all of them."""
+    streams: ClassVar[bool] = False
+    """Whether ``answers`` calls an example's "tell", if it has one, with the text of its answer each time it grows."""
     columns: ClassVar[tuple[str, ...]] = ()
     """Options of ``Sizes.columns`` that say something of such a model's data."""
 
@@ -175,7 +177,8 @@ class Task(ABC):
         def predict(examples: Sequence[Values]) -> list[Any]:
             return [self.output.to_json(answer) for answer in self.answers(examples)]
 
-        return Service(self.item(), self.output.schema, self.read, predict)
+        listen = (lambda values, tell: {**values, "tell": tell}) if self.streams else None
+        return Service(self.item(), self.output.schema, self.read, predict, listen)
 
     def exhibit(self, data: Any, most: int) -> Exhibit:
         """Return the model at work, for a page.
@@ -190,15 +193,17 @@ class Task(ABC):
         fields = {name: own.field for name, own in self.inputs.items() if own.field is not None}
         left_out = {name: own.default for name, own in self.inputs.items() if name not in fields} | dict(self.on_page)
 
-        def answer(read: Sequence[Any]) -> Answer:
+        def answer(read: Sequence[Any], tell: Callable[[Part], None] | None = None) -> Answer:
             typed = zip(fields, read, strict=True)
             example = {**left_out, **{name: self.inputs[name].from_page(one) for name, one in typed}}
+            if tell is not None:
+                example["tell"] = lambda text: tell(Said(self.output.schema["title"], text))
             with core.record(self.model) as tape:
                 (one,) = self.answers([example], self.alternatives)
             return Answer(self.output.to_parts(one), self.layers(tape, example, one))
 
         examples = () if data is None else self.examples(data, most)
-        return Exhibit(self.invites, self.verb, tuple(fields.values()), answer, examples)
+        return Exhibit(self.invites, self.verb, tuple(fields.values()), answer, examples, self.streams)
 
 
 def item_of(inputs: Mapping[str, Input], title: str, says: str = "", takes_others: bool = False) -> dict[str, Any]:

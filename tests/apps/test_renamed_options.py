@@ -116,10 +116,14 @@ def test_a_checkpoint_with_old_names_loads_with_one_line_each(name, tmp_path, li
 
 
 def test_a_search_takes_an_old_option(lines):
-    assert decoding(DecodeConfig(), {"beam_size": 3, "num_best": 2}).num_return_sequences == 2
+    own = decoding(DecodeConfig(), {"beam_size": 3, "num_best": 2, "min_length": 4})
+    assert (own.num_beams, own.num_return_sequences, own.min_new_tokens) == (3, 2, 4)
+    assert from_plain({"beam_size": 3, "min_length": 4}, DecodeConfig) == DecodeConfig(num_beams=3, min_new_tokens=4)
+    assert registry.new_name("model.decode.beam_size") == "model.decode.num_beams"
     with pytest.raises(ValueError, match="num_return_sequences=2: predict returns one text each"):
         one_each({"num_best": 2})
-    assert lines() == [told("num_best", "num_return_sequences")]
+    expected = {"num_best": "num_return_sequences", "beam_size": "num_beams", "min_length": "min_new_tokens"}
+    assert {told(*both) for both in expected.items()} <= set(lines())
 
 
 def test_a_module_takes_an_old_keyword_and_a_subclass_keeps_its_own_arguments(lines):

@@ -95,7 +95,7 @@ class Pair:
             "eos_token_id": vocabulary.eos,
             "pad_token_id": vocabulary.eos if vocabulary.pad is None else vocabulary.pad,
         }
-        decode = DecodeConfig("greedy", max_length_ratio=0.0, max_length_extra=num, min_length=0)
+        decode = DecodeConfig("greedy", max_length_ratio=0.0, max_length_extra=num, min_new_tokens=0)
         if isinstance(self.ours, LanguageModel):
             start_BL = torch.randint(4, VOCAB, (len(LENGTHS), 5))
             mask_BL = torch.ones_like(start_BL)

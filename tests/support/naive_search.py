@@ -120,7 +120,7 @@ def allowed(num_ids: int, vocab: int, limit: int, config: DecodeConfig) -> list[
     """Return the ids that may follow ``num_ids`` ids."""
     if num_ids == limit:
         return [EOS_ID]
-    return [i for i in range(vocab) if i not in (PAD_ID, BOS_ID) and (i != EOS_ID or num_ids >= config.min_length)]
+    return [i for i in range(vocab) if i not in (PAD_ID, BOS_ID) and (i != EOS_ID or num_ids >= config.min_new_tokens)]
 
 
 def greedy(
@@ -146,7 +146,7 @@ def beam(
     ``early_stopping="never"`` continues to the maximal length; True ends at k finished ones; False ends when the best
     open one, at its present length, scores no better than the k-th best of the finished ones.
     """
-    k = config.beam_size
+    k = config.num_beams
     hypotheses: list[tuple[list[int], float]] = [([], 0.0)]
     finished: list[tuple[list[int], float]] = []
     for num_ids in itertools.count():

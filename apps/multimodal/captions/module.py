@@ -192,7 +192,8 @@ class ImageCaptioner(JudgedModule):
         """Return captions of (B, C, H, W) normalized images in ids; ``model`` may be a copy in another dtype."""
         # Out of autocast: in bfloat16 an image's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
-            return caption_ids(model or self.model_in(config.dtype), image, config, self.max_tokens, index_B)
+            model, surfaces = model or self.model_in(config.dtype), self.how_to_write(config, len(image))["surfaces"]
+            return caption_ids(model, image, config, self.max_tokens, index_B, surfaces)
 
     def references(self, batch: PairBatch) -> list[str]:
         """Return the pairs' texts as the data have them, in lower case if the model reads no other; if the data do not
@@ -259,7 +260,7 @@ class ImageCaptioner(JudgedModule):
         Args:
             images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
             decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
-                ``beam_size=8`` or ``temperature=0.7``.
+                ``num_beams=8`` or ``temperature=0.7``.
 
         Raises:
             ValueError: an image that cannot be read, by its name or place; a single image outside a list; an unknown

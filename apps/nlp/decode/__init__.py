@@ -8,7 +8,7 @@ where ``log p`` is the model's, over its whole vocabulary and at temperature 1; 
 A hypothesis of as many ids as its sentence may have is closed by the EOS_ID that would then follow, with its log p, and
 is scored like any other.
 
-Beam search keeps ``k = beam_size`` open hypotheses per sentence. Each step ranks every continuation of them by its sum
+Beam search keeps ``k = num_beams`` open hypotheses per sentence. Each step ranks every continuation of them by its sum
 of log p. Those among the first k that end in EOS_ID are finished; the first k of the others stay open. A sentence ends,
 whatever its batch mates do, when no open hypothesis can still be among its ``num_return_sequences`` best. A sum of
 log p never rises, so the sum divided by the largest possible length bounds the score of all that may follow.

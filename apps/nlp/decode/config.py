@@ -6,36 +6,44 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import core
 from apps.base.checks import check_name
 from apps.registry import RENAMED
-from core.fields import Checked, Count, CountOrZero, NotNegative, Positive, PositiveShare, renames, with_new_names
+from core import fields
+from core.fields import Checked, Count, CountOrZero, Length, NotNegative, Positive, PositiveShare, Share
 
 
 @core.register_config
-@renames(**RENAMED["decode"])
+@fields.renames(**RENAMED["decode"])
 @dataclass(frozen=True)
 class DecodeConfig(Checked):
     """The options of a search for translations or continuations.
 
     Attributes:
         method: "greedy": the best id each step; "beam"; "sample": each id is sampled.
-        beam_size: open hypotheses a sentence of "beam".
+        num_beams: open hypotheses a sentence of "beam".
         num_return_sequences: hypotheses a sentence that are returned, best first; of "sample", how many are sampled.
         early_stopping: when "beam" ends a sentence, as in transformers. "never": when no open hypothesis can still be
             among the ``num_return_sequences`` best, so that the search misses none. False: when none would be among the
-            ``beam_size`` best if it ended at its present length, which is often right. True: when ``beam_size`` are
+            ``num_beams`` best if it ended at its present length, which is often right. True: when ``num_beams`` are
             finished.
         length_penalty: the score of a hypothesis is its sum of log p / length ** length_penalty; 0: the sum.
         max_length_ratio, max_length_extra: a hypothesis has at most ``ratio * S + extra`` ids before its end, rounded
             down; S counts the source's or the prompt's ids, with the markers of start, end and language.
-        min_length: minimum number of ids; takes precedence over the maximum.
+        max_new_tokens: maximum number of ids before the end, whatever S is; None: by ratio and extra.
+        min_new_tokens: minimum number of ids; takes precedence over the maximum.
         temperature: of "sample": divisor of the logits.
         top_k: of "sample": draw from the k most probable ids; 0: from all.
         top_p: of "sample": draw from the fewest most probable ids whose probabilities sum to p at least, after
             temperature and ``top_k``; 1: from all.
+        min_p: of "sample": draw from the ids at least ``min_p`` times as probable as the best one; 0: from all.
+        repetition_penalty: divides the logit of each id that is there already, a language model's prompt included, if
+            the logit is above 0, and else multiplies it, as in transformers. It does so before the softmax in each
+            method; transformers' beam search does it after.
+        stop_strings: a hypothesis ends when its text has one of them, and the text that is returned ends before it. In
+            its score, the id that completes the string stands for the end.
         seed: of "sample": a sentence's samples depend only on it and on the sentence's number.
         prune: finished sentences leave the batch.
         dtype: "bfloat16": compute with the weights in bfloat16; scores add up in float32. None: as the model is.
@@ -45,16 +53,20 @@ class DecodeConfig(Checked):
     """
 
     method: Literal["greedy", "beam", "sample"] = "beam"
-    beam_size: Count = 5
+    num_beams: Count = 5
     num_return_sequences: Count = 1
     early_stopping: bool | Literal["never"] = "never"
     length_penalty: NotNegative = 1.0
     max_length_ratio: NotNegative = 2.0
     max_length_extra: CountOrZero = 10
-    min_length: CountOrZero = 1
+    max_new_tokens: Count | None = None
+    min_new_tokens: CountOrZero = 1
     temperature: Positive = 1.0
     top_k: CountOrZero = 0
     top_p: PositiveShare = 1.0
+    min_p: Share = 0.0
+    repetition_penalty: Positive = 1.0
+    stop_strings: tuple[Annotated[str, Length(1)], ...] = ()
     seed: CountOrZero = 0
     prune: bool = True
     dtype: Literal["bfloat16"] | None = None
@@ -70,11 +82,12 @@ class DecodeConfig(Checked):
     @property
     def width(self) -> int:
         """k, rows that a sentence has in the batch."""
-        return {"greedy": 1, "beam": self.beam_size, "sample": self.num_return_sequences}[self.method]
+        return {"greedy": 1, "beam": self.num_beams, "sample": self.num_return_sequences}[self.method]
 
     def max_length(self, source_length: int, most: int | None = None) -> int:
         """Return how many ids a hypothesis may have before its end; ``most``: the model's limit."""
-        length = max(int(self.max_length_ratio * source_length + self.max_length_extra), self.min_length)
+        length = self.max_new_tokens or int(self.max_length_ratio * source_length + self.max_length_extra)
+        length = max(length, self.min_new_tokens)
         return length if most is None else min(length, most)
 
     def score(self, log_prob: float, num_ids: int) -> float:
@@ -107,7 +120,7 @@ def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
         ValueError: no such field, or a value out of its range.
     """
     known = [field.name for field in dataclasses.fields(DecodeConfig)]
-    options = with_new_names(DecodeConfig, options)
+    options = fields.with_new_names(DecodeConfig, options)
     for name in options:
         check_name("option", name, known)
     return dataclasses.replace(config, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from apps.base.messages import warn_once
 from apps.data.subwords import BOS_ID, PAD_ID
 from apps.nets.norms import RMSNorm
 from apps.nlp.decode.config import DecodeConfig
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.search import Hypotheses, search
 from core.convert.read.calls import evaluating
 from core.kernels import cpu
@@ -27,13 +28,11 @@ _PACKING = 10
 
 
 def translate_ids(
-    model: Any,
-    source_BS: Tensor,
-    config: DecodeConfig,
-    task_ids_B: Tensor | None = None,
-    domain_ids_B: Tensor | None = None,
-    index_B: Tensor | None = None,
-) -> Hypotheses:
+    model: Any, source_BS: Tensor, config: DecodeConfig, task_ids_B: Tensor | None = None,
+    domain_ids_B: Tensor | None = None, index_B: Tensor | None = None,
+    constraints: Sequence[Constraint] | None = None, surfaces: Sequence[bytes | None] | None = None,
+    tell: Callable[[list[int]], None] | None = None,
+) -> Hypotheses:  # fmt: skip
     """Return the translations of a batch.
 
     Args:
@@ -44,17 +43,21 @@ def translate_ids(
         config: how to search.
         task_ids_B, domain_ids_B: int64 (B,), for the routing context.
         index_B: int64 (B,), the sentences' numbers, which their random draws depend on; None: their places.
+        constraints: what each translation may be; the same object may stand for several.
+        surfaces: ``Subwords.surfaces`` of the side that is written, for ``config.stop_strings``.
+        tell: called with the first one's ids each time they grow, if a sentence has one row: not in a beam search.
 
     Raises:
-        ValueError: the model's log-probabilities are not finite.
+        ValueError: the model's log-probabilities are not finite, or a constraint allows no text that is short enough.
     """
     inputs = (source_BS, task_ids_B, domain_ids_B)
-    return _from_memory(model, inputs, _lengths(source_BS), config, index_B)
+    return _from_memory(model, inputs, _lengths(source_BS), config, index_B, constraints, surfaces, tell)
 
 
 def caption_ids(
-    model: Any, image: Tensor, config: DecodeConfig, length: int, index_B: Tensor | None = None
-) -> Hypotheses:
+    model: Any, image: Tensor, config: DecodeConfig, length: int, index_B: Tensor | None = None,
+    surfaces: Sequence[bytes | None] | None = None,
+) -> Hypotheses:  # fmt: skip
     """Return the captions that a model writes for each image of a batch.
 
     Args:
@@ -64,16 +67,17 @@ def caption_ids(
         config: how to search.
         length: S in a text's maximal length, for an image has none of its own.
         index_B: int64 (B,), the images' numbers, which their random draws depend on; None: their places.
+        surfaces: as in ``translate_ids``.
 
     Raises:
         ValueError: the model's log-probabilities are not finite.
     """
     image = image if config.dtype is None else image.to(getattr(torch, config.dtype))
-    return _from_memory(model, (image,), [length] * len(image), config, index_B)
+    return _from_memory(model, (image,), [length] * len(image), config, index_B, None, surfaces)
 
 
 def _from_memory(
-    model: Any, inputs: Sequence[Tensor | None], lengths: Sequence[int], config: DecodeConfig, index_B: Tensor | None
+    model: Any, inputs: Sequence[Tensor | None], lengths: Sequence[int], config: DecodeConfig, *beside: Any
 ) -> Hypotheses:
     """Search from the start of a text, over what the model's ``encode`` makes of a batch."""
     if not lengths:
@@ -84,17 +88,15 @@ def _from_memory(
         # A text is about as long as its source.
         steps = min(max(lengths), config.max_length(max(lengths)))
         with _steady(model, len(lengths) * config.width, steps):
-            return search(model, cache, bos_B1, lengths, config, index_B)
+            return search(model, cache, bos_B1, lengths, config, *beside)
 
 
 def generate_ids(
-    model: Any,
-    prompt_BL: Tensor,
-    config: DecodeConfig,
-    task_ids_B: Tensor | None = None,
-    domain_ids_B: Tensor | None = None,
-    index_B: Tensor | None = None,
-) -> Hypotheses:
+    model: Any, prompt_BL: Tensor, config: DecodeConfig, task_ids_B: Tensor | None = None,
+    domain_ids_B: Tensor | None = None, index_B: Tensor | None = None,
+    constraints: Sequence[Constraint] | None = None, surfaces: Sequence[bytes | None] | None = None,
+    tell: Callable[[list[int]], None] | None = None,
+) -> Hypotheses:  # fmt: skip
     """Return a language model's continuation of each prompt: the ids that follow it, without the prompt's own.
 
     Prompts are read a position at a time, in the steps of the search itself: shorter ones start to write earlier.
@@ -106,9 +108,13 @@ def generate_ids(
         config: how to search; S in its maximal length are the prompt's ids.
         task_ids_B, domain_ids_B: int64 (B,), for the routing context.
         index_B: int64 (B,), the prompts' numbers, which their random draws depend on; None: their places.
+        constraints: what each continuation may be; the same object may stand for several.
+        surfaces: ``Subwords.surfaces`` of the side that is written, for ``config.stop_strings``.
+        tell: called with the first one's ids each time they grow, if a sentence has one row: not in a beam search.
 
     Raises:
-        ValueError: an empty prompt, or the model's log-probabilities are not finite.
+        ValueError: an empty prompt, the model's log-probabilities are not finite, or a constraint allows no text that
+            is short enough.
     """
     if not len(prompt_BL):
         return Hypotheses([], [])
@@ -120,7 +126,7 @@ def generate_ids(
         cache = model.start(len(prompt_BL), task_ids_B, domain_ids_B)
         steps = max(lengths) + config.max_length(max(lengths))
         with _steady(model, len(prompt_BL) * config.width, steps):
-            return search(model, cache, prompt_BL, lengths, config, index_B)
+            return search(model, cache, prompt_BL, lengths, config, index_B, constraints, surfaces, tell)
 
 
 def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:

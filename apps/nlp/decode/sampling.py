@@ -31,24 +31,28 @@ def drawn(log_prob_bkV: Tensor, score_bk: Tensor, draw_bk: Tensor, config: Decod
 
 
 def sampling_probs(logits: Tensor, config: DecodeConfig) -> Tensor:
-    """Return the sampling probabilities of the ids, (..., V): 0 outside ``top_k`` and ``top_p``.
+    """Return the sampling probabilities of the ids, (..., V): 0 outside ``top_k``, ``top_p`` and ``min_p``.
 
     Among equal ids these keep the lower ones.
 
     Args:
         logits: (..., V), logits or log-probabilities; -inf for ids that are not allowed.
-        config: its temperature, ``top_k`` and ``top_p``.
+        config: its temperature, ``top_k``, ``top_p`` and ``min_p``.
     """
     logits = logits / config.temperature
-    if config.top_k == 0 and config.top_p == 1:
-        return logits.softmax(-1)
-    sorted_logits, order = logits.sort(stable=True, dim=-1, descending=True)
-    if config.top_k:
-        sorted_logits[..., config.top_k :] = -math.inf
-    probs = sorted_logits.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    probs = probs.masked_fill(before >= config.top_p, 0.0)
-    return torch.zeros_like(probs).scatter(-1, order, probs / probs.sum(-1, keepdim=True))
+    probs = logits.softmax(-1)
+    if config.top_k or config.top_p < 1:
+        sorted_logits, order = logits.sort(stable=True, dim=-1, descending=True)
+        if config.top_k:
+            sorted_logits[..., config.top_k :] = -math.inf
+        sorted_probs = sorted_logits.softmax(-1)
+        before = sorted_probs.cumsum(-1) - sorted_probs
+        sorted_probs = sorted_probs.masked_fill(before >= config.top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, order, sorted_probs / sorted_probs.sum(-1, keepdim=True))
+    if config.min_p:
+        probs = probs.masked_fill(probs < config.min_p * probs.amax(-1, keepdim=True), 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
 
 
 def draws(config: DecodeConfig, spans: Sequence[tuple[int, int]], numbers: Sequence[int]) -> Tensor:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
 from apps.nlp.decode.choice import Choice, Report, ranked
 from apps.nlp.decode.config import DecodeConfig
+from apps.nlp.decode.constraint import Constraint
+from apps.nlp.decode.repetition import Penalized
 from apps.nlp.decode.sampling import drawn, draws
+from apps.nlp.decode.stops import Stops
 from core.parallel import InStep
 
 
@@ -48,10 +52,14 @@ class Sentence:
         steps: of each step from the first choice on, the choices, and the sentence's place in it.
         finished: scores and ids of its best finished hypotheses, best first; of equal scores the one that ended first.
         done: nothing more is asked of it.
+        watch: its ``Constraint``, or the search's ``Stops``; None: neither.
+        states: the state of ``watch`` of each row, if the row is a hypothesis.
     """
 
     prompt: list[int]
     limit: int
+    watch: Any = None
+    states: list[Any] = field(default_factory=list)
     steps: list[tuple[Report, int]] = field(default_factory=list)
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
     done: bool = False
@@ -69,31 +77,56 @@ class Sentence:
             row = int(report.parent[place, row])
         return backwards[::-1]
 
-    def advance(self, report: Report, place: int, config: DecodeConfig) -> None:
-        """Take in a step's choices; ``place`` is the sentence's in it."""
-        num_ids = len(self.steps)
+    def advance(self, report: Report, place: int, config: DecodeConfig) -> list[int]:
+        """Take in a step's choices; ``place`` is the sentence's in it. Return the rows that a stop string has ended."""
+        num_ids, stopped = len(self.steps), list[int]()
         if report.ends[place]:
             closed = zip(report.closed_score[place].tolist(), report.closed_parent[place].tolist(), strict=True)
             for log_prob, parent in closed:
-                score = config.score(log_prob, num_ids)
-                is_kept = len(self.finished) < config.num_kept or score > self.finished[-1][0]
-                if log_prob > -math.inf and is_kept:
-                    insort(self.finished, (score, self.ids(int(parent))), key=lambda hypothesis: -hypothesis[0])
-                    del self.finished[config.num_kept :]
+                self._finish(log_prob, int(parent), num_ids, config)
         self.steps.append((report, place))
+        if (watch := self.watch) is not None:
+            rows = [*zip(*(part[place].tolist() for part in (report.token, report.parent, report.score)), strict=True)]
+            self.states = [
+                watch.advance(self.states[int(parent)], int(token)) if log_prob > -math.inf else None
+                for token, parent, log_prob in rows
+            ]
+            if isinstance(watch, Stops):
+                stopped = [row for row, state in enumerate(self.states) if watch.ends(state)]
+                for row in stopped:
+                    self._finish(rows[row][2], row, num_ids, config, watch)
+                    report.score[place, row] = -math.inf
+                report.best[place] = float(report.score[place].max())
         best_open = report.best[place]
         self.done = num_ids >= self.limit or not best_open > -math.inf
         if not self.done and len(self.finished) == config.num_kept:
             self.done = config.attainable(best_open, num_ids + 1, self.limit) <= self.finished[-1][0]
+        return stopped
+
+    def _finish(self, log_prob: float, row: int, num_ids: int, config: DecodeConfig, stops: Any = None) -> None:
+        """Take in a hypothesis that ends at a row, if it is good enough."""
+        score = config.score(log_prob, num_ids)
+        if log_prob > -math.inf and (len(self.finished) < config.num_kept or score > self.finished[-1][0]):
+            ids = self.ids(row) if stops is None else stops.cut(self.ids(row), self.prompt)
+            insort(self.finished, (score, ids), key=lambda hypothesis: -hypothesis[0])
+            del self.finished[config.num_kept :]
 
 
 def search(
-    model: Any, cache: Any, prompt_BL: Tensor, lengths: Sequence[int], config: DecodeConfig, index_B: Tensor | None
-) -> Hypotheses:
+    model: Any, cache: Any, prompt_BL: Tensor, lengths: Sequence[int], config: DecodeConfig, index_B: Tensor | None,
+    constraints: Sequence[Constraint] | None = None, surfaces: Sequence[bytes | None] | None = None,
+    tell: Callable[[list[int]], None] | None = None,
+) -> Hypotheses:  # fmt: skip
     """Search by the loop that all methods share; a sentence's limit depends on its entry in ``lengths``.
+
+    With ``constraints``, one a sentence, an id is only taken if the text can still end in time. ``surfaces`` are what
+    ids write, for ``stop_strings``. With one row a sentence, ``tell`` gets the first one's ids as they grow.
 
     A sentence has one row in the batch until its first choice is made, and then k rows side by side. Ranks that share
     experts take as many steps as the one with the most: the others' rows are padding in the end.
+
+    Raises:
+        ValueError: a sentence has no text of finite log p, or its constraint allows none of at most its limit.
     """
     k, device, ranks = config.width, prompt_BL.device, InStep(model)
     prompts = [[i for i in row if i != PAD_ID] for row in prompt_BL.tolist()]
@@ -102,6 +135,10 @@ def search(
         Sentence(prompt, config.max_length(length, None if most is None else most - len(prompt)))
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
+    if config.repetition_penalty != 1:
+        model = cache = Penalized(model, cache, config.repetition_penalty)
+    _watch(sentences, config, constraints, surfaces)
+    known: dict[Any, Tensor] = {}
     first = min(s.start for s in sentences)
     for t in range(first):
         ranks.go_on(True)
@@ -120,6 +157,8 @@ def search(
         score_bk = score_bk.to(log_prob_bkV.dtype)
         waiting = [sentences[i] for i in in_batch]
         _restrict(log_prob_bkV, waiting, step, config)
+        if constraints is not None:
+            _mask(log_prob_bkV, waiting, step, known)
         for exact in (False, True):
             if draw_BkT is not None:
                 choice = drawn(log_prob_bkV, score_bk, draw_BkT[:, :, step], config)
@@ -132,7 +171,10 @@ def search(
         del logits_RV, log_prob_bkV  # or the next step's would need memory in addition: pages that the system zeroes
         for place, sentence in enumerate(waiting):
             if step >= sentence.start and not sentence.done:
-                sentence.advance(report, place, config)
+                for row in sentence.advance(report, place, config):
+                    choice.score_bk[place, row] = -math.inf
+        if tell is not None and k == 1 and not sentences[0].done:
+            tell(sentences[0].ids(0))
         if all(s.done for s in waiting):
             break
 
@@ -181,7 +223,7 @@ def _restrict(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, co
     for place, sentence in enumerate(sentences):
         if step - sentence.start >= sentence.limit:
             too_long.append(place)
-        elif step - sentence.start < config.min_length:
+        elif step - sentence.start < config.min_new_tokens:
             too_short.append(place)
     if too_short:
         at = slice(None) if len(too_short) == len(sentences) else too_short
@@ -190,6 +232,41 @@ def _restrict(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, co
         log_prob_kV = log_prob_bkV[place]
         end_k = log_prob_kV[:, EOS_ID].clone()
         log_prob_kV.fill_(-math.inf)[:, EOS_ID] = end_k
+
+
+def _watch(sentences: Sequence[Sentence], config: DecodeConfig, constraints: Any, surfaces: Any) -> None:
+    """Give each sentence its constraint, or the stop strings, and the states before the first choice."""
+    if config.stop_strings and constraints is not None:
+        raise ValueError(f"stop_strings={list(config.stop_strings)}: a constraint says where a text ends")
+    stops = Stops(config.stop_strings, surfaces) if config.stop_strings else None
+    for i, (sentence, own) in enumerate(zip(sentences, constraints or [None] * len(sentences), strict=True)):
+        start = stops.start(sentence.prompt) if stops is not None else own and own.start()
+        sentence.watch, sentence.states = own or stops, [start] * config.width
+        if own is not None and (least := own.least(start)) > sentence.limit:
+            raise ValueError(
+                f"sentence {i} of the batch may have {sentence.limit} tokens: the shortest text that its constraint "
+                f"allows has {least:,}"
+            )
+
+
+def _mask(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, known: dict[Any, Tensor]) -> None:
+    """Set to -inf what a constraint does not allow, and after which no end is near enough, in place."""
+    k, rows, left, needed = log_prob_bkV.shape[1], list[int](), list[int](), list[Tensor]()
+    for place, sentence in enumerate(sentences):
+        is_open = step >= sentence.start and not sentence.done
+        for row, state in enumerate(sentence.states[:k]):
+            if is_open and state is not None:
+                key: Any = id(sentence.watch), state
+                if key not in known:
+                    need_V = sentence.watch.needs(state).to(log_prob_bkV.device)
+                    # A model may have ids that its subwords lack.
+                    known[key] = F.pad(need_V, (0, log_prob_bkV.shape[-1] - len(need_V)), value=1 << 30)
+                rows.append(place * k + row)
+                left.append(sentence.limit - step + sentence.start - 1)
+                needed.append(known[key])
+    if rows:
+        log_prob_RV, left_r1 = log_prob_bkV.flatten(0, 1), torch.tensor(left, device=log_prob_bkV.device)[:, None]
+        log_prob_RV[rows] = log_prob_RV[rows].masked_fill(torch.stack(needed) > left_r1, -math.inf)
 
 
 def _read_prompts(choice: Choice, sentences: Sequence[Sentence], step: int, method: str) -> None:

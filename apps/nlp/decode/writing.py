@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 import core
 from apps.base.checks import check_name
 from apps.data.subwords import PAD_ID, Side, Subwords
+from apps.data.text_files import clean
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers, dense_twins
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import TokenGate
@@ -19,8 +20,10 @@ from apps.nets.loss import OutputLogits, TargetScores, linear_cross_entropy, tar
 from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode.candidate import Candidate
 from apps.nlp.decode.config import DecodeConfig
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.run import in_dtype
 from apps.nlp.decode.search import Hypotheses
+from apps.nlp.decode.stops import num_begun
 from apps.nlp.text.foreseen import Judged, of_mean_length, per_sentence
 from apps.train.step.module import SparseModule, Stage, TaskOutput
 from apps.train.step.pieces import ratio_values
@@ -140,6 +143,31 @@ class WritingModule(SparseModule, Comparable):
         """Return the texts of hypotheses with their scores."""
         subwords, each = self.subwords, zip(hypotheses.ids, hypotheses.scores, strict=True)
         return [[*map(Candidate, subwords.decode(ids, self.side), scores)] for ids, scores in each]
+
+    def how_to_write(
+        self, config: DecodeConfig, num_rows: int, prompt: Sequence[int] = (), *, constraint: Constraint | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return the arguments of a search over the ids of texts.
+
+        Args:
+            config: how to search.
+            num_rows: number of texts.
+            prompt: ids that the first text starts with.
+            constraint: what each text may be; None: anything.
+            tell: called with the first text, from the prompt on, each time it grows, except in a beam search. What may
+                become a stop string, or is a part of a character, is not told yet.
+        """
+
+        def told(ids: list[int]) -> None:
+            text = self.subwords.processor(self.side).decode([*prompt, *ids])
+            tell(clean(text[: len(text) - num_begun(text, config.stop_strings)].rstrip("\ufffd")))  # type: ignore[misc]
+
+        return {
+            "constraints": None if constraint is None else [constraint] * num_rows,
+            "surfaces": self.subwords.surfaces(self.side) if config.stop_strings else None,
+            "tell": None if tell is None else told,
+        }
 
     def model_in(self, dtype: str | None) -> Any:
         """Return the model in a dtype, one copy for a pass; outside of a pass, or for None, as it is."""

@@ -19,6 +19,7 @@ from apps.nets.place import Place
 from apps.nets.transformer import LanguageModel
 from apps.nets.universal import Universal
 from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, generate_ids, in_columns, one_each
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
@@ -208,19 +209,26 @@ class LanguageModeler(TextModule):
         """Return each prompt with what follows it."""
         return Continuations(batch.index_B, *in_columns(self.candidates_of(batch, self.decode)))
 
-    def candidates_of(self, batch: TextBatch, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
+    def candidates_of(
+        self, batch: TextBatch, config: DecodeConfig, model: Any = None, **how: Any
+    ) -> list[list[Candidate]]:
         """Return each prompt with its continuations, best first."""
-        hypotheses = self.hypotheses_of(batch, config, model)
+        hypotheses = self.hypotheses_of(batch, config, model, **how)
         prompts = ([i for i in row if i != PAD_ID] for row in batch.tokens_BL.tolist())
         return [
             [*map(Candidate, self.subwords.decode([[*prompt, *ids] for ids in own], "target"), scores)]
             for prompt, own, scores in zip(prompts, hypotheses.ids, hypotheses.scores, strict=True)
         ]
 
-    def hypotheses_of(self, batch: TextBatch, config: DecodeConfig, model: Any = None) -> Hypotheses:
-        """Return what follows each prompt, in ids; ``model`` may be a copy in another dtype."""
+    def hypotheses_of(self, batch: TextBatch, config: DecodeConfig, model: Any = None, **how: Any) -> Hypotheses:
+        """Return what follows each prompt, in ids; ``model`` may be a copy in another dtype.
+
+        ``how`` is as in ``how_to_write``.
+        """
+        prompt = [i for i in batch.tokens_BL[0].tolist() if i != PAD_ID]
+        how = self.how_to_write(config, len(batch.tokens_BL), prompt, **how)
         with torch.autocast(self.device.type, enabled=False):
-            return generate_ids(model or self.model, batch.tokens_BL, config, index_B=batch.index_B)
+            return generate_ids(model or self.model, batch.tokens_BL, config, index_B=batch.index_B, **how)
 
     def predict(self, prompts: Sequence[str], **decode: Any) -> list[str]:
         """Return each prompt with what follows it, as ``moesaic predict --data.text`` prints it.
@@ -233,13 +241,16 @@ class LanguageModeler(TextModule):
         """
         return [best.text for best, *_ in self.candidates(prompts, **one_each(decode))]
 
-    def candidates(self, prompts: Sequence[str], **decode: Any) -> list[list[Candidate]]:
+    def candidates(
+        self, prompts: Sequence[str], *, constraint: Constraint | None = None, **decode: Any
+    ) -> list[list[Candidate]]:
         """Return each prompt with several continuations and their scores, best first: ``num_return_sequences`` of them.
 
         A search may find fewer than it was asked for.
 
         Args:
             prompts: texts that are to be continued; an empty one starts a text.
+            constraint: what each continuation may be by itself, such as a ``TrieConstraint``; None: anything.
             decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="greedy"``,
                 ``temperature=0.7``, ``seed=1`` or ``max_length_extra=200``.
 
@@ -248,7 +259,8 @@ class LanguageModeler(TextModule):
                 range.
         """
         lines, config = checked_texts(prompts), decoding(self.decode, decode)
-        return [line.candidates for line in self.lines_of(prompt_batches(lines, self.subwords), config)]
+        batches = prompt_batches(lines, self.subwords)
+        return [line.candidates for line in self.lines_of(batches, config, constraint=constraint)]
 
     # ---- set-up
 

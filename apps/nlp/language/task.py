@@ -52,7 +52,7 @@ def _said(answer: Continued) -> tuple[Said]:
 class Continuation(TextTask):
     """The use of a ``LanguageModeler``. Beginnings are continued one by one: a decoder has no padding."""
 
-    app, noun, verb = "language", "Beginning", "Continue"
+    app, noun, verb, streams = "language", "Beginning", "Continue", True
     asks = "The beginning of a text: the answer is the text with what follows."
     invites = "Type the beginning of a text: the model continues it, and shows which experts took each subword."
 
@@ -83,13 +83,15 @@ class Continuation(TextTask):
     def answers(self, examples: Sequence[Mapping[str, Any]], most: int = 1) -> list[Continued]:
         answers, model, decode = [], self.model, self.model.subwords.decode
         for example in examples:
-            limits = {"num_return_sequences": 1, "max_length_ratio": 0.0, "max_length_extra": example["subwords"]}
+            limits, tell = {"num_return_sequences": 1, "max_new_tokens": example["subwords"]}, example.get("tell")
             config = decoding(model.decode, {**limits, "seed": example.get("seed", model.decode.seed)})
             ((batch, _),) = prompt_batches(checked_texts([example["text"]]), model.subwords)
             batch = type(batch)(*(part.to(model.device) for part in batch))
-            (given,), written = batch.tokens_BL.tolist(), model.hypotheses_of(batch, config).best[0]
+            (given,), written = batch.tokens_BL.tolist(), model.hypotheses_of(batch, config, tell=tell).best[0]
             ids = [*given, *written]
             whole, begin = decode([ids, given], "target")
+            if tell is not None:
+                tell(whole)
             answers.append(Continued(whole, begin, ids[:-1] if written else ids))
         return answers
 

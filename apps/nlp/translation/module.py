@@ -17,6 +17,7 @@ from apps.nets.config import TransformerConfig
 from apps.nets.place import Place
 from apps.nets.transformer import TranslationModel
 from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, in_columns, one_each, translate_ids
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts, source_batches
@@ -174,13 +175,17 @@ class Translator(JudgedModule, TextModule):
         return range(len(batch.index_B)), self.translate(batch, config)
 
     def translate(
-        self, batch: TranslationBatch, config: DecodeConfig, model: TranslationModel | None = None
+        self, batch: TranslationBatch, config: DecodeConfig, model: TranslationModel | None = None, **how: Any
     ) -> Hypotheses:
-        """Return translations of the batch's sources, in ids; ``model`` may be a copy in another dtype."""
+        """Return translations of the batch's sources, in ids; ``model`` may be a copy in another dtype.
+
+        ``how`` is as in ``how_to_write``.
+        """
         # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
             ids, model = self._ids(batch), model or self.model_in(config.dtype)
-            return translate_ids(model, batch.source_BS, config, *ids, index_B=batch.index_B)
+            how = self.how_to_write(config, len(batch.source_BS), **how)
+            return translate_ids(model, batch.source_BS, config, *ids, batch.index_B, **how)
 
     def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         """Return the tasks and the domains, int64 (B,) each."""
@@ -235,9 +240,11 @@ class Translator(JudgedModule, TextModule):
         columns = in_columns(self.candidates_of(batch, self.decode))
         return Translations(batch.index_B, pairs, self.subwords.decode(sources, "source"), *columns)
 
-    def candidates_of(self, batch: TranslationBatch, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
+    def candidates_of(
+        self, batch: TranslationBatch, config: DecodeConfig, model: Any = None, **how: Any
+    ) -> list[list[Candidate]]:
         """Return the translations of each source, best first; an empty line has only an empty text."""
-        rows = zip(batch.empty_B.tolist(), self.spelled(self.translate(batch, config, model)), strict=True)
+        rows = zip(batch.empty_B.tolist(), self.spelled(self.translate(batch, config, model, **how)), strict=True)
         return [[Candidate("", 0.0)] if empty else candidates for empty, candidates in rows]
 
     def predict(self, texts: Sequence[str], pair: str | None = None, **options: Any) -> list[str]:
@@ -247,7 +254,7 @@ class Translator(JudgedModule, TextModule):
 
         Example::
 
-            model.predict(["Delete the selected person"], beam_size=8)      # ["Die gewählte Person löschen"]
+            model.predict(["Delete the selected person"], num_beams=8)      # ["Die gewählte Person löschen"]
         """
         return [best.text for best, *_ in self.candidates(texts, pair, **one_each(options))]
 
@@ -258,6 +265,7 @@ class Translator(JudgedModule, TextModule):
         *,
         max_length: int | None = None,
         tokens_per_batch: int = 4096,
+        constraint: Constraint | None = None,
         **decode: Any,
     ) -> list[list[Candidate]]:
         """Return the best translations of each text with their scores, best first: ``num_return_sequences`` of them.
@@ -270,8 +278,9 @@ class Translator(JudgedModule, TextModule):
             max_length: tokens of a source, specials included; a longer one is cut, with a warning. None: 256, or the
                 model's limit.
             tokens_per_batch: maximum of sentences per batch times the longest sentence.
+            constraint: what each translation may be, such as a ``TrieConstraint``; None: anything.
             decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
-                ``beam_size=8`` or ``temperature=0.7``.
+                ``num_beams=8`` or ``temperature=0.7``.
 
         Raises:
             ValueError: one text instead of a list, an item that is not text, an unknown pair or option, or a value out
@@ -292,7 +301,7 @@ class Translator(JudgedModule, TextModule):
         check_at_least(4, max_length=most)
         check_at_least(1, tokens_per_batch=tokens_per_batch)
         batches = source_batches(lines, self.subwords, self.pairs, number, most, tokens_per_batch, _AT_ONCE)
-        return [line.candidates for line in self.lines_of(batches, config)]
+        return [line.candidates for line in self.lines_of(batches, config, constraint=constraint)]
 
     @property
     def longest_source(self) -> int:

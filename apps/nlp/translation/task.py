@@ -36,7 +36,7 @@ _USUAL_WORDS = range(4, 15)
 class Translation(TextTask):
     """The use of a ``Translator``."""
 
-    app, noun, verb, alternatives = "translation", "Sentence", "Translate", 3
+    app, noun, verb, alternatives, streams = "translation", "Sentence", "Translate", 3, True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -69,25 +69,29 @@ class Translation(TextTask):
         subwords = self.model.subwords
         return len(subwords.encode([plain], "source")[0]) + 1 + bool(subwords.languages)
 
-    def answers(self, examples: Sequence[Mapping[str, str]], most: int = 1) -> list[Written]:
+    def answers(self, examples: Sequence[Mapping[str, Any]], most: int = 1) -> list[Written]:
         model, answers = self.model, [Written((), (), ())] * len(examples)
         config = dataclasses.replace(model.decode, num_return_sequences=min(most, model.decode.width))
-        for places in self._together([example["pair"] for example in examples]):
+        for places in self._together(examples):
+            tell = examples[places[0]].get("tell")
             own, pair = [examples[place]["text"] for place in places], examples[places[0]]["pair"]
             for number, batch in self._batches(own, pair):
                 with evaluating(model):
-                    found = model.translate(batch, config)
+                    found = model.translate(batch, config, tell=tell)
                 rows = zip(number, batch.empty_B.tolist(), found.ids, found.scores, strict=True)
                 for i, is_empty, ids, scores in rows:
                     texts = [""] if is_empty else model.subwords.decode(ids, "target")
+                    if tell is not None:
+                        tell(texts[0])
                     answers[places[i]] = Written(texts, scores, ids[0], self._note(own[i]), f"Translation, {pair}")
         return answers
 
-    def _together(self, pairs: Sequence[str]) -> list[list[int]]:
-        """Return the places of the examples of each pair; each by itself where draws depend on its number."""
-        if self.model.decode.method == "sample":
-            return [[place] for place in range(len(pairs))]
-        return [[place for place, own in enumerate(pairs) if own == pair] for pair in dict.fromkeys(pairs)]
+    def _together(self, examples: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Return the places of the examples of each pair; each by itself where draws depend on its number, or if what
+        is written is told."""
+        method, each = self.model.decode.method, enumerate(examples)
+        keys = [place if method == "sample" or "tell" in own else own["pair"] for place, own in each]
+        return [[place for place, own in enumerate(keys) if own == key] for key in dict.fromkeys(keys)]
 
     def _batches(self, own: Sequence[str], pair: str) -> Any:
         """Yield the numbers of sentences with their batch on the model's device."""

@@ -180,8 +180,8 @@ def test_a_wrong_field_of_an_argument_has_its_whole_name():
     text = """Parser key "model":
   Errors:
     - Problem with given class_path 'apps.multimodal.captions.module.ImageCaptioner':
-        unrecognized arguments: --decode.beam_sise=3"""
-    assert reduce_message(text) == "model.decode.beam_sise does not exist; did you mean 'beam_size'?"
+        unrecognized arguments: --decode.num_beems=3"""
+    assert reduce_message(text) == "model.decode.num_beems does not exist; did you mean 'num_beams'?"
 
 
 def test_jsonargparse_s_fifteen_lines_become_one():

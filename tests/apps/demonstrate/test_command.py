@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import socket
+import threading
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from apps.data import datasets
 from apps.data.cache import DataError
 from apps.demonstrate import options as library
 from apps.demonstrate.command import exhibit_of, with_examples
-from apps.demonstrate.page import _answer
-from apps.report.exhibit import Answer, Exhibit, TextField
+from apps.demonstrate.drawing import draw_parts
+from apps.demonstrate.page import _answer, _growing
+from apps.report.exhibit import Answer, Exhibit, Said, TextField
 from apps.train.checkpoint.loading import load
 from apps.train.checkpoint.paths import find_checkpoint
 
@@ -136,3 +138,30 @@ def test_a_fault_of_ours_is_a_line_on_the_page_and_a_traceback_in_the_log(caplog
     assert "KeyError" in html
     assert "Traceback" not in html
     assert caplog.records[0].exc_info[0] is KeyError
+
+
+def test_the_page_shows_an_answer_as_it_grows_and_ends_it_when_it_is_left():
+    go, stopped = threading.Event(), threading.Event()
+
+    def answer(values, tell):
+        try:
+            for end in (1, 2, 3):
+                tell(Said("Text", values[0][:end]))
+                go.wait(10)
+        except ValueError:
+            stopped.set()
+            raise
+        return Answer((Said("Text", values[0]),))
+
+    exhibit = Exhibit("", "", (TextField("Text"),), answer, grows=True)
+    left = _growing(exhibit, ["abcd"])
+    assert draw_parts((Said("Text", "a"),)) in next(left)[0]
+    left.close()
+    go.set()
+    assert stopped.wait(10)
+    *growing, (html, by_layer) = _growing(exhibit, ["abcd"])
+    for text, (own, layers) in zip(("a", "ab", "abc"), growing, strict=True):
+        assert draw_parts((Said("Text", text),)) in own
+        assert layers is None
+    assert draw_parts((Said("Text", "abcd"),)) in html
+    assert by_layer == {}

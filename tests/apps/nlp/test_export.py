@@ -43,7 +43,7 @@ def strong(module):
 
 
 def sparse_translator(data):
-    search = DecodeConfig("beam", beam_size=2, max_length_ratio=1.0, max_length_extra=2, min_length=2)
+    search = DecodeConfig("beam", num_beams=2, max_length_ratio=1.0, max_length_extra=2, min_new_tokens=2)
     return strong(translator(data, MOE, transformer=TRANSFORMER, decoder_moe_blocks=[0], decode=search))
 
 
@@ -77,7 +77,7 @@ def test_the_script_translates_as_the_model_does_greedily(data, tmp_path):
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_the_script_goes_on_as_the_model_does_greedily(positions, data, tmp_path):
     config = TransformerConfig("nano", dim=16, hidden_dim=16, positions=positions, max_length=20)
-    search = DecodeConfig("greedy", max_length_ratio=0.5, max_length_extra=12, min_length=3)
+    search = DecodeConfig("greedy", max_length_ratio=0.5, max_length_extra=12, min_new_tokens=3)
     module = LanguageModeler(data.subwords, config, depths=MixtureOfDepths(0.5, predictor=True), decode=search)
     exported = Continuation(strong(module)).exported()
     assert exported.preprocessing["max_positions"] == (20 if positions == "learned" else None)
@@ -101,7 +101,7 @@ def test_continuations_of_predict_and_of_the_script_are_those_of_the_checkpoint(
     assert output(CONTINUE, str(exported), TEXTS[0]) == expected[0]
     model = ExportedModel.read(exported).load()
     assert not list(model.parameters())
-    beam = {"method": "beam", "beam_size": 3, "num_return_sequences": 2}
+    beam = {"method": "beam", "num_beams": 3, "num_return_sequences": 2}
     assert [c.text for c in model.candidates(TEXTS, **beam)[0]] == [c.text for c in module.candidates(TEXTS, **beam)[0]]
 
 

@@ -63,8 +63,8 @@ def test_texts_and_options_of_a_caller_are_checked():
         checked_texts("abc")
     with pytest.raises(ValueError, match=r"texts\[1\]=3 is a int, and not a text"):
         checked_texts(["a", 3])
-    assert decoding(DecodeConfig(), {"beam_size": 2}).beam_size == 2
-    with pytest.raises(ValueError, match=r"option='beam' is not one of .*did you mean 'beam_size'"):
+    assert decoding(DecodeConfig(), {"num_beams": 2}).num_beams == 2
+    with pytest.raises(ValueError, match=r"option='beam' is not one of .*did you mean 'num_beams'"):
         decoding(DecodeConfig(), {"beam": 2})
 
 

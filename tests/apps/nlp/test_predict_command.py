@@ -153,7 +153,7 @@ def test_a_list_of_texts_is_translated_as_the_command_translates_it(capsys):
     assert model.predict(LINES, "en-de") == printed
     assert model.predict([], "en-de") == []
     assert model.predict(tuple(LINES[2:3]), "en-de") == printed[2:3]
-    for name, value in (("method", "greedy"), ("beam_size", 2), ("max_length_ratio", 0.5)):
+    for name, value in (("method", "greedy"), ("num_beams", 2), ("max_length_ratio", 0.5)):
         flags = (f"--model.decode.{name}", str(value), "--data.text", str(LINES))
         assert model.predict(LINES, "en-de", **{name: value}) == predict(capsys, *flags)
     drawn = model.predict(LINES, "en-fr", method="sample", seed=1)
@@ -250,10 +250,10 @@ def test_a_file_of_another_run_is_never_replaced_or_gone_on_with_in_silence(tmp_
     ):
         with pytest.raises(ValueError, match=rf"other\.txt\.partial is of another run, whose {what}: take it away"):
             written(model, data_of(model, predict_lines=1, **options), path)
-    model.decode = replace(model.decode, beam_size=2)
-    with pytest.raises(ValueError, match=r"whose decode\.beam_size is 5, not 2"):
+    model.decode = replace(model.decode, num_beams=2)
+    with pytest.raises(ValueError, match=r"whose decode\.num_beams is 5, not 2"):
         written(model, data_of(model, predict_file="bad.txt", predict_lines=1), path)
-    model.decode = replace(model.decode, beam_size=5)
+    model.decode = replace(model.decode, num_beams=5)
     skipping = {"predict_file": "bad.txt", "predict_lines": 1, "bad_lines": "skip"}
     assert written(model, data_of(model, **skipping), path) == (4, 2)  # what came before the error is the same
     assert path.read_text().splitlines() == model.predict(["red", "blue", "", "green"], "en-de")

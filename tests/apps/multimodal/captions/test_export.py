@@ -18,7 +18,7 @@ from apps.multimodal.captions.task import TASK
 from apps.nlp.decode import DecodeConfig
 
 CAPTION = script("docs/reference/onnx_scripts.md", "python caption.py")
-SEARCH = DecodeConfig("greedy", max_length_ratio=1.0, max_length_extra=0, min_length=2)
+SEARCH = DecodeConfig("greedy", max_length_ratio=1.0, max_length_extra=0, min_new_tokens=2)
 
 
 @pytest.fixture

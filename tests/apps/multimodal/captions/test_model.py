@@ -62,7 +62,7 @@ def test_a_later_word_changes_no_earlier_one_and_the_image_all_of_them():
 
 SEARCHES = {
     "greedy": DecodeConfig("greedy", max_length_ratio=1.0, max_length_extra=0),
-    "beam": DecodeConfig(beam_size=3, num_return_sequences=3, max_length_ratio=1.0, max_length_extra=1),
+    "beam": DecodeConfig(num_beams=3, num_return_sequences=3, max_length_ratio=1.0, max_length_extra=1),
     "sample": DecodeConfig(
         "sample", num_return_sequences=2, top_k=7, temperature=1.5, max_length_ratio=0.5, max_length_extra=2
     ),
@@ -84,7 +84,7 @@ def test_searches_are_those_of_slow_loops(name):
 
 def test_a_search_in_bfloat16_is_that_of_the_copy():
     model = build().float()
-    config = DecodeConfig(beam_size=2, dtype="bfloat16", max_length_ratio=1.0, max_length_extra=0)
+    config = DecodeConfig(num_beams=2, dtype="bfloat16", max_length_ratio=1.0, max_length_extra=0)
     copy = in_dtype(model, "bfloat16")
     found = caption_ids(model, images(2).float(), config, 5)
     assert found.ids == caption_ids(copy, images(2).bfloat16(), config, 5).ids

@@ -87,7 +87,7 @@ def test_an_image_is_captioned_alike_whatever_it_is_given_as(trained, tmp_path):
 
 
 def test_candidates_are_the_searchs_best_first(trained):
-    (found,) = trained.candidates([plain("red")], num_return_sequences=3, beam_size=4)
+    (found,) = trained.candidates([plain("red")], num_return_sequences=3, num_beams=4)
     assert found[0].text == "a red picture"
     assert [c.score for c in found] == sorted((c.score for c in found), reverse=True)
     (one,) = trained.candidates([plain("red")], method="greedy")

@@ -23,8 +23,8 @@ SOURCE = torch.tensor([[5, 6, 7, EOS_ID, PAD_ID], [8, 9, 10, 11, EOS_ID], [4, EO
 PROMPTS = torch.tensor([[EOS_ID, 5, 6, 7], [EOS_ID, 8, PAD_ID, PAD_ID]])
 SEARCHES = [
     DecodeConfig("greedy"),
-    DecodeConfig("beam", beam_size=3, num_return_sequences=3),
-    DecodeConfig("beam", beam_size=3, prune=False),
+    DecodeConfig("beam", num_beams=3, num_return_sequences=3),
+    DecodeConfig("beam", num_beams=3, prune=False),
     DecodeConfig("sample", num_return_sequences=2, top_p=0.9),
 ]
 
@@ -96,7 +96,7 @@ def test_learned_positions_limit_a_text():
     config = TransformerConfig("nano", dim=16, hidden_dim=24, positions="learned", max_length=6)
     model = strong(LanguageModel(config, vocab=VOCAB))
     exported = ExportedLanguageModel(TorchGraph(decoder_graph(model, "model")), config)
-    own, expected = (generate_ids(m, PROMPTS, DecodeConfig("greedy", min_length=9)) for m in (exported, model))
+    own, expected = (generate_ids(m, PROMPTS, DecodeConfig("greedy", min_new_tokens=9)) for m in (exported, model))
     assert own.ids == expected.ids
     assert [len(ids) for ids in own.best] == [2, 4]  # with 4 and 2 of the prompts they are 6
 

@@ -22,10 +22,10 @@ def network() -> TranslationModel:
     return TranslationModel(config, source_vocab=40, ffn=moe, encoder_moe_blocks="all", decoder_moe_blocks="all").eval()
 
 
-@pytest.mark.parametrize("options", [{"method": "greedy"}, {"method": "beam", "beam_size": 3}], ids=["greedy", "beam"])
+@pytest.mark.parametrize("options", [{"method": "greedy"}, {"method": "beam", "num_beams": 3}], ids=["greedy", "beam"])
 def test_the_texts_and_their_scores_are_those_of_the_resident_model(options: dict[str, Any], tmp_path: Path):
     source_BS = torch.randint(8, 40, (3, 7))
-    config = DecodeConfig(**options, min_length=8)
+    config = DecodeConfig(**options, min_new_tokens=8)
     expected = translate_ids(network(), source_BS, config)
     model = network()
     offloaded = core.offload_experts(model, offloadable_bytes(model) // 4, tmp_path / "experts.safetensors")

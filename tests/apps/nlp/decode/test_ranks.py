@@ -20,7 +20,7 @@ VOCAB = 29
 SIZES = ([2, 3], [9])
 """Ids of each rank's sentences."""
 GREEDY = DecodeConfig(method="greedy", max_length_ratio=1.0, max_length_extra=0)
-BEAM = DecodeConfig(method="beam", beam_size=3, max_length_ratio=1.0, max_length_extra=1)
+BEAM = DecodeConfig(method="beam", num_beams=3, max_length_ratio=1.0, max_length_extra=1)
 
 
 def sentences(sizes: list[int]) -> torch.Tensor:

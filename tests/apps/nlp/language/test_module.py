@@ -205,7 +205,7 @@ ATTENTION = core.MoEConfig(
 
 
 def test_attention_experts_train_beside_the_others_and_a_comparison_leaves_them(data, tmp_path):
-    module = modeler(data, attention_moe=ATTENTION, decode=DecodeConfig("beam", beam_size=3, max_length_extra=4))
+    module = modeler(data, attention_moe=ATTENTION, decode=DecodeConfig("beam", num_beams=3, max_length_extra=4))
     assert list(core.moe_layers(module)) == [
         *("model.decoder.layers.0.mixing.heads", "model.decoder.layers.1.mixing.heads", "model.decoder.layers.1.ffn")
     ]
@@ -251,7 +251,7 @@ def test_each_sparse_block_may_have_a_layer_of_its_own(data):
 
 
 def test_alternatives_come_with_a_prediction_and_as_lines_of_their_own(data):
-    module = modeler(data, decode=DecodeConfig(beam_size=3, num_return_sequences=2, max_length_extra=4)).eval()
+    module = modeler(data, decode=DecodeConfig(num_beams=3, num_return_sequences=2, max_length_extra=4)).eval()
     prompt = text_data(Path(data.root), text="one two")
     (batch,) = prompt.predict_dataloader()
     continuations = module.predict_step(batch, 0)
@@ -297,7 +297,7 @@ def test_a_list_of_prompts_is_continued_as_the_command_continues_it(data, tmp_pa
     assert module.predict(prompts) == lines
     assert module.predict([]) == []
     assert module.predict(prompts, seed=7) != lines  # it draws, and each prompt by its number
-    options = {"method": "beam", "beam_size": 3, "max_length_extra": 4}
+    options = {"method": "beam", "num_beams": 3, "max_length_extra": 4}
     candidates = module.candidates(prompts[:1], num_return_sequences=2, **options)
     assert [best.text for best, _ in candidates] == module.predict(prompts[:1], **options)
     with pytest.raises(ValueError, match=r"texts='one' is one text, and not a list of texts"):

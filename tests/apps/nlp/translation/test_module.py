@@ -349,7 +349,7 @@ def test_a_training_step_and_a_validation(two, tmp_path, moe):
 
 
 def test_bfloat16_weights_are_copied_once_a_pass_and_follow_the_training(data, tmp_path, monkeypatch):
-    module = translator(data, decode=DecodeConfig(dtype="bfloat16", beam_size=2))
+    module = translator(data, decode=DecodeConfig(dtype="bfloat16", num_beams=2))
     seen = []
 
     def copied(model, dtype):
@@ -471,7 +471,7 @@ def test_the_signature_stands_beside_the_score(config, tmp_path, capsys):
 @pytest.mark.parametrize("val_decode, methods", [("greedy", ["greedy", "beam"]), ("as_test", ["beam", "beam"])])
 def test_how_validation_and_test_are_translated(data, tmp_path, monkeypatch, val_decode, methods):
     module = translator(
-        data, val_decode=val_decode, decode=DecodeConfig(beam_size=2, num_return_sequences=2), report=None
+        data, val_decode=val_decode, decode=DecodeConfig(num_beams=2, num_return_sequences=2), report=None
     )
     asked = []
     real = module_file.translate_ids
@@ -497,7 +497,7 @@ def test_without_references_in_the_data_those_of_the_batch_are_taken(data, tmp_p
 
 
 def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):
-    module = translator(data, decode=DecodeConfig(beam_size=2, num_return_sequences=2)).eval()
+    module = translator(data, decode=DecodeConfig(num_beams=2, num_return_sequences=2)).eval()
     ((batch, _),) = data.given_batches(["red blue green black", "", "blue"])
     rows = module.predict_step(batch, 0)
     columns = (rows.translation, rows.score.tolist(), rows.alternatives)
@@ -510,18 +510,18 @@ def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):
 
 
 def test_alternatives_are_lines_of_their_own_with_number_and_score(data):
-    module = translator(data, decode=DecodeConfig(beam_size=2, num_return_sequences=2)).eval()
+    module = translator(data, decode=DecodeConfig(num_beams=2, num_return_sequences=2)).eval()
     lines = printed(module, copy_data(Path(data.corpora[0].root), text=["red", ""]))
     assert [line.split("\t")[0] for line in lines] == ["1", "1", "2"]
     assert module.predict_stream(data) is None
 
 
 def test_a_checkpoint_brings_its_subwords_along(data, tmp_path):
-    module = translator(data, decode=DecodeConfig(beam_size=3))
+    module = translator(data, decode=DecodeConfig(num_beams=3))
     trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module, data)
     again = Translator.load_from_checkpoint(tmp_path / "last.ckpt")
     assert again.subwords == data.subwords
-    assert (again.pairs, again.decode.beam_size, again.report) == (("en-de",), 3, TranslationReportConfig())
+    assert (again.pairs, again.decode.num_beams, again.report) == (("en-de",), 3, TranslationReportConfig())
     assert torch.equal(again.model.source_embed.weight, module.model.source_embed.weight)
 
 
@@ -542,7 +542,7 @@ def test_attention_experts_train_translate_and_are_in_the_report(data, tmp_path)
     made.fit(module, data)
     made.test(module, data, verbose=False)
     assert 0 <= made.callback_metrics["test/bleu"] <= 100
-    assert len(module.predict(["red blue", "green"], beam_size=3)) == 2
+    assert len(module.predict(["red blue", "green"], num_beams=3)) == 2
     with pytest.raises(ValueError, match="a token's experts depend on its place; take another router for the decoder"):
         translator(data, attention_moe=dataclasses.replace(attention, router=core.Random()))
     with pytest.raises(ValueError, match=r"^pretrained='nowhere' has no weights for the heads of attention_moe$"):
@@ -551,7 +551,7 @@ def test_attention_experts_train_translate_and_are_in_the_report(data, tmp_path)
 
 def test_it_learns_to_copy(data, tmp_path):
     # The whole path: files, subwords, training, validation, test, report, a prediction in order.
-    module = translator(data, decode=DecodeConfig(beam_size=2), average_last=2)
+    module = translator(data, decode=DecodeConfig(num_beams=2), average_last=2)
     made = trainer(tmp_path, max_epochs=45, check_val_every_n_epoch=15)
     made.fit(module, data)
     (scores,) = made.test(module, data, ckpt_path=str(tmp_path / "average.ckpt"), verbose=False, weights_only=True)

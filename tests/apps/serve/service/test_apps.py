@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
+from dataclasses import replace
 
 import jsonschema_rs
 import pytest
@@ -91,3 +93,42 @@ def test_a_page_takes_what_a_request_may_have(served):
 
 def test_every_app_has_a_service():
     assert all(hasattr(registry.task_named(name), "service") for name in registry.MODELS)
+
+
+@pytest.mark.parametrize("method", ["greedy", "sample", "beam"])
+def test_a_text_is_told_as_it_grows_and_the_answer_is_the_same(served, method):
+    name, model, service = served
+    if name not in ("translator", "language"):
+        assert service.listen is None
+        return
+    own = {"decode": replace(model.decode, method=method, num_return_sequences=1)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "decode", own["decode"])
+        service = service_of(model)(model)
+        item, told = service.item["examples"][0], []
+        values = service.read(item)
+        expected = service.predict([values, values])
+        assert service.predict([service.listen(values, told.append), values]) == expected
+        assert told[-1] == expected[0]["text"]
+        assert all(then.startswith(before) for before, then in itertools.pairwise(told))
+        grown = len(dict.fromkeys(told))
+        assert grown == 1 if method == "beam" else grown > 1
+
+        heard, written = [], told[-1].removeprefix(item["text"])
+        stop = next(char for char in reversed(written) if char not in " \ufffd")  # bytes of no character are U+FFFD
+        patch.setattr(model, "decode", replace(own["decode"], stop_strings=(stop,)))
+        (cut,) = service.predict([service.listen(values, heard.append)])
+        assert stop not in cut["text"].removeprefix(item["text"])
+        assert all(cut["text"].startswith(text) for text in heard)  # nothing of the stop string
+
+
+def test_what_is_told_waits_for_whole_characters(served):
+    name, model, _ = served
+    if name != "language":
+        pytest.skip("one model is enough")
+    processor, told = model.subwords.processor("target"), []
+    ids = [processor.piece_to_id(piece) for piece in ("<0xC3>", "<0xA9>", "<0x21>")]
+    tell = model.how_to_write(model.decode, 1, tell=told.append)["tell"]
+    for end in (1, 2, 3):
+        tell(ids[:end])
+    assert told == ["", "é", "é!"]
