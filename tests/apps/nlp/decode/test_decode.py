@@ -97,11 +97,11 @@ def test_a_beam_scores_at_least_as_much_as_greedy_search_that_is_sure():
         for num_beams, early_stopping in itertools.product((2, 5, 10), ("never", True)):
             config = DecodeConfig(num_beams=num_beams, min_new_tokens=0, early_stopping=early_stopping)
             scores = zip(translate_ids(model, batch, config).scores, greedy.scores, is_sure, strict=True)
-            loses = [beam < best and sure for beam, best, sure in scores]
+            loses = [beam < best - 1e-9 and sure for beam, best, sure in scores]  # sums are rounded
             assert early_stopping is True or not any(loses)
             lost_by_ending_early += sum(loses)
-    assert num_sure > 50  # of 96; processors differ in the last digits, which a random model's ids hang on
-    assert lost_by_ending_early > 0
+    assert num_sure == 70
+    assert lost_by_ending_early == 3
 
 
 def test_an_end_before_the_minimal_length_is_not_allowed():
