@@ -198,8 +198,12 @@ class _Decoding(nn.Module):
 class MemoryDecoder(_Decoding):
     """The base of models whose decoder attends to a memory, which their ``encode`` makes of the source."""
 
-    copies = False
-    """Whether the read-out copies from the source."""
+    copy_gate: CopyGate | None
+    """The part of the read-out that copies from the source; None: there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copy_gate = None
 
     def _choose(
         self, ffn: FFNConfig | MoEs | None, of_encoder: Blocks, encoder_layers: int, of_decoder: Blocks
@@ -238,7 +242,7 @@ class MemoryDecoder(_Decoding):
             memory_bias=key_bias(memory.valid_BS, self.config.shape.num_kv_heads, memory.x_BSD),
             task_ids_R=memory.task_ids_B,
             domain_ids_R=memory.domain_ids_B,
-            source=memory if self.copies else None,
+            source=None if self.copy_gate is None else memory,
         )
 
     def attention_to(self, memory: Memory, target_BL: Tensor) -> Tensor:
@@ -311,12 +315,9 @@ class TranslationModel(MemoryDecoder):
         )
         own_output = config.tie in ("inputs", "none")
         self.output = cpu.Linear(shape.dim, self.target_vocab, bias=False) if own_output else None
-        self.copy_gate = CopyGate(shape.dim) if copies else None
+        if copies:
+            self.copy_gate = CopyGate(shape.dim)
         self.reset_parameters()
-
-    @property
-    def copies(self) -> bool:  # type: ignore[override]
-        return self.copy_gate is not None
 
     def next_logits(self, h_BLD: Tensor, source: Memory | None, real_BL: Tensor | None = None) -> Tensor:
         if self.copy_gate is None:

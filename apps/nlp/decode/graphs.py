@@ -115,10 +115,10 @@ def graphs_with_memory(
     axes = {name: dynamic, **{field: {0: "batch"} for field in ids}}
     encoder = Graph("encoder", network, inputs, outputs, axes)
     read = dict(zip(outputs, memory, strict=True))
-    if model.copies:
-        read[name] = source
-    else:
+    if model.copy_gate is None:
         del read["memory"]
+    else:
+        read[name] = source
     return encoder, decoder_graph(model, "decoder", read, length)
 
 

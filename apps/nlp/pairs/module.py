@@ -164,7 +164,7 @@ class PairModule(JudgedModule, TextModule):
         return self.model.decode(read_ids(batch.target_BL), memory), memory
 
     def predicted(self, batch: TranslationBatch, packed: bool = False) -> tuple[OutputLogits | LogProbs, Tensor]:
-        if not self.model.copies:
+        if self.model.copy_gate is None:
             return super().predicted(batch, packed)
         h_BLD, memory = self._hidden(batch)
         return LogProbs(self.model.next_logits(h_BLD, memory, batch.target_BL[:, 1:] != PAD_ID)), batch.target_BL

@@ -44,6 +44,7 @@ class TextToText(PairModule):
     model_kind = ModelKind("a text-to-text model", 'model.predict(["a text"])', "summarization")
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords", "tasks")
     reporter = TextToTextReport
+    readout: ClassVar[tuple[str, ...]] = ("model.output", "model.copy_gate.gate")
     noun: ClassVar[str] = "task"
     longest_usual: ClassVar[int] = 512
 
