@@ -27,14 +27,15 @@ class CopyGate(nn.Module):
 
     def forward(self, h_BLD: Tensor, source: Memory) -> tuple[Tensor, Tensor]:
         """Return the attention a, (B, L, S), and the share g of the vocabulary, (B, L, 1)."""
-        score_BLS = self.query(h_BLD) @ source.x_BSD.transpose(1, 2) * source.x_BSD.shape[-1] ** -0.5
-        weight_BLS = score_BLS.masked_fill(~source.valid_BS[:, None], torch.finfo(score_BLS.dtype).min).softmax(-1)
-        return weight_BLS, self.gate(torch.cat((h_BLD, weight_BLS @ source.x_BSD), -1)).sigmoid()
+        dtype = torch.promote_types(h_BLD.dtype, torch.float32)  # in bfloat16 shares would not add up to 1
+        score_BLS = (self.query(h_BLD) @ source.x_BSD.transpose(1, 2)).to(dtype) * source.x_BSD.shape[-1] ** -0.5
+        weight_BLS = score_BLS.masked_fill(~source.valid_BS[:, None], torch.finfo(dtype).min).softmax(-1)
+        seen_BLD = weight_BLS.to(h_BLD.dtype) @ source.x_BSD
+        return weight_BLS, self.gate(torch.cat((h_BLD, seen_BLD), -1)).to(dtype).sigmoid()
 
     @staticmethod
     def mix(logits_TV: Tensor, weight_TS: Tensor, gate_T1: Tensor, ids_TS: Tensor) -> Tensor:
         """Return the logarithm of the mixture, (..., V); ``ids_TS`` are the source's. It is computed in float32."""
-        dtype = torch.promote_types(logits_TV.dtype, torch.float32)
-        p_TV = logits_TV.to(dtype).softmax(-1) * gate_T1
-        p_TV = p_TV.scatter_add(-1, ids_TS, (weight_TS * (1 - gate_T1)).to(dtype))
-        return p_TV.clamp_min(torch.finfo(dtype).tiny).log()
+        p_TV = logits_TV.to(gate_T1.dtype).softmax(-1) * gate_T1
+        p_TV = p_TV.scatter_add(-1, ids_TS, weight_TS * (1 - gate_T1))
+        return p_TV.clamp_min(torch.finfo(p_TV.dtype).tiny).log()

@@ -167,7 +167,10 @@ class PairModule(JudgedModule, TextModule):
         if self.model.copy_gate is None:
             return super().predicted(batch, packed)
         h_BLD, memory = self._hidden(batch)
-        return LogProbs(self.model.next_logits(h_BLD, memory, batch.target_BL[:, 1:] != PAD_ID)), batch.target_BL
+        kind, real_BL = self.device.type, batch.target_BL[:, 1:] != PAD_ID
+        # An evaluation is in float32 also under autocast, as ``target_scores``.
+        with torch.autocast(kind, enabled=self.training and torch.is_autocast_enabled(kind)):
+            return LogProbs(self.model.next_logits(h_BLD, memory, real_BL)), batch.target_BL
 
     def write(self, batch: TranslationBatch, config: DecodeConfig) -> tuple[Sequence[int], Hypotheses]:
         return range(len(batch.index_B)), self.translate(batch, config)

@@ -117,6 +117,13 @@ def test_log_probabilities_have_the_loss_and_the_scores_of_logits():
             own.divergence(teacher, 1.0)
 
 
+def test_shares_add_up_to_1_in_half_precision(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_p = model.float()(SOURCE, TARGET)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(3, 3), atol=2e-5, rtol=0)
+
+
 def test_copying_needs_one_vocabulary():
     with pytest.raises(ValueError, match=r"copy=True .* data.tokenizer.joint=true"):
         TranslationModel(CONFIG, source_vocab=12, target_vocab=9, copies=True)
