@@ -1,4 +1,4 @@
-"""Metrics of written texts, each a value of one text in 0..1; a test has the means by task, and over the tasks.
+"""Metrics of written texts, each a value of one text; a test has the means by task, and over the tasks.
 
 Another metric is a line: ``METRICS["execution"] = my_function``, where ``my_function(prediction, row)`` sees the text
 and the row that ``TextToTextData.rows`` has of it. ``model.metrics`` then names it.
@@ -48,8 +48,8 @@ def squad(key: str) -> Metric:
 
 
 def chrf(prediction: str, row: Mapping[str, Any]) -> float:
-    """Return chrF++ of the text, by sacrebleu."""
-    return float(_chrf().sentence_score(prediction, list(row["references"])).score) / 100
+    """Return chrF++ of the text in 0..100, by sacrebleu."""
+    return float(_chrf().sentence_score(prediction, list(row["references"])).score)
 
 
 _chrf = functools.cache(lambda: scorer("chrf"))

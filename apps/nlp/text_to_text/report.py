@@ -14,7 +14,7 @@ from apps.nlp.pairs.report import Collected, PairReport, examples, side_by_side,
 from apps.nlp.text.significance import mean_difference
 from apps.nlp.text_to_text.metrics import METRICS, TextMetrics
 from apps.report.page import Code, Section, Table
-from apps.report.tables import write_csv
+from apps.report.tables import is_share, write_csv
 
 _MODEL = "model"
 
@@ -35,7 +35,7 @@ class TextToTextReport(PairReport):
     def write_scores(self, collected: Collected, folder: Path) -> Section:
         pieces, module, sources = collected.metrics.pieces, collected.module, collected.sources
         table: list[dict[str, Any]] = []
-        lines = ["Metrics in percent"]
+        lines = ["Shares in percent"]
         for number, task in enumerate(module.tasks):
             own = [piece for piece in pieces if piece.group == number]
             texts, scores = {_MODEL: [piece.written or "" for piece in own]}, {_MODEL: [piece.scores for piece in own]}
@@ -54,9 +54,10 @@ class TextToTextReport(PairReport):
         write_csv(folder / "tasks.csv", table)
         write_sentences(folder / "texts.jsonl", "text", pieces, shown, [piece.scores for piece in pieces])
         samples = side_by_side({"hypothesis": shown}, "task", self.config.samples)
-        shares = {*module.metrics}
-        cells = (tuple(f"{100 * v:.2f}" if k in shares else f"{v:.6g}" if isinstance(v, float) else str(v)
-                       for k, v in row.items()) for row in table)  # fmt: skip
+        cells = []
+        for row in table:
+            percent = {m: 100 * row[m] if is_share(m, [[row[m]]]) else row[m] for m in module.metrics}
+            cells.append(tuple(f"{v:.2f}" if isinstance(v, float) else str(v) for v in {**row, **percent}.values()))
         parts = (Table("; ".join(lines), tuple(table[0]), tuple(cells)), Code("Texts", samples))
         return Section("Texts", parts[: 1 + bool(samples)])
 
@@ -68,8 +69,7 @@ def _against(task: str, systems: Mapping[str, Sequence[Mapping[str, float]]], me
         return []
     best = max([*values][1:], key=lambda name: float(np.mean(values[name])))
     d = mean_difference(metric, values[_MODEL], values[best], [task] * len(values[best]), "")
-    low, high = 100 * d.low, 100 * d.high
-    return [f"{task}: {metric} {100 * d.difference:+.2f} beside {best}, 95 % interval {low:+.2f} to {high:+.2f}"]
+    return [f"{task}: {metric} {d.difference:+.4f} beside {best}, 95 % interval {d.low:+.4f} to {d.high:+.4f}"]
 
 
 # ---- extractive baselines
