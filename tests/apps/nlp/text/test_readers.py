@@ -444,3 +444,11 @@ def test_a_table_of_verses_that_is_none_or_not_complete_is_refused(tmp_path):
         bible.read(tmp_path / "no.db", ["en"])
     with pytest.raises(ValueError, match=r"nowhere\.db is missing"):
         bible.read(tmp_path / "nowhere.db", ["en"])
+
+
+def test_flores_is_text_in_moses_form(tmp_path):
+    (tmp_path / "dev").mkdir()
+    for language, line in (("eng_Latn", "A dog."), ("deu_Latn", "Ein Hund."), ("zho_Hans", "一只狗。")):
+        (tmp_path / "dev" / f"{language}.dev").write_text(f"{line}\n")
+    (found,) = moses.find(tmp_path, "dev/{lang}.dev", ["eng_Latn-deu_Latn"])
+    assert moses.read(found).text == {"eng_Latn": ["A dog."], "deu_Latn": ["Ein Hund."]}
