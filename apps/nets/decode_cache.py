@@ -18,7 +18,7 @@ class Memory:
     Attributes:
         x_BSD: (B, S, D), the encoder's output.
         valid_BS: bool (B, S), True for non-padding tokens.
-        task_ids_B, domain_ids_B: int64 (B,), the ids that the routers were given; or None.
+        task_ids_B, domain_ids_B: the ids that the routers were given, as of ``routed_by``; or None.
     """
 
     x_BSD: Tensor
@@ -47,7 +47,7 @@ class Cache:
         length: T, positions kept.
         copies: K.
         extent: S, slots that are read: up to the last one in use by any sentence.
-        task_ids_R, domain_ids_R: int64 (R,), for the routers; or None.
+        task_ids_R, domain_ids_R: for the routers, as of ``routed_by``; or None.
         relative_HT: biases by distance, the newest position last; for T positions and more, kept by the stack.
         store: (layers, 2, N * Hkv, capacity, d), keys and values of the N sentences' slots.
         memory: (layers, 2, N, Hkv, S, d), keys and values of the source sentences; None in a language model.

@@ -311,8 +311,7 @@ class Stack(nn.Module):
         context = core.RoutingContext(
             valid_BS=None if real else valid_R[:, None],
             token_ids_BS=token_R[:, None],
-            task_ids_B=cache.task_ids_R,
-            domain_ids_B=cache.domain_ids_R,
+            **routed_by(cache.task_ids_R, cache.domain_ids_R),
         )
         x_RD = self._step_through(x_RD, Step(cache, context, bias, turns))
         cache.length = t + 1

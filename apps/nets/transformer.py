@@ -399,8 +399,8 @@ class LanguageModel(_Decoding):
         return self.embed
 
     def hidden(self, tokens_BL: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None) -> Tensor:
-        """Map (B, L) ids, ``PAD_ID`` after a text's end, to the (B, L, D) normed output, causally."""
-        context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, task_ids_B, domain_ids_B)
+        """Map (B, L) ids, ``PAD_ID`` after a text's end, to the (B, L, D) normed output, causally; see ``routed_by``."""
+        context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, **routed_by(task_ids_B, domain_ids_B))
         return self.decoder(self.embed_target(tokens_BL), context)
 
     def forward(

@@ -126,7 +126,7 @@ class TokenBatches:
         if not self._groups:
             return generator.permutation(len(self.source_N))
         drawn = [
-            positions[_endless(len(positions), epoch * quota, quota, (seed, 1, g))]
+            positions[endless(len(positions), epoch * quota, quota, (seed, 1, g))]
             for g, (positions, quota) in enumerate(zip(self._groups, self._quotas, strict=True))
         ]
         return generator.permutation(np.concatenate(drawn))
@@ -194,7 +194,7 @@ def quotas(sizes: Sequence[int], temperature: float) -> list[int]:
     return floor.tolist()
 
 
-def _endless(size: int, start: int, count: int, seed: tuple[int, ...]) -> Lengths:
+def endless(size: int, start: int, count: int, seed: tuple[int, ...]) -> Lengths:
     """Return numbers ``start`` to ``start + count`` of random orders of ``range(size)``, one after the other."""
     first, last = start // size, (start + count - 1) // size
     orders = [_generator(*seed, turn).permutation(size) for turn in range(first, last + 1)]
