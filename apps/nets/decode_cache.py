@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,12 @@ class Memory:
 
     def __len__(self) -> int:
         return len(self.x_BSD)
+
+
+def routed_by(task_ids_B: Tensor | None, domain_ids_B: Tensor | None) -> dict[str, Any]:
+    """Return the fields of a routing context: int64 (B,) each, but float (B, E) domains are weights of a mixture."""
+    mixed = domain_ids_B is not None and domain_ids_B.is_floating_point()
+    return {"task_ids_B": task_ids_B, "domain_weights_BE" if mixed else "domain_ids_B": domain_ids_B}
 
 
 class Cache:
@@ -204,7 +211,7 @@ class Cache:
         if self.task_ids_R is not None:
             self.task_ids_R = self.task_ids_R.repeat_interleave(copies)
         if self.domain_ids_R is not None:
-            self.domain_ids_R = self.domain_ids_R.repeat_interleave(copies)
+            self.domain_ids_R = self.domain_ids_R.repeat_interleave(copies, 0)
         return self
 
     def _select_sentences(self, sentence_N: Tensor, kept: list[int]) -> None:

@@ -13,7 +13,7 @@ import core
 from apps.nets.attention import CrossAttention, Mask, SelfAttention, padding_mask, product_dtype, self_mask
 from apps.nets.blocks import feed
 from apps.nets.config import TransformerConfig
-from apps.nets.decode_cache import Cache, Step, has_numbers
+from apps.nets.decode_cache import Cache, Step, has_numbers, routed_by
 from apps.nets.depths import DepthGate, Entered
 from apps.nets.expert_attention import ExpertAttention, attention_experts
 from apps.nets.norms import build_norm

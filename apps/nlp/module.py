@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from lightning.fabric.utilities import move_data_to_device
+
 import core
 from apps.data.subwords import Subwords
 from apps.equal_cost.comparable import Baseline
@@ -79,7 +81,7 @@ class TextModule(WritingModule):
 
         def predicted() -> Iterator[tuple[list[int], list[Line]]]:
             for batch, sources in batches:
-                batch = type(batch)(*(side.to(self.device) for side in batch))
+                batch = move_data_to_device(batch, self.device)
                 numbers = batch.index_B.tolist()
                 rows = zip(numbers, sources, self.candidates_of(batch, config, model), strict=True)
                 yield numbers, [Line(*row) for row in rows]

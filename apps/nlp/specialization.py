@@ -47,7 +47,7 @@ _MARKED = {"<s>": 0, "</s>": 1, "<unk>": 3, "<pad>": 3}
 _SHORT = 4
 
 SIDES: tuple[Side, ...] = ("source", "target")
-Label = Literal["source language", "target language", "pair", "token class"]
+Label = Literal["source language", "target language", "pair", "domain", "token class"]
 
 
 def token_classes(pieces: Sequence[str], counts_V: np.ndarray) -> np.ndarray:
@@ -128,6 +128,7 @@ class TextUse(ExpertUse):
         tokens: says what the tokens are.
         subwords: of the ids.
         pairs: language pairs, in the order of their numbers; one of any name for plain text.
+        domains: whether ``pairs`` are the names of plain text's domains.
 
     Example::
 
@@ -136,8 +137,8 @@ class TextUse(ExpertUse):
         use.add(tape, pair_B)
     """
 
-    def __init__(self, tokens: Tokens, subwords: Subwords, pairs: Sequence[str]) -> None:
-        self.subwords, self.pairs = subwords, tuple(pairs)
+    def __init__(self, tokens: Tokens, subwords: Subwords, pairs: Sequence[str], domains: bool = False) -> None:
+        self.subwords, self.pairs, self.domains = subwords, tuple(pairs), domains
         self.pair_B = np.zeros(0, np.int64)
         labels = {"sentence": Labels("sentence", None)}
         super().__init__(tokens, labels | {str(side): Labels(side, subwords.size(side)) for side in SIDES})
@@ -162,6 +163,8 @@ class TextUse(ExpertUse):
         """
         if len(self.pairs) < 2:
             return {}
+        if self.domains:
+            return {"domain": (self.pair_B, self.pairs)}
         labels: dict[Label, tuple[np.ndarray, tuple[str, ...]]] = {}
         for about, end in (("source language", 0), ("target language", 1)):
             of_P = [pair.split("-")[end] for pair in self.pairs]

@@ -155,11 +155,6 @@ def test_a_router_that_sees_later_tokens_is_refused(data):
             r"router Task \(.*\) needs context.task_ids_B, which",
         ),
         (
-            core.MoEConfig(4, core.DomainRandom(2, 400)),
-            "needs context.domain_ids_B, which LanguageModeler does not",
-        ),
-        (core.MoEConfig(4, core.Domain(num_domains=4)), "Domain needs context.domain_ids_B or domain_weights_BE in tr"),
-        (
             core.MoEConfig(4, balance=core.Balance(mutual_information=0.01, num_tasks=3)),
             "moe.balance needs context.task_ids_B, which LanguageModeler does not give",
         ),
