@@ -85,7 +85,7 @@ class TextCorpus:
         paths, rows = find_language(self.dataset, self.root, self.language or "en", cache_dir)
         return [identity(paths), *options], lambda: self._read_corpus(rows(), seed)
 
-    def _read_own(self, files: Mapping[str, list[Path]], seed: int) -> Documents:
+    def _read_own(self, files: Mapping[Any, list[Path]], seed: int) -> Documents:
         """Return the lines of each document of each split."""
         splits = {
             split: [own for path in paths for own in documents_of(read_lines(path), self.document)]

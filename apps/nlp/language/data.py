@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from apps.base.checks import check_at_least, check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter
-from apps.data.loader import as_it_is
+from apps.data.loader import as_it_is, in_order
 from apps.data.splits import SPLITS, Split
 from apps.data.subwords import EOS_ID, PAD_ID, Subwords, train_subwords
 from apps.data.text_files import num_words
 from apps.nlp.language.corpora import Documents, TextCorpus
 from apps.nlp.predict import given_lines
-from apps.nlp.text.batches import endless
+from apps.nlp.text.batches import WholeBatches, endless, evenly
 from apps.nlp.text.data import SubwordData
 from apps.nlp.text.encoded_pairs import encode
 
@@ -222,6 +222,11 @@ class TextData(SubwordData):
         plan = _Shares(examples.counts, [self.weights[name] for name in self.corpora], self.batch_size or 1)
         return {"plan": plan, "collate_fn": as_it_is, "draws": False}
 
+    def eval_loader(self, examples: _Blocks) -> DataLoader[Any]:
+        batches = torch.arange(len(examples)).split(self.eval_batch_size or 1)
+        # The first few batches are of all domains.
+        return in_order(WholeBatches(examples, [batches[i] for i in evenly(len(batches))]), 1, self.num_workers)
+
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return one prompt a batch, read as it comes: a decoder that continues text has no place for padding."""
         if not self.is_given:
@@ -242,10 +247,6 @@ class TextData(SubwordData):
         return prompt_batches(given_lines(self.text, self.predict_file, self.bad_lines), self.subwords, start)
 
     # ---- the encoded text
-
-    @property
-    def title(self) -> str:
-        return ", ".join(self.corpora)
 
     @property
     def corpora(self) -> Mapping[str, TextCorpus]:
@@ -269,7 +270,7 @@ class TextData(SubwordData):
                 raise ValueError(f"there is no text to train on in {source}{where}")
         train = (line for name in self._trained for document in texts[name]["train"] for line in document)
         subwords = self._given or train_subwords((), train, self.tokenizer, (), self.cache)
-        sizes = {}
+        sizes: dict[str, list[TextSize]] = {}
         for split in SPLITS:
             streams, sizes[split] = [], []
             for documents in (splits[split] for splits in texts.values()):
@@ -286,20 +287,17 @@ class TextData(SubwordData):
 
     def _check_options(self) -> None:
         check_at_least(1, block_size=self.block_size)
-        if self.domains and (self.own.train_files is not None or self.dataset != "text"):
+        if self.domains and self.own != TextCorpus():
             raise ValueError(
-                f"domains name texts of their own: dataset={self.dataset!r} and train_files="
-                f"{self.own.train_files!r} are for text without domains"
+                "dataset, root, train_files and their like are of text without domains, which have own ones"
             )
         for corpus in self.corpora.values():
             corpus.check(is_read=not self.needs_no_dataset)
         if self.weights is None:
             return
-        for name in self.weights:
-            check_name("weights: domain", name, list(self.domains or ()))
-        for name in self.domains or ():
-            if name not in self.weights:
-                raise ValueError(f"weights lack domain {name!r}; 0 leaves it out of training")
+        if self.weights.keys() != (self.domains or {}).keys():
+            named = ", ".join(self.domains or ()) or "none"
+            raise ValueError(f"weights are of {', '.join(self.weights)}, and the domains are {named}: one for each")
         check_at_least(0, **{f"weights.{name}": weight for name, weight in self.weights.items()})
         if not 0 < sum(self.weights.values()) < float("inf"):
             raise ValueError(f"weights={self.weights} are not finite, or all 0")

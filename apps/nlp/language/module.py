@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 import core
@@ -16,7 +15,7 @@ from apps.data.subwords import PAD_ID, Subwords
 from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import MixtureOfDepths
-from apps.nets.place import Place, check_fits, check_layers
+from apps.nets.place import Place, check_fits
 from apps.nets.transformer import LanguageModel
 from apps.nets.universal import Universal
 from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, generate_ids, in_columns, one_each
@@ -214,9 +213,9 @@ class LanguageModeler(TextModule):
     @torch.no_grad()
     def domain_nll(self, batch: TextBatch) -> Tensor | None:
         """Return the nats of each row with only each domain's expert, float64 (B, E); None without ``core.Domain``."""
-        routers = [layer.router for layer in core.moe_layers(self.model).values()]
-        sizes = [router.num_experts for router in routers if isinstance(router.config, core.Domain)]
-        alone = (batch._replace(domain_B=torch.full_like(batch.index_B, e)) for e in range(min(sizes, default=0)))
+        configs = [getattr(layer.router, "config", None) for layer in core.moe_layers(self.model).values()]
+        E = min((config.num_domains for config in configs if isinstance(config, core.Domain)), default=0)
+        alone = (batch._replace(domain_B=torch.full_like(batch.index_B, e)) for e in range(E))
         scores = [per_sentence(*self.token_scores(one)).nll_B for one in alone]
         return torch.stack(scores, 1) if scores else None
 
@@ -282,5 +281,3 @@ class LanguageModeler(TextModule):
         place = Place(self.place.owner, fields, num_domains=len(names), data=f"the domains {', '.join(names)}")
         for moe in self.model.moes:
             check_fits(place, moe.router, moe.balance)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            check_layers(place, self.model)

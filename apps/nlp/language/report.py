@@ -179,7 +179,7 @@ class LanguageReport(Report):
         if not losses.by_piece[1].any():
             return []
         sections = [write_losses(losses, collected.pieces, folder)]
-        if len(collected.domains) > 1 or any(mixed for _, _, mixed in collected.domains.values()):
+        if collected.use.domains or any(mixed for _, _, mixed in collected.domains.values()):
             sections.append(write_domains(collected.domains, folder))
         if collected.use.layers:
             sections.append(write_use(collected.use, folder, draw=self.config.pictures))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from apps.data.subwords import EOS_ID
 
@@ -142,6 +143,20 @@ class TokenBatches:
             bounds = cut_by_tokens(longer, tokens, first)
             parts += [pool[a:b] for a, b in itertools.pairwise(bounds)]
         return parts
+
+
+class WholeBatches(Dataset[Any]):
+    """Whole batches of a dataset, given the positions of each."""
+
+    def __init__(self, examples: Any, batches: list[Tensor]) -> None:
+        self.examples, self.batches = examples, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitems__(self, numbers: list[int]) -> Any:
+        (number,) = numbers
+        return self.examples.__getitems__(self.batches[number])
 
 
 def by_length(source_N: Lengths, target_N: Lengths, order: Lengths) -> Lengths:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from apps.base.checks import check_at_least, check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts
@@ -24,7 +24,7 @@ from apps.data.splits import Split
 from apps.data.store import identity
 from apps.data.subwords import train_subwords
 from apps.nlp.predict import given_lines, source_batches
-from apps.nlp.text.batches import TokenBatches, TranslationBatch, by_length, cut_by_tokens, evenly
+from apps.nlp.text.batches import TokenBatches, TranslationBatch, WholeBatches, by_length, cut_by_tokens, evenly
 from apps.nlp.text.corpora import Filters, Sizes, collect, parse_pairs
 from apps.nlp.text.data import SubwordData
 from apps.nlp.text.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus
@@ -190,7 +190,7 @@ class TranslationData(SubwordData):
         bounds = cut_by_tokens(np.maximum(source_N, target_N)[order], self.eval_tokens_per_batch)
         # The first few have all lengths: to look at a part of a split is to look at sentences like the others.
         batches = [torch.from_numpy(order[bounds[i] : bounds[i + 1]]) for i in evenly(len(bounds) - 1)]
-        return in_order(_Whole(examples, batches), 1, self.num_workers)
+        return in_order(WholeBatches(examples, batches), 1, self.num_workers)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the batches to translate, read as they come by one process; ``target_BL`` is ``BOS_ID`` alone.
@@ -360,17 +360,3 @@ class TranslationData(SubwordData):
         check_at_least(4, max_length=self.max_length)
         if self.predict_pair is not None:
             check_name("predict_pair", self.predict_pair, self.pairs)
-
-
-class _Whole(Dataset[Any]):
-    """Whole batches."""
-
-    def __init__(self, pairs: EncodedPairs, batches: list[Tensor]) -> None:
-        self.pairs, self.batches = pairs, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitems__(self, numbers: list[int]) -> TranslationBatch:
-        (number,) = numbers
-        return self.pairs.__getitems__(self.batches[number])

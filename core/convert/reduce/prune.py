@@ -235,8 +235,7 @@ def _requests(model: nn.Module, statistics: Statistics, keep: int | float) -> It
         assert isinstance(layer, MoE)
         if isinstance(router, DomainRouter):
             raise ValueError(
-                f"router {router.config.source()} cannot shrink by scores: an expert is its domain's, so name the "
-                "ones that stay (core.keep_experts)"
+                f"router {router.config.source()} cannot shrink by scores: core.keep_experts names experts"
             )
         own, E, groups = value_of_layer(statistics, name, "statistics"), experts.num_experts, num_groups(router)
         if not isinstance(own, ExpertStatistics):
