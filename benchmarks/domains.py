@@ -45,12 +45,12 @@ def tested(name: str, weights: dict[str, int]) -> list[dict[str, str]]:
 if __name__ == "__main__":
     scales = {"model": 0} | {f"model.decoder.layers.{i}.ffn.experts": 1 for i in range(2)}
     grown = ("--model.moe.num_experts", 4, "--model.moe.router.num_domains", 4, "--model.grow.checkpoint")
-    fit("dense", 600, OLD, *DENSE)
-    fit("continued", 200, {"manuals": 1}, *DENSE, "--weights", FOLDER / "dense")
-    fit("replay", 200, OLD | {"manuals": 9}, *DENSE, "--weights", FOLDER / "dense")
-    fit("demix", 600, OLD)
+    fit("dense", 500, OLD, *DENSE)
+    fit("continued", 150, {"manuals": 1}, *DENSE, "--weights", FOLDER / "dense")
+    fit("replay", 150, OLD | {"manuals": 9}, *DENSE, "--weights", FOLDER / "dense")
+    fit("demix", 500, OLD)
     frozen = ("--model.optimizer.lr_scales", json.dumps(scales))
-    fit("grown", 200, dict.fromkeys(OLD, 0) | {"manuals": 1}, *grown, FOLDER / "demix", *frozen)
+    fit("grown", 150, dict.fromkeys(OLD, 0) | {"manuals": 1}, *grown, FOLDER / "demix", *frozen)
     mixed = ("--how", "btx", "--moe", "benchmarks/domains_mixed.yaml", "--gates", "examples")
     run("convert", "merge", "--output", FOLDER / "mixed", *mixed, "--ckpt_path", FOLDER / "dense", FOLDER / "continued")
     run("convert", "prune", "--output", FOLDER / "without", "--ckpt_path", FOLDER / "grown", "--without", "manuals")

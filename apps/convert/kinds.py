@@ -136,9 +136,8 @@ def pruned(request: Request) -> Conversion:
     arguments["moe"] = smaller if isinstance(given, list) else smaller[0]
     data, gone = {}, {*getattr(request.options, "without", ())}
     if gone and _domains(request):
-        own = request.run.config["data"]["init_args"]  # type: ignore[index]  # it has domains
-        names = [name for e, name in enumerate(own["domains"]) if not gone & {str(e), name}]
-        data = {key: {name: own[key][name] for name in names} for key in ("domains", "weights") if own.get(key)}
+        own = request.run.config["data"]["init_args"]["domains"].items()  # type: ignore[index]  # it has domains
+        data = {"domains": {name: v for e, (name, v) in enumerate(own) if not gone & {str(e), name}}, "weights": None}
     return Conversion(arguments, {name: partial(fewer, name, layer) for name, layer in layers.items()}, data)
 
 
