@@ -23,7 +23,7 @@ from apps.cli import main
 
 FOLDER, CONFIG, OVERLAY = Path(sys.argv[-1]), "configs/nlp/domains.yaml", "benchmarks/domains.yaml"
 TEXTS = yaml.safe_load(Path(CONFIG).read_text())["data"]["init_args"]["domains"]
-OLD, OTHER, DENSE = {"packages": 1, "bible": 1, "software": 1}, {"kjv": 1}, ("--model.moe", "null")
+OLD, DENSE = {"packages": 1, "bible": 1, "software": 1}, ("--model.moe", "null")
 TEXTS["kjv"] = {"dataset": "bible", "language": "en_KJV"}
 
 
@@ -43,19 +43,18 @@ def tested(name: str, weights: dict[str, int]) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    scales = {"model": 0} | {f"model.decoder.layers.{i}.ffn.experts": 1 for i in range(2)}
-    grown = ("--model.moe.num_experts", 4, "--model.moe.router.num_domains", 4, "--model.grow.checkpoint")
+    frozen = json.dumps({"model": 0} | {f"model.decoder.layers.{i}.ffn.experts": 1 for i in range(2)})
+    grown = ("--model.moe.num_experts", 4, "--model.moe.router.num_domains", 4, "--model.optimizer.lr_scales", frozen)
     fit("dense", 500, OLD, *DENSE)
     fit("continued", 150, {"manuals": 1}, *DENSE, "--weights", FOLDER / "dense")
     fit("replay", 150, OLD | {"manuals": 9}, *DENSE, "--weights", FOLDER / "dense")
     fit("demix", 500, OLD)
-    frozen = ("--model.optimizer.lr_scales", json.dumps(scales))
-    fit("grown", 150, dict.fromkeys(OLD, 0) | {"manuals": 1}, *grown, FOLDER / "demix", *frozen)
+    fit("grown", 150, dict.fromkeys(OLD, 0) | {"manuals": 1}, *grown, "--model.grow.checkpoint", FOLDER / "demix")
     mixed = ("--how", "btx", "--moe", "benchmarks/domains_mixed.yaml", "--gates", "examples")
     run("convert", "merge", "--output", FOLDER / "mixed", *mixed, "--ckpt_path", FOLDER / "dense", FOLDER / "continued")
     run("convert", "prune", "--output", FOLDER / "without", "--ckpt_path", FOLDER / "grown", "--without", "manuals")
-    full = ("dense", "continued", "replay", "grown", "mixed")
-    rows = {name: tested(name, OLD | {"manuals": 1}) + tested(name, OTHER) for name in full}
-    rows |= {name: tested(name, OLD) + tested(name, OTHER) for name in ("demix", "without")}
+    known = {"demix": OLD, "without": OLD}
+    names = ("dense", "continued", "replay", "grown", "mixed", *known)
+    rows = {name: tested(name, known.get(name, OLD | {"manuals": 1})) + tested(name, {"kjv": 1}) for name in names}
     kept = {"command": f"python benchmarks/domains.py {FOLDER}", "seed": 0, "machine": machine_facts(), "rows": rows}
     Path("docs/runs/domains.json").write_text(json.dumps(kept, indent=1) + "\n")

@@ -222,8 +222,7 @@ def _of_examples(request: Request, names: Sequence[str], mean: Callable[[str], T
     """Return the gates of layers from the validation batches of each run, read by the runs' mean."""
     runs, options = (request.run, *request.others), request.options
     trials = [Trial(run.file, options.config, options.rest, options.batches) for run in runs]
-    model = trials[0].model
-    model.load_state_dict({name: mean(name)[""] for name in model.state_dict()})
+    (model := trials[0].model).load_state_dict({name: mean(name)[""] for name in request.run.state})
 
     def run(model: Any, trial: Trial) -> None:
         trial.cli.trainer.validate(model, datamodule=trial.cli.datamodule, verbose=False)

@@ -97,7 +97,7 @@ class TextCorpus:
         counts = {s: count_of(size, len(documents)) for s, size in sizes.items()}
         if sum(counts.values()) >= max(1, len(documents)):
             asked = ", ".join(f"{split}_size={size}" for split, size in sizes.items())
-            raise ValueError(f"{asked}: of {len(documents)} documents none is left to train on")
+            raise ValueError(f"{asked}: of {len(documents)} documents in {self.train_files} none is left to train on")
         number: dict[str, int] = {}  # the same text is in one split only
         group_N = np.array([number.setdefault(_key(document), len(number)) for document in documents], np.int64)
         drawn = hold_out(group_N, [counts[split] for split in reversed(lacking)], seed)

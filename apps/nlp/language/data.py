@@ -265,9 +265,8 @@ class TextData(SubwordData):
     def _write(self, writer: ArrayWriter, texts: dict[str, Documents]) -> None:
         for name in self._trained:
             if not texts[name]["train"]:
-                where = f" of domain {name!r}" if self.domains else ""
                 source = self.corpora[name].train_files or self.corpora[name].dataset
-                raise ValueError(f"there is no text to train on in {source}{where}")
+                raise ValueError(f"{name}: there is no text to train on in {source}")
         train = (line for name in self._trained for document in texts[name]["train"] for line in document)
         subwords = self._given or train_subwords((), train, self.tokenizer, (), self.cache)
         sizes: dict[str, list[TextSize]] = {}

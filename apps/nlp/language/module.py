@@ -274,9 +274,7 @@ class LanguageModeler(TextModule):
     def _check_data(self) -> None:
         super()._check_data()
         self.check_length("data.block_size", getattr(self._data(), "block_size", None))
-        if (data := self._data()) is None:
-            return
-        names = getattr(data, "domains", None) or ()
+        names = getattr(self._data(), "domains", None) or ()
         fields = ("token_ids_BS", "domain_ids_B")[: 1 + bool(names)]
         place = Place(self.place.owner, fields, num_domains=len(names), data=f"the domains {', '.join(names)}")
         for moe in self.model.moes:

@@ -187,8 +187,8 @@ class LanguageReport(Report):
 
 
 def _domain_sums(module: Any, batch: Any, scores: Any, real_BL: Tensor) -> np.ndarray:
-    """Return each block's tokens and nats, and with ``core.Domain`` its nats if its domain is guessed: the experts are
-    mixed by their posterior of the block before; of a batch's first by the prior. (B, 3)."""
+    """Return each block's tokens and nats, (B, 3), and with ``core.Domain`` its nats if its domain is guessed: experts
+    are mixed by their posterior given the block before; all alike for a batch's first."""
     own, mixed_B = per_sentence(scores, real_BL), None
     if (nll_BE := module.domain_nll(batch)) is not None:
         before_BE = torch.cat([torch.zeros_like(nll_BE[:1]), nll_BE[:-1]])

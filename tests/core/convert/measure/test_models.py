@@ -151,5 +151,5 @@ def test_rows_of_gates_point_to_the_mean_input_of_their_examples():
     assert_close(sparse.mlp.moe.experts.w_in[0].detach(), torch.full((2, 3), 0.1))
     with pytest.raises(ValueError, match="expert 1 has no examples to make its rows of the gates of"):
         core.example_gates(models[0], "mlp", [first, []])
-    with pytest.raises(ValueError, match=r"router Hash .* has no linear gate that examples could give rows to"):
-        mix_models(models, MoEConfig(2, core.Hash(5)), "mlp", gates=gates)
+    with pytest.raises(ValueError, match=r"router Cosine .* has no linear gate that examples could give rows to"):
+        mix_models(models, MoEConfig(2, core.Cosine(2)), "mlp", gates=gates)
