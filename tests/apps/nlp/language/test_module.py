@@ -368,6 +368,7 @@ def test_demix_learns_each_domain_by_its_expert_and_guesses_the_domain(tmp_path)
     made = trainer(tmp_path, max_epochs=3)
     made.fit(module, data)
     (metrics,) = made.test(module, data, verbose=False)
+    module.eval()
     outs = [(batch, module.task_loss(batch).outputs) for batch in data.test_dataloader()]
     for number, name in enumerate(data.domains):
         own = [b for batch, blocks in outs for b, d in zip(blocks, batch.domain_B, strict=True) if d == number]
