@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from lightning.fabric.utilities import move_data_to_device
-
 import core
 from apps.data.subwords import Subwords
 from apps.equal_cost.comparable import Baseline
@@ -81,7 +79,7 @@ class TextModule(WritingModule):
 
         def predicted() -> Iterator[tuple[list[int], list[Line]]]:
             for batch, sources in batches:
-                batch = move_data_to_device(batch, self.device)
+                batch = self.transfer_batch_to_device(batch, self.device, 0)
                 numbers = batch.index_B.tolist()
                 rows = zip(numbers, sources, self.candidates_of(batch, config, model), strict=True)
                 yield numbers, [Line(*row) for row in rows]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 
 import core
 from apps.data.subwords import EOS_ID
@@ -87,7 +86,7 @@ class Continuation(TextTask):
             limits = {"num_return_sequences": 1, "max_length_ratio": 0.0, "max_length_extra": example["subwords"]}
             config = decoding(model.decode, {**limits, "seed": example.get("seed", model.decode.seed)})
             ((batch, _),) = prompt_batches(checked_texts([example["text"]]), model.subwords)
-            batch = move_data_to_device(batch, model.device)
+            batch = model.transfer_batch_to_device(batch, model.device, 0)
             (given,), written = batch.tokens_BL.tolist(), model.hypotheses_of(batch, config).best[0]
             ids = [*given, *written]
             whole, begin = decode([ids, given], "target")
