@@ -23,6 +23,7 @@ from apps.convert.kinds import (
     OneLayer,
     check_runs,
     fewer_experts,
+    keep_of,
     one_for_all,
     one_of_many,
     part_of,
@@ -62,7 +63,7 @@ def own_converted(kind: str, request: Request) -> tuple[nn.Module, dict[str, Any
     if kind == "prune" or getattr(request.options, "keep", None) is not None:
         fewer = fewer_experts(request)
         constants = bool(getattr(request.options, "constants", False))
-        configs = [with_fewer(m.config, m.moe, request.options.keep, constants) for m in layers.values()]
+        configs = [with_fewer(m.config, m.moe, keep_of(request, m.moe), constants) for m in layers.values()]
         if any(config != configs[0] for config in configs):
             raise ValueError(f"the networks of {run.file} differ in width: prune them in a script, core.prune_experts")
         for name, layer in layers.items():

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import core
+from apps.base.checks import check_name
 from apps.cli.configs import read_config
 from apps.cli.errors import UsageError
+from apps.convert.figures import Trial
 from apps.convert.runs import Conversion, Request, Run, Tensors, model_section
 from apps.nets.blocks import moe_configs
 from apps.registry import name_of
@@ -103,13 +105,15 @@ def fewer_experts(request: Request) -> Callable[[str, core.MoE], Tensors]:
     """Return the function that leaves a layer fewer experts, in place, as the options say."""
     options, statistics = request.options, request.statistics
     constants, merged = bool(getattr(options, "constants", False)), bool(getattr(options, "merge", False))
-    if statistics is None:
+    if statistics is None and not getattr(options, "without", ()):
         raise ValueError("--batches 0 leaves out the statistics that say which experts stay")
     if constants and merged:
         raise ValueError("--constants with --merge: an expert that goes is merged or becomes a constant")
 
     def fewer(name: str, layer: core.MoE) -> Tensors:
-        if merged:
+        if statistics is None:  # experts are named
+            core.keep_experts(layer, _left(request, layer))
+        elif merged:
             core.merge_experts(layer, statistics[name], options.keep)
         else:
             core.prune_experts(layer, statistics[name], options.keep, options.by, constants=constants)
@@ -120,16 +124,45 @@ def fewer_experts(request: Request) -> Callable[[str, core.MoE], Tensors]:
 
 def pruned(request: Request) -> Conversion:
     """Return fewer experts in each layer: the ones with the highest scores, or clusters of similar ones."""
-    options, layers, fewer = request.options, sparse_layers(request), fewer_experts(request)
+    layers, fewer = sparse_layers(request), fewer_experts(request)
     arguments = request.run.arguments()
-    given, constants = arguments["moe"], bool(getattr(options, "constants", False))
+    given, constants = arguments["moe"], bool(getattr(request.options, "constants", False))
     configs = moe_configs(given)
     each = configs if len(configs) > 1 else configs * len(layers)
     smaller = [
-        with_fewer(config, layer, options.keep, constants) for config, layer in zip(each, layers.values(), strict=True)
+        with_fewer(config, layer, keep_of(request, layer), constants)
+        for config, layer in zip(each, layers.values(), strict=True)
     ]
     arguments["moe"] = smaller if isinstance(given, list) else smaller[0]
-    return Conversion(arguments, {name: partial(fewer, name, layer) for name, layer in layers.items()})
+    data, gone = {}, {*getattr(request.options, "without", ())}
+    if gone and _domains(request):
+        own = request.run.config["data"]["init_args"]["domains"].items()  # type: ignore[index]  # it has domains
+        data = {"domains": {name: v for e, (name, v) in enumerate(own) if not gone & {str(e), name}}, "weights": None}
+    return Conversion(arguments, {name: partial(fewer, name, layer) for name, layer in layers.items()}, data)
+
+
+def keep_of(request: Request, layer: core.MoE) -> Any:
+    """Return how many experts of a layer, or which share of them, the options keep."""
+    return len(_left(request, layer)) if getattr(request.options, "without", ()) else request.options.keep
+
+
+def _left(request: Request, layer: core.MoE) -> list[int]:
+    """Return the experts of a layer that ``--without`` leaves.
+
+    Raises:
+        ValueError: there is none of a number or domain.
+    """
+    E, domains, gone = layer.num_experts, _domains(request), request.options.without
+    for name in gone:
+        check_name("--without", name, [*map(str, range(E)), *domains])
+    return [e for e in range(E) if not {str(e), *domains[e : e + 1]} & {*gone}]
+
+
+def _domains(request: Request) -> list[str]:
+    """Return the names of the data's domains, if each of them has an expert of its own."""
+    own = ((request.run.config or {}).get("data") or {}).get("init_args") or {}
+    by_domain = all(isinstance(moe.router, core.Domain) for moe in moe_configs(request.run.arguments().get("moe")))
+    return list(own.get("domains") or ()) if by_domain else []
 
 
 def upcycled(request: Request) -> Conversion:
@@ -168,15 +201,33 @@ def merged(request: Request) -> Conversion:
         return Conversion(request.run.arguments(), {name: partial(mean, name) for name in states[0]})
     arguments, moe = _with_moe(request)
     modules = [request.module, *(run.mapped() for run in request.others)]
+    gates: dict[str, Tensor] = {}
 
     def mixed(name: str, seed: int) -> Tensors:
-        layer = core.mix_models([m.get_submodule(name) for m in modules], moe, "", options.weights, seed=seed)
+        own = {"": gates[name]} if gates else None
+        layer = core.mix_models(
+            [m.get_submodule(name) for m in modules], moe, "", options.weights, seed=seed, gates=own
+        )
         assert isinstance(layer, SparseFFN)
         return layer.moe.state_dict()
 
     conversion = _sparse(request, arguments, lambda part: replace(moe, expert=part.expert), mixed)
+    if options.gates == "examples":
+        gates |= _of_examples(request, list(conversion.replaced), mean)
     means = {name: partial(mean, name) for name in states[0] if conversion.owner(name) is None}
     return replace(conversion, replaced={**conversion.replaced, **means})
+
+
+def _of_examples(request: Request, names: Sequence[str], mean: Callable[[str], Tensors]) -> dict[str, Tensor]:
+    """Return the gates of layers from the validation batches of each run, read by the runs' mean."""
+    runs, options = (request.run, *request.others), request.options
+    trials = [Trial(run.file, options.config, options.rest, options.batches) for run in runs]
+    (model := trials[0].model).load_state_dict({name: mean(name)[""] for name in request.run.state})
+
+    def run(model: Any, trial: Trial) -> None:
+        trial.cli.trainer.validate(model, datamodule=trial.cli.datamodule, verbose=False)
+
+    return core.example_gates(model, names, [[trial] for trial in trials], run)
 
 
 def adapted(request: Request) -> Conversion:
@@ -332,7 +383,7 @@ def with_fewer(config: core.MoEConfig, layer: core.MoE, keep: int | float, const
     kept = number_to_keep(keep, E)
     if constants and kept < E:
         return replace(config, expert=core.Mixed((config.expert, core.Constant()), (kept, E - kept)))
-    return replace(config, num_experts=kept)
+    return replace(config, num_experts=kept, router=config.router.resized(kept))
 
 
 def _with_moe(request: Request) -> tuple[dict[str, Any], core.MoEConfig]:

@@ -90,20 +90,27 @@ class Densify(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(Options):
-    """Fewer experts: those with the highest scores stay.
+    """Fewer experts: those with the highest scores stay, or all but the ones that are named.
 
     Attributes:
         keep: experts that each layer keeps, or their share below 1
+        without: experts that go, by number or by domain; everything else stays as it is
         by: score: use, reap, man, msan or spread
         constants: put the mean output of an expert that goes in its place (MoNE)
         merge: merge the experts whose outputs are alike, instead of taking any away
     """
 
     kind = "prune"
-    keep: int | float
+    keep: int | float | None = None
+    without: Annotated[tuple[str, ...], Shown("EXPERT")] = ()
     by: str = "reap"
     constants: bool = False
     merge: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.keep is None) == (not self.without):
+            raise UsageError("one of --keep and --without says which experts stay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +121,7 @@ class Merge(Options):
         how: mean of all tensors, or networks as experts
         weights: weights of the mean, one per run (default: equal ones)
         moe: overlay with the MoE layers, for btx: an expert for each run
+        gates: random, or made of examples: the batches of each run's own validation
         seed: seed of the new gates (default: 0)
     """
 
@@ -122,6 +130,7 @@ class Merge(Options):
     how: Literal["average", "btx"] = "average"
     weights: tuple[float, ...] | None = None
     moe: Config | None = None
+    gates: Literal["random", "examples"] = "random"
     seed: int = 0
 
     @property

@@ -281,7 +281,7 @@ def write_run(
         if arguments is not None:
             config["model"] = {"class_path": name_of(run.kind), "init_args": plain}
         if data and isinstance(config.get("data"), Mapping):
-            config["data"] = merge(config["data"], {"init_args": dict(data)})
+            config["data"] = {**config["data"], "init_args": {**(config["data"].get("init_args") or {}), **data}}
         config["run_dir"] = str(run_dir)
         (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
     return file

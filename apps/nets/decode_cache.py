@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ class Memory:
     Attributes:
         x_BSD: (B, S, D), the encoder's output.
         valid_BS: bool (B, S), True for non-padding tokens.
-        task_ids_B, domain_ids_B: int64 (B,), the ids that the routers were given; or None.
+        task_ids_B, domain_ids_B: the ids that the routers were given, as of ``routed_by``; or None.
         ids_BS: int64 (B, S), the source's own ids; None: it has none.
     """
 
@@ -30,6 +31,12 @@ class Memory:
 
     def __len__(self) -> int:
         return len(self.x_BSD)
+
+
+def routed_by(task_ids_B: Tensor | None, domain_ids_B: Tensor | None) -> dict[str, Any]:
+    """Return the fields of a routing context: int64 (B,) each, but float (B, E) domains are weights of a mixture."""
+    mixed = domain_ids_B is not None and domain_ids_B.is_floating_point()
+    return {"task_ids_B": task_ids_B, "domain_weights_BE" if mixed else "domain_ids_B": domain_ids_B}
 
 
 class Cache:
@@ -49,7 +56,7 @@ class Cache:
         length: T, positions kept.
         copies: K.
         extent: S, slots that are read: up to the last one in use by any sentence.
-        task_ids_R, domain_ids_R: int64 (R,), for the routers; or None.
+        task_ids_R, domain_ids_R: for the routers, as of ``routed_by``; or None.
         relative_HT: biases by distance, the newest position last; for T positions and more, kept by the stack.
         store: (layers, 2, N * Hkv, capacity, d), keys and values of the N sentences' slots.
         memory: (layers, 2, N, Hkv, S, d), keys and values of the source sentences; None in a language model.
@@ -209,7 +216,7 @@ class Cache:
         if self.task_ids_R is not None:
             self.task_ids_R = self.task_ids_R.repeat_interleave(copies)
         if self.domain_ids_R is not None:
-            self.domain_ids_R = self.domain_ids_R.repeat_interleave(copies)
+            self.domain_ids_R = self.domain_ids_R.repeat_interleave(copies, 0)
         return self
 
     def _select_sentences(self, sentence_N: Tensor, kept: list[int]) -> None:

@@ -13,7 +13,7 @@ import core
 from apps.nets.attention import CrossAttention, Mask, SelfAttention, padding_mask, product_dtype, self_mask
 from apps.nets.blocks import feed
 from apps.nets.config import TransformerConfig
-from apps.nets.decode_cache import Cache, Step, has_numbers
+from apps.nets.decode_cache import Cache, Step, has_numbers, routed_by
 from apps.nets.depths import DepthGate, Entered
 from apps.nets.expert_attention import ExpertAttention, attention_experts
 from apps.nets.norms import build_norm
@@ -311,8 +311,7 @@ class Stack(nn.Module):
         context = core.RoutingContext(
             valid_BS=None if real else valid_R[:, None],
             token_ids_BS=token_R[:, None],
-            task_ids_B=cache.task_ids_R,
-            domain_ids_B=cache.domain_ids_R,
+            **routed_by(cache.task_ids_R, cache.domain_ids_R),
         )
         x_RD = self._step_through(x_RD, Step(cache, context, bias, turns))
         cache.length = t + 1

@@ -21,7 +21,7 @@ from apps.nets.attention import CrossAttention, SelfAttention, key_bias, product
 from apps.nets.blocks import FFNConfig, MoEs, ffns_of, moe_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
 from apps.nets.copying import CopyGate
-from apps.nets.decode_cache import Cache, Memory
+from apps.nets.decode_cache import Cache, Memory, routed_by
 from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
 from apps.nets.expert_attention import ExpertAttention, attention_experts, check_rows
 from apps.nets.layers import Stack
@@ -442,8 +442,8 @@ class LanguageModel(_Decoding):
         return self.embed
 
     def hidden(self, tokens_BL: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None) -> Tensor:
-        """Map (B, L) ids, ``PAD_ID`` after a text's end, to the (B, L, D) normed output, causally."""
-        context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, task_ids_B, domain_ids_B)
+        """Map (B, L) ids, ``PAD_ID`` after a text's end, to the (B, L, D) normed output; see ``routed_by``."""
+        context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, **routed_by(task_ids_B, domain_ids_B))
         return self.decoder(self.embed_target(tokens_BL), context)
 
     def forward(

@@ -29,7 +29,7 @@ _MOST_PAIRS = 16  # language pairs up to which each has a row
 
 def write_use(use: TextUse, folder: Path, draw: bool = True) -> Section:
     """Write how specialized the layers are: ``specialization.csv``, ``expert_subwords.csv`` and, with ``draw``,
-    ``expert_language.png`` or ``expert_task.png`` if there are several of them, and ``expert_class.png``.
+    ``expert_language.png`` (``_task``, ``_domain``) if there are several, and ``expert_class.png``.
 
     Returns:
         The section for the page.

@@ -80,7 +80,7 @@ class TextModule(WritingModule):
 
         def predicted() -> Iterator[tuple[list[int], list[Line]]]:
             for batch, sources in batches:
-                batch = type(batch)(*(side.to(self.device) for side in batch))
+                batch = self.transfer_batch_to_device(batch, self.device, 0)
                 numbers = batch.index_B.tolist()
                 rows = zip(numbers, sources, self.candidates_of(batch, config, model, **how), strict=True)
                 yield numbers, [Line(*row) for row in rows]

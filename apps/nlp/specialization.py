@@ -47,7 +47,7 @@ _MARKED = {"<s>": 0, "</s>": 1, "<unk>": 3, "<pad>": 3}
 _SHORT = 4
 
 SIDES: tuple[Side, ...] = ("source", "target")
-Label = Literal["source language", "target language", "pair", "task", "token class"]
+Label = Literal["source language", "target language", "pair", "task", "domain", "token class"]
 
 
 def token_classes(pieces: Sequence[str], counts_V: np.ndarray) -> np.ndarray:
@@ -127,8 +127,8 @@ class TextUse(ExpertUse):
     Args:
         tokens: says what the tokens are.
         subwords: of the ids.
-        pairs: language pairs, in the order of their numbers, or tasks; one of any name for plain text.
-        noun: "pair" or "task".
+        pairs: language pairs, in the order of their numbers, tasks or domains; one of any name for plain text.
+        noun: "pair", "task" or "domain".
 
     Example::
 
@@ -138,7 +138,7 @@ class TextUse(ExpertUse):
     """
 
     def __init__(
-        self, tokens: Tokens, subwords: Subwords, pairs: Sequence[str], noun: Literal["pair", "task"] = "pair"
+        self, tokens: Tokens, subwords: Subwords, pairs: Sequence[str], noun: Literal["pair", "task", "domain"] = "pair"
     ) -> None:
         self.subwords, self.pairs, self.noun = subwords, tuple(pairs), noun
         self.pair_B = np.zeros(0, np.int64)
@@ -165,8 +165,8 @@ class TextUse(ExpertUse):
         """
         if len(self.pairs) < 2:
             return {}
-        if self.noun == "task":
-            return {"task": (self.pair_B, self.pairs)}
+        if self.noun != "pair":
+            return {self.noun: (self.pair_B, self.pairs)}
         labels: dict[Label, tuple[np.ndarray, tuple[str, ...]]] = {}
         for about, end in (("source language", 0), ("target language", 1)):
             of_P = [pair.split("-")[end] for pair in self.pairs]

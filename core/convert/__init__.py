@@ -15,7 +15,7 @@ from .build.starts import (
     SplitStart as SplitStart,
     Start as Start,
 )
-from .measure.models import average_models, average_states, mix_models
+from .measure.models import average_models, average_states, example_gates, mix_models
 from .measure.statistics import ExpertStatistics, expert_statistics
 from .measure.summary import Summary, summary
 from .measure.twin import TwinWidth, dense_twin, twin_widths as twin_widths
@@ -43,6 +43,7 @@ __all__ = [
     "cut_out",
     "dense_twin",
     "densify",
+    "example_gates",
     "expert_statistics",
     "freeze_experts",
     "grow_experts",

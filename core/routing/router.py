@@ -270,6 +270,10 @@ class RouterConfig(OpenConfig):
         self.check(num_experts)
         return self.router_class(dim, num_experts, self, capacity or Capacity(group=self.default_group))
 
+    def resized(self, num_experts: int) -> RouterConfig:
+        """Return the config with which the router works after its layer has grown or shrunk to so many experts."""
+        return self
+
     def make_gate(self, dim: int, num_experts: int) -> nn.Module | None:
         """Return the module ``gate`` of a ``PairRouter``, or None if it has no gate."""
         return None

@@ -1,16 +1,14 @@
-"""Plain text for language models: your own files, or one language of a parallel corpus, as one stream of subwords.
+"""Plain text for language models: one corpus, or several domains, each as one stream of subwords.
 
-The stream of a split is in a memory-mapped file in the cache and is cut into blocks. `apps.data.loader.ResumableLoader`
-restores the order of an epoch in mid-epoch.
+The streams of a split are in a memory-mapped file in the cache and are cut into blocks.
+`apps.data.loader.ResumableLoader` restores the order of an epoch in mid-epoch.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,17 +18,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from apps.base.checks import check_at_least, check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter
-from apps.data.splits import SPLITS, Split, check_size, count_of, hold_out
-from apps.data.store import identity
+from apps.data.loader import as_it_is, in_order
+from apps.data.splits import SPLITS, Split
 from apps.data.subwords import EOS_ID, PAD_ID, Subwords, train_subwords
-from apps.data.text_files import Rows, documents_of, named_files, num_words, read_lines
+from apps.data.text_files import num_words
+from apps.nlp.language.corpora import Documents, TextCorpus
 from apps.nlp.predict import given_lines
-from apps.nlp.text.corpora import Sizes, share_out
+from apps.nlp.text.batches import WholeBatches, endless, evenly
 from apps.nlp.text.data import SubwordData
-from apps.nlp.text.datasets import NLP_DATASETS, find_language
 from apps.nlp.text.encoded_pairs import encode
-
-log = logging.getLogger(__name__)
 
 
 class TextBatch(NamedTuple):
@@ -42,10 +38,12 @@ class TextBatch(NamedTuple):
             predicted once; the last block of a split is padded with ``PAD_ID``. In prediction: ``EOS_ID`` and the
             prompt.
         index_B: int64 (B,), the block's place in its split, or the prompt's line number.
+        domain_B: int64 (B,), the domain's place among the data's; None: the text has no known domain.
     """
 
     tokens_BL: Tensor
     index_B: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+    domain_B: Tensor | None = None
 
 
 class TextSize(NamedTuple):
@@ -65,26 +63,65 @@ class TextSize(NamedTuple):
 
 
 class _Blocks(Dataset[Any]):
-    """The blocks of one stream, read by whole batches."""
+    """The blocks of the streams of D domains, one after the other, read by whole batches.
 
-    def __init__(self, ids_M: Tensor, block_size: int) -> None:
-        self.ids_M, self.block_size = ids_M, block_size
+    Args:
+        ids_M: the streams.
+        tokens: number of tokens to predict of each domain, one less than its stream has.
+        block_size: tokens to predict of a block.
+        is_named: batches tell the domain.
+    """
+
+    def __init__(self, ids_M: Tensor, tokens: Sequence[int], block_size: int, is_named: bool) -> None:
+        self.ids_M, self.block_size, self.is_named = ids_M, block_size, is_named
+        self.counts = [-(-number // block_size) for number in tokens]  # no model predicts a stream's first token
+        self.start_D = torch.tensor([0, *itertools.accumulate(number + 1 for number in tokens)])
+        self.first_D = torch.tensor([0, *itertools.accumulate(self.counts)])
 
     def __len__(self) -> int:
-        return -(-(len(self.ids_M) - 1) // self.block_size)  # no model predicts the first token
+        return sum(self.counts)
 
     def __getitem__(self, position: int) -> TextBatch:
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int] | Tensor) -> TextBatch:
         index_B = torch.as_tensor(positions, dtype=torch.int64)
-        at_BL = index_B[:, None] * self.block_size + torch.arange(self.block_size + 1)
-        past_BL = at_BL >= len(self.ids_M)
+        domain_B = torch.searchsorted(self.first_D, index_B, right=True) - 1
+        at_B = self.start_D[domain_B] + (index_B - self.first_D[domain_B]) * self.block_size
+        at_BL = at_B[:, None] + torch.arange(self.block_size + 1)
+        past_BL = at_BL >= self.start_D[domain_B + 1][:, None]
         tokens_BL = self.ids_M[at_BL.clamp_(max=len(self.ids_M) - 1)].long()
-        return TextBatch(tokens_BL.masked_fill_(past_BL, PAD_ID), index_B)
+        return TextBatch(tokens_BL.masked_fill_(past_BL, PAD_ID), index_B, domain_B if self.is_named else None)
 
 
-_TWENTIETH = 0.05
+class _Shares:
+    """Training batches of blocks of each domain in given shares: an `apps.data.loader.BatchPlan`.
+
+    An epoch ends before a block of any domain would come twice; the next one goes on with the blocks left over.
+
+    Args:
+        counts: blocks of each domain.
+        weights: of each domain, in any unit; one of 0 is not trained on.
+        batch_size: blocks of a batch.
+    """
+
+    def __init__(self, counts: Sequence[int], weights: Sequence[float], batch_size: int) -> None:
+        epoch = min(count / weight for count, weight in zip(counts, weights, strict=True) if weight)
+        self.quotas = [max(1, int(epoch * weight)) if weight else 0 for weight in weights]
+        self.counts, self.batch_size = counts, batch_size
+
+    def __len__(self) -> int:
+        return -(-sum(self.quotas) // self.batch_size)
+
+    def batches(self, seed: int, epoch: int) -> Sequence[Tensor]:
+        starts = itertools.accumulate(self.counts, initial=0)
+        drawn = [
+            start + endless(count, epoch * quota, quota, (seed, 1, domain))
+            for domain, (start, count, quota) in enumerate(zip(starts, self.counts, self.quotas, strict=False))
+            if quota
+        ]
+        order = np.random.default_rng((seed, 0, epoch)).permutation(np.concatenate(drawn))
+        return torch.from_numpy(order).split(self.batch_size)
 
 
 class TextData(SubwordData):
@@ -109,6 +146,10 @@ class TextData(SubwordData):
         block_size: tokens of a block that a model reads.
         batch_size: blocks of a training batch and process.
         eval_batch_size: in validation and test.
+        domains: instead of one text several by name, each a `TextCorpus` with files and options of its own. A block is
+            of one domain, which routers see; validation and test tell the perplexity of each.
+        weights: share of each domain in the training blocks, in any unit; a domain of 0 is only evaluated. An epoch
+            ends before a block would come twice. None: all blocks of all domains.
         kwargs: ``split_seed``, ``subwords``, ``tokenizer``, ``text``, ``predict_file`` and ``bad_lines`` of
             ``SubwordData``, whose texts are prompts to be continued; ``num_workers`` (0 is enough) and ``seed`` of
             ``SuiteData``.
@@ -142,12 +183,14 @@ class TextData(SubwordData):
         block_size: int = 256,
         batch_size: int = 32,
         eval_batch_size: int = 32,
+        domains: dict[str, TextCorpus] | None = None,
+        weights: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
-        self.language, self._language, self.block_size = language, language or "en", block_size
-        self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
-        self.document, self.val_size, self.test_size = document, val_size, test_size
+        files = (train_files, val_files, test_files)
+        self.own = TextCorpus(dataset, root, *files, language, document, val_size, test_size)
+        self.block_size, self.domains, self.weights = block_size, domains, weights
         self.tokenizer = replace(self.tokenizer, joint=True)  # text has one side
         self._check_options()
         self._read_given()
@@ -157,7 +200,12 @@ class TextData(SubwordData):
     def size(self, split: str) -> TextSize:
         """Return how much text "train", "val" or "test" has."""
         check_name("split", split, SPLITS)
-        return TextSize(*self.opened.info["sizes"][split])
+        return TextSize(*map(sum, zip(*self.opened.info["sizes"][split], strict=True)))
+
+    def blocks(self, split: Split) -> dict[str, range]:
+        """Return the places of each domain's blocks in a split; nothing if the text has no domains."""
+        first = self.examples(split).first_D.tolist()
+        return {name: range(*ends) for name, ends in zip(self.domains or (), itertools.pairwise(first), strict=False)}
 
     # ---- Lightning
 
@@ -165,7 +213,19 @@ class TextData(SubwordData):
         return {split: self.size(split).tokens for split in SPLITS}
 
     def examples(self, split: Split) -> _Blocks:
-        return _Blocks(self.opened[f"{split}_ids"], self.block_size)
+        tokens = [TextSize(*size).tokens for size in self.opened.info["sizes"][split]]
+        return _Blocks(self.opened[f"{split}_ids"], tokens, self.block_size, bool(self.domains))
+
+    def batching(self, examples: _Blocks) -> dict[str, Any]:
+        if self.weights is None:
+            return super().batching(examples)
+        plan = _Shares(examples.counts, [self.weights[name] for name in self.corpora], self.batch_size or 1)
+        return {"plan": plan, "collate_fn": as_it_is, "draws": False}
+
+    def eval_loader(self, examples: _Blocks) -> DataLoader[Any]:
+        batches = torch.arange(len(examples)).split(self.eval_batch_size or 1)
+        # The first few batches are of all domains.
+        return in_order(WholeBatches(examples, [batches[i] for i in evenly(len(batches))]), 1, self.num_workers)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return one prompt a batch, read as it comes: a decoder that continues text has no place for padding."""
@@ -188,110 +248,58 @@ class TextData(SubwordData):
 
     # ---- the encoded text
 
+    @property
+    def corpora(self) -> Mapping[str, TextCorpus]:
+        """The text's domains; if it has none, the one corpus by its name."""
+        return self.domains or {self.dataset: self.own}
+
     def read(self) -> ArrayFiles:
-        files: Any
-        if self.dataset == "text":
-            files = [[split, identity(paths)] for split, paths in self._own_files().items()]
-            read = self._read_own
-        else:
-            paths, rows = find_language(self.dataset, self.root, self._language, self.cache_dir)
-            files = identity(paths)
+        found = {name: own.find(self.cache_dir, self.split_seed) for name, own in self.corpora.items()}
+        made_from = [[name, made] for name, (made, _) in found.items()] + [self._trained]
+        return self.stored(made_from, lambda writer: self._write(writer, {n: read() for n, (_, read) in found.items()}))
 
-            def read() -> dict[str, list[list[str]]]:
-                return self._read_corpus(rows())
+    @property
+    def _trained(self) -> list[str]:
+        return [name for name in self.corpora if self.weights is None or self.weights[name]]
 
-        made_from = [files, self._language, self.document, self.val_size, self.test_size, self.split_seed]
-        return self.stored(made_from, lambda writer: self._write(writer, read()))
-
-    def _own_files(self) -> dict[str, list[Path]]:
-        return {split: named_files(self.root, getattr(self, f"{split}_files")) for split in SPLITS}
-
-    def _read_own(self) -> dict[str, list[list[str]]]:
-        """Return the lines of each document of each split."""
-        splits = {
-            split: [own for path in paths for own in documents_of(read_lines(path), self.document)]
-            for split, paths in self._own_files().items()
-        }
-        lacking = [split for split in ("val", "test") if getattr(self, f"{split}_files") is None]
-        documents = splits["train"]
-        sizes = {split: _TWENTIETH if (n := getattr(self, f"{split}_size")) is None else n for split in lacking}
-        counts = {s: count_of(size, len(documents)) for s, size in sizes.items()}
-        if sum(counts.values()) >= max(1, len(documents)):
-            asked = ", ".join(f"{split}_size={size}" for split, size in sizes.items())
-            raise ValueError(f"{asked}: of {len(documents)} documents none is left to train on")
-        number: dict[str, int] = {}  # the same text is in one split only
-        group_N = np.array([number.setdefault(_key(document), len(number)) for document in documents], np.int64)
-        drawn = hold_out(group_N, [counts[split] for split in reversed(lacking)], self.split_seed)
-        for split, chosen in zip(reversed(lacking), drawn, strict=True):
-            splits[split] = [documents[i] for i in chosen]
-        held = {_key(document) for split in lacking for document in splits[split]}
-        splits["train"] = [document for document in documents if _key(document) not in held]
-        learned = {_key(document) for document in splits["train"]}
-        for split in {"val", "test"} - set(lacking):
-            known = sum(_key(document) in learned for document in splits[split])
-            if known:
-                shared = f"{known:,} of {len(splits[split]):,} documents of {split}_files are in train_files too"
-                log.warning("%s: what is measured on them is memory", shared)
-        return splits
-
-    def _read_corpus(self, parts: Mapping[str, Sequence[Rows]]) -> dict[str, list[list[str]]]:
-        """Return the sentences of each split, each in one split and there once."""
-        language, sizes = self._language, Sizes(self.val_size, self.test_size, self.split_seed)
-        distinct = {
-            split: [Rows({language: [*dict.fromkeys(filter(None, rows.text[language]))]}, rows.name) for rows in own]
-            for split, own in parts.items()
-        }
-        (shared,) = share_out([(distinct, sizes)])
-        splits = {
-            split: list(dict.fromkeys(line for rows in shared[split] for line in rows.text[language]))
-            for split in SPLITS
-        }
-        held = {*splits["val"], *splits["test"]}
-        train = [line for line in splits["train"] if line not in held]
-        lines, kept = (sum(len(rows) for own in some.values() for rows in own) for some in (parts, distinct))
-        left_out = f"{lines - kept:,} lines that are empty or come again, {len(splits['train']) - len(train):,}"
-        log.info("%s in %s: left out: %s of validation or test (train)", self.dataset, language, left_out)
-        return {split: [[line] for line in (train if split == "train" else lines)] for split, lines in splits.items()}
-
-    def _write(self, writer: ArrayWriter, splits: dict[str, list[list[str]]]) -> None:
-        if not splits["train"]:
-            raise ValueError(f"there is no text to train on in {self.train_files or self.dataset}")
-        train = (line for document in splits["train"] for line in document)
+    def _write(self, writer: ArrayWriter, texts: dict[str, Documents]) -> None:
+        for name in self._trained:
+            if not texts[name]["train"]:
+                source = self.corpora[name].train_files or self.corpora[name].dataset
+                raise ValueError(f"{name}: there is no text to train on in {source}")
+        train = (line for name in self._trained for document in texts[name]["train"] for line in document)
         subwords = self._given or train_subwords((), train, self.tokenizer, (), self.cache)
-        sizes = {}
-        for split, documents in splits.items():
-            text = [" ".join(document) for document in documents]
-            ids, bounds = encode(text, subwords, "target")
-            stream = np.full(len(ids) + len(text) + 1, EOS_ID, np.int32)
-            # document i comes after the i + 1 ends before it
-            stream[np.arange(len(ids)) + 1 + np.repeat(np.arange(len(text)), np.diff(bounds))] = ids
-            writer.save(f"{split}_ids", stream)
-            words = sum(map(num_words, text))
-            sizes[split] = TextSize(len(text), len(stream) - 1, words, sum(len(line.encode()) for line in text))
+        sizes: dict[str, list[TextSize]] = {}
+        for split in SPLITS:
+            streams, sizes[split] = [], []
+            for documents in (splits[split] for splits in texts.values()):
+                text = [" ".join(document) for document in documents]
+                ids, bounds = encode(text, subwords, "target")
+                stream = np.full(len(ids) + len(text) + 1, EOS_ID, np.int32)
+                # document i comes after the i + 1 ends before it
+                stream[np.arange(len(ids)) + 1 + np.repeat(np.arange(len(text)), np.diff(bounds))] = ids
+                words, size = sum(map(num_words, text)), sum(len(line.encode()) for line in text)
+                sizes[split].append(TextSize(len(text), len(stream) - 1, words, size))
+                streams.append(stream)
+            writer.save(f"{split}_ids", np.concatenate(streams))
         writer.finish({**self.info_of(subwords), "sizes": sizes})
 
     def _check_options(self) -> None:
-        check_name("dataset", self.dataset, sorted(["text", *NLP_DATASETS]))
-        if self.dataset == "text":
-            if self.train_files is None and not self.needs_no_dataset:
-                raise ValueError("dataset='text' needs train_files (--data.train_files)")
-            if self.language is not None:
-                raise ValueError(f"language={self.language!r} is of a parallel corpus, not of dataset='text'")
-            for split in ("val", "test"):
-                size, files = getattr(self, f"{split}_size"), getattr(self, f"{split}_files")
-                if size is not None and files is not None:
-                    raise ValueError(f"{split}_size={size} is of train_files: {split}_files={files!r} are taken whole")
-        else:
-            for name in ("train_files", "val_files", "test_files"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}={getattr(self, name)!r} is for dataset='text', not {self.dataset!r}")
-            check_name("language", self._language, NLP_DATASETS[self.dataset].languages)
-            if self.document != "line":
-                raise ValueError(f"document={self.document!r} is for dataset='text', not {self.dataset!r}")
-        check_name("document", self.document, ["line", "paragraph", "file"])
         check_at_least(1, block_size=self.block_size)
-        for name in ("val_size", "test_size"):
-            check_size(name, getattr(self, name))
+        if self.domains and self.own != TextCorpus():
+            raise ValueError(
+                "dataset, root, train_files and their like are of text without domains, which have own ones"
+            )
+        for corpus in self.corpora.values():
+            corpus.check(is_read=not self.needs_no_dataset)
+        if self.weights is None:
+            return
+        if self.weights.keys() != (self.domains or {}).keys():
+            named = ", ".join(self.domains or ()) or "none"
+            raise ValueError(f"weights are of {', '.join(self.weights)}, and the domains are {named}: one for each")
+        check_at_least(0, **{f"weights.{name}": weight for name, weight in self.weights.items()})
+        if not 0 < sum(self.weights.values()) < float("inf"):
+            raise ValueError(f"weights={self.weights} are not finite, or all 0")
 
 
 def prompt_batches(lines: Iterable[str], subwords: Subwords, start: int = 0) -> Iterator[tuple[TextBatch, list[str]]]:
@@ -302,8 +310,3 @@ def prompt_batches(lines: Iterable[str], subwords: Subwords, start: int = 0) -> 
     for number, line in itertools.islice(enumerate(lines), start, None):
         (row,) = subwords.encode([line], "target")
         yield TextBatch(torch.tensor([[EOS_ID, *row]]), torch.tensor([number])), [line]
-
-
-def _key(document: list[str]) -> str:
-    """Return the text of a document, by which equal ones are known."""
-    return "\n".join(document)

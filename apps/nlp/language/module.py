@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from apps.data.subwords import PAD_ID, Subwords
 from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import MixtureOfDepths
-from apps.nets.place import Place
+from apps.nets.place import Place, check_fits
 from apps.nets.transformer import LanguageModel
 from apps.nets.universal import Universal
 from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, generate_ids, in_columns, one_each
@@ -24,10 +24,11 @@ from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts
-from apps.nlp.text.foreseen import read_ids
+from apps.nlp.text.foreseen import per_sentence, read_ids
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import Stage, TaskOutput
 from apps.train.step.pieces import Block, PieceMetrics, perplexity, token_metrics
+from core.convert.read.calls import evaluating
 
 _LAYERS = "all"
 _REPORT = LanguageReportConfig()
@@ -60,6 +61,7 @@ class LanguageMetrics(PieceMetrics[Block]):
 
     Attributes:
         size: amount of text; None: unknown.
+        blocks: places of each domain's blocks; where there are some, ``perplexity_<domain>`` is a value too.
     """
 
     higher_is_better = False
@@ -67,9 +69,13 @@ class LanguageMetrics(PieceMetrics[Block]):
     def __init__(self) -> None:
         super().__init__()
         self.size: TextSize | None = None
+        self.blocks: Mapping[str, range] = {}
 
     def values_of(self, pieces: Sequence[Block]) -> dict[str, float]:
         values = token_metrics(pieces)
+        for name, places in self.blocks.items():
+            if own := [block for block in pieces if block.index in places]:
+                values[f"perplexity_{name}"] = token_metrics(own)["perplexity"]
         if self.size is not None and pieces:
             nll = math.fsum(b.nll for b in pieces) / sum(b.tokens for b in pieces)
             values["word_perplexity"] = perplexity(nll * self.size.tokens / max(self.size.words, 1))
@@ -84,7 +90,7 @@ class LanguageModeler(TextModule):
         subwords: of the text; the command line takes them from the data.
         transformer: the network around the MoE layers; of its layers the decoder's count.
         moe: the MoE layer that replaces the FFN of some layers, or a list with one for each of them; None: a dense
-            model. Routers must be causal.
+            model. Routers must be causal. They see the domain of text that has some (``TextData.domains``).
         moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         depths: gates of the layers that few tokens enter (Mixture-of-Depths), which need ``predictor: true``; None:
@@ -159,11 +165,11 @@ class LanguageModeler(TextModule):
             share_experts=share_experts,
             universal=universal,
         )
-        self._put_in_place(Place(type(self).__name__, ("token_ids_BS",), is_causal=True))
+        self._put_in_place(Place(type(self).__name__, ("token_ids_BS", "domain_ids_B"), is_causal=True))
 
-    def forward(self, tokens_BL: Tensor) -> Tensor:
+    def forward(self, tokens_BL: Tensor, domain_ids_B: Tensor | None = None) -> Tensor:
         """Return the logits of the token after each of (B, L) ids, (B, L, V)."""
-        return self.model(tokens_BL)
+        return self.model(tokens_BL, None, domain_ids_B)
 
     # ---- the loss
 
@@ -184,13 +190,13 @@ class LanguageModeler(TextModule):
         )
 
     def hidden(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
-        return self.model.hidden(read_ids(batch.tokens_BL)), batch.tokens_BL
+        return self.model.hidden(read_ids(batch.tokens_BL), None, batch.domain_B), batch.tokens_BL
 
-    def example_inputs(self, batch: TextBatch) -> tuple[Tensor]:
-        return (read_ids(batch.tokens_BL),)
+    def example_inputs(self, batch: TextBatch) -> tuple[Tensor, ...]:
+        return (read_ids(batch.tokens_BL), *(() if batch.domain_B is None else (batch.domain_B,)))
 
     def cost_unit(self, batch: TextBatch) -> str:
-        (read_BL,) = self.cost_inputs(batch)
+        read_BL, *_ = self.cost_inputs(batch)
         return f"a block of {read_BL.shape[1]} tokens"
 
     # ---- evaluation
@@ -202,6 +208,17 @@ class LanguageModeler(TextModule):
         super()._start_pass(stage)
         size = getattr(self._data(), "size", None)
         self.stage_metrics(stage).size = None if size is None else size(stage)
+        if getattr(self._data(), "domains", None):
+            self.stage_metrics(stage).blocks = self._data().blocks(stage)
+
+    @torch.no_grad()
+    def domain_nll(self, batch: TextBatch) -> Tensor | None:
+        """Return the nats of each row with only each domain's expert, float64 (B, E); None without ``core.Domain``."""
+        configs = [getattr(layer.router, "config", None) for layer in core.moe_layers(self.model).values()]
+        E = min((config.num_domains for config in configs if isinstance(config, core.Domain)), default=0)
+        alone = (batch._replace(domain_B=torch.full_like(batch.index_B, e)) for e in range(E))
+        scores = [per_sentence(*self.token_scores(one)).nll_B for one in alone]
+        return torch.stack(scores, 1) if scores else None
 
     # ---- prediction
 
@@ -227,8 +244,10 @@ class LanguageModeler(TextModule):
         """
         prompt = [i for i in batch.tokens_BL[0].tolist() if i != PAD_ID]
         how = self.how_to_write(config, len(batch.tokens_BL), prompt, **how)
-        with torch.autocast(self.device.type, enabled=False):
-            return generate_ids(model or self.model, batch.tokens_BL, config, index_B=batch.index_B, **how)
+        with torch.autocast(self.device.type, enabled=False), evaluating(self):
+            nll_BE = self.domain_nll(batch)
+            weights_BE = None if nll_BE is None else core.domain_posterior(-nll_BE).float()
+            return generate_ids(model or self.model, batch.tokens_BL, config, None, weights_BE, batch.index_B, **how)
 
     def predict(self, prompts: Sequence[str], **decode: Any) -> list[str]:
         """Return each prompt with what follows it, as ``moesaic predict --data.text`` prints it.
@@ -267,3 +286,8 @@ class LanguageModeler(TextModule):
     def _check_data(self) -> None:
         super()._check_data()
         self.check_length("data.block_size", getattr(self._data(), "block_size", None))
+        names = getattr(self._data(), "domains", None) or ()
+        fields = ("token_ids_BS", "domain_ids_B")[: 1 + bool(names)]
+        place = Place(self.place.owner, fields, num_domains=len(names), data=f"the domains {', '.join(names)}")
+        for moe in self.model.moes:
+            check_fits(place, moe.router, moe.balance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,7 @@ import core
 from apps.data.loader import batches_of_test
 from apps.nlp.expert_use import write_use
 from apps.nlp.specialization import CLASSES, TextUse, token_classes
+from apps.nlp.text.foreseen import per_sentence
 from apps.report.base import Report, ReportConfig, is_left_out, spread_places
 from apps.report.page import BarChart, Line, LineChart, Section, Table, Words
 from apps.report.page.parts import START
@@ -126,14 +127,15 @@ class _Collected:
     use: TextUse
     excerpts: list[Words]
     pieces: Sequence[str]
+    domains: dict[str, np.ndarray]
 
 
 class LanguageReport(Report):
     """After a test in one process: the loss by class of token and by place in the block, the use of the experts, and
     excerpts of the text with the experts and the loss of each subword.
 
-    It writes ``token_classes.csv``, ``places.csv``; and of a sparse model ``specialization.csv``,
-    ``expert_subwords.csv`` and ``expert_class.png``.
+    It writes ``token_classes.csv``, ``places.csv``; of several domains ``domains.csv``; and of a sparse model
+    ``specialization.csv``, ``expert_subwords.csv`` and ``expert_class.png``.
 
     Args:
         config: what to do.
@@ -145,9 +147,11 @@ class LanguageReport(Report):
         module: Any = pl_module
         pieces = module.subwords.pieces(range(module.subwords.size("target")), "target")
         losses, excerpts = TokenLosses(len(pieces)), list[Words]()
-        use = TextUse(tokens_of(module), module.subwords, ("text",))
         count = int(trainer.num_test_batches[0])
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        names = tuple(getattr(data, "domains", None) or ("text",))
+        use = TextUse(tokens_of(module), module.subwords, names, "pair" if names == ("text",) else "domain")
+        domains = {name: np.zeros(3) for name in names}
         wanted = -(-self.config.routing_examples // max(int(getattr(data, "eval_batch_size", 1)), 1))
         places = spread_places(count, wanted)
         shown = {places[i] for i in spread_places(len(places), self.config.sentences)} if places else set()
@@ -158,23 +162,56 @@ class LanguageReport(Report):
             with trainer.precision_plugin.forward_context(), core.record(module.model) as tape:
                 scores, real_BL = module.token_scores(batch)
             losses.add(scores.nll_T, scores.is_first_T, batch.tokens_BL[:, 1:][real_BL], real_BL)
+            domain_B = torch.zeros_like(batch.index_B) if batch.domain_B is None else batch.domain_B
+            for number, sums in zip(domain_B.tolist(), _domain_sums(module, batch, scores, real_BL), strict=True):
+                domains[names[number]] += sums
             known = core.Tape(tuple(entry for entry in tape.entries if _is_of_all_tokens(entry, real_BL.numel())))
-            use.add(known, torch.zeros(len(batch.index_B), dtype=torch.int64))
+            use.add(known, domain_B)
             if place in shown:
                 nll_BL = torch.full(real_BL.shape, torch.nan, dtype=torch.float64, device=real_BL.device)
                 nll_BL[real_BL] = scores.nll_T.double()
                 number = len(excerpts) + 1
                 excerpts.append(excerpt(number, batch.tokens_BL[0].tolist(), nll_BL[0].tolist(), known, pieces))
-        return _Collected(losses, use, excerpts, pieces)
+        return _Collected(losses, use, excerpts, pieces, domains)
 
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
         losses = collected.losses
         if not losses.by_piece[1].any():
             return []
         sections = [write_losses(losses, collected.pieces, folder)]
+        if collected.use.noun == "domain" or any(mixed for _, _, mixed in collected.domains.values()):
+            sections.append(write_domains(collected.domains, folder))
         if collected.use.layers:
             sections.append(write_use(collected.use, folder, draw=self.config.pictures))
         return [*sections, Section("Words in sentences", tuple(own for own in collected.excerpts if own.words))]
+
+
+def _domain_sums(module: Any, batch: Any, scores: Any, real_BL: Tensor) -> np.ndarray:
+    """Return each block's tokens and nats, (B, 3), and with ``core.Domain`` its nats if its domain is guessed: experts
+    are mixed by their posterior given the block before; all alike for a batch's first."""
+    own, mixed_B = per_sentence(scores, real_BL), None
+    if (nll_BE := module.domain_nll(batch)) is not None:
+        before_BE = torch.cat([torch.zeros_like(nll_BE[:1]), nll_BE[:-1]])
+        guessed = batch._replace(domain_B=core.domain_posterior(-before_BE).float())
+        mixed_B = per_sentence(*module.token_scores(guessed)).nll_B
+    return torch.stack([own.tokens_B, own.nll_B, own.nll_B * 0 if mixed_B is None else mixed_B], 1).cpu().numpy()
+
+
+def write_domains(domains: Mapping[str, np.ndarray], folder: Path) -> Section:
+    """Write ``domains.csv``, and return its page section.
+
+    Args:
+        domains: tokens, nats, and nats with guessed domains (0: there are none), by domain.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, (tokens, *nats) in domains.items():
+        known, guessed = (perplexity(nll / tokens) if nll else None for nll in nats)
+        rows.append({"domain": name, "tokens": int(tokens), "perplexity": known, "perplexity_guessed": guessed})
+    write_csv(folder / "domains.csv", rows)
+    cells = tuple(tuple(f"{v:,.2f}" if isinstance(v, float) else str(v or "") for v in row.values()) for row in rows)
+    note = "Guessed: experts mixed by the posterior of the block before."
+    table = Table("Perplexity by domain", ("domain", "tokens", "perplexity", "guessed"), cells, note=note)
+    return Section("Domains", (table,))
 
 
 def _is_of_all_tokens(entry: Any, tokens: int) -> bool:

@@ -86,7 +86,7 @@ class Continuation(TextTask):
             limits, tell = {"num_return_sequences": 1, "max_new_tokens": example["subwords"]}, example.get("tell")
             config = decoding(model.decode, {**limits, "seed": example.get("seed", model.decode.seed)})
             ((batch, _),) = prompt_batches(checked_texts([example["text"]]), model.subwords)
-            batch = type(batch)(*(part.to(model.device) for part in batch))
+            batch = model.transfer_batch_to_device(batch, model.device, 0)
             (given,), written = batch.tokens_BL.tolist(), model.hypotheses_of(batch, config, tell=tell).best[0]
             ids = [*given, *written]
             whole, begin = decode([ids, given], "target")

@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from apps.base.checks import check_at_least, check_name
 from apps.data.array_files import read_texts
 from apps.data.loader import as_it_is, in_order
 from apps.data.splits import SPLITS, Split
 from apps.nlp.predict import given_lines, source_batches
-from apps.nlp.text.batches import TokenBatches, TranslationBatch, by_length, cut_by_tokens, evenly
+from apps.nlp.text.batches import TokenBatches, TranslationBatch, WholeBatches, by_length, cut_by_tokens, evenly
 from apps.nlp.text.data import SubwordData
 from apps.nlp.text.encoded_pairs import EncodedPairs
 
@@ -114,7 +114,7 @@ class PairData(SubwordData):
         bounds = cut_by_tokens(np.maximum(source_N, target_N)[order], self.eval_tokens_per_batch)
         # The first few have all lengths: to look at a part of a split is to look at sentences like the others.
         batches = [torch.from_numpy(order[bounds[i] : bounds[i + 1]]) for i in evenly(len(bounds) - 1)]
-        return in_order(_Whole(examples, batches), 1, self.num_workers)
+        return in_order(WholeBatches(examples, batches), 1, self.num_workers)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the batches to predict, read as they come by one process; ``target_BL`` is ``BOS_ID`` alone.
@@ -191,17 +191,3 @@ class PairData(SubwordData):
     def _held_out(self, split: str) -> str:
         check_name("split", split, ["val", "test"])
         return split
-
-
-class _Whole(Dataset[Any]):
-    """Whole batches."""
-
-    def __init__(self, pairs: EncodedPairs, batches: list[Tensor]) -> None:
-        self.pairs, self.batches = pairs, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitems__(self, numbers: list[int]) -> TranslationBatch:
-        (number,) = numbers
-        return self.pairs.__getitems__(self.batches[number])

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from apps.data.subwords import EOS_ID
 
@@ -126,7 +127,7 @@ class TokenBatches:
         if not self._groups:
             return generator.permutation(len(self.source_N))
         drawn = [
-            positions[_endless(len(positions), epoch * quota, quota, (seed, 1, g))]
+            positions[endless(len(positions), epoch * quota, quota, (seed, 1, g))]
             for g, (positions, quota) in enumerate(zip(self._groups, self._quotas, strict=True))
         ]
         return generator.permutation(np.concatenate(drawn))
@@ -142,6 +143,20 @@ class TokenBatches:
             bounds = cut_by_tokens(longer, tokens, first)
             parts += [pool[a:b] for a, b in itertools.pairwise(bounds)]
         return parts
+
+
+class WholeBatches(Dataset[Any]):
+    """Whole batches of a dataset, given the positions of each."""
+
+    def __init__(self, examples: Any, batches: list[Tensor]) -> None:
+        self.examples, self.batches = examples, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitems__(self, numbers: list[int]) -> Any:
+        (number,) = numbers
+        return self.examples.__getitems__(self.batches[number])
 
 
 def by_length(source_N: Lengths, target_N: Lengths, order: Lengths) -> Lengths:
@@ -194,7 +209,7 @@ def quotas(sizes: Sequence[int], temperature: float) -> list[int]:
     return floor.tolist()
 
 
-def _endless(size: int, start: int, count: int, seed: tuple[int, ...]) -> Lengths:
+def endless(size: int, start: int, count: int, seed: tuple[int, ...]) -> Lengths:
     """Return numbers ``start`` to ``start + count`` of random orders of ``range(size)``, one after the other."""
     first, last = start // size, (start + count - 1) // size
     orders = [_generator(*seed, turn).permutation(size) for turn in range(first, last + 1)]

@@ -115,7 +115,7 @@ def _added(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> dict[st
             raise ValueError(f"num_experts={here} of {name} is below the {there} of model.grow.checkpoint={path}")
         if here > there:
             routers = [getattr(part.router, "config", None) for part in (old[name], layer)]
-            if routers[0] != routers[1]:
+            if routers[0] is not None and routers[0].resized(here) != routers[1]:
                 raise ValueError(f"router={routers[1]} of {name} is {routers[0]} in model.grow.checkpoint={path}")
             added[name] = here - there
     if not added:

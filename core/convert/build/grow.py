@@ -75,7 +75,7 @@ def grow_experts(
     check_values(Annotated[str, OneOf(*STARTS)], start=start)
     router, experts = parts_of(layer, "grow")
     E, config = experts.num_experts, router.config
-    larger = config.build(width_of(layer), E + n, router.capacity)
+    larger = config.resized(E + n).build(width_of(layer), E + n, router.capacity)
     groups = num_groups(router)
     kept = [e // (E // groups) * ((E + n) // groups) + e % (E // groups) for e in range(E)]
     new = tuple(sorted({*range(E + n)} - {*kept}))
@@ -180,7 +180,7 @@ def _parts_of_experts(layer: MoE, frozen: Collection[int]) -> Iterator[_PartOfEx
     for parameter in stacked.parameters():
         yield _PartOfExperts(parameter, 0, learning)
     more = num_groups(router)
-    larger = router.config.build(width_of(layer), E + more, router.capacity)
+    larger = router.config.resized(E + more).build(width_of(layer), E + more, router.capacity)
     for (name, parameter), other in zip(router.named_parameters(), larger.parameters(), strict=True):
         axis = axis_of_experts(name, parameter, other, E, E + more)
         # Entries past the experts, such as null experts, are as old as they are.

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import MoEConfig
 from ...experts import FFN
 from ...fields import check_values
+from ...routing.gates import LinearGate
 from ..build.sparse_ffn import SparseFFN
 from ..build.sparsify import matching_parts, sparsify
+from ..read.calls import call, evaluating, hooked
 from ..read.feed_forward import copy_weights
 
 State = Mapping[str, Tensor]
@@ -79,12 +84,13 @@ def mix_models(
     *,
     seed: int = 0,
     causal: bool = False,
+    gates: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Return a sparse model whose experts are the feed-forward networks of dense models (Branch-Train-MiX, arXiv
     2403.07816).
 
     Expert e of each layer is the network of ``models[e]``. All else is the mean of the models, by ``average_models``,
-    and the routers are new: the paper then trains the whole on all domains.
+    and the routers are new: the paper then trains the whole on all domains. With ``gates`` it works untrained.
 
     Args:
         models: dense models of one architecture; they stay as they are.
@@ -93,10 +99,11 @@ def mix_models(
         weights: of the mean, as in ``average_models``.
         seed: of the routers' start.
         causal: as in ``core.sparsify``.
+        gates: weight of each router's linear gate by the network's name, such as from ``example_gates``; None: random.
 
     Raises:
-        ValueError: ``moe`` has another number of experts, another kind, shared ones or a granularity; or as
-            ``core.sparsify`` and ``average_models``.
+        ValueError: ``moe`` has another number of experts, another kind, shared ones or a granularity; with ``gates`` a
+            router without a linear gate; or as ``core.sparsify`` and ``average_models``.
 
     Example::
 
@@ -119,7 +126,54 @@ def mix_models(
             layer = sparse.get_submodule(".".join(filter(None, (name, part.at))))
             assert isinstance(layer, SparseFFN)
             copy_weights(layer.moe.experts, e, part.weights)
+            if gates is not None:
+                gate = getattr(layer.moe.router, "gate", None)
+                if not isinstance(gate, LinearGate):
+                    raise ValueError(
+                        f"router {moe.router.source()} has no linear gate that examples could give rows to"
+                    )
+                gate.weight.copy_(gates[name])
     return sparse
+
+
+@torch.no_grad()
+def example_gates(
+    model: nn.Module,
+    modules: str | Sequence[str],
+    examples: Sequence[Iterable[Any]],
+    run: Callable[[nn.Module, Any], Any] | None = None,
+) -> dict[str, Tensor]:
+    """Return gates for ``mix_models`` made of examples without training, as mergekit's gate mode "hidden" does.
+
+    Row e of a layer's gate has the direction of the mean input that the network in its place has on examples e.
+
+    Args:
+        model: the dense models' mean, from ``average_models``, or the model that they all started from.
+        modules: as in ``mix_models``.
+        examples: batches for each expert, of its domain.
+        run: calls the model with a batch, as in ``expert_statistics``.
+
+    Returns:
+        (E, D) by the network's name, rows of norm 1.
+
+    Raises:
+        ValueError: an expert without examples; or as ``core.sparsify``.
+    """
+    parts = matching_parts(model, modules)
+    sums = {name: torch.zeros(len(examples), part.dim, dtype=torch.float64) for name, part in parts.items()}
+    networks = {name: model.get_submodule(".".join(filter(None, (name, part.at)))) for name, part in parts.items()}
+
+    def add(sum_D: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sum_D += args[0].double().flatten(0, -2).sum(0).cpu()
+
+    for e, batches in enumerate(examples):
+        hooks = [network.register_forward_pre_hook(partial(add, sums[name][e])) for name, network in networks.items()]
+        with evaluating(model), hooked(hooks):
+            for batch in batches:
+                call(model, batch, run)
+        if not all(bool(own[e].any()) for own in sums.values()):
+            raise ValueError(f"expert {e} has no examples to make its rows of the gates of")
+    return {name: F.normalize(own, dim=1).float() for name, own in sums.items()}
 
 
 def _shares(weights: Sequence[float] | None, num_models: int) -> list[float]:

@@ -219,6 +219,7 @@ def set_num_experts(layer: MoE, num_experts: int) -> None:
         if hasattr(module, "num_experts"):
             module.num_experts = num_experts
     layer.experts.num_experts = layer.num_experts = num_experts
+    router.config = router.config.resized(num_experts)
     layer.pairs_per_token = router.config.pairs_per_token(num_experts)
 
 

@@ -15,6 +15,7 @@ from ...experts import Constant, Experts, check_merges
 from ...experts.mixed import MixedExperts
 from ...fields import Count, OneOf, check_values
 from ...layers import MoE, PatchMoE
+from ...routing.given.per_sequence import DomainRouter
 from ..measure.statistics import ExpertStatistics
 from ..read.parts import (
     layers_with_experts,
@@ -232,6 +233,10 @@ def _requests(model: nn.Module, statistics: Statistics, keep: int | float) -> It
     for name, layer in layers_with_experts(model).items():
         router, experts = parts_of(layer, "shrink")
         assert isinstance(layer, MoE)
+        if isinstance(router, DomainRouter):
+            raise ValueError(
+                f"router {router.config.source()} cannot shrink by scores: core.keep_experts names experts"
+            )
         own, E, groups = value_of_layer(statistics, name, "statistics"), experts.num_experts, num_groups(router)
         if not isinstance(own, ExpertStatistics):
             raise ValueError(f"statistics of layer {name!r} are a {type(own).__name__}, not of core.expert_statistics")
@@ -267,7 +272,8 @@ def _changed(layer: MoE, num_experts: int, rows: Picked) -> Change:
     router, experts = parts_of(layer, "shrink")
     if (own := layer.shrunk(num_experts, rows)) is not None:
         return own
-    tensors = reseated(router, router.config.build(width_of(layer), num_experts, router.capacity), rows)
+    other = router.config.resized(num_experts).build(width_of(layer), num_experts, router.capacity)
+    tensors = reseated(router, other, rows)
     return partial(_carry_out, layer, lambda: restack(experts, num_experts, rows), tensors, num_experts)
 
 
@@ -310,7 +316,7 @@ def _with_constants(layer: MoE, kept: tuple[int, ...], mean_ED: Tensor) -> Chang
         made.backend = constants.backend = experts.backend
         return made
 
-    other = router.config.build(width_of(layer), E + 1, router.capacity)
+    other = router.config.resized(E + 1).build(width_of(layer), E + 1, router.capacity)
     return partial(_carry_out, layer, mixed, reseated(router, other, _picked([*kept, *gone])), E)
 
 

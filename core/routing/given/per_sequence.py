@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -171,7 +171,8 @@ class DomainRouter(PairRouter):
             return Choice(tokens.to_tokens(expert_B)[:, None], x_TD.new_ones(x_TD.shape[0], 1))
         weights_BE = context.domain_weights_BE
         if weights_BE is None:
-            weights_BE = self.prior.expand(tokens.num_sequences, -1)
+            # All domains count alike where those with a weight were taken away.
+            weights_BE = (self.prior + (self.prior.sum() == 0)).expand(tokens.num_sequences, -1)
         else:
             check_tensor("context.domain_weights_BE", weights_BE)
         if weights_BE.shape != (tokens.num_sequences, self.num_experts):
@@ -254,7 +255,6 @@ class Domain(RouterConfig):
 
     paper = "2108.05036"
     router_class = DomainRouter
-    can_grow = False
 
     num_domains: Count
     top_k: Count | None = None
@@ -263,6 +263,9 @@ class Domain(RouterConfig):
         super().__post_init__()
         if self.top_k is not None and self.top_k > self.num_domains:
             raise ValueError(f"top_k={self.top_k} exceeds num_domains={self.num_domains}")
+
+    def resized(self, num_experts: int) -> Domain:
+        return replace(self, num_domains=num_experts, top_k=self.top_k and min(self.top_k, num_experts))
 
     def mixed(self, num_experts: int) -> int:
         """Return ``top_k`` with its default filled in."""

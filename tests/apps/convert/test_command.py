@@ -111,6 +111,34 @@ def test_two_runs_as_the_experts_of_one(runs, tmp_path):
     assert new.moe.num_experts == 2
 
 
+def test_two_runs_get_gates_of_their_own_examples(runs, tmp_path):
+    options = {"how": "btx", "moe": runs / "moe.yaml", "gates": "examples"}
+    _, state = convert("merge", runs / "dense", runs / "other", output=tmp_path / "new", batches=1, **options)
+    gate_ED = state[f"{LAYER}.router.gate.weight"]
+    assert_close(gate_ED.norm(dim=1), torch.ones(2))
+    # Both runs have the same validation images, which their mean reads.
+    assert_close(gate_ED[0], gate_ED[1])
+    _, random = convert(
+        "merge", runs / "dense", runs / "other", output=tmp_path / "old", **options | {"gates": "random"}
+    )
+    assert not torch.equal(random[f"{LAYER}.router.gate.weight"], gate_ED)
+    assert torch.equal(random[f"{LAYER}.experts.w_in"], state[f"{LAYER}.experts.w_in"])
+
+
+def test_an_expert_is_opted_out_and_all_else_stays(runs, tmp_path, capsys):
+    new, state = convert("prune", runs / "sparse", output=tmp_path / "new", without="2 0")
+    old = state_of(runs / "sparse")
+    for name, value in state.items():
+        own = old[name][[1, 3]] if value.shape != old[name].shape else old[name]
+        assert torch.equal(value, own)
+    assert state[f"{LAYER}.experts.w_in"].shape[0] == new.moe.num_experts == 2
+    argv = ("convert", "prune", "--ckpt_path", str(runs / "sparse"), "--output", str(tmp_path / "no"), "--batches", "0")
+    assert "--without='7' is not one of 0, 1, 2, 3" in fails(capsys, 1, *argv, "--without", "7")
+    assert "one of --keep and --without says which experts stay" in fails(capsys, 2, *argv)
+    assert "one of --keep and --without" in fails(capsys, 2, *argv, "--without", "1", "--keep", "2")
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("how", ["int8", "int4:8"])
 def test_quantized_experts_are_stored_as_integers(runs, tmp_path, how, capsys):
     new, state = convert("quantize", runs / "sparse", output=tmp_path / "new", how=how, batches=1)

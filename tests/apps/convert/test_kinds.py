@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 import pytest
 import torch
-from converted import EXPERT, IMAGES, MOE
-from copying import copy_data, translator
+import yaml
+from converted import EXPERT, IMAGES, MOE, write_run
+from copying import TRANSFORMER, copy_data, translator
 from lightning.pytorch import Trainer
 from torch.testing import assert_close
 
@@ -16,6 +18,10 @@ import core
 from apps.cli import main
 from apps.convert.kinds import pruned
 from apps.convert.runs import Request, Run
+from apps.data.subwords import SubwordConfig
+from apps.nlp.language.corpora import TextCorpus
+from apps.nlp.language.data import TextData
+from apps.nlp.language.module import LanguageModeler
 from apps.nlp.translation.module import Translator
 
 LAYER = "model.blocks.1.mlp"
@@ -110,3 +116,37 @@ def test_the_examples_of_a_pair(tmp_path):
     assert part.task == 1
     assert chosen.pair_B.tolist() == [1] * int((batch.pair_B == 1).sum())
     assert part.select(batch._replace(pair_B=torch.zeros_like(batch.pair_B))) is None
+
+
+def test_a_domain_is_opted_out_with_its_expert_and_its_text(tmp_path):
+    domains = {}
+    for name in ("law", "sea", "sky"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i} {name}" for i in range(60)))
+        domains[name] = TextCorpus(root=str(tmp_path), train_files=f"{name}.txt", val_size=10)
+    data = TextData(domains=domains, cache_dir=str(tmp_path / "cache"), tokenizer=SubwordConfig(vocab_size=290))
+    torch.manual_seed(0)
+    moe = core.MoEConfig(3, core.Domain(3), core.FFN(hidden_dim=16, activation="relu"))
+    module = LanguageModeler(data.subwords, TRANSFORMER, moe)
+    plain = {name: asdict(own) for name, own in domains.items()}
+    own = {"domains": plain, "weights": {"law": 0, "sea": 1, "sky": 0}, "cache_dir": str(tmp_path / "cache")}
+    write_run(tmp_path / "old", module, {"class_path": "TextData", "init_args": {**own, "block_size": 8}})
+    argv = [
+        "convert",
+        "prune",
+        "--ckpt_path",
+        str(tmp_path / "old"),
+        "--output",
+        str(tmp_path / "new"),
+        "--batches",
+        "1",
+    ]
+    with pytest.raises(ValueError, match="--without='lake' is not one of 0, 1, 2, law, sea, sky"):
+        pruned(Request(run := Run.read(tmp_path / "old"), run.mapped(), argparse.Namespace(without=("lake",))))
+    assert main([*argv, "--batches", "1", "--without", "sea"]) == 0
+    new, old = apps.load(tmp_path / "new"), module.state_dict()
+    for name, value in new.state_dict().items():
+        assert torch.equal(value, old[name] if value.shape == old[name].shape else old[name][[0, 2]])
+    assert new.moe == core.MoEConfig(2, core.Domain(2), moe.expert)
+    config = yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())["data"]["init_args"]
+    assert list(config["domains"]) == ["law", "sky"]
+    assert config["weights"] is None

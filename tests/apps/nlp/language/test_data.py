@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig
+from apps.nlp.language.corpora import TextCorpus
 from apps.nlp.language.data import TextData
 from apps.nlp.text.readers import catalogs
 
@@ -243,3 +244,74 @@ def test_a_prompt_for_given_subwords_needs_no_corpus(root):
     data.prepare_data()
     (batch,) = data.predict_dataloader()
     assert batch.tokens_BL.tolist() == [[EOS_ID, *subwords.encode(["the dog"], "target")[0]]]
+
+
+def several(root, **options):
+    for name, words in (("law", "court judge"), ("sea", "ship wave wind")):
+        lines = (f"{a} {b} {i}" for i in range(20) for a in words.split() for b in words.split())
+        (root / f"{name}.txt").write_text("\n".join(lines))
+    domains = {name: TextCorpus(root=str(root), train_files=f"{name}.txt", val_size=4) for name in ("law", "sea")}
+    known = {"cache_dir": str(root / "cache"), "tokenizer": SMALL, "block_size": 8, "batch_size": 2, "seed": 0}
+    return TextData(**{**known, "domains": domains, **options})
+
+
+def test_a_block_is_of_one_domain_and_a_domain_is_as_it_is_alone(root):
+    data = several(root)
+    alone = [several(root, domains={name: own}, subwords=data.subwords) for name, own in data.domains.items()]
+    blocks = [len(own.examples("train")) for own in alone]
+    assert data.blocks("train") == {"law": range(blocks[0]), "sea": range(blocks[0], sum(blocks))}
+    assert data.size("train").words == 3 * (80 - 4 - 4) + 3 * (180 - 4 - 9)
+    for split in ("train", "val"):
+        batch = data.examples(split).__getitems__(range(len(data.examples(split))))
+        parts = [own.examples(split).__getitems__(range(len(own.examples(split)))) for own in alone]
+        assert torch.equal(batch.tokens_BL, torch.cat([part.tokens_BL for part in parts]))
+        assert batch.domain_B.tolist() == [0] * len(parts[0].index_B) + [1] * len(parts[1].index_B)
+    assert make(root).examples("train")[0].domain_B is None
+    batches = list(several(root, eval_batch_size=1).val_dataloader())
+    assert sorted(int(batch.index_B) for batch in batches) == list(range(len(batches)))
+    assert {int(batch.domain_B) for batch in batches[:4]} == {0, 1}  # the first few are of all
+
+
+def test_an_epoch_has_domains_by_weight_and_no_block_twice(root):
+    data = several(root, weights={"law": 3, "sea": 1}, batch_size=7)
+    law, sea = (len(own) for own in data.blocks("train").values())
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in range(2):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        assert all(len(batch.index_B) == 7 for batch in batches[:-1])
+        epochs.append(torch.cat([batch.index_B for batch in batches]).tolist())
+        assert torch.cat([batch.domain_B for batch in batches]).bincount().tolist() == [law, law // 3]
+        assert len({*epochs[-1]}) == law + law // 3
+    assert not {i for i in epochs[0] if i >= law} & {i for i in epochs[1] if i >= law}  # the next ones
+    assert 2 * (law // 3) <= sea
+    only = several(root, weights={"law": 0, "sea": 0.5})
+    assert {int(i) for batch in only.train_dataloader() for i in batch.domain_B} == {1}
+    assert "\u2581judge" not in only.subwords.pieces(range(only.subwords.size("target")), "target")
+    assert len(only.blocks("val")["law"])  # it is evaluated
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": {"law": 1}}, "weights are of law, and the domains are law, sea: one for each"),
+        ({"weights": {"law": 1, "lake": 1}}, "weights are of law, lake, and the domains are law, sea"),
+        ({"weights": {"law": -1, "sea": 1}}, r"weights\.law=-1 must not be negative"),
+        ({"weights": {"law": 0, "sea": 0}}, "are not finite, or all 0"),
+        ({"weights": {"law": 1}, "domains": None, "train_files": "law.txt"}, "and the domains are none"),
+        ({"train_files": "law.txt"}, "train_files and their like are of text without domains"),
+        ({"domains": {"law": TextCorpus(document="file")}}, "dataset='text' needs train_files"),
+    ],
+)
+def test_impossible_domains_are_refused(root, options, message):
+    with pytest.raises(ValueError, match=message):
+        several(root, **options)
+
+
+def test_a_domain_without_text_is_named(root):
+    data = several(root)
+    (root / "law.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"of 0 documents in law\.txt none is left to train on"):
+        TextData(domains=data.domains, cache_dir=str(root / "cache")).setup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -23,9 +24,11 @@ from apps.compare.systems import find_systems
 from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.universal import Universal
-from apps.nlp.decode import DecodeConfig
+from apps.nlp.decode import DecodeConfig, generate_ids
+from apps.nlp.language.corpora import TextCorpus
 from apps.nlp.language.data import TextBatch, TextData, TextSize
 from apps.nlp.language.module import Block, LanguageMetrics, LanguageModeler
+from apps.nlp.language.report import LanguageReportConfig
 from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.step.distilling import DistilConfig
 from apps.train.step.module import OptimizerConfig
@@ -154,11 +157,6 @@ def test_a_router_that_sees_later_tokens_is_refused(data):
             core.MoEConfig(4, core.Task(num_tasks=2)),
             r"router Task \(.*\) needs context.task_ids_B, which",
         ),
-        (
-            core.MoEConfig(4, core.DomainRandom(2, 400)),
-            "needs context.domain_ids_B, which LanguageModeler does not",
-        ),
-        (core.MoEConfig(4, core.Domain(num_domains=4)), "Domain needs context.domain_ids_B or domain_weights_BE in tr"),
         (
             core.MoEConfig(4, balance=core.Balance(mutual_information=0.01, num_tasks=3)),
             "moe.balance needs context.task_ids_B, which LanguageModeler does not give",
@@ -348,3 +346,81 @@ def test_a_layer_that_is_used_again_learns_and_continues_a_text(data, tmp_path):
 def test_a_gate_of_a_layer_is_no_block_that_a_comparison_replaces(data):
     module = modeler(data, depths=MixtureOfDepths(0.5, predictor=True), depth_blocks=[1])
     assert module.moe_block_names == ("model.decoder.layers.1.ffn",)
+
+
+def of_domains(folder: Path, **options) -> TextData:
+    """Return text of two domains, colors and numbers."""
+    domains = {}
+    for name, text in zip(("colors", "numbers"), DOCUMENTS, strict=False):
+        (folder / f"{name}.txt").write_text(f"{text}\n" * 60)
+        files = dict.fromkeys(("train_files", "val_files", "test_files"), f"{name}.txt")
+        domains[name] = TextCorpus(root=str(folder), **files)
+    own = {"root": None, "train_files": None, "val_files": None, "test_files": None, "domains": domains}
+    return text_data(folder, **{**own, "block_size": 12, "batch_size": 8, **options})
+
+
+DEMIX = core.MoEConfig(2, core.Domain(2))
+
+
+def test_demix_learns_each_domain_by_its_expert_and_guesses_the_domain(tmp_path):
+    data = of_domains(tmp_path)
+    module = modeler(data, DEMIX, report=LanguageReportConfig(pictures=False))
+    made = trainer(tmp_path, max_epochs=3)
+    made.fit(module, data)
+    (metrics,) = made.test(module, data, verbose=False)
+    module.eval()
+    outs = [(batch, module.task_loss(batch).outputs) for batch in data.test_dataloader()]
+    for number, name in enumerate(data.domains):
+        own = [b for batch, blocks in outs for b, d in zip(blocks, batch.domain_B, strict=True) if d == number]
+        expected = math.exp(sum(b.nll for b in own) / sum(b.tokens for b in own))
+        assert metrics[f"test/perplexity_{name}"] == pytest.approx(expected, rel=1e-6)
+    batch = data.examples("test").__getitems__(torch.arange(len(data.examples("test"))))
+    nll_BE = module.domain_nll(batch)
+    assert torch.equal(nll_BE.argmin(1), batch.domain_B)  # its own expert knows a text best
+    assert_close(
+        nll_BE[batch.domain_B == 1, 1], module.domain_nll(batch._replace(domain_B=None))[batch.domain_B == 1, 1]
+    )
+    with open(tmp_path / "report" / "domains.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["domain"] for row in rows] == ["colors", "numbers"]
+    assert float(rows[0]["perplexity"]) == pytest.approx(metrics["test/perplexity_colors"], rel=1e-6)
+    assert 1 < float(rows[0]["perplexity_guessed"]) < 2 * float(rows[0]["perplexity"])
+    with open(tmp_path / "report" / "specialization.csv") as file:
+        about = {row["about"]: float(row["share"]) for row in csv.DictReader(file)}
+    assert about["domain"] == pytest.approx(1)  # an expert tells the domain
+    # A prompt of no known domain is continued by the experts that its words are likely under.
+    greedy = {"method": "greedy", "max_length_extra": 2}
+    assert module.predict(["one two", "red blue"], **greedy) == ["one two three four", "red blue green black"]
+
+
+def test_a_mixture_of_domains_is_decoded_as_it_is_scored(data):
+    network = modeler(data, DEMIX).model.eval()
+    weights_BE, tokens_BL = torch.tensor([[0.3, 0.7], [1.0, 0.0]]), torch.tensor([[EOS_ID, 260, 261], [EOS_ID, 262, 5]])
+    whole_BLV = network(tokens_BL, None, weights_BE)
+    config = DecodeConfig("beam", beam_size=2, num_return_sequences=1, max_length_ratio=0.0, max_length_extra=1)
+    found = generate_ids(network, tokens_BL, config, None, weights_BE)
+    best_B = whole_BLV[:, -1].log_softmax(-1).max(-1)
+    assert [ids[0] for ids in found.best] == best_B.indices.tolist()
+    assert_close(network(tokens_BL[1:], None, torch.tensor([0])), whole_BLV[1:])  # all weight on one is that one
+
+
+@pytest.mark.parametrize(
+    ("moe", "options", "message"),
+    [
+        (
+            core.MoEConfig(1, core.Domain(1)),
+            {},
+            "num_domains=1, which does not fit the domains colors, numbers: they have 2",
+        ),
+        (
+            core.MoEConfig(2, core.DomainRandom(2, 400)),
+            None,
+            r"needs context\.domain_ids_B, which LanguageModeler does not",
+        ),
+        (DEMIX, None, "Domain needs context.domain_ids_B or domain_weights_BE in training"),
+    ],
+)
+def test_domains_and_routers_that_do_not_fit_are_refused(data, tmp_path, moe, options, message):
+    data = data if options is None else of_domains(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, limit_train_batches=1).fit(modeler(data, moe), data)

@@ -235,7 +235,6 @@ def test_a_grown_layer_compiles():
 REFUSED = {
     "hash": (MoEConfig(4, core.Hash(20)), {}, "router Hash (arXiv 2106.04426) cannot grow"),
     "task": (MoEConfig(4, core.Task(3)), {}, "router Task (arXiv 2110.03742) cannot grow"),
-    "domain": (MoEConfig(4, core.Domain(4)), {}, "router Domain (arXiv 2108.05036) cannot grow"),
     "random": (MoEConfig(4, core.Random()), {}, "cannot grow"),
     "codes": (MoEConfig(4, core.DSelectK()), {}, "cannot grow"),
     "logits of all": (MoEConfig(4, TokenChoice(logit_norm=1.0)), {}, "router TokenChoice cannot grow"),
@@ -273,3 +272,20 @@ def test_other_layers_and_routers_are_refused():
         core.grow_experts(core.MoE(Mine(), core.FFN(4).build(4, D), pairs_per_token=1.0, dim=D), 1)
     with pytest.raises(ValueError, match=r"expert 4 is not in range\(4\)"):
         core.freeze_experts(built(MoEConfig(4)), [4])
+
+
+def test_a_domain_is_added_with_its_expert_and_taken_away_again():
+    layer, x = built(MoEConfig(2, core.Domain(2, top_k=2))).eval(), torch.randn(2, 3, 8)
+    layer.router.set_prior([1.0, 0.0])
+    of = [core.RoutingContext(domain_ids_B=torch.tensor([e, e])) for e in range(3)]
+    before, unknown = [layer(x, own) for own in of[:2]], layer(x)
+    assert core.grow_experts(layer, 1) == (2,)
+    assert layer.router.config == core.Domain(3, top_k=2)
+    assert [torch.equal(layer(x, own), y) for own, y in zip(of, before, strict=False)] == [True, True]
+    core.keep_experts(layer, [1, 2])  # the old domain 1 is 0 now
+    assert layer.router.config == core.Domain(2, top_k=2)
+    assert torch.equal(layer(x, of[0]), before[1])
+    core.keep_experts(layer, [0])
+    layer.router.prior.zero_()  # only the domain that went had a weight
+    assert torch.equal(layer(x), before[1])
+    assert not torch.equal(unknown, before[1])

@@ -124,3 +124,32 @@ def test_models_that_do_not_mix_are_refused(moe, modules, message):
 def test_refused_in_one_line(models, weights, message):
     with pytest.raises(ValueError, match=message):
         average_models(models, weights)
+
+
+class Doubled(nn.Module):
+    """A network that sees twice its model's input."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.fill_(value)
+
+    def forward(self, x):
+        return self.mlp(2 * x)
+
+
+def test_rows_of_gates_point_to_the_mean_input_of_their_examples():
+    models = [Doubled(0.1), Doubled(0.3)]
+    first = [torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 3.0]])]  # a sum of (3, 4), of norm 5
+    gates = core.example_gates(core.average_models(models), "mlp", [first, [torch.tensor([[0.0, -0.5]])]])
+    assert_close(gates["mlp"], torch.tensor([[0.6, 0.8], [0.0, -1.0]]))
+    sparse = mix_models(models, MoEConfig(2, TokenChoice(1)), "mlp", gates=gates)
+    assert_close(sparse.mlp.moe.router.gate.weight.detach(), gates["mlp"])
+    # At 2 (1, 1) the logits are 2.8 and -2, so that expert 0 answers at a gate of 1.
+    assert_close(sparse.mlp.moe.experts.w_in[0].detach(), torch.full((2, 3), 0.1))
+    with pytest.raises(ValueError, match="expert 1 has no examples to make its rows of the gates of"):
+        core.example_gates(models[0], "mlp", [first, []])
+    with pytest.raises(ValueError, match=r"router Cosine .* has no linear gate that examples could give rows to"):
+        mix_models(models, MoEConfig(2, core.Cosine(2)), "mlp", gates=gates)
