@@ -82,6 +82,10 @@ class Subwords(Checked):
         processor = self.processor(side)
         return [processor.id_to_piece(int(i)) for i in ids]
 
+    def surfaces(self, side: Side) -> list[bytes | None]:
+        """Return what each id writes within a text, in UTF-8; None: nothing, as specials, tags and ``UNK_ID``."""
+        return _surfaces(self.models[0 if side == "source" else -1])
+
     def tag_id(self, language: str) -> int:
         """Return the source side's id of the tag that asks for a translation into ``language``.
 
@@ -107,6 +111,17 @@ def _processor(model: str) -> Any:
     if specials != (PAD_ID, UNK_ID, BOS_ID, EOS_ID):
         raise ValueError(f"subwords: ids of pad, unk, bos, eos are {specials}, not {(PAD_ID, UNK_ID, BOS_ID, EOS_ID)}")
     return processor
+
+
+@functools.lru_cache(maxsize=8)
+def _surfaces(model: str) -> list[bytes | None]:
+    processor = _processor(model)
+    return [
+        bytes((int(piece[3:-1], 16),)) if processor.is_byte(i)
+        else None if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)
+        else piece.replace("\u2581", " ").encode()
+        for i, piece in enumerate(map(processor.id_to_piece, range(processor.vocab_size())))
+    ]  # fmt: skip
 
 
 _THREADS = 8

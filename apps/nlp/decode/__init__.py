@@ -23,13 +23,22 @@ sentence does not depend on it, nor on the rest of its batch, provided that the 
 
 from apps.nlp.decode.candidate import Candidate, in_columns, one_each
 from apps.nlp.decode.config import DecodeConfig, decoding
+from apps.nlp.decode.constraint import Constraint, TextConstraint, TrieConstraint
+from apps.nlp.decode.grammar import Chars, Grammar, GrammarConstraint, Ref
 from apps.nlp.decode.run import caption_ids, generate_ids, in_dtype, translate_ids
 from apps.nlp.decode.search import Hypotheses
 
 __all__ = [
     "Candidate",
+    "Chars",
+    "Constraint",
     "DecodeConfig",
+    "Grammar",
+    "GrammarConstraint",
     "Hypotheses",
+    "Ref",
+    "TextConstraint",
+    "TrieConstraint",
     "caption_ids",
     "decoding",
     "generate_ids",

@@ -16,6 +16,7 @@ from apps.base.messages import warn_once
 from apps.data.subwords import BOS_ID, PAD_ID
 from apps.nets.norms import RMSNorm
 from apps.nlp.decode.config import DecodeConfig
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.search import Hypotheses, search
 from core.convert.read.calls import evaluating
 from core.kernels import cpu
@@ -33,6 +34,7 @@ def translate_ids(
     task_ids_B: Tensor | None = None,
     domain_ids_B: Tensor | None = None,
     index_B: Tensor | None = None,
+    constraints: Sequence[Constraint] | None = None,
 ) -> Hypotheses:
     """Return the translations of a batch.
 
@@ -44,12 +46,13 @@ def translate_ids(
         config: how to search.
         task_ids_B, domain_ids_B: int64 (B,), for the routing context.
         index_B: int64 (B,), the sentences' numbers, which their random draws depend on; None: their places.
+        constraints: what each translation may be; the same object may stand for several.
 
     Raises:
-        ValueError: the model's log-probabilities are not finite.
+        ValueError: the model's log-probabilities are not finite, or a constraint allows no text that is short enough.
     """
     inputs = (source_BS, task_ids_B, domain_ids_B)
-    return _from_memory(model, inputs, _lengths(source_BS), config, index_B)
+    return _from_memory(model, inputs, _lengths(source_BS), config, index_B, constraints)
 
 
 def caption_ids(
@@ -73,7 +76,12 @@ def caption_ids(
 
 
 def _from_memory(
-    model: Any, inputs: Sequence[Tensor | None], lengths: Sequence[int], config: DecodeConfig, index_B: Tensor | None
+    model: Any,
+    inputs: Sequence[Tensor | None],
+    lengths: Sequence[int],
+    config: DecodeConfig,
+    index_B: Tensor | None,
+    constraints: Sequence[Constraint] | None = None,
 ) -> Hypotheses:
     """Search from the start of a text, over what the model's ``encode`` makes of a batch."""
     if not lengths:
@@ -84,7 +92,7 @@ def _from_memory(
         # A text is about as long as its source.
         steps = min(max(lengths), config.max_length(max(lengths)))
         with _steady(model, len(lengths) * config.width, steps):
-            return search(model, cache, bos_B1, lengths, config, index_B)
+            return search(model, cache, bos_B1, lengths, config, index_B, constraints)
 
 
 def generate_ids(
@@ -94,6 +102,7 @@ def generate_ids(
     task_ids_B: Tensor | None = None,
     domain_ids_B: Tensor | None = None,
     index_B: Tensor | None = None,
+    constraints: Sequence[Constraint] | None = None,
 ) -> Hypotheses:
     """Return a language model's continuation of each prompt: the ids that follow it, without the prompt's own.
 
@@ -106,9 +115,11 @@ def generate_ids(
         config: how to search; S in its maximal length are the prompt's ids.
         task_ids_B, domain_ids_B: int64 (B,), for the routing context.
         index_B: int64 (B,), the prompts' numbers, which their random draws depend on; None: their places.
+        constraints: what each continuation may be; the same object may stand for several.
 
     Raises:
-        ValueError: an empty prompt, or the model's log-probabilities are not finite.
+        ValueError: an empty prompt, the model's log-probabilities are not finite, or a constraint allows no text that
+            is short enough.
     """
     if not len(prompt_BL):
         return Hypotheses([], [])
@@ -120,7 +131,7 @@ def generate_ids(
         cache = model.start(len(prompt_BL), task_ids_B, domain_ids_B)
         steps = max(lengths) + config.max_length(max(lengths))
         with _steady(model, len(prompt_BL) * config.width, steps):
-            return search(model, cache, prompt_BL, lengths, config, index_B)
+            return search(model, cache, prompt_BL, lengths, config, index_B, constraints)
 
 
 def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:

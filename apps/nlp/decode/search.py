@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
 from apps.nlp.decode.choice import Choice, Report, ranked
 from apps.nlp.decode.config import DecodeConfig
+from apps.nlp.decode.constraint import Constraint, needs
 from apps.nlp.decode.sampling import drawn, draws
 from core.parallel import InStep
 
@@ -48,10 +49,14 @@ class Sentence:
         steps: of each step from the first choice on, the choices, and the sentence's place in it.
         finished: scores and ids of its best finished hypotheses, best first; of equal scores the one that ended first.
         done: nothing more is asked of it.
+        constraint: what its text may be; None: anything.
+        states: the constraint's state of each row; None of a row that is no hypothesis.
     """
 
     prompt: list[int]
     limit: int
+    constraint: Constraint | None = None
+    states: list[Hashable | None] = field(default_factory=list)
     steps: list[tuple[Report, int]] = field(default_factory=list)
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
     done: bool = False
@@ -80,6 +85,12 @@ class Sentence:
                 if log_prob > -math.inf and is_kept:
                     insort(self.finished, (score, self.ids(int(parent))), key=lambda hypothesis: -hypothesis[0])
                     del self.finished[config.num_kept :]
+        if self.constraint is not None:
+            rows = zip(*(part[place].tolist() for part in (report.token, report.parent, report.score)), strict=True)
+            self.states = [
+                self.constraint.advance(self.states[int(parent)], int(token)) if log_prob > -math.inf else None
+                for token, parent, log_prob in rows
+            ]
         self.steps.append((report, place))
         best_open = report.best[place]
         self.done = num_ids >= self.limit or not best_open > -math.inf
@@ -88,12 +99,23 @@ class Sentence:
 
 
 def search(
-    model: Any, cache: Any, prompt_BL: Tensor, lengths: Sequence[int], config: DecodeConfig, index_B: Tensor | None
+    model: Any,
+    cache: Any,
+    prompt_BL: Tensor,
+    lengths: Sequence[int],
+    config: DecodeConfig,
+    index_B: Tensor | None,
+    constraints: Sequence[Constraint] | None = None,
 ) -> Hypotheses:
     """Search by the loop that all methods share; a sentence's limit depends on its entry in ``lengths``.
 
+    With ``constraints``, one a sentence, an id is only taken if the text can still end in time.
+
     A sentence has one row in the batch until its first choice is made, and then k rows side by side. Ranks that share
     experts take as many steps as the one with the most: the others' rows are padding in the end.
+
+    Raises:
+        ValueError: a sentence has no text of finite log p, or its constraint allows none of at most its limit.
     """
     k, device, ranks = config.width, prompt_BL.device, InStep(model)
     prompts = [[i for i in row if i != PAD_ID] for row in prompt_BL.tolist()]
@@ -102,6 +124,9 @@ def search(
         Sentence(prompt, config.max_length(length, None if most is None else most - len(prompt)))
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
+    if constraints is not None:
+        _constrain(sentences, constraints, k)
+    needs_of: dict[tuple[int, Hashable], Tensor] = {}
     first = min(s.start for s in sentences)
     for t in range(first):
         ranks.go_on(True)
@@ -120,6 +145,8 @@ def search(
         score_bk = score_bk.to(log_prob_bkV.dtype)
         waiting = [sentences[i] for i in in_batch]
         _restrict(log_prob_bkV, waiting, step, config)
+        if constraints is not None:
+            _mask(log_prob_bkV, waiting, step, needs_of)
         for exact in (False, True):
             if draw_BkT is not None:
                 choice = drawn(log_prob_bkV, score_bk, draw_BkT[:, :, step], config)
@@ -190,6 +217,38 @@ def _restrict(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, co
         log_prob_kV = log_prob_bkV[place]
         end_k = log_prob_kV[:, EOS_ID].clone()
         log_prob_kV.fill_(-math.inf)[:, EOS_ID] = end_k
+
+
+def _constrain(sentences: Sequence[Sentence], constraints: Sequence[Constraint], k: int) -> None:
+    """Give each sentence its constraint, and the states of its k rows before the first choice."""
+    for i, (sentence, own) in enumerate(zip(sentences, constraints, strict=True)):
+        sentence.constraint, sentence.states = own, [own.start()] * k
+        if (least := own.least(sentence.states[0])) > sentence.limit:
+            raise ValueError(
+                f"sentence {i} of the batch may have {sentence.limit} tokens, and the shortest text of its constraint "
+                f"has {least:,}"
+            )
+
+
+def _mask(
+    log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, needs_of: dict[tuple[int, Hashable], Tensor]
+) -> None:
+    """Set to -inf what a constraint does not allow, and after what no end is near enough, in place."""
+    k, rows, left, needed = log_prob_bkV.shape[1], list[int](), list[int](), list[Tensor]()
+    for place, sentence in enumerate(sentences):
+        if sentence.constraint is None or sentence.done or step < sentence.start:
+            continue
+        for row, state in enumerate(sentence.states[:k]):
+            if state is not None:
+                key = id(sentence.constraint), state
+                if key not in needs_of:
+                    needs_of[key] = needs(sentence.constraint, state).to(log_prob_bkV.device)
+                rows.append(place * k + row)
+                left.append(sentence.limit - step + sentence.start - 1)
+                needed.append(needs_of[key])
+    if rows:
+        log_prob_RV, left_r = log_prob_bkV.flatten(0, 1), torch.tensor(left, device=log_prob_bkV.device)
+        log_prob_RV[rows] = log_prob_RV[rows].masked_fill(torch.stack(needed) > left_r[:, None], -math.inf)
 
 
 def _read_prompts(choice: Choice, sentences: Sequence[Sentence], step: int, method: str) -> None:

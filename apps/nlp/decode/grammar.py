@@ -1,0 +1,251 @@
+"""Context-free grammars: what a text may be, rule by rule."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apps.data.subwords import Side, Subwords
+from apps.nlp.decode.constraint import TextConstraint
+
+_LONGEST = 1 << 16
+"""Bytes of the shortest text of a rule at most."""
+_STEPS = 1 << 16
+"""Steps that a grammar keeps."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The texts of a rule.
+
+    Attributes:
+        name: of the rule.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Chars:
+    """A run of characters.
+
+    Attributes:
+        chars: the characters it may have.
+        least, most: of them; None: any number.
+        others: it may have all characters but ``chars``, which are ASCII then, and control characters.
+
+    Raises:
+        ValueError: no characters, numbers that contradict each other, or ``others`` of characters beyond ASCII.
+    """
+
+    chars: str
+    least: int = 1
+    most: int | None = None
+    others: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.others and not self.chars:
+            raise ValueError("Chars('') has no characters: give some, or others=True")
+        if self.others and not self.chars.isascii():
+            raise ValueError(f"Chars({self.chars!r}, others=True): only ASCII characters can be left out")
+        if self.least < 0 or (self.most is not None and self.most < self.least):
+            raise ValueError(f"Chars: least={self.least}, most={self.most} is not a number of characters")
+
+
+Symbol = bytes | frozenset[int] | Ref | Chars
+"""The rest of a literal, the bytes of which one comes next, a rule, or a run."""
+Stack = tuple[Symbol, ...]
+"""What is to come, the next first."""
+
+_TAIL = range(0x80, 0xC0)
+# Of a character beyond ASCII, without U+0080 to U+009F, which are control characters.
+_BEYOND: list[Stack] = [
+    tuple(frozenset(part) for part in parts)
+    for parts in [
+        ([0xC2], range(0xA0, 0xC0)), (range(0xC3, 0xE0), _TAIL),
+        ([0xE0], range(0xA0, 0xC0), _TAIL), ([*range(0xE1, 0xED), 0xEE, 0xEF], _TAIL, _TAIL),
+        ([0xED], range(0x80, 0xA0), _TAIL), ([0xF0], range(0x90, 0xC0), _TAIL, _TAIL),
+        (range(0xF1, 0xF4), _TAIL, _TAIL, _TAIL), ([0xF4], range(0x80, 0x90), _TAIL, _TAIL),
+    ]
+]  # fmt: skip
+
+
+class Grammar:
+    """A context-free grammar. As a ``Language``, its state is the set of stacks of what may come, each starting with
+    bytes. Alternatives are kept until they differ, so those with a long common start are better written as one.
+
+    Args:
+        rules: of each rule its alternatives, each a sequence of literals (``str``), rules (``Ref``) and runs
+            (``Chars``).
+        start: the rule of whole texts.
+
+    Raises:
+        ValueError: a rule that is missing, that never ends, whose shortest text has over 65,536 bytes, or that can
+            start with itself (left recursion).
+
+    Example::
+
+        Grammar({"start": [["yes"], ["no, ", Ref("why")]], "why": [[Chars("abc ", most=20)]]})
+    """
+
+    def __init__(self, rules: Mapping[str, Sequence[Sequence[str | Ref | Chars]]], start: str = "start") -> None:
+        self._rules = {
+            name: [tuple(_symbol(part, name, rules) for part in parts if part != "") for parts in alternatives]
+            for name, alternatives in rules.items()
+        }
+        if start not in rules:
+            raise ValueError(f"start={start!r} is not a rule")
+        self._start = Ref(start)
+        self._shortest: dict[str, bytes] = {}
+        self._find_shortest()
+        self._check_left()
+        self.step = functools.lru_cache(_STEPS)(self._step)
+
+    def start(self) -> frozenset[Stack]:
+        return self._heads([(self._start,)])
+
+    def ends(self, state: frozenset[Stack]) -> bool:
+        return () in state
+
+    def shortest(self, state: frozenset[Stack]) -> bytes:
+        return min(map(self._text, state), key=_order)
+
+    def _step(self, state: frozenset[Stack], byte: int) -> frozenset[Stack] | None:
+        moved: list[Stack] = []
+        for stack in state:
+            head = stack[0] if stack else b""
+            if isinstance(head, frozenset) and byte in head:
+                moved.append(stack[1:])
+            elif isinstance(head, bytes) and head[:1] == bytes((byte,)):
+                moved.append((head[1:], *stack[1:]) if len(head) > 1 else stack[1:])
+        return self._heads(moved) if moved else None
+
+    def _heads(self, stacks: Iterable[Stack]) -> frozenset[Stack]:
+        """Return the stacks with their first rules and runs replaced by what they may be."""
+        todo, seen, found = list(stacks), set[Stack](), set[Stack]()
+        while todo:
+            stack = todo.pop()
+            if stack in seen:
+                continue
+            seen.add(stack)
+            if stack and isinstance(stack[0], Ref | Chars):
+                todo += [(*alternative, *stack[1:]) for alternative in self._alternatives(stack[0])]
+            else:
+                found.add(stack)
+        return frozenset(found)
+
+    def _alternatives(self, symbol: Ref | Chars) -> Sequence[Stack]:
+        return self._rules[symbol.name] if isinstance(symbol, Ref) else _run(symbol)
+
+    # ---- checks
+
+    def _text(self, stack: Stack) -> bytes:
+        """Return the shortest text of a stack.
+
+        Raises:
+            KeyError: a rule of it has none yet.
+        """
+        return b"".join(
+            self._shortest[part.name] if isinstance(part, Ref)
+            else _character(part) * part.least if isinstance(part, Chars)
+            else _least(part)
+            for part in stack
+        )  # fmt: skip
+
+    def _find_shortest(self) -> None:
+        changed = True
+        while changed:
+            changed = False
+            for name, alternatives in self._rules.items():
+                known = [self._shortest[name]] if name in self._shortest else []
+                ready = (
+                    own for own in alternatives if all(p.name in self._shortest for p in own if isinstance(p, Ref))
+                )
+                best = min((*known, *map(self._text, ready)), key=_order, default=None)
+                if best is not None and [best] != known:
+                    self._shortest[name], changed = best, True
+                    if len(best) > _LONGEST:
+                        raise ValueError(f"the shortest text of rule {name!r} has more than {_LONGEST:,} bytes")
+        if endless := [name for name in self._rules if name not in self._shortest]:
+            raise ValueError(f"rule {endless[0]!r} never ends: a grammar without an end")
+
+    def _check_left(self) -> None:
+        """Reject rules that can start with themselves."""
+        first: dict[str, set[str]] = {name: set() for name in self._rules}
+        for name, alternatives in self._rules.items():
+            for part in (part for own in alternatives for part in self._leading(own)):
+                first[name].add(part)
+        for name in first:
+            reached, todo = set[str](), [*first[name]]
+            while todo:
+                if (at := todo.pop()) not in reached:
+                    reached.add(at)
+                    todo += first[at]
+            if name in reached:
+                raise ValueError(f"rule {name!r} can start with itself (left recursion)")
+
+    def _leading(self, stack: Stack) -> Iterable[str]:
+        """Yield the rules that an alternative can start with."""
+        for part in stack:
+            if isinstance(part, Ref):
+                yield part.name
+            if self._text((part,)):
+                return
+
+
+class GrammarConstraint(TextConstraint):
+    """The text is one of a grammar's.
+
+    Args:
+        grammar: the grammar.
+        subwords, side: as in ``TextConstraint``.
+    """
+
+    def __init__(self, grammar: Grammar, subwords: Subwords, side: Side = "target") -> None:
+        super().__init__(grammar, subwords, side)
+
+
+def _order(text: bytes) -> tuple[int, bytes]:
+    return len(text), text
+
+
+def _symbol(part: Any, name: str, rules: Mapping[str, Any]) -> Symbol:
+    if isinstance(part, Ref) and part.name not in rules:
+        raise ValueError(f"rule {name!r} refers to {part.name!r}, which is not a rule")
+    if not isinstance(part, str | Ref | Chars):
+        raise ValueError(f"rule {name!r}: {part!r} is not a text, a Ref or Chars")
+    return part.encode() if isinstance(part, str) else part
+
+
+@functools.cache
+def _one_of(chars: str, others: bool) -> list[Stack]:
+    """Return the alternatives of one character."""
+    if others:
+        return [(frozenset(range(0x20, 0x7F)) - frozenset(chars.encode()),), *_BEYOND]
+    ascii_bytes = frozenset(ord(char) for char in chars if char.isascii())
+    beyond: list[Stack] = [(char.encode(),) for char in dict.fromkeys(chars) if not char.isascii()]
+    return [*([(ascii_bytes,)] if ascii_bytes else []), *beyond]
+
+
+def _least(part: Symbol) -> bytes:
+    """Return the first of the texts of bytes in byte order."""
+    return part if isinstance(part, bytes) else bytes((min(part),))  # type: ignore[arg-type]
+
+
+def _character(run: Chars) -> bytes:
+    """Return the shortest character of a run."""
+    texts = (b"".join(_least(part) for part in own) for own in _one_of(run.chars, run.others))
+    return min(texts, key=_order)
+
+
+def _run(run: Chars) -> list[Stack]:
+    """Return the alternatives of a run."""
+    if run.least == run.most == 1:
+        return _one_of(run.chars, run.others)
+    one = Chars(run.chars, 1, 1, run.others)
+    rest = Chars(run.chars, 0, None if run.most is None else run.most - max(run.least, 1), run.others)
+    if run.least:
+        return [(*[one] * run.least, rest)]
+    return [()] if run.most == 0 else [(), (one, rest)]
