@@ -7,9 +7,11 @@ import functools
 import itertools
 import re
 import sqlite3
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from apps.nlp.decode.grammar import Ref
 from apps.nlp.sql.execution import opened
@@ -21,25 +23,6 @@ _DIGITS = 9
 """Digits of a LIMIT at most: SQLite takes 64 bits."""
 _EDGES = "\"'“”‘’?!.,;:()"
 
-_STATEMENT = """\
-start:SELECT {columns} FROM {source}{rest}|SELECT DISTINCT {columns} FROM {source}{rest}
-columns:*|{items}
-items:{item}|{item}, {items}
-item:{column}|{aggregate}
-aggregate:COUNT(*)|COUNT({column})|COUNT(DISTINCT {column})|MIN({column})|MAX({column})|AVG({number})|SUM({number})
-rest:{order}|{group}| WHERE {condition}{order}| WHERE {condition}{group}
-condition:{test}|{test} AND {condition}|{test} OR {condition}
-test:{number}{compared}{value}|{number} BETWEEN {value} AND {value}|{text}{compared}'{span}'|{text} LIKE {pattern}\
-|{column} IS NULL|{column} IS NOT NULL
-compared: = | > | < | >= | <= | !=\x20
-pattern:'{span}'|'{span}%'|'%{span}'|'%{span}%'
-group: GROUP BY {column}{grouped}| GROUP BY {column} HAVING {aggregate}{compared}{value}{grouped}
-order:{limit}| ORDER BY {column}{direction}{limit}
-grouped:{limit}| ORDER BY {item}{direction}{limit}
-direction:| ASC| DESC
-limit:| LIMIT {most}"""
-"""The alternatives of each rule, between bars; spaces count. The other rules are the names and values at hand."""
-_LINES = [line.partition(":") for line in _STATEMENT.splitlines()]
 Rules = dict[str, list[list[str | Ref]]]
 
 
@@ -130,14 +113,19 @@ def grammar_of(schema: Schema, question: str) -> Rules:
         for kind, other in (("column", ""), ("number", "text"), ("text", "number")):
             rules[f"{kind}{place}"] = [[name] for name, own in columns.items() if own != other]
         rules[f"source{place}"] = [[source]]
-        for name, _, alternatives in _LINES:
-            rules[f"{name}{place}"] = [_parts(text, place, values) for text in alternatives.split("|")]
+        for name, alternatives in _statement().items():
+            rules[f"{name}{place}"] = [_parts(text, place, values) for text in alternatives]
         rules["start"].append([Ref(f"start{place}")])
     return _possible(rules)
 
 
+@functools.cache
+def _statement() -> dict[str, list[str]]:
+    return yaml.safe_load(Path(__file__).with_name("select.yaml").read_text())
+
+
 def _parts(text: str, place: int, shared: Container[str]) -> list[str | Ref]:
-    """Split an alternative of ``_STATEMENT`` into literals and rules, which are those of a place unless shared."""
+    """Split an alternative into literals and rules, which are those of a place unless shared."""
     parts = re.split(r"{(\w+)}", text)
     named = [Ref(name if name in shared else f"{name}{place}") for name in parts[1::2]]
     return [part for pair in itertools.zip_longest(parts[::2], named) for part in pair if part]
@@ -147,10 +135,15 @@ def _possible(rules: Rules) -> Rules:
     """Leave out rules without alternatives, such as the text columns of a table that has none, and what needs them."""
     while True:
         there = {name for name, alternatives in rules.items() if alternatives}
-        left = {name: [own for own in rules[name] if {p.name for p in own if isinstance(p, Ref)} <= there] for name in there}
+        left = {name: [own for own in rules[name] if _named(own) <= there] for name in there}
         if left == rules:
             return left
         rules = left
+
+
+def _named(alternative: Sequence[str | Ref]) -> set[str]:
+    """Return the rules that an alternative refers to."""
+    return {part.name for part in alternative if isinstance(part, Ref)}
 
 
 def _sources(schema: Schema) -> dict[str, dict[str, str]]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from apps.nlp.decode.grammar import Grammar, Ref
+from apps.nlp.decode.grammar import Ref
 from apps.nlp.sql.execution import execute
-from apps.nlp.sql.schema import Rules, grammar_of, read_schema, serialized
+from apps.nlp.sql.schema import Rules, grammar_of, read_schema
 
 _SCHEMAS = {
     "plain": "CREATE TABLE airports (faa TEXT, name TEXT, alt INTEGER, lat REAL)",
@@ -21,7 +21,7 @@ _SCHEMAS = {
         " odd INT REFERENCES school(missing))"
     ),
     "names": 'CREATE TABLE "order" ("group" TEXT, "unit price" REAL, "a""b" BLOB, left DATE, "1st" INT)',
-    "shared": "CREATE TABLE flights (dest TEXT, hour INT, delay); CREATE TABLE weather (hour INT, temp REAL, dest TEXT)",
+    "shared": "CREATE TABLE flights (dest TEXT, hour INT, late); CREATE TABLE weather (hour INT, temp REAL, dest TEXT)",
     "text": "CREATE TABLE words (word TEXT)",
     "numbers": "CREATE TABLE points (x REAL, y REAL)",
 }
