@@ -19,12 +19,14 @@ class Memory:
         x_BSD: (B, S, D), the encoder's output.
         valid_BS: bool (B, S), True for non-padding tokens.
         task_ids_B, domain_ids_B: int64 (B,), the ids that the routers were given; or None.
+        ids_BS: int64 (B, S), the source's own ids; None: it has none.
     """
 
     x_BSD: Tensor
     valid_BS: Tensor
     task_ids_B: Tensor | None = None
     domain_ids_B: Tensor | None = None
+    ids_BS: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x_BSD)
@@ -52,6 +54,7 @@ class Cache:
         store: (layers, 2, N * Hkv, capacity, d), keys and values of the N sentences' slots.
         memory: (layers, 2, N, Hkv, S, d), keys and values of the source sentences; None in a language model.
         memory_bias: (N * Hkv, 1, S), hides their padding; None if there is none.
+        source: the N source sentences, for a read-out that copies from them; None: it does not.
     """
 
     def __init__(
@@ -64,7 +67,9 @@ class Cache:
         memory_bias: Tensor | None = None,
         task_ids_R: Tensor | None = None,
         domain_ids_R: Tensor | None = None,
+        source: Memory | None = None,
     ) -> None:
+        self.source = source
         self.store, self.memory, self.memory_bias = store, memory, memory_bias
         self.num_kv_heads, self.group, self.copies = num_kv_heads, group, 1
         self.task_ids_R, self.domain_ids_R = task_ids_R, domain_ids_R
@@ -226,6 +231,10 @@ class Cache:
             store = store.index_select(2, sentence_N)
             self.memory = None if self.memory is None else self.memory.index_select(2, sentence_N)
         self.store = store.flatten(2, 3)
+        if self.source is not None and self.source.ids_BS is not None:
+            own = (self.source.x_BSD, self.source.valid_BS, self.source.ids_BS)
+            x_NSD, valid_NS, ids_NS = (part.index_select(0, sentence_N) for part in own)
+            self.source = Memory(x_NSD, valid_NS, ids_BS=ids_NS)
         self._hidden_NS = {layer: of.index_select(0, sentence_N) for layer, of in self._hidden_NS.items()}
         if self.memory_bias is not None:
             assert self.memory is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -199,7 +199,15 @@ class OutputLogits:
             return cls(h_BLD[real_BL], weight_VD)
         return cls(h_BLD.masked_fill(~real_BL[..., None], 0).flatten(0, 1), weight_VD, real_BL.flatten())
 
-    def divergence(self, teacher: OutputLogits, temperature: float) -> Tensor:
+    def cross_entropy(self, target_T: Tensor, label_smoothing: float) -> Tensor:
+        """Return ``linear_cross_entropy`` of the targets."""
+        return linear_cross_entropy(self.h_TD, self.weight_VD, target_T, label_smoothing, real=self.real_T)
+
+    def scores(self, target_T: Tensor) -> TargetScores:
+        """Return ``target_scores`` of the targets."""
+        return target_scores(self.h_TD, self.weight_VD, target_T)
+
+    def divergence(self, teacher: OutputLogits | LogProbs, temperature: float) -> Tensor:
         """Return the mean over the T targets of ``KL(teacher || self)``, (), in chunks of rows; 0 without rows.
 
         The dtypes are as in ``linear_cross_entropy``. One backward, which gives the teacher no gradient.
@@ -208,10 +216,39 @@ class OutputLogits:
             teacher: logits of the same targets; its D may be another.
             temperature: divides both logits.
         """
+        if isinstance(teacher, LogProbs):
+            raise ValueError("the teacher copies from the source, and the model does not: both need the same copy")
         h, weight = self.h_TD, self.weight_VD
         dtype = _dtype_of_products(h, weight)
         with torch.autocast(h.device.type, enabled=False):
             return _LinearDivergence.apply(h, weight, teacher, temperature, dtype)
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """The log-probabilities of T targets over a vocabulary, with the methods of ``OutputLogits``.
+
+    Attributes:
+        log_p_TV: float32 (T, V); float64 if the model is.
+    """
+
+    log_p_TV: Tensor
+    real_T: ClassVar[None] = None
+
+    def cross_entropy(self, target_T: Tensor, label_smoothing: float) -> Tensor:
+        nll_T = -self.log_p_TV.gather(1, target_T[:, None]).squeeze(1)
+        smooth_T = -self.log_p_TV.mean(1) if label_smoothing else nll_T
+        return torch.lerp(nll_T, smooth_T, label_smoothing).sum() / max(len(target_T), 1)
+
+    def scores(self, target_T: Tensor) -> TargetScores:
+        nll_T = -self.log_p_TV.gather(1, target_T[:, None]).squeeze(1)
+        return TargetScores(nll_T.detach(), self.log_p_TV.argmax(1) == target_T)
+
+    def divergence(self, teacher: OutputLogits | LogProbs, temperature: float) -> Tensor:
+        if not isinstance(teacher, LogProbs):
+            raise ValueError("the model copies from the source, and the teacher does not: both need the same copy")
+        log_q_TV, log_p_TV = ((own.log_p_TV / temperature).log_softmax(-1) for own in (self, teacher))
+        return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum() / max(len(log_q_TV), 1)
 
 
 class TargetScores(NamedTuple):

@@ -8,6 +8,7 @@ gives the chosen blocks another FFN, and changes nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from apps.nets import blocks
 from apps.nets.attention import CrossAttention, SelfAttention, key_bias, product_dtype
 from apps.nets.blocks import FFNConfig, MoEs, ffns_of, moe_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
+from apps.nets.copying import CopyGate
 from apps.nets.decode_cache import Cache, Memory
 from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
 from apps.nets.expert_attention import ExpertAttention, attention_experts, check_rows
@@ -75,6 +77,16 @@ class _Decoding(nn.Module):
         scale = self.config.logits_scale
         return cpu.linear(h if scale == 1.0 else h * scale, self.output_weight)
 
+    def next_logits(self, h_BLD: Tensor, source: Memory | None, real_BL: Tensor | None = None) -> Tensor:
+        """Return the logits of the token after each of (B, L, D) hidden states, (B, L, V).
+
+        Args:
+            h_BLD: hidden states.
+            source: the sentences' sources, for a read-out that copies from them.
+            real_BL: bool, the T tokens that are wanted, (T, V); None: all.
+        """
+        return self.logits(h_BLD if real_BL is None else h_BLD[real_BL])
+
     def step_weights(self) -> list[Tensor]:
         """Return the (N, K) weights by which every step multiplies its rows, experts' and gates' aside."""
         once = [layer.cross_attn.kv for layer in self.decoder.layers if layer.cross_attn is not None]
@@ -101,7 +113,7 @@ class _Decoding(nn.Module):
             return expert.heads_per_expert, expert.head_dim
         return self.config.shape.num_kv_heads, self.config.shape.head_dim
 
-    def _new_cache(self, num_sentences: int, like: Tensor, **kept: Tensor | None) -> Cache:
+    def _new_cache(self, num_sentences: int, like: Tensor, **kept: Any) -> Cache:
         (heads, width), shape = self.kept_heads, self.config.shape
         group = shape.group if self.attention_moe is None else 1
         size = (shape.decoder_layers, 2, num_sentences * heads, SLOTS, width)
@@ -114,6 +126,7 @@ class _Decoding(nn.Module):
         task_ids_B: Tensor | None = None,
         domain_ids_B: Tensor | None = None,
         memory_valid_BS: Tensor | None = None,
+        source: Memory | None = None,
     ) -> Tensor:
         """Map (B, L) ids that follow a past's to the (B, L, V) logits of the token after each.
 
@@ -125,10 +138,11 @@ class _Decoding(nn.Module):
             past: takes in these positions.
             task_ids_B, domain_ids_B: int64 (B,), for routers that ask for them.
             memory_valid_BS: bool, True for the non-padding tokens of the memory; None in a language model.
+            source: as in ``next_logits``.
         """
         context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, task_ids_B, domain_ids_B)
         x_BLD = self.embed_target(tokens_BL)
-        return self.logits(self.decoder(x_BLD, context, None, memory_valid_BS, past))
+        return self.next_logits(self.decoder(x_BLD, context, None, memory_valid_BS, past), source)
 
     @torch.no_grad()
     def step(self, token_R: Tensor, cache: Cache) -> Tensor:
@@ -142,7 +156,8 @@ class _Decoding(nn.Module):
             (R, V) logits of the next token, float32; float64 if the model is.
         """
         h_RD = self.decoder.step(self.embed_target(token_R), token_R, token_R != PAD_ID, cache)
-        logits_RV = self.logits(h_RD)
+        # A sentence's rows lie side by side.
+        logits_RV = self.next_logits(h_RD.view(cache.num_sentences, cache.copies, -1), cache.source).flatten(0, 1)
         return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
 
     def reset_parameters(self) -> None:
@@ -183,6 +198,9 @@ class _Decoding(nn.Module):
 class MemoryDecoder(_Decoding):
     """The base of models whose decoder attends to a memory, which their ``encode`` makes of the source."""
 
+    copies = False
+    """Whether the read-out copies from the source."""
+
     def _choose(
         self, ffn: FFNConfig | MoEs | None, of_encoder: Blocks, encoder_layers: int, of_decoder: Blocks
     ) -> list[list[FFNConfig]]:
@@ -220,6 +238,7 @@ class MemoryDecoder(_Decoding):
             memory_bias=key_bias(memory.valid_BS, self.config.shape.num_kv_heads, memory.x_BSD),
             task_ids_R=memory.task_ids_B,
             domain_ids_R=memory.domain_ids_B,
+            source=memory if self.copies else None,
         )
 
     def attention_to(self, memory: Memory, target_BL: Tensor) -> Tensor:
@@ -241,6 +260,7 @@ class TranslationModel(MemoryDecoder):
             ``apps.nets.blocks.resolve_blocks`` has them; "every2" is blocks 1, 3, 5, ... Without ``ffn`` they are not
             asked.
         attention_moe: attention experts instead of the self-attention in all blocks; None: there are none.
+        copies: words of the source can be copied, as ``CopyGate`` says: all logits are then log-probabilities.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -261,9 +281,14 @@ class TranslationModel(MemoryDecoder):
         encoder_moe_blocks: Blocks = "every2",
         decoder_moe_blocks: Blocks = "every2",
         attention_moe: core.MoEConfig | None = None,
+        copies: bool = False,
     ) -> None:
         super().__init__()
         check_rows(config, ffn, attention_moe)
+        if copies and target_vocab is not None:
+            raise ValueError(
+                "copy=True copies subwords of the source, so both sides need one vocabulary: data.tokenizer.joint=true"
+            )
         check_at_least(PAD_ID + 2, source_vocab=source_vocab, target_vocab=target_vocab)
         if target_vocab is not None and config.tie in ("all", "inputs"):
             raise ValueError(
@@ -286,7 +311,23 @@ class TranslationModel(MemoryDecoder):
         )
         own_output = config.tie in ("inputs", "none")
         self.output = cpu.Linear(shape.dim, self.target_vocab, bias=False) if own_output else None
+        self.copy_gate = CopyGate(shape.dim) if copies else None
         self.reset_parameters()
+
+    @property
+    def copies(self) -> bool:  # type: ignore[override]
+        return self.copy_gate is not None
+
+    def next_logits(self, h_BLD: Tensor, source: Memory | None, real_BL: Tensor | None = None) -> Tensor:
+        if self.copy_gate is None:
+            return super().next_logits(h_BLD, source, real_BL)
+        assert source is not None
+        assert source.ids_BS is not None
+        weight_BLS, gate_BL1 = self.copy_gate(h_BLD, source)
+        ids_BLS = source.ids_BS[:, None].expand(-1, h_BLD.shape[1], -1)
+        parts = (h_BLD, weight_BLS, gate_BL1, ids_BLS)
+        h, *others = parts if real_BL is None else [part[real_BL] for part in parts]
+        return CopyGate.mix(self.logits(h), *others)
 
     @property
     def target_embedding(self) -> nn.Embedding:
@@ -303,7 +344,7 @@ class TranslationModel(MemoryDecoder):
         valid_BS = source_BS != PAD_ID
         context = core.RoutingContext(valid_BS, source_BS, task_ids_B, domain_ids_B)
         x_BSD = self.encoder(self.source_embed(source_BS), context)
-        return Memory(x_BSD, valid_BS, task_ids_B, domain_ids_B)
+        return Memory(x_BSD, valid_BS, task_ids_B, domain_ids_B, source_BS)
 
     def forward(
         self,
@@ -313,7 +354,8 @@ class TranslationModel(MemoryDecoder):
         domain_ids_B: Tensor | None = None,
     ) -> Tensor:
         """Map (B, S) source and (B, L) target ids to (B, L, V) logits of the token after each; see ``encode``."""
-        return self.logits(self.decode(target_BL, self.encode(source_BS, task_ids_B, domain_ids_B)))
+        memory = self.encode(source_BS, task_ids_B, domain_ids_B)
+        return self.next_logits(self.decode(target_BL, memory), memory)
 
     def cross_attention(
         self,

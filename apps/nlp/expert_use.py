@@ -29,7 +29,7 @@ _MOST_PAIRS = 16  # language pairs up to which each has a row
 
 def write_use(use: TextUse, folder: Path, draw: bool = True) -> Section:
     """Write how specialized the layers are: ``specialization.csv``, ``expert_subwords.csv`` and, with ``draw``,
-    ``expert_language.png`` if there are several pairs, and ``expert_class.png``.
+    ``expert_language.png`` or ``expert_task.png`` if there are several of them, and ``expert_class.png``.
 
     Returns:
         The section for the page.
@@ -44,8 +44,9 @@ def write_use(use: TextUse, folder: Path, draw: bool = True) -> Section:
     path = folder / "expert_class.png" if draw else None
     maps = map_parts([(of, CLASSES) for of in classes], "a class of subwords", "class", path, _usual(classes))
     if len(use.pairs) > 1:
-        path = folder / "expert_language.png" if draw else None
-        maps += map_parts(language_counts(use), "a language", "language", path)
+        what = "language" if use.noun == "pair" else use.noun
+        path = folder / f"expert_{what}.png" if draw else None
+        maps += map_parts(language_counts(use), f"a {what}", what, path)
     return Section("What the experts are used for", (_table(rows), *maps, *load_parts(use.stats), typical))
 
 

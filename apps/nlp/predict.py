@@ -43,22 +43,23 @@ class Line(NamedTuple):
 def source_batches(
     lines: Iterable[str],
     subwords: Subwords,
-    pairs: Sequence[str],
-    pair: int,
+    group: int,
+    tag: str | None,
     max_length: int,
     tokens_per_batch: int,
     lines_at_once: int,
     start: int = 0,
 ) -> Iterator[tuple[TranslationBatch, list[str]]]:
-    """Yield batches of sentences to be translated, as the lines come, each with its lines.
+    """Yield batches of sources, as the lines come, each with its lines.
 
     Each line is in one batch, whose ``index_B`` is the line's number from 0. An empty one has a source of ``EOS_ID``
     alone (``batch.empty_B``).
 
     Args:
         lines: text; line ends and spaces around it do not count.
-        subwords, pairs: the model's.
-        pair: the place of the language pair among them.
+        subwords: the model's.
+        group: number of the language pair, or of the task.
+        tag: name of the tag before each source; None: there is none.
         max_length: tokens of a source, specials included; a longer one is cut, with a warning that names its line.
         tokens_per_batch: maximum of sentences per batch times the longest sentence.
         lines_at_once: lines that are read and batched with their neighbors in length.
@@ -67,8 +68,8 @@ def source_batches(
     Raises:
         ValueError: a line that is not text; those before it come first.
     """
-    tag = subwords.tag_id(pairs[pair].split("-")[1]) if subwords.languages else None
-    most = max_length - 1 - (tag is not None)
+    first = [] if tag is None else [subwords.tag_id(tag)]
+    most = max_length - 1 - len(first)
     following = start
     for chunk in chunks(itertools.islice(lines, start, None), lines_at_once, start):
         index_N = np.arange(following, following + len(chunk))
@@ -78,7 +79,7 @@ def source_batches(
             if len(row) > most:
                 message = "line %d has %d tokens: it is cut after %d (max_length=%d)"
                 log.warning(message, i + 1, len(row), most, max_length)
-        ids = [[*([tag] if tag is not None and row else []), *row[:most], EOS_ID] for row in rows]
+        ids = [[*(first if row else []), *row[:most], EOS_ID] for row in rows]
         length_N = np.array([len(row) for row in ids])
         order = np.argsort(length_N, kind="stable")
         bounds = cut_by_tokens(length_N[order], tokens_per_batch)
@@ -86,7 +87,7 @@ def source_batches(
             batch = TranslationBatch(
                 pad_sequence([torch.tensor(ids[i]) for i in at], batch_first=True, padding_value=PAD_ID),
                 torch.full((len(at), 1), BOS_ID),
-                torch.full((len(at),), pair),
+                torch.full((len(at),), group),
                 torch.from_numpy(index_N[at]),
             )
             yield batch, [chunk[i] for i in at]

@@ -47,7 +47,7 @@ _MARKED = {"<s>": 0, "</s>": 1, "<unk>": 3, "<pad>": 3}
 _SHORT = 4
 
 SIDES: tuple[Side, ...] = ("source", "target")
-Label = Literal["source language", "target language", "pair", "token class"]
+Label = Literal["source language", "target language", "pair", "task", "token class"]
 
 
 def token_classes(pieces: Sequence[str], counts_V: np.ndarray) -> np.ndarray:
@@ -127,7 +127,8 @@ class TextUse(ExpertUse):
     Args:
         tokens: says what the tokens are.
         subwords: of the ids.
-        pairs: language pairs, in the order of their numbers; one of any name for plain text.
+        pairs: language pairs, in the order of their numbers, or tasks; one of any name for plain text.
+        noun: "pair" or "task".
 
     Example::
 
@@ -136,8 +137,10 @@ class TextUse(ExpertUse):
         use.add(tape, pair_B)
     """
 
-    def __init__(self, tokens: Tokens, subwords: Subwords, pairs: Sequence[str]) -> None:
-        self.subwords, self.pairs = subwords, tuple(pairs)
+    def __init__(
+        self, tokens: Tokens, subwords: Subwords, pairs: Sequence[str], noun: Literal["pair", "task"] = "pair"
+    ) -> None:
+        self.subwords, self.pairs, self.noun = subwords, tuple(pairs), noun
         self.pair_B = np.zeros(0, np.int64)
         labels = {"sentence": Labels("sentence", None)}
         super().__init__(tokens, labels | {str(side): Labels(side, subwords.size(side)) for side in SIDES})
@@ -162,6 +165,8 @@ class TextUse(ExpertUse):
         """
         if len(self.pairs) < 2:
             return {}
+        if self.noun == "task":
+            return {"task": (self.pair_B, self.pairs)}
         labels: dict[Label, tuple[np.ndarray, tuple[str, ...]]] = {}
         for about, end in (("source language", 0), ("target language", 1)):
             of_P = [pair.split("-")[end] for pair in self.pairs]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import core
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from apps.data.text_files import CONTROL
+from apps.nets.decode_cache import Memory
 from apps.nets.past import Past
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.run import dropless
@@ -74,10 +75,12 @@ class DecoderNetwork(nn.Module):
             _numbered(inputs, "past_hidden"),
             _pairs(inputs, "memory_key", "memory_value"),
         )
+        ids, mask = (inputs.get("task_ids"), inputs.get("domain_ids")), inputs.get("memory_mask")
+        copied = {}
+        if mask is not None and "memory" in inputs:
+            copied["source"] = Memory(inputs["memory"], mask, ids_BS=inputs["source"])
         with dropless(self.model):
-            logits_BLV = self.model.go_on(
-                inputs["tokens"], past, inputs.get("task_ids"), inputs.get("domain_ids"), inputs.get("memory_mask")
-            )
+            logits_BLV = self.model.go_on(inputs["tokens"], past, *ids, mask, **copied)
         # Inputs of the next call, which are contiguous.
         kept = [*(part for pair in past.joined for part in pair), *past.joined_hidden]
         return logits_BLV, *(part.contiguous() for part in kept)
@@ -89,7 +92,8 @@ def graphs_with_memory(
     """Return the graphs "encoder" and "decoder" of a model that writes of a source.
 
     The encoder's outputs are "memory", "memory_mask", and "memory_key_i" and "memory_value_i" of each decoder layer i;
-    all but the first are inputs of the decoder, which ``decoder_graph`` describes.
+    all but the first are inputs of the decoder, which ``decoder_graph`` describes. If the model copies, the first and
+    the source are inputs too.
 
     Args:
         model: a ``MemoryDecoder`` with its ``encode``.
@@ -105,12 +109,17 @@ def graphs_with_memory(
     inputs = {name: source, **{field: source.new_zeros(_BATCH, dtype=torch.int64) for field in ids}}
     network = EncoderNetwork(model, ids)
     with evaluating(model), torch.no_grad():
-        _, *memory = network(*inputs.values())
+        memory = network(*inputs.values())
     layers = range(len(model.decoder.layers))
     outputs = ("memory", "memory_mask", *_named(layers, "memory_key", "memory_value"))
     axes = {name: dynamic, **{field: {0: "batch"} for field in ids}}
     encoder = Graph("encoder", network, inputs, outputs, axes)
-    return encoder, decoder_graph(model, "decoder", dict(zip(outputs[1:], memory, strict=True)), length)
+    read = dict(zip(outputs, memory, strict=True))
+    if model.copies:
+        read[name] = source
+    else:
+        del read["memory"]
+    return encoder, decoder_graph(model, "decoder", read, length)
 
 
 def decoder_graph(
@@ -143,7 +152,7 @@ def decoder_graph(
     for field, tensor in (memory or {}).items():
         inputs[field], dynamic[field] = tensor, {0: "batch"}
         if length is not None:
-            dynamic[field][1 if field == "memory_mask" else 2] = length
+            dynamic[field][1 if tensor.ndim < 4 else 2] = length
     for field in _named(layers, "past_key", "past_value"):
         inputs[field], dynamic[field] = weight.new_zeros(_BATCH, heads, _PAST, width), {0: "batch", 2: "past"}
     for field in _named(gated, "past_hidden"):

@@ -15,7 +15,7 @@ from apps.data.subwords import PAD_ID, Side, Subwords
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers, dense_twins
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import TokenGate
-from apps.nets.loss import OutputLogits, TargetScores, linear_cross_entropy, target_scores
+from apps.nets.loss import LogProbs, OutputLogits, TargetScores
 from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode.candidate import Candidate
 from apps.nlp.decode.config import DecodeConfig
@@ -97,37 +97,40 @@ class WritingModule(SparseModule, Comparable):
         """Return the decoder's output after each token but the last, (B, L - 1, D), and the targets, int64 (B, L)."""
         raise NotImplementedError
 
-    def distribution(self, batch: Any) -> OutputLogits:
+    def distribution(self, batch: Any) -> OutputLogits | LogProbs:
         """Return the logits of the tokens after the first, padding left out."""
-        return self._distribution(*self.hidden(batch))
+        return self.predicted(batch)[0]
 
-    def _distribution(self, h_BLD: Tensor, ids_BL: Tensor, packed: bool = False) -> OutputLogits:
+    def predicted(self, batch: Any, packed: bool = False) -> tuple[OutputLogits | LogProbs, Tensor]:
+        """Return the logits of the tokens after the first, and the targets, int64 (B, L).
+
+        Padding is left out; without ``packed`` it may stay as rows that do not count.
+        """
+        h_BLD, ids_BL = self.hidden(batch)
         h_BLD = h_BLD * self.transformer.logits_scale
-        return OutputLogits.of_real(h_BLD, ids_BL[:, 1:] != PAD_ID, self.model.output_weight, packed)
+        return OutputLogits.of_real(h_BLD, ids_BL[:, 1:] != PAD_ID, self.model.output_weight, packed), ids_BL
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the mean cross-entropy of the tokens after the first, padding left out.
 
         In evaluation it has no label smoothing, and ``outputs`` is the ``Foreseen`` of each row.
         """
-        h_BLD, ids_BL = self.hidden(batch)
-        predicted = self._distribution(h_BLD, ids_BL, packed=not self.training)
+        predicted, ids_BL = self.predicted(batch, packed=not self.training)
         target_BL, real_BL = ids_BL[:, 1:], ids_BL[:, 1:] != PAD_ID
         target_T = target_BL[real_BL] if predicted.real_T is None else target_BL.flatten()
-        h_TD, weight_VD = predicted.h_TD, predicted.weight_VD
         if self.training:
-            loss = linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing, real=predicted.real_T)
+            loss = predicted.cross_entropy(target_T, self.label_smoothing)
             return TaskOutput(loss, None, None, len(ids_BL), distribution=predicted)
-        scores = target_scores(h_TD, weight_VD, target_T)
+        scores = predicted.scores(target_T)
         loss = scores.nll_T.sum() / max(len(target_T), 1)  # without a token 0, as in training
         return TaskOutput(loss, per_sentence(scores, real_BL), None, len(ids_BL), weight=len(target_T))
 
     @torch.no_grad()
     def token_scores(self, batch: Any) -> tuple[TargetScores, Tensor]:
         """Return the scores of the T tokens after the first, padding left out, and where they are, bool (B, L - 1)."""
-        h_BLD, ids_BL = self.hidden(batch)
-        predicted, real_BL = self._distribution(h_BLD, ids_BL, packed=True), ids_BL[:, 1:] != PAD_ID
-        return target_scores(predicted.h_TD, predicted.weight_VD, ids_BL[:, 1:][real_BL]), real_BL
+        predicted, ids_BL = self.predicted(batch, packed=True)
+        real_BL = ids_BL[:, 1:] != PAD_ID
+        return predicted.scores(ids_BL[:, 1:][real_BL]), real_BL
 
     def cost_inputs(self, batch: Any) -> tuple[Tensor, ...]:
         """Return ``example_inputs`` with each (B, L) of ids cut or filled up with unknown tokens to its mean length:

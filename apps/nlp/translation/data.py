@@ -8,31 +8,25 @@ is needed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from apps.base.checks import check_at_least, check_name
-from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts
-from apps.data.loader import as_it_is, in_order
+from apps.base.checks import check_name
+from apps.data.array_files import ArrayFiles, ArrayWriter
 from apps.data.splits import Split
 from apps.data.store import identity
 from apps.data.subwords import train_subwords
-from apps.nlp.predict import given_lines, source_batches
-from apps.nlp.text.batches import TokenBatches, TranslationBatch, by_length, cut_by_tokens, evenly
+from apps.nlp.pairs.data import PairData
 from apps.nlp.text.corpora import Filters, Sizes, collect, parse_pairs
-from apps.nlp.text.data import SubwordData
 from apps.nlp.text.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus
 from apps.nlp.text.encoded_pairs import EncodedPairs, write_pairs
 
 log = logging.getLogger(__name__)
 
-_MUCH_PADDING = 0.05
 _MANY_LEFT_OUT = 0.25
 _NO_LOSS = ("(val)", "(test)", "of validation or test (train)")
 """Endings of reasons for which no training pair is lost."""
@@ -44,7 +38,7 @@ _MANY_IDENTICAL = 0.01
 """Share of copied sources in training that harms a translator (Khayrallah and Koehn 2018; Ott et al. 2018)."""
 
 
-class TranslationData(SubwordData):
+class TranslationData(PairData):
     """Sentence pairs in train, validation and test batches of `TranslationBatch`.
 
     Args:
@@ -96,7 +90,7 @@ class TranslationData(SubwordData):
         batch.source_BS, batch.target_BL
     """
 
-    unit = "pairs"
+    noun: ClassVar[str] = "pair"
     from_checkpoint = ("subwords", "pairs")
 
     def __init__(
@@ -127,7 +121,18 @@ class TranslationData(SubwordData):
         predict_lines: int = 2048,
         **kwargs: Any,
     ) -> None:
-        super().__init__(dataset, root, cache_dir, **kwargs)
+        super().__init__(
+            dataset,
+            root,
+            cache_dir,
+            max_length=max_length,
+            subset=subset,
+            temperature=temperature,
+            tokens_per_batch=tokens_per_batch,
+            eval_tokens_per_batch=eval_tokens_per_batch,
+            predict_lines=predict_lines,
+            **kwargs,
+        )
         own = Corpus(dataset, root, train_files, val_files, test_files, columns, val_size, test_size, mnemonic)
         self.corpora = (own, *corpora)
         known = NLP_DATASETS.get(dataset)
@@ -136,10 +141,8 @@ class TranslationData(SubwordData):
         if pairs is None and dataset in OWN:
             raise ValueError(f"dataset={dataset!r} needs pairs (--data.pairs), such as [en-de]")
         self.pairs: tuple[str, ...] = tuple(pairs or ())
-        self.subset, self.predict_pair, self.predict_lines = subset, predict_pair, predict_lines
+        self.predict_pair = self.predict_group = predict_pair
         self.filters = Filters(min_words, max_words, max_ratio, without, drop_identical)
-        self.max_length, self.temperature = max_length, temperature
-        self.tokens_per_batch, self.eval_tokens_per_batch = tokens_per_batch, eval_tokens_per_batch
         self._check_options()
         self._read_given(self._targets)
 
@@ -154,17 +157,18 @@ class TranslationData(SubwordData):
     def _targets(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(target for _, target in parse_pairs(self.pairs)))
 
-    def sources(self, split: str) -> list[str]:
-        """Return the source sentences of "val" or "test", by ``index_B`` of a batch."""
-        return read_texts(self.opened, f"{self._held_out(split)}_source_text")
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return self.pairs
 
-    def references(self, split: str) -> list[str]:
-        """Return the target sentences of "val" or "test", by ``index_B`` of a batch."""
-        return read_texts(self.opened, f"{self._held_out(split)}_target_text")
-
-    def pair_of(self, split: str) -> list[int]:
-        """Return the language pair of each sentence pair of "val" or "test", as its place in ``pairs``."""
-        return self.opened[f"{self._held_out(split)}_pair"].tolist()
+    def tags(self) -> Sequence[str] | None:
+        targets = [target for _, target in parse_pairs(self.pairs)]
+        if not self.subwords.languages and len(set(targets)) > 1:
+            raise ValueError(
+                f"pairs={list(self.pairs)} have several target languages, and the given subwords no tags to ask for "
+                "one: leave subwords out, so that they are learned with tags, or take pairs of one target"
+            )
+        return targets if self.subwords.languages else None
 
     # ---- Lightning
 
@@ -181,86 +185,11 @@ class TranslationData(SubwordData):
             raise ValueError(f"max_length={self.max_length} leaves none of the {len(pairs):,} training pairs")
         return self._pairs("train", torch.nonzero(fits).squeeze(1))
 
-    def batching(self, examples: EncodedPairs) -> dict[str, Any]:
-        return {"plan": self._plan(examples), "collate_fn": as_it_is, "draws": False}
-
-    def eval_loader(self, examples: EncodedPairs) -> DataLoader[Any]:
-        source_N, target_N = (side.clamp(max=self.max_length + 1).numpy() for side in examples.lengths())
-        order = by_length(source_N, target_N, np.arange(len(examples)))
-        bounds = cut_by_tokens(np.maximum(source_N, target_N)[order], self.eval_tokens_per_batch)
-        # The first few have all lengths: to look at a part of a split is to look at sentences like the others.
-        batches = [torch.from_numpy(order[bounds[i] : bounds[i + 1]]) for i in evenly(len(bounds) - 1)]
-        return in_order(_Whole(examples, batches), 1, self.num_workers)
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches to translate, read as they come by one process; ``target_BL`` is ``BOS_ID`` alone.
-
-        Without text and file, the test split.
-        """
-        return self.given_loader() if self.is_given else self.test_dataloader()
-
-    def given_batches(
-        self, lines: Iterable[str] | None = None, start: int = 0
-    ) -> Iterator[tuple[TranslationBatch, list[str]]]:
-        """Yield batches of sentences to be translated, as `source_batches` makes them with the data's options.
-
-        Args:
-            lines: text; None: the value of ``text`` or ``predict_file``.
-            start: lines before this one are passed over.
-
-        Raises:
-            ValueError: several pairs and no ``predict_pair``; a line that is not text.
-        """
-        lines = given_lines(self.text, self.predict_file, self.bad_lines) if lines is None else lines
-        pair = self._predict_pair()
-        budget, at_once = self.eval_tokens_per_batch, self.predict_lines
-        return source_batches(lines, self.subwords, self.pairs, pair, self.max_length, budget, at_once, start)
-
-    # ---- batches
-
-    def _pairs(self, split: str, positions: Tensor | None = None) -> EncodedPairs:
-        subwords = self.subwords
-        targets = [target for _, target in parse_pairs(self.pairs)]
-        if not subwords.languages and len(set(targets)) > 1:
-            raise ValueError(
-                f"pairs={list(self.pairs)} have several target languages, and the given subwords no tags to ask for "
-                "one: leave subwords out, so that they are learned with tags, or take pairs of one target"
-            )
-        tags = [subwords.tag_id(target) for target in targets] if subwords.languages else None
-        return EncodedPairs(self.opened, split, tags, self.max_length, positions)
-
-    def _plan(self, pairs: EncodedPairs) -> TokenBatches:
-        source_N, target_N = (side.numpy() for side in pairs.lengths())
-        return TokenBatches(source_N, target_N, self.tokens_per_batch, pairs.groups().numpy(), self.temperature)
-
-    def _predict_pair(self) -> int:
-        if self.predict_pair is None:
-            if len(self.pairs) > 1:
-                raise ValueError(f"predict_pair (--data.predict_pair) must name one of {', '.join(self.pairs)}")
-            return 0
-        return self.pairs.index(self.predict_pair)
-
     # ---- the encoded corpus
 
     @property
     def title(self) -> str:
         return f"{self.dataset} {' '.join(self.pairs)}"
-
-    def describe(self) -> str:
-        """Return one line: the pairs of each split, the rows left out, and how much of an epoch is padding."""
-        train = self.examples("train")
-        padding = self._plan(train).padding()
-        parts = [super().describe(), f"left out: {self._left_out() or 'none'}"]
-        parts.append(f"padding of an epoch: {100 * padding:.1f} %")
-        if padding > _MUCH_PADDING:
-            parts[-1] += f", less with tokens_per_batch (--data.tokens_per_batch) below {self.tokens_per_batch}"
-        for split in ("val", "test"):
-            present = set(self.pair_of(split))
-            if present and (lacking := [pair for p, pair in enumerate(self.pairs) if p not in present]):
-                parts.append(f"no {split} pairs of {', '.join(lacking)}")
-            if cut := int((torch.maximum(*self._pairs(split).lengths()) > self.max_length).sum()):
-                parts.append(f"{cut:,} of more than {self.max_length} tokens are cut ({split})")
-        return "; ".join(parts)
 
     def announce(self) -> None:
         """Log the description, and warn of a corpus that teaches to copy, or of which much is left out unasked."""
@@ -298,8 +227,7 @@ class TranslationData(SubwordData):
         return kept, lost, f"{self.title}: {share} are left out, and {kept:,} remain: {self._left_out()}; {advice}"
 
     def _left_out(self) -> str:
-        """Return how many pairs are left out, by reason and split."""
-        out = [f"{count:,} {reason}" for reason, count in self.opened.info["left_out"].items()]
+        out = [super()._left_out()] if self.opened.info["left_out"] else []
         if long := len(self._pairs("train")) - len(self.examples("train")):
             out.append(f"{long:,} of more than {self.max_length} tokens (train)")
         return ", ".join(out)
@@ -320,10 +248,7 @@ class TranslationData(SubwordData):
         collected = collect(corpora, self.pairs, self.filters)
         train = collected.splits["train"]
         if self.subset is not None:
-            if self.subset > len(train):
-                raise ValueError(f"subset={self.subset} exceeds the {len(train):,} training pairs")
-            chosen = np.random.RandomState(self.split_seed).permutation(len(train))[: self.subset]
-            collected.splits["train"] = train = train.take(np.sort(chosen))
+            collected.splits["train"] = train = train.take(self._drawn(len(train)))
         tags = self._targets if len(self._targets) > 1 else ()
         subwords = self._given or train_subwords(train.source, train.target, self.tokenizer, tags, self.cache)
         for split, pairs in collected.splits.items():
@@ -337,10 +262,6 @@ class TranslationData(SubwordData):
             }
         )
 
-    def _held_out(self, split: str) -> str:
-        check_name("split", split, ["val", "test"])
-        return split
-
     def _check_options(self) -> None:
         for corpus in self.corpora:
             check_corpus(corpus, is_read=not self.needs_no_dataset)
@@ -349,28 +270,5 @@ class TranslationData(SubwordData):
             known = dict.fromkeys(lang for corpus in self.corpora for lang in NLP_DATASETS[corpus.dataset].languages)
             for language in self.languages:
                 check_name("language", language, list(known))
-        check_at_least(
-            1,
-            tokens_per_batch=self.tokens_per_batch,
-            eval_tokens_per_batch=self.eval_tokens_per_batch,
-            predict_lines=self.predict_lines,
-            subset=self.subset,
-            temperature=self.temperature,
-        )
-        check_at_least(4, max_length=self.max_length)
         if self.predict_pair is not None:
             check_name("predict_pair", self.predict_pair, self.pairs)
-
-
-class _Whole(Dataset[Any]):
-    """Whole batches."""
-
-    def __init__(self, pairs: EncodedPairs, batches: list[Tensor]) -> None:
-        self.pairs, self.batches = pairs, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitems__(self, numbers: list[int]) -> TranslationBatch:
-        (number,) = numbers
-        return self.pairs.__getitems__(self.batches[number])

@@ -2,76 +2,49 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from lightning.pytorch import LightningModule, Trainer
 
 import core
 from apps.base.files import replacing
 from apps.data.text_files import num_words
-from apps.nlp.expert_use import write_use
-from apps.nlp.text.batches import TranslationBatch
+from apps.nlp.pairs.report import Collected, PairReport, PairReportConfig, examples, side_by_side, write_sentences
 from apps.nlp.text.foreseen import Judged
-from apps.nlp.text.report import WrittenReport
 from apps.nlp.text.scores import scorer, signature
 from apps.nlp.translation.metrics import TranslationMetrics, corpus_metrics, signatures
-from apps.nlp.translation.routes import expert_use, usual_sentences, write_sentence
-from apps.report.base import ReportConfig, computed_metrics, spread_batches
-from apps.report.page import Code, Part, Section, Table
+from apps.report.page import Code, Section, Table
 from apps.report.tables import write_csv
 from apps.report.use import check_bounds, range_names, ranges_of
-from core.fields import CountOrZero
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
 
 
 @core.register_config
 @dataclass(frozen=True)
-class TranslationReportConfig(ReportConfig):
+class TranslationReportConfig(PairReportConfig):
     """Options of what ``moesaic test`` adds to the scores of a translation model.
 
     Attributes:
         lengths: words of a reference up to which its sentences are one group, ascending; longer ones are the last. In
             scripts without spaces between words each character counts.
-        samples: translations shown, at equal steps through the test set.
-        sentences: sentences whose attention and experts are plotted; 0 plots none.
 
     Raises:
         ValueError: a number out of its range.
     """
 
-    routing_examples: CountOrZero = 2000
     lengths: tuple[int, ...] = (5, 10, 15, 20, 30, 50)
-    samples: CountOrZero = 5
-    sentences: CountOrZero = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bounds("report.lengths", self.lengths)
 
-    def brief(self) -> Self:
-        return dataclasses.replace(self, samples=0)  # a comparison shows them of all models
 
-
-@dataclass(frozen=True)
-class _Collected:
-    """The metrics of a test, and what its sentences were translated by and from; ``sources`` None: unknown."""
-
-    metrics: TranslationMetrics
-    module: Any
-    batches: Sequence[TranslationBatch]
-    sources: Sequence[str] | None
-    run: Path
-
-
-class TranslationReport(WrittenReport):
+class TranslationReport(PairReport):
     """After a test: the scores by language pair and by length with sacrebleu's signatures, translations, and of a
     sparse model how far its experts are specialized.
 
@@ -85,31 +58,12 @@ class TranslationReport(WrittenReport):
     """
 
     config: TranslationReportConfig
-    of_batches = "the use of experts and the pictures of sentences"
+    metrics = TranslationMetrics
 
-    def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
-        metrics = computed_metrics(pl_module, TranslationMetrics)
-        if metrics is None or not metrics.pieces:
-            return None
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        sources = data.sources("test") if hasattr(data, "sources") else None
-        return _Collected(metrics, pl_module, self.batches(trainer, pl_module), sources, Path(trainer.default_root_dir))
-
-    def write(self, collected: _Collected, folder: Path) -> list[Section]:
-        module, pictures = collected.module, self.config.pictures
-        metrics = collected.metrics
-        scores = write_scores(metrics.pieces, metrics.tokenizers, collected.sources, folder, self.config)
-        sections = []
-        if core.moe_layers(module.model) and (some := spread_batches(collected.batches, self.config.routing_examples)):
-            sections.append(write_use(expert_use(module, some), folder, draw=pictures))
-        if pictures:
-            shown: list[Part] = []
-            for number, sentence in enumerate(usual_sentences(collected.batches, self.config.sentences), 1):
-                shown += write_sentence(module, sentence, number, folder)
-            if shown:
-                sections.append(Section("Words in sentences", tuple(shown)))
-            self.write_curves(collected.run, folder)
-        return [*sections, scores]
+    def write_scores(self, collected: Collected, folder: Path) -> Section:
+        return write_scores(
+            collected.metrics.pieces, collected.metrics.tokenizers, collected.sources, folder, self.config
+        )
 
 
 def write_scores(
@@ -137,11 +91,13 @@ def write_scores(
     titles = {name: name.replace("bleu", "sacreBLEU").replace("chrf", "chrF++").replace("_", " ", 1) for name in signed}
     signed_lines = "\n".join(f"{titles[name]} {text}" for name, text in signed.items())
     tables = (_table(signed_lines, "pair", by_pair), _table("By words of the reference", "words", by_length))
-    shown = examples(sentences, pairs, sources)
-    samples = side_by_side({"hypothesis": shown}, config.samples)
+    shown = examples(sentences, "pair", pairs, sources)
+    samples = side_by_side({"hypothesis": shown}, "pair", config.samples)
     write_csv(folder / "pairs.csv", [{**row, **_signed(row, tokenizers)} for row in by_pair])
     write_csv(folder / "lengths.csv", by_length)
-    write_sentences(folder / "sentences.jsonl", sentences, shown)
+    chrf = scorer("chrf")
+    scores = [{"chrf": round(chrf.sentence_score(s.written, [s.reference]).score, 2)} for s in sentences]
+    write_sentences(folder / "sentences.jsonl", "sentence", sentences, shown, scores)
     with replacing(folder / "signatures.txt") as file:
         file.writelines(f"{name} {text}\n" for name, text in signed.items())
     code = (Code("Translations", samples),) if samples else ()
@@ -190,50 +146,3 @@ def _table(title: str, what: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         for row in rows
     )
     return Table(title, (what, "sentences", *_COLUMNS.values(), "length ratio"), lines)
-
-
-def examples(sentences: Sequence[Judged], pairs: Sequence[str], sources: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Return each sentence's index, pair, source where it is known, reference and hypothesis."""
-    return [
-        {
-            "index": s.index,
-            "pair": pairs[s.group],
-            **({} if sources is None else {"source": sources[s.index]}),
-            "reference": s.reference,
-            "hypothesis": s.written,
-        }
-        for s in sentences
-    ]
-
-
-def side_by_side(systems: Mapping[str, Sequence[Mapping[str, Any]]], count: int) -> str:
-    """Return ``count`` test sentences, at equal steps through those that all systems have, with their translations.
-
-    Args:
-        systems: the ``examples`` of each system, by its heading.
-        count: how many sentences.
-    """
-    translations = {name: {s["index"]: s for s in own} for name, own in systems.items()}
-    first = next(iter(translations.values()), {})
-    shared = sorted(index for index in first if all(index in own for own in translations.values()))
-    width = max((len(name) for name in (*systems, "reference")), default=0) + 2
-    lines: list[str] = []
-    count = min(count, len(shared))
-    for number in range(count):
-        index = shared[number * len(shared) // count]
-        given = first[index]
-        lines += ["", f"{given['pair']}, sentence {index + 1}"]
-        lines += [f"  {key:<{width}}{given[key]}" for key in ("source", "reference") if key in given]
-        lines += [f"  {name:<{width}}{own[index]['hypothesis']}" for name, own in translations.items()]
-    return "\n".join(lines[1:])
-
-
-def write_sentences(path: Path, sentences: Sequence[Judged], shown: Sequence[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line for each sentence, from its ``examples``, with its scores."""
-    chrf = scorer("chrf")
-    with replacing(path) as file:
-        for s, example in zip(sentences, shown, strict=True):
-            score = round(chrf.sentence_score(s.written, [s.reference]).score, 2)
-            row = {"sentence": s.index + 1, **example, "chrf": score, "search_score": s.log_prob}
-            del row["index"]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -22,7 +22,7 @@ import core
 from apps.nets.blocks import FFNConfig, MoEs, feed, ffn_configs, resolve_blocks
 from apps.vision.generation.diffusion import bands
 from apps.vision.model import VariantSizes, build_ffn
-from core.fields import Checked, Count
+from core.fields import Count
 from core.kernels import cpu
 
 # embed_dim, depth, num_heads. S/B/L/XL are DiT's; nano is ours, for images of about 28x28 on a CPU.

@@ -34,7 +34,7 @@ def test_both_sides_have_the_experts_of_their_pass(translator):
     model, exhibit = translator
     answer = answered(exhibit, "red green blue", "en-fr")
     assert list(answer.layers) == ["encoder 0", "decoder 1"]
-    ((batch, _),) = source_batches(["red green blue"], model.subwords, model.pairs, 1, 256, 256, 1)
+    ((batch, _),) = source_batches(["red green blue"], model.subwords, 1, model.tag_of(1), 256, 256, 1)
     with core.record(model.model) as tape:
         model.model.encode(batch.source_BS, *model._ids(batch))
     (words,) = answer.layers["encoder 0"]

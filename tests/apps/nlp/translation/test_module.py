@@ -19,7 +19,7 @@ from resuming import Stop, differences
 from taught import kl, saved, taught
 from torch.testing import assert_close
 
-import apps.nlp.translation.module as module_file
+import apps.nlp.pairs.module as module_file
 import core
 from apps.cli import main as moesaic
 from apps.cli.train import build, quiet
@@ -219,7 +219,7 @@ def test_data_of_other_subwords_or_pairs_are_refused(data, two, tmp_path):
     with pytest.raises(ValueError, match=f"the model's subwords have digest {own}, the data's {other}"):
         trainer(tmp_path).validate(module, two, verbose=False)
     turned = copy_data(Path(data.corpora[0].root), subwords=data.subwords, pairs=["de-en"])
-    with pytest.raises(ValueError, match=r"the model translates en-de, .* whose pairs are de-en"):
+    with pytest.raises(ValueError, match=r"the model knows the pairs en-de, .* whose pairs are de-en"):
         trainer(tmp_path).validate(module, turned, verbose=False)
 
 

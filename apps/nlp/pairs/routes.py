@@ -1,4 +1,4 @@
-"""The experts of a translation model in test sentences: read from many, and shown word by word of a few."""
+"""The experts of a model in test sentences: read from many, and shown word by word of a few."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _USUAL_LENGTH = 14  # source subwords of a plotted sentence, about
 
 @torch.no_grad()
 def expert_use(module: Any, batches: Iterable[TranslationBatch]) -> TextUse:
-    """Read the experts of ``batches`` under the references; ``module`` is a ``Translator`` in evaluation."""
-    use = TextUse(tokens_of(module), module.subwords, module.pairs)
+    """Read the experts of ``batches`` under the references; ``module`` is a ``PairModule`` in evaluation."""
+    use = TextUse(tokens_of(module), module.subwords, module.groups, module.noun)
     for batch in batches:
         source_BS, read_BL, *ids = module.example_inputs(_on(module, batch))
         with core.record(module.model) as tape:
@@ -79,7 +79,7 @@ def traced(module: Any, sentence: TranslationBatch, written: Sequence[int]) -> T
     """Pass a sentence and a translation of it through the model.
 
     Args:
-        module: a ``Translator`` in evaluation.
+        module: a ``PairModule`` in evaluation.
         sentence: a batch of one, without padding.
         written: ids of the translation, with ``EOS_ID`` at its end.
     """
@@ -107,7 +107,7 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
     source = sentence.source_BS[0][sentence.source_BS[0] != PAD_ID]
     one = _on(module, sentence._replace(source_BS=source[None]))
     trace = traced(module, one, [*module.translate(one, module.decode).best[0], EOS_ID])
-    heading = f"{module.pairs[int(sentence.pair_B)]}, sentence {int(sentence.index_B) + 1}"
+    heading = f"{module.groups[int(sentence.pair_B)]}, sentence {int(sentence.index_B) + 1}"
     layer, heads = max(len(trace.attention) - 2, 0), trace.attention.shape[1]
     title = f"{heading}: attention of decoder layer {layer}, mean of {heads} heads"
     attention = HeatmapChart.of(

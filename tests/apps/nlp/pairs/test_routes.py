@@ -16,10 +16,10 @@ import core
 from apps.data.subwords import PAD_ID
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.expert_use import language_counts, write_use
+from apps.nlp.pairs.routes import expert_use, usual_sentences, write_sentence
 from apps.nlp.specialization import specialization
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.translation.report import TranslationReportConfig
-from apps.nlp.translation.routes import expert_use, usual_sentences, write_sentence
 from apps.report.base import spread_batches
 from apps.report.page import Table
 

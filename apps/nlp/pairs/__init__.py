@@ -1,0 +1,1 @@
+"""What models that write a text of a text share: a translator, and a model of several tasks."""

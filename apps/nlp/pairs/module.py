@@ -1,0 +1,255 @@
+"""``PairModule``: the base of the modules that write a text of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import core
+from apps.base.checks import check_at_least, check_name
+from apps.data.subwords import PAD_ID
+from apps.nets.blocks import one_ffn
+from apps.nets.config import TransformerConfig
+from apps.nets.decode_cache import Memory
+from apps.nets.loss import LogProbs, OutputLogits
+from apps.nets.place import Place
+from apps.nets.transformer import TranslationModel
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, in_columns, translate_ids
+from apps.nlp.decode.writing import JudgedModule
+from apps.nlp.module import TextModule, published_network
+from apps.nlp.pairs.report import examples, side_by_side
+from apps.nlp.predict import checked_texts, source_batches
+from apps.nlp.text.batches import TranslationBatch
+from apps.nlp.text.foreseen import read_ids
+from apps.train.step.module import Stage
+from apps.train.step.parts import DataPart
+
+_AT_ONCE = 2048
+"""Texts that are batched with their neighbors in length: as many as ``predict_lines`` of the data by default."""
+
+
+class PairModule(JudgedModule, TextModule):
+    """An encoder-decoder of sources and targets, each of one of several groups: pairs of languages, or tasks.
+
+    A subclass calls ``_build`` at the end of its constructor; its docstring describes the arguments.
+
+    Attributes:
+        noun: a group in messages and reports; ``<noun>s`` are the data's names of all.
+        longest_usual: tokens of a source that are read where nothing else is said.
+        groups: their names, by number.
+    """
+
+    compiled_networks = ("model.encoder", "model.decoder")
+    group: ClassVar[str] = "pair_B"
+    noun: ClassVar[str]
+    longest_usual: ClassVar[int] = 256
+    groups: tuple[str, ...]
+
+    def __init__(
+        self,
+        *,
+        transformer: TransformerConfig | None,
+        moe: core.MoEConfig | list[core.MoEConfig] | None,
+        encoder_moe_blocks: str | list[int],
+        decoder_moe_blocks: str | list[int],
+        dense_ffn: core.DenseFFN | None,
+        pretrained: str | None,
+        report: Any,
+        **kwargs: Any,
+    ) -> None:
+        published = published_network(pretrained, transformer, dense_ffn, is_language_model=False)
+        if published is not None:  # kept for the checkpoint, which is read without the folder
+            transformer, moe = published.transformer, moe or published.moe
+            if encoder_moe_blocks == "every2":
+                encoder_moe_blocks = list(published.encoder_moe_blocks) or "none"
+            if decoder_moe_blocks == "every2":
+                decoder_moe_blocks = list(published.decoder_moe_blocks) or "none"
+        super().__init__(transformer=transformer, moe=moe, pretrained=pretrained, **kwargs)
+        self.encoder_moe_blocks, self.decoder_moe_blocks = encoder_moe_blocks, decoder_moe_blocks
+        self.dense_ffn, self.report = dense_ffn, report
+
+    def numbers(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the task and the domain of each group, as routers are told."""
+        raise NotImplementedError
+
+    def _build(self, groups: Sequence[str], said: str, copies: bool = False) -> None:
+        """Build the network, and reject routers that cannot work in it.
+
+        Args:
+            groups: their names.
+            said: the groups in a message.
+            copies: as in ``TranslationModel``.
+        """
+        self.groups = tuple(groups)
+        task_P, domain_P = self.numbers()
+        self.register_buffer("task_P", torch.tensor(task_P), persistent=False)
+        self.register_buffer("domain_P", torch.tensor(domain_P), persistent=False)
+        self.model = TranslationModel(
+            self.transformer,
+            source_vocab=self.subwords.size("source"),
+            target_vocab=None if self.subwords.is_joint else self.subwords.size("target"),
+            ffn=one_ffn(self.moe, self.dense_ffn),
+            encoder_moe_blocks=self.encoder_moe_blocks,
+            decoder_moe_blocks=self.decoder_moe_blocks,
+            attention_moe=self.attention_moe,
+            copies=copies,
+        )
+        self._put_in_place(
+            Place(
+                type(self).__name__,
+                ("token_ids_BS", "task_ids_B", "domain_ids_B"),
+                is_causal=bool(self.model.decoder_moe_blocks),
+                decodes_stepwise=bool(self.model.decoder_moe_blocks),  # validation writes
+                num_tasks=len(set(task_P)),
+                num_domains=len(set(domain_P)),
+                data=said,
+            ),
+            decodes_stepwise=True,
+        )
+        self._references: list[str] | None = None
+
+    def forward(
+        self,
+        source_BS: Tensor,
+        target_BL: Tensor,
+        task_ids_B: Tensor | None = None,
+        domain_ids_B: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits of the token after each, (B, L, V), for (B, S) source and (B, L) target ids."""
+        return self.model(source_BS, target_BL, task_ids_B, domain_ids_B)
+
+    # ---- the loss
+
+    def hidden(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
+        return self._hidden(batch)[0], batch.target_BL
+
+    def _hidden(self, batch: TranslationBatch) -> tuple[Tensor, Memory]:
+        memory = self.model.encode(batch.source_BS, *self._ids(batch))
+        return self.model.decode(read_ids(batch.target_BL), memory), memory
+
+    def predicted(self, batch: TranslationBatch, packed: bool = False) -> tuple[OutputLogits | LogProbs, Tensor]:
+        if not self.model.copies:
+            return super().predicted(batch, packed)
+        h_BLD, memory = self._hidden(batch)
+        return LogProbs(self.model.next_logits(h_BLD, memory, batch.target_BL[:, 1:] != PAD_ID)), batch.target_BL
+
+    def write(self, batch: TranslationBatch, config: DecodeConfig) -> tuple[Sequence[int], Hypotheses]:
+        return range(len(batch.index_B)), self.translate(batch, config)
+
+    def translate(
+        self, batch: TranslationBatch, config: DecodeConfig, model: TranslationModel | None = None
+    ) -> Hypotheses:
+        """Return what is written of the batch's sources, in ids; ``model`` may be a copy in another dtype."""
+        # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
+        with torch.autocast(self.device.type, enabled=False):
+            ids, model = self._ids(batch), model or self.model_in(config.dtype)
+            return translate_ids(model, batch.source_BS, config, *ids, index_B=batch.index_B)
+
+    def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
+        """Return the tasks and the domains, int64 (B,) each."""
+        return self.task_P[batch.pair_B], self.domain_P[batch.pair_B]  # type: ignore[index]
+
+    def references(self, batch: TranslationBatch) -> list[str]:
+        if self._references is not None:
+            return [self._references[i] for i in batch.index_B.tolist()]
+        return self.subwords.decode(batch.target_BL.tolist(), "target")
+
+    def example_inputs(self, batch: TranslationBatch) -> tuple[Tensor, ...]:
+        return (batch.source_BS, read_ids(batch.target_BL), *self._ids(batch))
+
+    def tag_of(self, group: int) -> str | None:
+        """Return the tag that a group's sources begin with; None: there are no tags."""
+        raise NotImplementedError
+
+    def _part(self, name: str, **arguments: Any) -> DataPart:
+        """Return one group: its task, and a model of only it, whose constructor has these arguments."""
+        check_name(self.noun, name, self.groups)
+        place = self.groups.index(name)
+
+        def select(batch: TranslationBatch) -> TranslationBatch | None:
+            chosen_B = batch.pair_B == place
+            return TranslationBatch(*(rows[chosen_B] for rows in batch)) if bool(chosen_B.any()) else None
+
+        alone = {f"{self.noun}s": (name,), **arguments}
+        return DataPart(int(self.task_P[place]), alone, {f"{self.noun}s": [name]}, select)  # type: ignore[index]
+
+    def cost_unit(self, batch: TranslationBatch) -> str:
+        source_BS, read_BL, *_ = self.cost_inputs(batch)
+        return f"a pair of {source_BS.shape[1]} + {read_BL.shape[1]} tokens"
+
+    def _start_pass(self, stage: Stage) -> None:
+        super()._start_pass(stage)
+        references = getattr(self._data(), "references", None)
+        self._references = None if references is None else references(stage)
+
+    # ---- prediction
+
+    def infer(self, batch: TranslationBatch) -> Hypotheses:
+        return self.translate(batch, self.decode)
+
+    def written(self, batch: TranslationBatch) -> tuple[Any, ...]:
+        """Return the columns of a batch's prediction: index, group, source, text, score and further texts."""
+        groups, sources = [self.groups[p] for p in batch.pair_B.tolist()], batch.source_BS.tolist()
+        columns = in_columns(self.candidates_of(batch, self.decode))
+        return batch.index_B, groups, self.subwords.decode(sources, "source"), *columns
+
+    def candidates_of(self, batch: TranslationBatch, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
+        """Return the texts written of each source, best first; an empty line has only an empty text."""
+        rows = zip(batch.empty_B.tolist(), self.spelled(self.translate(batch, config, model)), strict=True)
+        return [[Candidate("", 0.0)] if empty else candidates for empty, candidates in rows]
+
+    def _candidates(
+        self, texts: Sequence[str], group: str | None, max_length: int | None, budget: int, decode: dict[str, Any]
+    ) -> list[list[Candidate]]:
+        lines, config = checked_texts(texts), decoding(self.decode, decode)
+        if group is None and len(self.groups) > 1:
+            raise ValueError(f"{self.noun} must name one of {', '.join(self.groups)}")
+        if group is not None:
+            check_name(self.noun, group, self.groups)
+        number = 0 if group is None else self.groups.index(group)
+        most = self.longest_source if max_length is None else max_length
+        self.check_length("max_length", most)
+        check_at_least(4, max_length=most)
+        check_at_least(1, tokens_per_batch=budget)
+        batches = source_batches(lines, self.subwords, number, self.tag_of(number), most, budget, _AT_ONCE)
+        return [line.candidates for line in self.lines_of(batches, config)]
+
+    @property
+    def longest_source(self) -> int:
+        """Return the tokens of a source, specials included, after which it is cut by default."""
+        learned = self.transformer.max_length if self.transformer.positions == "learned" else self.longest_usual
+        return min(self.longest_usual, learned)
+
+    def chunk_of(self, data: Any) -> int:
+        return data.predict_lines
+
+    def made_from(self, data: Any) -> dict[str, Any]:
+        names = (f"predict_{self.noun}", "predict_lines", "max_length", "eval_tokens_per_batch")
+        return {name: getattr(data, name) for name in names}
+
+    # ---- set-up
+
+    def _check_given(self, data: Any) -> None:
+        super()._check_given(data)
+        self.check_length("data.max_length", getattr(data, "max_length", None))
+        groups = getattr(data, f"{self.noun}s", None)
+        if groups is not None and tuple(groups) != self.groups:
+            raise ValueError(
+                f"the model knows the {self.noun}s {', '.join(self.groups)}, which does not fit the data, whose "
+                f"{self.noun}s are {', '.join(groups)}"
+            )
+
+    # ---- comparisons
+
+    def examples_of_test(self) -> list[dict[str, Any]]:
+        """Return each example of the last test."""
+        data = self._data()
+        sources = data.sources("test") if hasattr(data, "sources") else None
+        return examples(self._tested, self.noun, self.groups, sources)
+
+    def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        """Return examples at equal steps through the test set, with each system's text."""
+        return side_by_side(systems, self.noun, 0 if self.report is None else self.report.samples)

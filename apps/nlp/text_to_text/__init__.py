@@ -1,0 +1,1 @@
+"""Text to text: summaries, answers, queries; several tasks in one model."""
