@@ -84,17 +84,8 @@ class TextConstraint(Constraint):
     """
 
     def __init__(self, language: Language, subwords: Subwords, side: Side = "target") -> None:
-        self.language, surfaces = language, subwords.surfaces(side)
-        decode = subwords.processor(side).decode
-        spaced = next((i for i, piece in enumerate(surfaces) if piece and piece[:1] == b" "), None)
-        drops = spaced is not None and not decode([spaced]).startswith(" ")
-        space = surfaces.index(b" ") if b" " in surfaces else None
-        self._drops_again = space is not None and not decode([space, space])
-        self.size, self._within, self._first = len(surfaces), _branch(), _branch()
-        for i, piece in enumerate(surfaces):
-            if piece:
-                _insert(self._within, piece, i)
-                _insert(self._first, piece[1:] if drops and piece[:1] == b" " else piece, i)
+        self.language = language
+        self.size, self._within, self._first, self._drops_again = _trees(subwords, side)
         self._after = functools.lru_cache(_WALKS)(self._walk)
         self._fewest = functools.lru_cache(_WALKS)(self._count)
 
@@ -185,6 +176,22 @@ class Texts:
         end = bisect_left(self.texts, state + b"\xff")  # no byte of UTF-8
         own = self.texts[bisect_left(self.texts, state) : end]
         return min(own, key=len)[len(state) :]
+
+
+@functools.lru_cache(maxsize=4)
+def _trees(subwords: Subwords, side: Side) -> tuple[int, Any, Any, bool]:
+    """Return the number of ids; the tree of what they write within a text and of what at its start; and whether a text
+    of spaces is empty."""
+    surfaces, decode = subwords.surfaces(side), subwords.processor(side).decode
+    spaced = next((i for i, piece in enumerate(surfaces) if piece and piece[:1] == b" "), None)
+    drops = spaced is not None and not decode([spaced]).startswith(" ")
+    space = surfaces.index(b" ") if b" " in surfaces else None
+    within, first = _branch(), _branch()
+    for i, piece in enumerate(surfaces):
+        if piece:
+            _insert(within, piece, i)
+            _insert(first, piece[1:] if drops and piece[:1] == b" " else piece, i)
+    return len(surfaces), within, first, space is not None and not decode([space, space])
 
 
 def _branch() -> tuple[list[int], dict[int, Any]]:

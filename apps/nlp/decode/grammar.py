@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from apps.data.subwords import Side, Subwords
 from apps.nlp.decode.constraint import TextConstraint
@@ -16,8 +16,7 @@ _STEPS = 1 << 16
 """Steps that a grammar keeps."""
 
 
-@dataclass(frozen=True)
-class Ref:
+class Ref(NamedTuple):
     """The texts of a rule.
 
     Attributes:
@@ -101,7 +100,7 @@ class Grammar:
         self._shortest: dict[str, bytes] = {}
         self._find_shortest()
         self._check_left()
-        self.step = functools.lru_cache(_STEPS)(self._step)
+        self._moves = functools.lru_cache(_STEPS)(self._by_byte)
 
     def start(self) -> frozenset[Stack]:
         return self._heads([(self._start,)])
@@ -112,15 +111,24 @@ class Grammar:
     def shortest(self, state: frozenset[Stack]) -> bytes:
         return min(map(self._text, state), key=_order)
 
-    def _step(self, state: frozenset[Stack], byte: int) -> frozenset[Stack] | None:
-        moved: list[Stack] = []
-        for stack in state:
-            head = stack[0] if stack else b""
-            if isinstance(head, frozenset) and byte in head:
-                moved.append(stack[1:])
-            elif isinstance(head, bytes) and head[:1] == bytes((byte,)):
-                moved.append((head[1:], *stack[1:]) if len(head) > 1 else stack[1:])
-        return self._heads(moved) if moved else None
+    def step(self, state: frozenset[Stack], byte: int) -> frozenset[Stack] | None:
+        moves = self._moves(state)
+        after = moves.get(byte)
+        if isinstance(after, list):
+            after = moves[byte] = self._heads(after)
+        return after
+
+    def _by_byte(self, state: frozenset[Stack]) -> dict[int, Any]:
+        """Return what is left of the stacks that start with a byte, by byte; ``step`` replaces it by the state."""
+        moves: dict[int, Any] = {}
+        for head, *rest in filter(None, state):
+            if isinstance(head, frozenset):
+                for byte in head:
+                    moves.setdefault(byte, []).append(tuple(rest))
+            elif isinstance(head, bytes):
+                left = (head[1:], *rest) if len(head) > 1 else tuple(rest)
+                moves.setdefault(head[0], []).append(left)
+        return moves
 
     def _heads(self, stacks: Iterable[Stack]) -> frozenset[Stack]:
         """Return the stacks with their first rules and runs replaced by what they may be."""
