@@ -87,23 +87,24 @@ def valid(prediction: str, row: Mapping[str, Any]) -> float:
 
 
 def execution_match(prediction: str, row: Mapping[str, Any]) -> float:
-    """Return 1.0 if the predicted query returns what the row's ``target`` does on its ``database``, else 0.0.
+    """Return 1.0 if the predicted query returns what the row's first reference does on its ``database``, else 0.0.
 
-    Rows are compared as a multiset, and in their order if the target has ORDER BY. Real numbers are equal if nine
+    Rows are compared as a multiset, and in their order if the reference has ORDER BY. Real numbers are equal if nine
     digits are.
 
     Raises:
-        ValueError: the target itself cannot be run.
+        ValueError: the reference itself cannot be run.
     """
-    expected, answer = _rounded(execute(row["database"], row["target"])), _answer(prediction, row["database"])
-    if answer is None or re.search(r"(?i)\border\s+by\b", _QUOTED.sub("", row["target"])):
+    gold = row["references"][0]
+    expected, answer = _rounded(execute(row["database"], gold)), _answer(prediction, row["database"])
+    if answer is None or re.search(r"(?i)\border\s+by\b", _QUOTED.sub("", gold)):
         return float(answer == expected)
     return float(Counter(answer) == Counter(expected))
 
 
 def query_match(prediction: str, row: Mapping[str, Any]) -> float:
-    """Return 1.0 if the predicted query is the row's ``target``, but for spaces and, outside quotes, case."""
-    return float(_plain(prediction) == _plain(row["target"]))
+    """Return 1.0 if the predicted query is the row's first reference, but for spaces and, outside quotes, case."""
+    return float(_plain(prediction) == _plain(row["references"][0]))
 
 
 def _answer(prediction: str, database: str) -> list[tuple[Any, ...]] | None:

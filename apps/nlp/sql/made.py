@@ -189,9 +189,9 @@ def _real() -> Iterator[tuple[str, list[Table]]]:
         columns = [re.sub(r"\W+", "_", column).strip("_") for column in load["feature_names"]]
         labels = load["target_names"][load["target"]].tolist()
         rows = [(*row, own) for row, own in zip(load["data"].tolist(), labels, strict=True)]
-        yield name, [(table, {**dict.fromkeys(columns, "REAL"), label: "TEXT"}, rows)]
+        yield f"test_{name}", [(table, {**dict.fromkeys(columns, "REAL"), label: "TEXT"}, rows)]
     kinds = {"code": "INTEGER", "name": "TEXT", "phrase": "TEXT", "description": "TEXT"}
-    yield "http", [("statuses", kinds, [(s.value, s.name, s.phrase, s.description) for s in http.HTTPStatus])]
+    yield "test_http", [("statuses", kinds, [(s.value, s.name, s.phrase, s.description) for s in http.HTTPStatus])]
     folder = next((Path(path) for path in zoneinfo.TZPATH if Path(path, "zone.tab").is_file()), None)
     if folder is not None:
         lines = [(folder / name).read_text().splitlines() for name in ("iso3166.tab", "zone.tab")]
@@ -199,4 +199,4 @@ def _real() -> Iterator[tuple[str, list[Table]]]:
         kinds = {"zone": "TEXT", "country_code": "TEXT REFERENCES countries(code)", "continent": "TEXT"}
         rows = [(z.split("/")[-1].replace("_", " "), code, z.split("/")[0], int(at[:3])) for code, at, z, *_ in zones]
         tables = [("countries", {"code": "TEXT PRIMARY KEY", "name": "TEXT"}, countries)]
-        yield "zones", [*tables, ("zones", {**kinds, "latitude": "INTEGER"}, rows)]
+        yield "test_zones", [*tables, ("zones", {**kinds, "latitude": "INTEGER"}, rows)]

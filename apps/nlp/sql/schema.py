@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from apps.nlp.decode.grammar import Ref
+from apps.data.subwords import Subwords
+from apps.nlp.decode.grammar import Grammar, GrammarConstraint, Ref
 from apps.nlp.sql.execution import opened
 
 _NUMBERS = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
@@ -23,6 +24,10 @@ _DIGITS = 9
 """Digits of a LIMIT at most: SQLite takes 64 bits."""
 _EDGES = "\"'“”‘’?!.,;:()"
 
+_MARKS = {"number": "#", "any": "~", "text": ""}
+_NAME = r'(?:"(?:[^"]|"")*+"|\w+)'
+_COLUMN = re.compile(rf"({_NAME})([#~]?)(?:=({_NAME})\.({_NAME}))?")
+_TABLE = re.compile(rf'\|({_NAME}):((?:"(?:[^"]|"")*+"|[\w#~=.,])+)(?=\|)')
 Rules = dict[str, list[list[str | Ref]]]
 
 
@@ -79,16 +84,50 @@ def _kind(declared: str) -> str:
 
 
 def serialized(schema: Schema) -> str:
-    """Return the schema as a model reads it after a question: `` |airports:name,alt#|flights:dest=airports.faa``.
+    """Return the schema as a model reads it after a question: `` |airports:name,alt#|flights:dest=airports.faa|``.
 
-    A column of numbers has a "#", a foreign key its other table and column.
+    A column of numbers has a "#", one of any values a "~", a key its other table and column; names are as in SQL.
     """
-    parts = []
-    refers = {(name, own): f"={other}.{theirs}" for name, own, other, theirs in schema.joins}
+    refers = {key[:2]: f"={sql_name(key[2])}.{sql_name(key[3])}" for key in schema.joins}
+    tables = []
     for name, columns in schema.tables.items():
-        spelled = [f"{c}{'#' * (kind == 'number')}{refers.get((name, c), '')}" for c, kind in columns.items()]
-        parts.append(f"|{name}:{','.join(spelled)}")
-    return " " + "".join(parts)
+        spelled = [f"{sql_name(c)}{_MARKS[kind]}{refers.get((name, c), '')}" for c, kind in columns.items()]
+        tables.append(f"|{sql_name(name)}:{','.join(spelled)}")
+    return f" {''.join(tables)}|"
+
+
+def parsed(source: str) -> tuple[str, Schema]:
+    """Return the question and the schema of a source. A table that is cut, since the source is too long, is left out.
+
+    Raises:
+        ValueError: no whole table.
+    """
+    tables: dict[str, dict[str, str]] = {}
+    joins = []
+    for name, columns in _TABLE.findall(source):
+        own = tables.setdefault(_raw(name), {})
+        for column, mark, other, theirs in _COLUMN.findall(columns):
+            own[_raw(column)] = next(kind for kind, known in _MARKS.items() if known == mark)
+            joins += [(_raw(name), _raw(column), _raw(other), _raw(theirs))] if other else []
+    if not tables:
+        raise ValueError(f"{source[:60]!r} has no tables after the question: give a database (--data.database)")
+    question = source[: next(_TABLE.finditer(source)).start()]
+    there = [key for key in joins if key[3] in tables.get(key[2], ())]
+    return question, Schema(tables, tuple(there))
+
+
+def _raw(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name
+
+
+def sql_constraint(source: str, subwords: Subwords) -> GrammarConstraint:
+    """Return the constraint to SELECT statements over the schema of a source.
+
+    Raises:
+        ValueError: no whole table.
+    """
+    question, schema = parsed(source)
+    return GrammarConstraint(Grammar(grammar_of(schema, question)), subwords)
 
 
 def grammar_of(schema: Schema, question: str) -> Rules:
