@@ -6,7 +6,6 @@ zones. Validation and test have other databases than training, and other templat
 
 from __future__ import annotations
 
-import functools
 import http
 import random
 import re
@@ -17,12 +16,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from apps.data.splits import Split
+from apps.data.splits import SPLITS, Split
 from apps.nlp.sql.execution import execute, opened
-from apps.nlp.sql.schema import Schema, join, read_schema, serialized, sql_name
+from apps.nlp.sql.schema import Schema, join, read_schema, resource, serialized, sql_name
 
+_SEED = 0
 _DATABASES = {"train": 400, "val": 20}
 _QUESTIONS = {"train": 50, "val": 25, "test": 100}
 """Questions per database."""
@@ -38,9 +36,24 @@ Values = Mapping[str, list[Any]]
 """What a question may name of each column of a table."""
 
 
-@functools.cache
-def _words() -> Any:
-    return yaml.safe_load(Path(__file__).with_name("questions.yaml").read_text())
+class MadeDatabases:
+    """The source of the databases, which are written and not fetched."""
+
+    def __str__(self) -> str:
+        return "databases that are made here"
+
+    def installed(self) -> None:
+        return None
+
+    def fetch(self, folder: Path) -> None:
+        for split in SPLITS:
+            write_databases(folder, split, _SEED)
+
+
+def read_made(root: Path, language: str) -> dict[Split, Iterator[dict[str, str]]]:
+    """Return the rows of each split, which ask the databases of a folder."""
+    paths: dict[Split, list[Path]] = {split: sorted(root.glob(f"{split}_*.sqlite")) for split in SPLITS}
+    return {split: (row for path in own for row in questions(path, split, _SEED)) for split, own in paths.items()}
 
 
 def write_databases(folder: Path, split: Split, seed: int) -> list[Path]:
@@ -99,26 +112,25 @@ def _columns(values: Values, key: str) -> list[str]:
 
 def _question(rng: random.Random, part: str, schema: Schema, values: Mapping[str, Values]) -> dict[str, str] | None:
     """Return a question with its query and template, or None if the chosen tables do not have what it needs."""
+    words = resource("questions.yaml")
     key = rng.choice(schema.joins) if schema.joins and rng.random() < _JOINED else None
     table, other = (key[0], key[2]) if key else 2 * (rng.choice(list(values)),)
     texts, numbers = _columns(values[other], "d"), _columns(values[table], "n")
     if not texts or not numbers or len(values[table]) < 2:
         return None
-    name, template, sql = _template(rng, part, _words()["joins" if key else "shapes"])
-    said, spelled, used = "", "", [name]
-    for place in range(max(rng.choice(_CONDITIONS), bool(key)) if "{w}" in template else 0):
-        link = rng.choice(("and", "or")) if place else ""
-        words = _condition(rng, part, values[other], f"{sql_name(other)}." if key else "")
-        said += f" {link} {words[0]}" if place else f" {words[0]}"
-        spelled += f" {link.upper() or 'WHERE'} {words[1]}"
-        used.append(words[2])
-    aggregate, names = rng.choice(list(_words()["aggregates"].items()))
+    name, template, sql = _template(rng, part, words["joins" if key else "shapes"])
+    count = max(rng.choice(_CONDITIONS), bool(key)) if "{w}" in template else 0
+    conditions = [_condition(rng, part, values[other], f"{sql_name(other)}." if key else "") for _ in range(count)]
+    link = rng.choice(("and", "or"))
+    said = "".join(f" {link if place else ''} {own[0]}" for place, own in enumerate(conditions)).replace("  ", " ")
+    spelled = "".join(f" {link.upper() if place else 'WHERE'} {own[1]}" for place, own in enumerate(conditions))
+    aggregate, names = rng.choice(list(words["aggregates"].items()))
     first, second = rng.sample(list(values[table]), 2)
     columns = {"c": first, "e": second, "d": rng.choice(texts), "n": rng.choice(numbers), "t": table, "o": other}
     shared = {"A": aggregate, "a": rng.choice(names), "k": rng.randint(2, 9), "j": join(*key) if key else ""}
-    question = template.format(**{k: _said(name) for k, name in columns.items()}, **shared, w=said)
-    query = sql.format(**{k: sql_name(name) for k, name in columns.items()}, **shared, w=spelled)
-    return {"question": question, "target": query, "template": "/".join(used)}
+    question = template.format(**{k: own.replace("_", " ") for k, own in columns.items()}, **shared, w=said)
+    query = sql.format(**{k: sql_name(own) for k, own in columns.items()}, **shared, w=spelled)
+    return {"question": question, "target": query, "template": "/".join([name, *(own[2] for own in conditions)])}
 
 
 def _template(rng: random.Random, part: str, among: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -128,24 +140,21 @@ def _template(rng: random.Random, part: str, among: Mapping[str, Any]) -> tuple[
     return f"{name}.{number}", own[part][number], own["sql"]
 
 
-def _said(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _condition(rng: random.Random, part: str, values: Values, prefix: str) -> tuple[str, str, str]:
     """Return a condition as it is said and in SQL, and its template."""
-    fitting = {name: own for name, own in _words()["conditions"].items() if _columns(values, own["sql"][1])}
+    conditions = resource("questions.yaml")["conditions"]
+    fitting = {name: own for name, own in conditions.items() if _columns(values, own["sql"][1])}
     name, template, sql = _template(rng, part, fitting)
-    column = rng.choice(_columns(values, sql[1]))
+    key, column = sql[1], rng.choice(_columns(values, sql[1]))
     first, second = sorted(rng.sample(values[column], 2))
     fills = {"v": first, "u": second, "p": str(first).split()[0]}
-    said = template.format(**fills, **{sql[1]: _said(column)})
-    return said, sql.format(**fills, **{sql[1]: prefix + sql_name(column)}), name
+    said = template.format(**fills, **{key: column.replace("_", " ")})
+    return said, sql.format(**fills, **{key: prefix + sql_name(column)}), name
 
 
 def _made(rng: random.Random) -> list[Table]:
     """Return one to three tables of a made database; the later ones refer to the first."""
-    words, space, tables = _words(), rng.choices("_ ", (19, 1))[0], list[Table]()
+    words, space, tables = resource("questions.yaml"), rng.choices("_ ", (19, 1))[0], list[Table]()
     domain = rng.choice(list(words["domains"].values()))
 
     def invented() -> str:

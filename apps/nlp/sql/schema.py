@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -152,15 +153,16 @@ def grammar_of(schema: Schema, question: str) -> Rules:
         for kind, other in (("column", ""), ("number", "text"), ("text", "number")):
             rules[f"{kind}{place}"] = [[name] for name, own in columns.items() if own != other]
         rules[f"source{place}"] = [[source]]
-        for name, alternatives in _statement().items():
+        for name, alternatives in resource("select.yaml").items():
             rules[f"{name}{place}"] = [_parts(text, place, values) for text in alternatives]
         rules["start"].append([Ref(f"start{place}")])
     return _possible(rules)
 
 
 @functools.cache
-def _statement() -> dict[str, list[str]]:
-    return yaml.safe_load(Path(__file__).with_name("select.yaml").read_text())
+def resource(name: str) -> Any:
+    """Return the content of a YAML file of this folder."""
+    return yaml.safe_load(Path(__file__).with_name(name).read_text())
 
 
 def _parts(text: str, place: int, shared: Container[str]) -> list[str | Ref]:

@@ -11,7 +11,7 @@ from apps.nlp.decode.grammar import Grammar
 from apps.nlp.sql import made
 from apps.nlp.sql.execution import execute
 from apps.nlp.sql.made import questions, write_databases
-from apps.nlp.sql.schema import grammar_of, parsed
+from apps.nlp.sql.schema import grammar_of, parsed, resource
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def test_queries_return_something_and_are_in_the_grammar(tmp_path: Path, split: 
 
 
 def test_no_template_of_training_is_in_validation_or_test() -> None:
-    words = made._words()
+    words = resource("questions.yaml")
     for kind in ("shapes", "joins", "conditions"):
         for own in words[kind].values():
             assert own["held_out"]
