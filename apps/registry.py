@@ -15,6 +15,7 @@ MODELS = {
     "NextItemRecommender": "apps.recsys.sequence",
     "TwoTowerRetriever": "apps.recsys.retrieval",
     "Translator": "apps.nlp.translation",
+    "TextToText": "apps.nlp.text_to_text",
     "LanguageModeler": "apps.nlp.language",
     "ImageTextRetriever": "apps.multimodal",
     "ImageCaptioner": "apps.multimodal.captions",
@@ -32,13 +33,17 @@ DATA = {
     "HistoryData": "apps.recsys.sequence.data",
     "RetrievalData": "apps.recsys.retrieval.data",
     "TranslationData": "apps.nlp.translation.data",
+    "TextToTextData": "apps.nlp.text_to_text.data",
     "TextData": "apps.nlp.language.data",
     "ImageTextData": "apps.multimodal.data",
     "HubTextData": "apps.hub.data",
 }
 """The module of each LightningDataModule."""
 
-DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets", "apps.multimodal.datasets")
+DATASETS = (
+    *("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets"),
+    *("apps.nlp.text_to_text.datasets", "apps.multimodal.datasets"),
+)
 """Modules that register the apps' datasets when they are imported."""
 
 OF_FOLDER = ("HubCausalLM", "HubTextData")

@@ -25,6 +25,8 @@ from apps.nlp.text.foreseen import Judged, of_mean_length, per_sentence
 from apps.train.step.module import SparseModule, Stage, TaskOutput
 from apps.train.step.pieces import ratio_values
 
+_DECODE = DecodeConfig()
+
 
 class WritingModule(SparseModule, Comparable):
     """Base of modules whose decoder writes texts, and can decode in another dtype.
@@ -53,7 +55,7 @@ class WritingModule(SparseModule, Comparable):
     # A list, so that the copy is not a part of the module; None outside of a pass.
     _copies: list[Any] | None = None
 
-    def __init__(self, *, label_smoothing: float = 0.1, decode: DecodeConfig, **kwargs: Any) -> None:
+    def __init__(self, *, label_smoothing: float = 0.1, decode: DecodeConfig = _DECODE, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
@@ -214,7 +216,7 @@ class JudgedModule(WritingModule):
     group: ClassVar[str]
     monitor: str = "val/bleu"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
-    shown_metrics = ("chrf", "token_accuracy", "perplexity")
+    shown_metrics: tuple[str, ...] = ("chrf", "token_accuracy", "perplexity")
 
     def __init__(self, *, val_decode: Literal["greedy", "as_test"] = "greedy", **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -25,7 +25,19 @@ _MUCH_PADDING = 0.05
 class PairData(SubwordData):
     """Sources and targets in train, validation and test batches of `TranslationBatch`.
 
-    A subclass brings ``groups``, and its docstring describes the arguments.
+    A subclass brings ``groups``.
+
+    Args:
+        dataset, root, cache_dir: as in ``SuiteData``.
+        max_length: tokens of a side, specials included. Longer ones are cut, and the description counts them.
+        subset: use only this many training pairs, sampled by split_seed; subwords are learned only from these.
+        temperature: T of sampling among groups, n^(1/T): above 1 small ones come more often.
+        tokens_per_batch: maximum of pairs per training batch and process times their longest side.
+        eval_tokens_per_batch: in validation, test and prediction.
+        predict_lines: lines of predict_file that are read at once, and sorted by length.
+        kwargs: ``split_seed``, ``subwords``, ``tokenizer``, ``text``, ``predict_file`` and ``bad_lines`` of
+            ``SubwordData``; without text and file a prediction takes the sources of the test split. And
+            ``num_workers`` (0 is best, a batch takes about a millisecond) and ``seed`` of ``SuiteData``.
 
     Attributes:
         noun: a group in messages: "pair" of languages, or "task".
@@ -38,16 +50,19 @@ class PairData(SubwordData):
 
     def __init__(
         self,
-        *args: Any,
-        max_length: int,
-        subset: int | None,
-        temperature: float,
-        tokens_per_batch: int,
-        eval_tokens_per_batch: int,
-        predict_lines: int,
+        dataset: str,
+        root: str | None,
+        cache_dir: str | None,
+        *,
+        max_length: int = 256,
+        subset: int | None = None,
+        temperature: float = 1.0,
+        tokens_per_batch: int = 4096,
+        eval_tokens_per_batch: int = 4096,
+        predict_lines: int = 2048,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(dataset, root, cache_dir, **kwargs)
         self.max_length, self.subset, self.temperature = max_length, subset, temperature
         self.tokens_per_batch, self.eval_tokens_per_batch = tokens_per_batch, eval_tokens_per_batch
         self.predict_lines = predict_lines

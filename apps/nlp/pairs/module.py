@@ -17,10 +17,10 @@ from apps.nets.decode_cache import Memory
 from apps.nets.loss import LogProbs, OutputLogits
 from apps.nets.place import Place
 from apps.nets.transformer import TranslationModel
-from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, in_columns, translate_ids
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, in_columns, one_each, translate_ids
 from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.module import TextModule, published_network
-from apps.nlp.pairs.report import examples, side_by_side
+from apps.nlp.pairs.report import PairReportConfig, examples, side_by_side
 from apps.nlp.predict import checked_texts, source_batches
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.foreseen import read_ids
@@ -34,7 +34,20 @@ _AT_ONCE = 2048
 class PairModule(JudgedModule, TextModule):
     """An encoder-decoder of sources and targets, each of one of several groups: pairs of languages, or tasks.
 
-    A subclass calls ``_build`` at the end of its constructor; its docstring describes the arguments.
+    A subclass calls ``_build`` at the end of its constructor.
+
+    Args:
+        transformer: the network around the MoE layers.
+        moe: the MoE layer that replaces the FFN of some layers, or a list with one for each of them, the encoder's
+            first; None: a dense model.
+        encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
+        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are loaded at the first
+            training or test unless a checkpoint provides its own; ``data.tokenizer.path`` takes its subwords. Where
+            ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
+        kwargs: ``val_decode`` of ``JudgedModule``; ``decode`` and ``label_smoothing`` of ``WritingModule``;
+            ``subwords`` and ``attention_moe`` of ``TextModule``; ``optimizer``, ``ema_decay``, ``average_last``,
+            ``grow`` and ``distil`` of ``SparseModule``.
 
     Attributes:
         noun: a group in messages and reports; ``<noun>s`` are the data's names of all.
@@ -44,6 +57,7 @@ class PairModule(JudgedModule, TextModule):
 
     compiled_networks = ("model.encoder", "model.decoder")
     group: ClassVar[str] = "pair_B"
+    report: PairReportConfig | None
     noun: ClassVar[str]
     longest_usual: ClassVar[int] = 256
     groups: tuple[str, ...]
@@ -51,13 +65,12 @@ class PairModule(JudgedModule, TextModule):
     def __init__(
         self,
         *,
-        transformer: TransformerConfig | None,
-        moe: core.MoEConfig | list[core.MoEConfig] | None,
-        encoder_moe_blocks: str | list[int],
-        decoder_moe_blocks: str | list[int],
-        dense_ffn: core.DenseFFN | None,
-        pretrained: str | None,
-        report: Any,
+        transformer: TransformerConfig | None = None,
+        moe: core.MoEConfig | list[core.MoEConfig] | None = None,
+        encoder_moe_blocks: str | list[int] = "every2",
+        decoder_moe_blocks: str | list[int] = "every2",
+        dense_ffn: core.DenseFFN | None = None,
+        pretrained: str | None = None,
         **kwargs: Any,
     ) -> None:
         published = published_network(pretrained, transformer, dense_ffn, is_language_model=False)
@@ -69,7 +82,7 @@ class PairModule(JudgedModule, TextModule):
                 decoder_moe_blocks = list(published.decoder_moe_blocks) or "none"
         super().__init__(transformer=transformer, moe=moe, pretrained=pretrained, **kwargs)
         self.encoder_moe_blocks, self.decoder_moe_blocks = encoder_moe_blocks, decoder_moe_blocks
-        self.dense_ffn, self.report = dense_ffn, report
+        self.dense_ffn = dense_ffn
 
     def numbers(self) -> tuple[Sequence[int], Sequence[int]]:
         """Return the task and the domain of each group, as routers are told."""
@@ -201,9 +214,48 @@ class PairModule(JudgedModule, TextModule):
         rows = zip(batch.empty_B.tolist(), self.spelled(self.translate(batch, config, model)), strict=True)
         return [[Candidate("", 0.0)] if empty else candidates for empty, candidates in rows]
 
-    def _candidates(
-        self, texts: Sequence[str], group: str | None, max_length: int | None, budget: int, decode: dict[str, Any]
+    def predict(self, texts: Sequence[str], group: str | None = None, **options: Any) -> list[str]:
+        """Return the best text written of each text, as ``moesaic predict --data.text`` prints it.
+
+        Arguments and errors are those of ``candidates``; a ``num_return_sequences`` above 1 is an error too.
+
+        Example::
+
+            model.predict(["Delete the selected person"], beam_size=8)      # ["Die gewählte Person löschen"]
+        """
+        return [best.text for best, *_ in self.candidates(texts, group, **one_each(options))]
+
+    def candidates(
+        self,
+        texts: Sequence[str],
+        group: str | None = None,
+        *,
+        max_length: int | None = None,
+        tokens_per_batch: int = 4096,
+        **decode: Any,
     ) -> list[list[Candidate]]:
+        """Return the best texts written of each text with their scores, best first: ``num_return_sequences`` of them.
+
+        A search may find fewer than it was asked for.
+
+        Args:
+            texts: the sources; an empty one stays empty.
+            group: the language pair, such as "en-de", or the task, also by these names; None: the model's only one.
+            max_length: tokens of a source, specials included; a longer one is cut, with a warning. None: 256 of a
+                translator, else 512, or the model's limit.
+            tokens_per_batch: maximum of texts per batch times the longest one.
+            decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
+                ``beam_size=8`` or ``temperature=0.7``.
+
+        Raises:
+            ValueError: one text instead of a list, an item that is not text, an unknown pair, task or option, or a
+                value out of its range.
+
+        Example::
+
+            model.candidates(["Delete the selected person"], num_return_sequences=3)[0][0].score    # -0.21
+        """
+        group = decode.pop(self.noun, group)
         lines, config = checked_texts(texts), decoding(self.decode, decode)
         if group is None and len(self.groups) > 1:
             raise ValueError(f"{self.noun} must name one of {', '.join(self.groups)}")
@@ -213,8 +265,9 @@ class PairModule(JudgedModule, TextModule):
         most = self.longest_source if max_length is None else max_length
         self.check_length("max_length", most)
         check_at_least(4, max_length=most)
-        check_at_least(1, tokens_per_batch=budget)
-        batches = source_batches(lines, self.subwords, number, self.tag_of(number), most, budget, _AT_ONCE)
+        check_at_least(1, tokens_per_batch=tokens_per_batch)
+        tag = self.tag_of(number)
+        batches = source_batches(lines, self.subwords, number, tag, most, tokens_per_batch, _AT_ONCE)
         return [line.candidates for line in self.lines_of(batches, config)]
 
     @property

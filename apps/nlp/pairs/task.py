@@ -33,21 +33,39 @@ class PairTask(TextTask):
         written: title of a written text, such as "Translation".
         longest: characters of a source at most; what the model reads is counted in subwords.
         usual_words: words of a source that serves as an example.
+        example: a source.
+        asked: of the group, its label and a sentence on it.
     """
 
     written: ClassVar[str]
     longest: ClassVar[int] = 10_000
     usual_words: ClassVar[range]
+    example: ClassVar[str]
+    asked: ClassVar[tuple[str, str]]
     alternatives = 3
 
-    def __init__(self, model: Any, example: str, label: str, says: str) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
+        label, says = self.asked
         self.several = len(model.groups) > 1
         self.inputs = {
-            "text": text(self.noun, example, self.longest, from_json=self._sent),
+            "text": text(self.noun, self.example, self.longest, from_json=self._sent),
             model.noun: choice(label if self.several else None, model.groups, says, is_required=self.several),
         }
         self.output = texts(self.written, None, self.written)
+
+    @property
+    def asks(self) -> str:
+        groups = ", ".join(self.model.groups)
+        return f"A {self.noun.lower()}: the answer is its {self.written.lower()} ({groups})."
+
+    @property
+    def invites(self) -> str:
+        noun, written = self.noun.lower(), self.written.lower()
+        return (
+            f"Type a {noun}: the model writes its {written} ({', '.join(self.model.groups)}), and shows which experts "
+            f"took each subword of the {noun} and of its {written}."
+        )
 
     def _sent(self, plain: str, name: str) -> str:
         ids, longest = self._length(plain), self.model.longest_source

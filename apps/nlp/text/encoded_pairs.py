@@ -24,6 +24,7 @@ STORE = EncodedStore(
         "nlp/text/*.py",
         "nlp/text/readers/*.py",
         "nlp/*/data.py",
+        "nlp/text_to_text/datasets.py",
         "data/splits.py",
         "data/text_files.py",
         "data/subwords.py",

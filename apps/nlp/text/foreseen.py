@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class Judged(NamedTuple):
         nll: negative log likelihood of the reference's tokens, in nats, summed.
         right: tokens of the reference that came first when all before them were the reference's.
         tokens: of the reference, its end included.
+        scores: values of metrics of single texts, by name.
     """
 
     index: int  # type: ignore[assignment]  # a text has no use for tuple.index
@@ -71,3 +73,4 @@ class Judged(NamedTuple):
     nll: float
     right: int
     tokens: int
+    scores: Mapping[str, float] = {}  # nobody writes into it

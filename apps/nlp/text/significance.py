@@ -10,7 +10,8 @@ takes its seed from the environment; the scores and the sentences' statistics ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,32 +80,66 @@ def paired_bootstrap(
         raise ValueError(f"a paired test needs two hypotheses for each reference, and one at least: got {counts}")
     if resamples < 1:
         raise ValueError(f"resamples={resamples} must be at least 1")
-    rng = np.random.default_rng(seed)
     groups: dict[Any, list[int]] = {}
     for i, stratum in enumerate(strata or [None] * n):
         groups.setdefault(stratum, []).append(i)
-    whole, drawn = np.zeros(2), np.zeros((2, resamples))
+    parts: list[_Part] = []
     for stratum, group in groups.items():
         metric = scorer(score, tokenize if isinstance(tokenize, str) else tokenize[stratum])
         of_group = [references[i] for i in group]
-        statistics = [
+        a_NK, b_NK = (
             sentence_statistics(metric, [hypotheses[i] for i in group], of_group)
             for hypotheses in (hypotheses_a, hypotheses_b)
-        ]
-        whole += [_score(metric, own_NK.sum(0)) / len(groups) for own_NK in statistics]
+        )
+        parts.append((a_NK, b_NK, functools.partial(_score, metric)))
+    return _resampled(parts, resamples, seed)
+
+
+_Part = tuple[Array, Array, Callable[[Array], float]]
+"""Of a stratum the (N, K) statistics of both systems, and the score of their (K,) sums."""
+
+
+def _resampled(parts: Sequence[_Part], resamples: int, seed: int) -> PairedBootstrap:
+    """Return the difference of the means of the scores over the strata, each sampled by itself."""
+    rng = np.random.default_rng(seed)
+    whole, drawn = np.zeros(2), np.zeros((2, resamples))
+    for a_NK, b_NK, score in parts:
+        n = len(a_NK)
+        whole += [score(own_NK.sum(0)) / len(parts) for own_NK in (a_NK, b_NK)]
         for start in range(0, resamples, _CHUNK):
             draws = min(_CHUNK, resamples - start)
             # The same sentences for both: what makes one easy or hard cancels.
-            counts_rN = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=draws).astype(np.float64)
-            for system, own_NK in enumerate(statistics):
-                scores = [_score(metric, sums_K) for sums_K in counts_rN @ own_NK]
-                drawn[system, start : start + draws] += np.array(scores) / len(groups)
+            counts_rN = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+            for system, own_NK in enumerate((a_NK, b_NK)):
+                scores = [score(sums_K) for sums_K in counts_rN @ own_NK]
+                drawn[system, start : start + draws] += np.array(scores) / len(parts)
     differences = drawn[0] - drawn[1]
     low, high = np.quantile(differences, (0.025, 0.975))
     opposite = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     p = min(1.0, 2 * (opposite + 1) / (resamples + 1))
     a, b = float(whole[0]), float(whole[1])
     return PairedBootstrap(a, b, a - b, float(low), float(high), p)
+
+
+def mean_difference(
+    name: str, first: Sequence[float], second: Sequence[float], strata: Sequence[Any], over: str
+) -> ExampleDifference:
+    """Return the paired bootstrap of two systems' values of the same examples.
+
+    Args:
+        name: name of the figure, the mean over the strata of the mean of their values.
+        first, second: a value of each example.
+        strata: the group of each example, such as its task; each is sampled by itself.
+        over: as in ``ExampleDifference``.
+    """
+    values_N2, of_N = np.array((first, second), np.float64).T, np.array([str(stratum) for stratum in strata])
+    parts: list[_Part] = []
+    for own_N2 in (values_N2[of_N == stratum] for stratum in np.unique(of_N)):
+        # The sum of a stratum's values over their number is a sum of their shares.
+        shares = (own_N2 / len(own_N2)).T[..., None]
+        parts.append((shares[0], shares[1], lambda sum_1: float(sum_1[0])))
+    r = _resampled(parts, RESAMPLES, 0)
+    return ExampleDifference(name, r.difference, r.low, r.high, r.p, f"paired bootstrap, {RESAMPLES:,} draws", over)
 
 
 def sentence_statistics(metric: Any, hypotheses: Sequence[str], references: References) -> Array:

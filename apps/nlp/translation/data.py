@@ -61,23 +61,15 @@ class TranslationData(PairData):
             None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
         test_size: likewise.
         corpora: further ones in addition to this one, each with its own files.
-        max_length: tokens of a side, specials included. Longer training pairs are left out; longer sources to be
-            translated are cut, with a warning.
         min_words: training pairs with fewer words on a side are left out. Where rows are held out by chance, these
             five hold for all splits.
         max_words: those with more.
         max_ratio: those whose longer side has more than so many times the words of the shorter one.
         without: those with a side in which this regular expression is found, such as ``%|<`` for codes and tags.
         drop_identical: leave out pairs whose two sides are the same text, as untranslated rows of a corpus are.
-        subset: use only this many training pairs, sampled by split_seed; subwords are learned only from these.
-        temperature: T of sampling among corpora and pairs, n^(1/T): above 1 small ones come more often.
-        tokens_per_batch: maximum of pairs per training batch and process times their longest side.
-        eval_tokens_per_batch: in validation, test and prediction.
         predict_pair: the pair that text or predict_file is to be translated in; None: the only one.
-        predict_lines: lines of predict_file that are read at once, and sorted by length.
-        kwargs: ``split_seed``, ``subwords``, ``tokenizer``, ``text``, ``predict_file`` and ``bad_lines`` of
-            ``SubwordData``; without text and file a prediction translates the sources of the test split. And
-            ``num_workers`` (0 is best, a batch takes about a millisecond) and ``seed`` of ``SuiteData``.
+        kwargs: of ``PairData``: ``max_length``, ``subset``, ``tokens_per_batch``, ``subwords``, ``text``,
+            ``predict_file`` and others. Training pairs longer than ``max_length`` are left out.
 
     Raises:
         ValueError: an unknown dataset, pair or language, an option out of its range or for another dataset; when the
@@ -107,32 +99,15 @@ class TranslationData(PairData):
         val_size: int | float | None = None,
         test_size: int | float | None = None,
         corpora: Sequence[Corpus] = (),
-        max_length: int = 256,
         min_words: int | None = None,
         max_words: int | None = None,
         max_ratio: float | None = None,
         without: str | None = None,
         drop_identical: bool = False,
-        subset: int | None = None,
-        temperature: float = 1.0,
-        tokens_per_batch: int = 4096,
-        eval_tokens_per_batch: int = 4096,
         predict_pair: str | None = None,
-        predict_lines: int = 2048,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            dataset,
-            root,
-            cache_dir,
-            max_length=max_length,
-            subset=subset,
-            temperature=temperature,
-            tokens_per_batch=tokens_per_batch,
-            eval_tokens_per_batch=eval_tokens_per_batch,
-            predict_lines=predict_lines,
-            **kwargs,
-        )
+        super().__init__(dataset, root, cache_dir, **kwargs)
         own = Corpus(dataset, root, train_files, val_files, test_files, columns, val_size, test_size, mnemonic)
         self.corpora = (own, *corpora)
         known = NLP_DATASETS.get(dataset)

@@ -7,12 +7,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-import core
 from apps.base.checks import check_name
 from apps.data.subwords import Subwords
 from apps.equal_cost.comparable import ExampleDifference
-from apps.nets.config import TransformerConfig
-from apps.nlp.decode import Candidate, DecodeConfig, one_each
 from apps.nlp.pairs.module import PairModule
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.translation.metrics import TranslationMetrics, bleu_tokenizers, signatures
@@ -20,7 +17,6 @@ from apps.nlp.translation.report import TranslationReport, TranslationReportConf
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.parts import DataPart
 
-_DECODE = DecodeConfig()
 _REPORT = TranslationReportConfig()
 Tasks = Literal["pair", "source", "target"]
 
@@ -55,22 +51,12 @@ class Translator(PairModule):
     Args:
         subwords: of both languages; the command line takes them from the data.
         pairs: language pairs, such as "en-de"; the command line takes them from the data.
-        transformer: the network around the MoE layers.
-        moe: the MoE layer that replaces the FFN of some layers, or a list with one for each of them, the encoder's
-            first; None: a dense model.
-        encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
-        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         tasks: the task id for routers that ask for one: the language "pair", or the "source" or the "target" language.
             The target language is the domain.
-        decode: how sentences of tests and predictions are translated.
         bleu_tokenize: sacrebleu's tokenizer for BLEU, "13a", "zh", "char", ..., for all pairs, or by pair; None: by
             target language, as `bleu_tokenizers` says.
-        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are loaded at the first
-            training or test unless a checkpoint provides its own; ``data.tokenizer.path`` takes its subwords. Where
-            ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
         report: options of the report that a test adds to the scores; None: nothing.
-        kwargs: ``val_decode`` of ``JudgedModule``, ``label_smoothing`` of ``WritingModule``, ``attention_moe`` of
-            ``TextModule``; ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
+        kwargs: of ``PairModule``: ``transformer``, ``moe``, ``decode``, ``pretrained`` and others.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -86,30 +72,13 @@ class Translator(PairModule):
         self,
         subwords: Subwords | None = None,
         pairs: Sequence[str] = (),
-        transformer: TransformerConfig | None = None,
-        moe: core.MoEConfig | list[core.MoEConfig] | None = None,
-        encoder_moe_blocks: str | list[int] = "every2",
-        decoder_moe_blocks: str | list[int] = "every2",
-        dense_ffn: core.DenseFFN | None = None,
         tasks: Tasks = "pair",
-        decode: DecodeConfig = _DECODE,
         bleu_tokenize: str | dict[str, str] | None = None,
-        pretrained: str | None = None,
         report: TranslationReportConfig | None = _REPORT,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            subwords=subwords,
-            transformer=transformer,
-            moe=moe,
-            encoder_moe_blocks=encoder_moe_blocks,
-            decoder_moe_blocks=decoder_moe_blocks,
-            dense_ffn=dense_ffn,
-            decode=decode,
-            pretrained=pretrained,
-            report=report,
-            **kwargs,
-        )
+        super().__init__(subwords=subwords, **kwargs)
+        self.report = report
         if subwords is None:
             return
         self.bleu_tokenizers = bleu_tokenizers(pairs, bleu_tokenize)
@@ -141,49 +110,6 @@ class Translator(PairModule):
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:
         """Return the translation of each source; an empty line stays one."""
         return Translations(*self.written(batch))
-
-    def predict(self, texts: Sequence[str], pair: str | None = None, **options: Any) -> list[str]:
-        """Return the translation of each text, as ``moesaic predict --data.text`` prints it.
-
-        Arguments and errors are those of ``candidates``; a ``num_return_sequences`` above 1 is an error too.
-
-        Example::
-
-            model.predict(["Delete the selected person"], beam_size=8)      # ["Die gewählte Person löschen"]
-        """
-        return [best.text for best, *_ in self.candidates(texts, pair, **one_each(options))]
-
-    def candidates(
-        self,
-        texts: Sequence[str],
-        pair: str | None = None,
-        *,
-        max_length: int | None = None,
-        tokens_per_batch: int = 4096,
-        **decode: Any,
-    ) -> list[list[Candidate]]:
-        """Return the best translations of each text with their scores, best first: ``num_return_sequences`` of them.
-
-        A search may find fewer than it was asked for.
-
-        Args:
-            texts: what to translate, a sentence each; an empty one stays empty.
-            pair: such as "en-de"; None: the model's only one.
-            max_length: tokens of a source, specials included; a longer one is cut, with a warning. None: 256, or the
-                model's limit.
-            tokens_per_batch: maximum of sentences per batch times the longest sentence.
-            decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
-                ``beam_size=8`` or ``temperature=0.7``.
-
-        Raises:
-            ValueError: one text instead of a list, an item that is not text, an unknown pair or option, or a value out
-                of its range.
-
-        Example::
-
-            model.candidates(["Delete the selected person"], num_return_sequences=3)[0][0].score    # -0.21
-        """
-        return self._candidates(texts, pair, max_length, tokens_per_batch, decode)
 
     # ---- comparisons
 

@@ -1,0 +1,258 @@
+"""Texts and what is to be written of them for Lightning: tasks that are known by name, and your own files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from apps.base.checks import check_name
+from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts, save_texts
+from apps.data.datasets import prepare
+from apps.data.splits import SPLITS, check_size, connected, count_of, hold_out
+from apps.data.store import identity
+from apps.data.subwords import train_subwords
+from apps.data.text_files import clean, named_files, text_lines
+from apps.nlp.pairs.data import PairData
+from apps.nlp.text.corpora import SentencePairs
+from apps.nlp.text.encoded_pairs import write_pairs
+from apps.nlp.text.readers.tables import json_lines, table_rows
+from apps.nlp.text_to_text.datasets import TASK_DATASETS, Row
+
+OWN = ("jsonl", "csv", "lines")
+
+
+class TextToTextData(PairData):
+    """Texts and what is to be written of them, such as summaries, answers or queries, in batches of `TranslationBatch`.
+
+    Args:
+        dataset: debian_synopsis, ... (`moesaic data list`), or the format of your own files: jsonl, csv or lines.
+        root: folder with your own copy of the dataset's files; nothing is downloaded then. For your own files: the
+            folder their names start from, by default the one you are in.
+        cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
+        train_files: of yours, also compressed. jsonl: a name or a pattern of files with a JSON object a line. csv: of
+            tables with a header, by commas, or in a ``.tsv`` by tabs. lines: ``train`` for ``train.source`` and
+            ``train.target``, of which line i of one belongs to line i of the other.
+        val_files: likewise; None: rows of train_files are held out, and those of equal sources stay together.
+        test_files: likewise.
+        source: the column of the texts; of lines the file's ending.
+        target: the column of what is to be written; in jsonl it may be a list of several right texts, of which training
+            takes the first. An empty text on a side is an error. Other columns of validation and test are kept: `rows`.
+        task: the column of the task's name; rows without one have the dataset's name.
+        tasks: the tasks that are read, in this order, the model's own; None: all of the training rows.
+        language: of debian_synopsis: en, de or fr.
+        val_size: rows to validate on, or a share of all below 1. Of a split that has files, so many of them by chance;
+            None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
+        test_size: likewise.
+        max_length: tokens of a side, specials included; longer ones are cut, and the description counts them.
+        predict_task: the task of text or predict_file; None: the only one.
+        kwargs: of ``PairData``: ``subset``, ``temperature``, ``tokens_per_batch``, ``subwords``, ``text``,
+            ``predict_file`` and others.
+
+    Raises:
+        ValueError: an unknown dataset, task or language, an option out of its range or for another dataset; when the
+            data are first needed: missing or unreadable files, a row without source or target.
+
+    Example::
+
+        data = TextToTextData("jsonl", train_files="notes.jsonl", source="body", target="title")
+        batch = next(iter(data.train_dataloader()))
+        batch.source_BS, batch.target_BL
+    """
+
+    noun: ClassVar[str] = "task"
+    from_checkpoint = ("subwords", "tasks")
+
+    def __init__(
+        self,
+        dataset: str = "debian_synopsis",
+        root: str | None = None,
+        cache_dir: str | None = None,
+        train_files: list[str] | str | None = None,
+        val_files: list[str] | str | None = None,
+        test_files: list[str] | str | None = None,
+        source: str = "source",
+        target: str = "target",
+        task: str = "task",
+        tasks: Sequence[str] | None = None,
+        language: str = "en",
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
+        max_length: int = 512,
+        predict_task: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dataset, root, cache_dir, max_length=max_length, **kwargs)
+        check_name("dataset", dataset, sorted([*TASK_DATASETS, *OWN]))
+        self.files = {"train": train_files, "val": val_files, "test": test_files}
+        if dataset in OWN and train_files is None and not self.needs_no_dataset:
+            raise ValueError(f"dataset={dataset!r} needs train_files (--data.train_files)")
+        for split, names in self.files.items():
+            if names is not None and dataset not in OWN:
+                raise ValueError(f"{split}_files={names!r} is for files of yours, not for {dataset}")
+        if dataset in TASK_DATASETS:
+            check_name("language", language, TASK_DATASETS[dataset].languages or ("en",))
+        self.sizes_held = {"val": val_size, "test": test_size}
+        for split, size in self.sizes_held.items():
+            check_size(f"{split}_size", size)
+        self.columns = {"source": source, "target": target, "task": task}
+        self.language, self._tasks = language, None if tasks is None else tuple(tasks)
+        self.predict_task = self.predict_group = predict_task
+        self._read_given(self._tasks or ())
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks, by number. The first use reads the data, unless they were given."""
+        return self._tasks if self._tasks is not None else tuple(self.opened.info["tasks"])
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return self.tasks
+
+    def rows(self, split: str) -> list[Row]:
+        """Return the rows of "val" or "test", by ``index_B`` of a batch.
+
+        Each has ``source``, ``task`` and ``references``, a list of the right texts, and the further columns.
+        """
+        return [json.loads(row) for row in read_texts(self.opened, f"{self._held_out(split)}_row")]
+
+    # ---- the encoded rows
+
+    def read(self) -> ArrayFiles:
+        if self.dataset in OWN:
+            files = {split: self._named(names) for split, names in self.files.items() if names is not None}
+            paths = [path for own in files.values() for path in own]
+
+            def rows() -> dict[str, list[Row]]:
+                return {split: list(self._own_rows(own)) for split, own in files.items()}
+
+        else:
+            known = TASK_DATASETS[self.dataset]
+            root = prepare(self.dataset, self.root, self.cache_dir)
+            paths = known.files(root)
+
+            def rows() -> dict[str, list[Row]]:
+                return {
+                    split: [self._checked(row, f"{self.dataset} ({split}), row {n}") for n, row in enumerate(own, 1)]
+                    for split, own in known.read(root, self.language).items()
+                }
+
+        options = [self.columns, self._tasks, self.language, self.sizes_held, self.split_seed, self.subset]
+        return self.stored([identity(paths), self.files, options], lambda writer: self._write(writer, rows()))
+
+    def _named(self, names: list[str] | str) -> list[Path]:
+        """Return the files of a split; of lines, each source is followed by its target."""
+        if self.dataset != "lines":
+            return named_files(self.root, names)
+        listed = [names] if isinstance(names, str) else names
+        sides = [f"{name}.{self.columns[side]}" for name in listed for side in ("source", "target")]
+        return [path for side in sides for path in named_files(self.root, side)]
+
+    def _own_rows(self, paths: Sequence[Path]) -> Iterator[Row]:
+        if self.dataset == "lines":
+            for source, target in zip(paths[::2], paths[1::2], strict=True):
+                both = [list(text_lines(path)) for path in (source, target)]
+                if len(both[0]) != len(both[1]):
+                    counts = f"{len(both[0]):,} and {len(both[1]):,} lines"
+                    raise ValueError(
+                        f"{source} and {target} have {counts}: line i of one belongs to line i of the other"
+                    )
+                for number, (text, written) in enumerate(zip(*both, strict=True), 1):
+                    yield self._checked({"source": text, "target": written}, f"{source}, line {number}")
+            return
+        for path in paths:
+            for number, row in json_lines(path) if self.dataset == "jsonl" else table_rows(path):
+                where = f"{path}, line {number}"
+                for side in ("source", "target"):
+                    if self.columns[side] not in row:
+                        has = ", ".join(map(str, row))
+                        raise ValueError(f"{where}: no column {self.columns[side]!r} ({side}), only {has}")
+                yield self._checked(
+                    {side: row.pop(name) for side, name in self.columns.items() if name in row} | row, where
+                )
+
+    def _checked(self, row: Row, where: str) -> Row:
+        """Return a row with clean texts, its right ones as ``references``.
+
+        Raises:
+            ValueError: a side is empty or no text, or the task's name cannot be one.
+        """
+        source, target, task = row.pop("source"), row.pop("target"), str(row.pop("task", None) or self.dataset)
+        references = target if isinstance(target, list) else [target]
+        for side, texts in (("source", [source]), ("target", references)):
+            if odd := next((text for text in texts if not isinstance(text, str | int | float)), None):
+                raise ValueError(f"{where}: the {side} is a {type(odd).__name__}, and not a text")
+            if not texts or not all(clean(str(text or "")) for text in texts):
+                raise ValueError(f"{where}: the {side} is empty")
+        if not re.fullmatch(r"[^<>\s]+", task):
+            raise ValueError(f"{where}: task={task!r} has spaces or angle brackets")
+        return {**row, "source": clean(str(source)), "task": task, "references": [clean(str(t)) for t in references]}
+
+    def _write(self, writer: ArrayWriter, splits: dict[str, list[Row]]) -> None:
+        train, left_out = splits["train"], Counter[str]()
+        tasks = self._tasks or tuple(dict.fromkeys(row["task"] for row in train))
+        for split, rows in splits.items():
+            others = sorted({row["task"] for row in rows} - {*tasks})
+            if others and self._tasks is None:
+                raise ValueError(f"task {others[0]!r} ({split}) is none of training's: {', '.join(tasks)}")
+            splits[split] = [row for row in rows if row["task"] in tasks]
+            left_out[f"of other tasks ({split})"] += len(rows) - len(splits[split])
+        if lacking := {*tasks} - {row["task"] for row in splits["train"]}:
+            known = ", ".join(sorted({row["task"] for row in train}))
+            raise ValueError(f"task {min(lacking)!r} has no training rows: there are {known}")
+        splits = self._held(splits)
+        if self.subset is not None:
+            splits["train"] = [splits["train"][i] for i in self._drawn(len(splits["train"]))]
+        pairs = {split: _pairs(splits[split], tasks) for split in SPLITS}
+        tags = tasks if len(tasks) > 1 else ()
+        train_pairs = pairs["train"]
+        subwords = self._given or train_subwords(
+            train_pairs.source, train_pairs.target, self.tokenizer, tags, self.cache
+        )
+        for split, own in pairs.items():
+            write_pairs(writer, split, own, subwords, keep_text=split != "train")
+            if split != "train":
+                save_texts(writer, f"{split}_row", [json.dumps(row, ensure_ascii=False) for row in splits[split]])
+        writer.finish({"left_out": {k: n for k, n in left_out.items() if n}, "tasks": tasks, **self.info_of(subwords)})
+
+    def _held(self, splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+        """Return the rows of all splits: those that have none get some of training, by whole groups."""
+        rows, held = splits["train"], {**splits}
+        for split, size in self.sizes_held.items():
+            if split in splits and size is not None:
+                count = min(count_of(size, len(splits[split])), len(splits[split]))
+                chosen = np.random.RandomState(self.split_seed).permutation(len(splits[split]))[:count]
+                held[split] = [splits[split][i] for i in np.sort(chosen)]
+        lacking = [split for split in self.sizes_held if split not in splits]
+        default = min(1000, len(rows) // 20)
+        sizes = [default if (size := self.sizes_held[s]) is None else count_of(size, len(rows)) for s in lacking]
+        if sum(sizes) >= len(rows):
+            asked = " and ".join(f"{split}_size={self.sizes_held[split]}" for split in lacking)
+            raise ValueError(f"{asked} leave none of the {len(rows):,} rows to train on")
+        places = hold_out(_groups(rows), sizes, self.split_seed)
+        held |= {split: [rows[i] for i in own] for split, own in zip(lacking, places, strict=True)}
+        out = {i for own in places for i in own.tolist()}
+        return {**held, "train": [row for i, row in enumerate(rows) if i not in out]}
+
+
+def _groups(rows: Sequence[Row]) -> np.ndarray:
+    """Return the group of each row, int64 (N,): rows of one source, or of one ``group``, are together."""
+    keys: dict[tuple[str, str], int] = {}
+    known = [
+        (i, keys.setdefault((name, str(row[name]).casefold()), len(keys)))
+        for i, row in enumerate(rows)
+        for name in ("source", "group")
+        if name in row
+    ]
+    at_L, key_L = np.array(known, np.int64).reshape(-1, 2).T
+    return connected(at_L, key_L, len(rows))
+
+
+def _pairs(rows: Iterable[Row], tasks: Sequence[str]) -> SentencePairs:
+    sides = [(row["source"], row["references"][0], tasks.index(row["task"]), 0) for row in rows]
+    return SentencePairs(*map(list, zip(*sides, strict=True))) if sides else SentencePairs()

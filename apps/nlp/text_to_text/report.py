@@ -1,0 +1,113 @@
+"""The test report of a text-to-text model: scores by task beside extractive baselines, texts, the use of experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apps.data.text_files import num_words
+from apps.nlp.pairs.report import Collected, PairReport, examples, side_by_side, write_sentences
+from apps.nlp.text.significance import mean_difference
+from apps.nlp.text_to_text.metrics import METRICS, TextMetrics
+from apps.report.page import Code, Section, Table
+from apps.report.tables import write_csv
+
+_MODEL = "model"
+
+
+class TextToTextReport(PairReport):
+    """After a test: the metrics by task beside those of sentences of the source itself, the written texts, and of a
+    sparse model how far its experts are specialized in tasks and in kinds of subwords.
+
+    It writes ``tasks.csv``, ``texts.jsonl`` (source, reference, hypothesis, metrics and search score of each text), and
+    the files of ``PairReport``; with several tasks ``expert_task.png`` too.
+
+    A task whose sources have two sentences or more on average has two extractive baselines: the first sentence, and the
+    one that TextRank finds.
+    """
+
+    metrics = TextMetrics
+
+    def write_scores(self, collected: Collected, folder: Path) -> Section:
+        pieces, module, sources = collected.metrics.pieces, collected.module, collected.sources
+        rows = collected.data.rows("test") if hasattr(collected.data, "rows") else None
+        table: list[dict[str, Any]] = []
+        lines = []
+        for number, task in enumerate(module.tasks):
+            own = [piece for piece in pieces if piece.group == number]
+            systems = {_MODEL: [piece.scores for piece in own]}
+            texts = {_MODEL: [piece.written or "" for piece in own]}
+            if rows is not None and sources is not None and own:
+                of_test = [rows[piece.index] for piece in own]
+                texts |= extracted([sources[piece.index] for piece in own])
+                for name in [*texts][1:]:
+                    written = zip(texts[name], of_test, strict=True)
+                    systems[name] = [{m: METRICS[m](text, row) for m in module.metrics} for text, row in written]
+            words = sum(num_words(piece.reference) for piece in own)
+            for name, scores in systems.items() if own else ():
+                ratio = sum(map(num_words, texts[name])) / max(words, 1)
+                means = {m: float(np.mean([s[m] for s in scores])) for m in module.metrics}
+                table.append({"task": task, "system": name, "texts": len(own), **means, "length_ratio": ratio})
+            lines += _against(task, systems, module.metrics[0])
+        shown = examples(pieces, "task", module.tasks, sources)
+        write_csv(folder / "tasks.csv", table)
+        write_sentences(folder / "texts.jsonl", "text", pieces, shown, [piece.scores for piece in pieces])
+        samples = side_by_side({"hypothesis": shown}, "task", self.config.samples)
+        cells = tuple(tuple(_cell(name, value) for name, value in row.items()) for row in table)
+        title = "; ".join(["Metrics in percent", *lines])
+        parts = (Table(title, tuple(table[0]), cells), *((Code("Texts", samples),) if samples else ()))
+        return Section("Texts", parts)
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}" if name == "length_ratio" else f"{100 * value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _against(task: str, systems: Mapping[str, Sequence[Mapping[str, float]]], metric: str) -> list[str]:
+    """Return a line on the model beside the best baseline; none without baselines."""
+    values = {name: [s[metric] for s in scores] for name, scores in systems.items()}
+    if len(values) < 2:
+        return []
+    best = max([*values][1:], key=lambda name: float(np.mean(values[name])))
+    d = mean_difference(metric, values[_MODEL], values[best], [task] * len(values[best]), "")
+    low, high = 100 * d.low, 100 * d.high
+    return [f"{task}: {metric} is {100 * d.difference:+.2f} of {best}'s, 95 % interval {low:+.2f} to {high:+.2f}"]
+
+
+# ---- extractive baselines
+
+
+def extracted(sources: Sequence[str]) -> dict[str, list[str]]:
+    """Return what each extractive baseline says of each source; none where sources are mostly one sentence."""
+    split = [sentences(source) for source in sources]
+    if sum(map(len, split)) < 2 * len(split):
+        return {}
+    baselines: dict[str, Callable[[Sequence[str]], str]] = {"first sentence": lambda own: own[0], "TextRank": textrank}
+    return {name: [say(own) for own in split] for name, say in baselines.items()}
+
+
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a text: what ends in a stop, a question or an exclamation mark before a space."""
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
+def textrank(own: Sequence[str]) -> str:
+    """Return the most central sentence: by PageRank over the cosines of their tf-idf (Mihalcea and Tarau 2004)."""
+    import networkx  # type: ignore[import-untyped]
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    if len(own) < 3:
+        return own[0]
+    try:
+        words_SV = TfidfVectorizer(token_pattern=r"\w+").fit_transform(own)
+    except ValueError:  # no sentence has a word
+        return own[0]
+    graph = networkx.from_scipy_sparse_array(words_SV @ words_SV.T)
+    rank = networkx.pagerank(graph)
+    return own[max(range(len(own)), key=lambda place: (rank[place], -place))]
