@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
@@ -23,19 +22,15 @@ _WALKS = 1024
 class Constraint(Protocol):
     """What the ids of a text may be. States are immutable and hashable; equal states allow the same texts."""
 
-    @abstractmethod
     def start(self) -> Hashable:
         """Return the state before the first id."""
 
-    @abstractmethod
     def allowed(self, state: Any) -> Tensor:
         """Return which ids may come next, bool (V,); ``EOS_ID`` if the text may end here."""
 
-    @abstractmethod
     def advance(self, state: Any, token_id: int) -> Hashable:
         """Return the state after an id that is allowed, and is not ``EOS_ID``."""
 
-    @abstractmethod
     def least(self, state: Any) -> int:
         """Return a number of ids with which the text can end. Some allowed id leads to a state of at least one fewer;
         0: it may end here."""
@@ -54,38 +49,25 @@ def needs(constraint: Constraint, state: Any) -> Tensor:
     return need_V
 
 
-class Language(Protocol):
-    """A set of texts, read byte by byte in UTF-8. States are immutable and hashable."""
-
-    def start(self) -> Any:
-        """Return the state before the first byte."""
-
-    def step(self, state: Any, byte: int) -> Any:
-        """Return the state after a byte; None: no text continues so."""
-
-    def ends(self, state: Any) -> bool:
-        """Return whether a text may end here."""
-
-    def shortest(self, state: Any) -> bytes:
-        """Return the rest of the shortest text; of equally short ones, the first in byte order."""
-
-
 class TextConstraint(Constraint):
     """The text that the ids spell by themselves is in a language, before ``Subwords.decode`` removes control characters
     and the spaces around it.
 
-    Texts are read in bytes, so that characters that the vocabulary spells in bytes need nothing of their own. A state is
-    that of the language, and whether the text is still empty: then a subword's leading space is not written.
+    Texts are read in bytes, so that characters that the vocabulary spells in bytes need nothing of their own. A state
+    is that of the language, and whether the text is still empty: then a subword's leading space is not written.
 
     Args:
-        language: the texts.
+        language: the texts, read byte by byte. ``start()`` is its state before the first byte, ``step(state, byte)``
+            the one after a byte, None if no text continues so; ``ends(state)`` says whether a text may end, and
+            ``shortest(state)`` is the rest of the shortest one, of equally short ones the first in byte order. States
+            are immutable and hashable.
         subwords: the model's.
         side: whose subwords the model writes.
     """
 
-    def __init__(self, language: Language, subwords: Subwords, side: Side = "target") -> None:
+    def __init__(self, language: Any, subwords: Subwords, side: Side = "target") -> None:
         self.language = language
-        self.size, self._within, self._first, self._drops_again = _trees(subwords, side)
+        self.size, self._trees, self._drops_again = _trees(subwords, side)
         self._after = functools.lru_cache(_WALKS)(self._walk)
         self._fewest = functools.lru_cache(_WALKS)(self._count)
 
@@ -107,14 +89,14 @@ class TextConstraint(Constraint):
     def _walk(self, state: Any) -> dict[int, Hashable]:
         """Return the state after each id that is allowed, by one walk over the tree of the subwords."""
         own, is_empty = state
-        root = self._first if is_empty else self._within
-        after: dict[int, Hashable] = dict.fromkeys(root[0], (own, self._drops_again))
+        root = self._trees[is_empty]
+        after: dict[int, Hashable] = dict.fromkeys(root.get(-1, ()), (own, self._drops_again))
         todo = [(root, own)]
         while todo:
-            (_, branches), at = todo.pop()
-            for byte, branch in branches.items():
-                if (then := self.language.step(at, byte)) is not None:
-                    after.update(dict.fromkeys(branch[0], (then, False)))
+            node, at = todo.pop()
+            for byte, branch in node.items():
+                if byte >= 0 and (then := self.language.step(at, byte)) is not None:
+                    after.update(dict.fromkeys(branch.get(-1, ()), (then, False)))
                     todo.append((branch, then))
         return after
 
@@ -122,11 +104,11 @@ class TextConstraint(Constraint):
         """Return the fewest ids that spell a text."""
         least = [*[_NEVER] * len(text), 0]
         for begin in reversed(range(len(text))):
-            node: Any = self._first if is_empty and begin == 0 else self._within
+            node: Any = self._trees[is_empty and begin == 0]
             for end in range(begin, len(text)):
-                if (node := node[1].get(text[end])) is None:
+                if (node := node.get(text[end])) is None:
                     break
-                if node[0]:
+                if -1 in node:
                     least[begin] = min(least[begin], least[end + 1] + 1)
         return least[0]
 
@@ -147,7 +129,7 @@ class TrieConstraint(TextConstraint):
 
 
 class Texts:
-    """Some texts as a ``Language``; a state is what has been read.
+    """Some texts as a language; a state is what has been read.
 
     Args:
         texts: the texts, which are cleaned as those that are written.
@@ -179,28 +161,16 @@ class Texts:
 
 
 @functools.lru_cache(maxsize=4)
-def _trees(subwords: Subwords, side: Side) -> tuple[int, Any, Any, bool]:
-    """Return the number of ids; the tree of what they write within a text and of what at its start; and whether a text
-    of spaces is empty."""
+def _trees(subwords: Subwords, side: Side) -> tuple[int, tuple[dict[int, Any], dict[int, Any]], bool]:
+    """Return the number of ids; trees of the subwords by their bytes, with their ids at -1, within a text and at its
+    start; and whether a text of spaces is empty."""
     surfaces, decode = subwords.surfaces(side), subwords.processor(side).decode
     spaced = next((i for i, piece in enumerate(surfaces) if piece and piece[:1] == b" "), None)
     drops = spaced is not None and not decode([spaced]).startswith(" ")
     space = surfaces.index(b" ") if b" " in surfaces else None
-    within, first = _branch(), _branch()
-    for i, piece in enumerate(surfaces):
-        if piece:
-            _insert(within, piece, i)
-            _insert(first, piece[1:] if drops and piece[:1] == b" " else piece, i)
-    return len(surfaces), within, first, space is not None and not decode([space, space])
-
-
-def _branch() -> tuple[list[int], dict[int, Any]]:
-    """Return a node of a tree: the ids that end there, and the nodes after it by their byte."""
-    return [], {}
-
-
-def _insert(root: tuple[list[int], dict[int, Any]], piece: bytes, token_id: int) -> None:
-    node = root
-    for byte in piece:
-        node = node[1].setdefault(byte, _branch())
-    node[0].append(token_id)
+    trees: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
+    for i, piece in ((i, piece) for i, piece in enumerate(surfaces) if piece):
+        first = piece[1:] if drops and piece[:1] == b" " else piece
+        for tree, own in zip(trees, (piece, first), strict=True):
+            functools.reduce(lambda node, byte: node.setdefault(byte, {}), own, tree).setdefault(-1, []).append(i)
+    return len(surfaces), trees, space is not None and not decode([space, space])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from apps.data.subwords import Side, Subwords
 from apps.nlp.decode.constraint import TextConstraint
 
 _LONGEST = 1 << 16
@@ -25,6 +25,9 @@ class Ref(NamedTuple):
 
     name: str
 
+    def __repr__(self) -> str:
+        return f"rule {self.name!r}"
+
 
 @dataclass(frozen=True)
 class Chars:
@@ -36,7 +39,7 @@ class Chars:
         others: it may have all characters but ``chars``, which are ASCII then, and control characters.
 
     Raises:
-        ValueError: no characters, numbers that contradict each other, or ``others`` of characters beyond ASCII.
+        ValueError: numbers that contradict each other, or ``others`` of characters beyond ASCII.
     """
 
     chars: str
@@ -45,8 +48,6 @@ class Chars:
     others: bool = False
 
     def __post_init__(self) -> None:
-        if not self.others and not self.chars:
-            raise ValueError("Chars('') has no characters: give some, or others=True")
         if self.others and not self.chars.isascii():
             raise ValueError(f"Chars({self.chars!r}, others=True): only ASCII characters can be left out")
         if self.least < 0 or (self.most is not None and self.most < self.least):
@@ -72,7 +73,7 @@ _BEYOND: list[Stack] = [
 
 
 class Grammar:
-    """A context-free grammar. As a ``Language``, its state is the set of stacks of what may come, each starting with
+    """A context-free grammar. As a language, its state is the set of stacks of what may come, each starting with
     bytes. Alternatives are kept until they differ, so those with a long common start are better written as one.
 
     Args:
@@ -90,16 +91,22 @@ class Grammar:
     """
 
     def __init__(self, rules: Mapping[str, Sequence[Sequence[str | Ref | Chars]]], start: str = "start") -> None:
-        self._rules = {
-            name: [tuple(_symbol(part, name, rules) for part in parts if part != "") for parts in alternatives]
+        self._start, self._shortest = Ref(start), dict[Symbol, bytes]()
+        self._rules: dict[Symbol, list[Stack]] = {
+            Ref(name): [tuple(_symbol(part, name, rules) for part in own if part != "") for own in alternatives]
             for name, alternatives in rules.items()
         }
         if start not in rules:
             raise ValueError(f"start={start!r} is not a rule")
-        self._start = Ref(start)
-        self._shortest: dict[str, bytes] = {}
+        todo = list(self._rules)
+        while todo:  # runs are rules too
+            runs = {part for name in todo for own in self._rules[name] for part in own if isinstance(part, Chars)}
+            todo = [run for run in runs if run not in self._rules]
+            self._rules.update({run: _run(run) for run in runs})
         self._find_shortest()
-        self._check_left()
+        checked = set[Symbol]()
+        for name in [*self._rules]:
+            self._check_left(name, (), checked)
         self._moves = functools.lru_cache(_STEPS)(self._by_byte)
 
     def start(self) -> frozenset[Stack]:
@@ -113,8 +120,7 @@ class Grammar:
 
     def step(self, state: frozenset[Stack], byte: int) -> frozenset[Stack] | None:
         moves = self._moves(state)
-        after = moves.get(byte)
-        if isinstance(after, list):
+        if isinstance(after := moves.get(byte), list):
             after = moves[byte] = self._heads(after)
         return after
 
@@ -122,12 +128,10 @@ class Grammar:
         """Return what is left of the stacks that start with a byte, by byte; ``step`` replaces it by the state."""
         moves: dict[int, Any] = {}
         for head, *rest in filter(None, state):
-            if isinstance(head, frozenset):
-                for byte in head:
-                    moves.setdefault(byte, []).append(tuple(rest))
-            elif isinstance(head, bytes):
-                left = (head[1:], *rest) if len(head) > 1 else tuple(rest)
-                moves.setdefault(head[0], []).append(left)
+            firsts: Any = head[:1] if isinstance(head, bytes) else head
+            left = (head[1:], *rest) if isinstance(head, bytes) and len(head) > 1 else tuple(rest)
+            for byte in firsts:
+                moves.setdefault(byte, []).append(left)
         return moves
 
     def _heads(self, stacks: Iterable[Stack]) -> frozenset[Stack]:
@@ -138,27 +142,19 @@ class Grammar:
             if stack in seen:
                 continue
             seen.add(stack)
-            if stack and isinstance(stack[0], Ref | Chars):
-                todo += [(*alternative, *stack[1:]) for alternative in self._alternatives(stack[0])]
+            if stack and stack[0] in self._rules:
+                todo += [(*alternative, *stack[1:]) for alternative in self._rules[stack[0]]]
             else:
                 found.add(stack)
         return frozenset(found)
 
-    def _alternatives(self, symbol: Ref | Chars) -> Sequence[Stack]:
-        return self._rules[symbol.name] if isinstance(symbol, Ref) else _run(symbol)
-
     # ---- checks
 
     def _text(self, stack: Stack) -> bytes:
-        """Return the shortest text of a stack.
-
-        Raises:
-            KeyError: a rule of it has none yet.
-        """
+        """Return the shortest text of a stack; a ``KeyError`` says that a rule of it has none yet."""
         return b"".join(
-            self._shortest[part.name] if isinstance(part, Ref)
-            else _character(part) * part.least if isinstance(part, Chars)
-            else _least(part)
+            self._shortest[part] if part in self._rules
+            else part if isinstance(part, bytes) else bytes((min(part),))  # type: ignore[arg-type]
             for part in stack
         )  # fmt: skip
 
@@ -167,52 +163,31 @@ class Grammar:
         while changed:
             changed = False
             for name, alternatives in self._rules.items():
-                known = [self._shortest[name]] if name in self._shortest else []
-                ready = (
-                    own for own in alternatives if all(p.name in self._shortest for p in own if isinstance(p, Ref))
-                )
-                best = min((*known, *map(self._text, ready)), key=_order, default=None)
-                if best is not None and [best] != known:
-                    self._shortest[name], changed = best, True
-                    if len(best) > _LONGEST:
-                        raise ValueError(f"the shortest text of rule {name!r} has more than {_LONGEST:,} bytes")
+                for own in alternatives:
+                    with contextlib.suppress(KeyError):
+                        text = self._text(own)
+                        if name not in self._shortest or _order(text) < _order(self._shortest[name]):
+                            self._shortest[name], changed = text, True
+                            if len(text) > _LONGEST:
+                                raise ValueError(f"{name!r}: its shortest text has more than {_LONGEST:,} bytes")
         if endless := [name for name in self._rules if name not in self._shortest]:
-            raise ValueError(f"rule {endless[0]!r} never ends: a grammar without an end")
+            raise ValueError(f"{endless[0]!r} never ends: a grammar without an end")
 
-    def _check_left(self) -> None:
-        """Reject rules that can start with themselves."""
-        first: dict[str, set[str]] = {name: set() for name in self._rules}
-        for name, alternatives in self._rules.items():
-            for part in (part for own in alternatives for part in self._leading(own)):
-                first[name].add(part)
-        for name in first:
-            reached, todo = set[str](), [*first[name]]
-            while todo:
-                if (at := todo.pop()) not in reached:
-                    reached.add(at)
-                    todo += first[at]
-            if name in reached:
-                raise ValueError(f"rule {name!r} can start with itself (left recursion)")
-
-    def _leading(self, stack: Stack) -> Iterable[str]:
-        """Yield the rules that an alternative can start with."""
-        for part in stack:
-            if isinstance(part, Ref):
-                yield part.name
-            if self._text((part,)):
-                return
+    def _check_left(self, name: Symbol, above: Sequence[Symbol], checked: set[Symbol]) -> None:
+        """Reject rules that can start with themselves, or with a rule above."""
+        if name in above:
+            raise ValueError(f"{name!r} can start with itself (left recursion)")
+        for own in () if name in checked else self._rules[name]:
+            for part in own:
+                if isinstance(part, Ref):
+                    self._check_left(part, [*above, name], checked)
+                if self._text((part,)):
+                    break
+        checked.add(name)
 
 
 class GrammarConstraint(TextConstraint):
-    """The text is one of a grammar's.
-
-    Args:
-        grammar: the grammar.
-        subwords, side: as in ``TextConstraint``.
-    """
-
-    def __init__(self, grammar: Grammar, subwords: Subwords, side: Side = "target") -> None:
-        super().__init__(grammar, subwords, side)
+    """The text is one of a ``Grammar``. Arguments are the grammar, and those of ``TextConstraint``."""
 
 
 def _order(text: bytes) -> tuple[int, bytes]:
@@ -221,7 +196,7 @@ def _order(text: bytes) -> tuple[int, bytes]:
 
 def _symbol(part: Any, name: str, rules: Mapping[str, Any]) -> Symbol:
     if isinstance(part, Ref) and part.name not in rules:
-        raise ValueError(f"rule {name!r} refers to {part.name!r}, which is not a rule")
+        raise ValueError(f"rule {name!r} refers to rule {part.name!r}, which does not exist")
     if not isinstance(part, str | Ref | Chars):
         raise ValueError(f"rule {name!r}: {part!r} is not a text, a Ref or Chars")
     return part.encode() if isinstance(part, str) else part
@@ -235,17 +210,6 @@ def _one_of(chars: str, others: bool) -> list[Stack]:
     ascii_bytes = frozenset(ord(char) for char in chars if char.isascii())
     beyond: list[Stack] = [(char.encode(),) for char in dict.fromkeys(chars) if not char.isascii()]
     return [*([(ascii_bytes,)] if ascii_bytes else []), *beyond]
-
-
-def _least(part: Symbol) -> bytes:
-    """Return the first of the texts of bytes in byte order."""
-    return part if isinstance(part, bytes) else bytes((min(part),))  # type: ignore[arg-type]
-
-
-def _character(run: Chars) -> bytes:
-    """Return the shortest character of a run."""
-    texts = (b"".join(_least(part) for part in own) for own in _one_of(run.chars, run.others))
-    return min(texts, key=_order)
 
 
 def _run(run: Chars) -> list[Stack]:
