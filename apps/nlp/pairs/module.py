@@ -18,6 +18,7 @@ from apps.nets.loss import LogProbs, OutputLogits
 from apps.nets.place import Place
 from apps.nets.transformer import TranslationModel
 from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, in_columns, one_each, translate_ids
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.pairs.report import PairReportConfig, examples, side_by_side
@@ -159,7 +160,11 @@ class PairModule(JudgedModule, TextModule):
         # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
             ids, model = self._ids(batch), model or self.model_in(config.dtype)
-            return translate_ids(model, batch.source_BS, config, *ids, index_B=batch.index_B)
+            return translate_ids(model, batch.source_BS, config, *ids, batch.index_B, self.constraints(batch))
+
+    def constraints(self, batch: TranslationBatch) -> Sequence[Constraint] | None:
+        """Return what the text of each row may be; None: anything."""
+        return None
 
     def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         """Return the tasks and the domains, int64 (B,) each."""

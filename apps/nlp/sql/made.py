@@ -50,10 +50,12 @@ class MadeDatabases:
             write_databases(folder, split, _SEED)
 
 
-def read_made(root: Path, language: str) -> dict[Split, Iterator[dict[str, str]]]:
+def read_made(root: Path, language: str) -> dict[Split, list[dict[str, str]]]:
     """Return the rows of each split, which ask the databases of a folder."""
-    paths: dict[Split, list[Path]] = {split: sorted(root.glob(f"{split}_*.sqlite")) for split in SPLITS}
-    return {split: (row for path in own for row in questions(path, split, _SEED)) for split, own in paths.items()}
+    return {
+        split: [row for path in sorted(root.glob(f"{split}_*.sqlite")) for row in questions(path, split, _SEED)]
+        for split in SPLITS
+    }
 
 
 def write_databases(folder: Path, split: Split, seed: int) -> list[Path]:

@@ -20,6 +20,8 @@ from apps.data.datasets import Dataset, register
 from apps.data.sources import File, Source, UrlSource
 from apps.data.splits import Split
 from apps.data.text_files import text_lines
+from apps.nlp.sql.made import MadeDatabases, read_made
+from apps.nlp.sql.schema import read_schema, serialized
 from apps.nlp.text.readers.tables import json_lines
 
 Row = dict[str, Any]
@@ -118,20 +120,16 @@ def _read_squad(root: Path, language: str) -> Rows:
 
 def _read_spider(root: Path, language: str) -> Rows:
     """Read Spider; the published dev set is the test. ``database`` is the file that a query can be run on."""
-    schemas = {}
-    for schema in json.loads((root / "tables.json").read_text(encoding="utf-8")):
-        names, columns = schema["table_names_original"], schema["column_names_original"]
-        tables = (f"{t} : {', '.join(c for at, c in columns if at == n)}" for n, t in enumerate(names))
-        schemas[schema["db_id"]] = f"{schema['db_id']} | {' | '.join(tables)}"
 
     def rows(*files: str) -> Iterator[Row]:
         for path in (root / file for file in files if (root / file).is_file()):
             for asked in json.loads(path.read_text(encoding="utf-8")):
                 name = asked["db_id"]
+                database = root / "database" / name / f"{name}.sqlite"
                 yield {
-                    "source": f"{asked['question']} | {schemas[name]}",
+                    "source": asked["question"] + serialized(read_schema(database)),
                     "target": asked["query"],
-                    "database": str(root / "database" / name / f"{name}.sqlite"),
+                    "database": str(database),
                     "group": name,
                 }
 
@@ -293,6 +291,13 @@ TASK_DATASETS: dict[str, TaskDataset] = {
                 tuple(File(*pair) for pair in _SQUAD_HASHES.items()),
             ),
             license="CC BY-SA 4.0",
+        ),
+        _dataset(
+            "made_sql",
+            "made questions of made databases to SQL, 20,000 train, 500 val; 500 test, of real tables",
+            read_made,
+            (("train_*.sqlite", "val_*.sqlite", "test_*.sqlite"),),
+            MadeDatabases(),
         ),
         _dataset(
             "spider",
