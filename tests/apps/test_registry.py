@@ -30,6 +30,8 @@ IN_FILES = (
     "apps.multimodal.two_towers.TwoTowers",
     "apps.nlp.language.data.TextData",
     "apps.nlp.language.module.LanguageModeler",
+    "apps.nlp.text_to_text.data.TextToTextData",
+    "apps.nlp.text_to_text.module.TextToText",
     "apps.nlp.translation.data.TranslationData",
     "apps.nlp.translation.module.Translator",
     "apps.plan.inputs.Vocabulary",
@@ -92,5 +94,5 @@ def test_every_module_of_the_apps_is_in_the_registry():
         registry.resolve(name)
     own = [kind.__name__ for kind in registry.subclasses(SparseModule) if kind.__module__.startswith("apps.")]
     public = {name for name in own if not name.startswith("_")}
-    bases = {"SparseModule", "TextModule", "WritingModule", "JudgedModule"}
+    bases = {"SparseModule", "TextModule", "WritingModule", "JudgedModule", "PairModule"}
     assert public - bases == set(registry.MODELS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,26 @@ from apps.train.step.parts import DataPart
 
 _AT_ONCE = 2048
 """Texts that are batched with their neighbors in length: as many as ``predict_lines`` of the data by default."""
+
+
+class WrittenTexts(NamedTuple):
+    """Texts that are written of a batch.
+
+    Attributes:
+        index: int64 (B,), as ``TranslationBatch.index_B``.
+        group: the task, or the language pair.
+        source: as the model read it.
+        text: the best hypothesis; empty for an empty line.
+        score: float64 (B,), its score in the search; 0 for an empty line.
+        alternatives: the further hypotheses, best first, where ``decode.num_return_sequences`` asks for them.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+    group: list[str]
+    source: list[str]
+    text: list[str]
+    score: Tensor
+    alternatives: list[list[str]]
 
 
 class PairModule(JudgedModule, TextModule):
@@ -208,11 +228,11 @@ class PairModule(JudgedModule, TextModule):
     def infer(self, batch: TranslationBatch) -> Hypotheses:
         return self.translate(batch, self.decode)
 
-    def written(self, batch: TranslationBatch) -> tuple[Any, ...]:
-        """Return the columns of a batch's prediction: index, group, source, text, score and further texts."""
+    def predict_step(self, batch: TranslationBatch, batch_idx: int) -> WrittenTexts:
+        """Return what is written of each source; an empty line stays one."""
         groups, sources = [self.groups[p] for p in batch.pair_B.tolist()], batch.source_BS.tolist()
         columns = in_columns(self.candidates_of(batch, self.decode))
-        return batch.index_B, groups, self.subwords.decode(sources, "source"), *columns
+        return WrittenTexts(batch.index_B, groups, self.subwords.decode(sources, "source"), *columns)
 
     def candidates_of(self, batch: TranslationBatch, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
         """Return the texts written of each source, best first; an empty line has only an empty text."""

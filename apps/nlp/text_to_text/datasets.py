@@ -17,7 +17,7 @@ from typing import Any
 
 from apps.data.cache import SourceFailed
 from apps.data.datasets import Dataset, register
-from apps.data.sources import File, Source, UrlSource
+from apps.data.sources import File, UrlSource
 from apps.data.splits import Split
 from apps.data.text_files import text_lines
 from apps.nlp.sql.made import MadeDatabases, read_made
@@ -39,7 +39,6 @@ class TaskDataset(Dataset):
         languages: those it is in; empty: one, which nobody chooses.
     """
 
-    app: str = "nlp"
     read: Callable[[Path, str], Rows]
     languages: tuple[str, ...] = ()
 
@@ -52,7 +51,7 @@ _JSON_SPLITS: tuple[tuple[Split, str], ...] = (("train", "train"), ("val", "vali
 def _json_splits(root: Path, source: str, target: str) -> dict[Split, Iterable[Row]]:
     """Return the rows of ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``, the form of the hub's exports."""
     return {
-        split: ({**row, "source": row.pop(source), "target": row.pop(target)} for _, row in json_lines(path))
+        split: ({"source": row.pop(source), "target": row.pop(target), **row} for _, row in json_lines(path))
         for split, name in _JSON_SPLITS
         if (path := root / f"{name}.jsonl").is_file()
     }
@@ -108,12 +107,9 @@ def _read_squad(root: Path, language: str) -> Rows:
         for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
-                    yield {
-                        "source": f"question: {asked['question']} context: {paragraph['context']}",
-                        "target": list(dict.fromkeys(answer["text"] for answer in asked["answers"])),
-                        "id": asked["id"],
-                        "group": article["title"],
-                    }
+                    source = f"question: {asked['question']} context: {paragraph['context']}"
+                    answers = list(dict.fromkeys(answer["text"] for answer in asked["answers"]))
+                    yield {"source": source, "target": answers, "id": asked["id"], "group": article["title"]}
 
     return {"train": rows(root / "train-v1.1.json"), "test": rows(root / "dev-v1.1.json")}
 
@@ -126,12 +122,9 @@ def _read_spider(root: Path, language: str) -> Rows:
             for asked in json.loads(path.read_text(encoding="utf-8")):
                 name = asked["db_id"]
                 database = root / "database" / name / f"{name}.sqlite"
-                yield {
-                    "source": asked["question"] + serialized(read_schema(database)),
-                    "target": asked["query"],
-                    "database": str(database),
-                    "group": name,
-                }
+                kept = {"database": str(database), "group": name}
+                source = asked["question"] + serialized(read_schema(database))
+                yield {"source": source, "target": asked["query"], **kept}
 
     return {"train": rows("train_spider.json", "train_others.json"), "test": rows("dev.json")}
 
@@ -150,13 +143,10 @@ def _read_wikisql(root: Path, language: str) -> Rows:
             columns, sql = headers[asked["table_id"]], asked["sql"]
             what = f"{_AGGREGATES[sql['agg']]}({columns[sql['sel']]})" if sql["agg"] else columns[sql["sel"]]
             where = " AND ".join(f"{columns[c]} {_OPERATORS[o]} {value}" for c, o, value in sql["conds"])
-            yield {
-                "source": f"{asked['question']} | {', '.join(columns)}",
-                "target": f"SELECT {what} FROM table" + (f" WHERE {where}" if where else ""),
-                "sql": sql,
-                "table_id": asked["table_id"],
-                "database": str(folder / f"{name}.db"),
-            }
+            source = f"{asked['question']} | {', '.join(columns)}"
+            target = f"SELECT {what} FROM table" + (f" WHERE {where}" if where else "")
+            kept = {"sql": sql, "table_id": asked["table_id"], "database": str(folder / f"{name}.db")}
+            yield {"source": source, "target": target, **kept}
 
     return {"train": rows("train"), "val": rows("dev"), "test": rows("test")}
 
@@ -164,8 +154,7 @@ def _read_wikisql(root: Path, language: str) -> Rows:
 # ---- Debian
 
 
-def _update(languages: str) -> str:
-    return f"run `apt-get -o Acquire::Languages={languages} update` as root, then try again"
+_UPDATE = "run `apt-get -o Acquire::Languages={} update` as root, then try again"
 
 
 @dataclass(frozen=True)
@@ -179,7 +168,7 @@ class _AptLists:
         return LISTS
 
     def fetch(self, folder: Path) -> None:
-        raise SourceFailed(f"no descriptions are there: {_update('en')}")
+        raise SourceFailed(f"no descriptions are there: {_UPDATE.format('en')}")
 
 
 def _paragraphs(path: Path) -> Iterator[dict[str, str]]:
@@ -208,7 +197,7 @@ def _read_debian(root: Path, language: str) -> Rows:
     """Read a language's descriptions; packages of one source package, of any version, are one group."""
     descriptions, packages = sorted(root.glob(f"*i18n_Translation-{language}*")), sorted(root.glob("*_Packages*"))
     if not descriptions or not packages:
-        raise ValueError(f"{root} has no Translation-{language} and Packages of apt: {_update(language)}")
+        raise ValueError(f"{root} has no Translation-{language} and Packages of apt: {_UPDATE.format(language)}")
     known = {own["Package"]: own for path in packages for own in _paragraphs(path) if "Package" in own}
 
     def rows() -> Iterator[Row]:
@@ -222,101 +211,62 @@ def _read_debian(root: Path, language: str) -> Rows:
             seen.add((package, text))
             about = known.get(package, {})
             source = about.get("Source", package).partition(" ")[0]
-            yield {
-                "source": text,
-                "target": synopsis,
-                "package": package,
-                "section": about.get("Section", ""),
-                "group": re.sub(r"[\d.]+", "", source),
-            }
+            kept = {"package": package, "section": about.get("Section", ""), "group": re.sub(r"[\d.]+", "", source)}
+            yield {"source": text, "target": synopsis, **kept}
 
     return {"train": rows()}
 
 
-_SQUAD_HASHES = {
-    "train-v1.1.json": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
-    "dev-v1.1.json": "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
-}
+_SQUAD_FILES = (
+    File("train-v1.1.json", "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955"),
+    File("dev-v1.1.json", "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9"),
+)
+_SQUAD = UrlSource("https://rajpurkar.github.io/SQuAD-explorer/dataset/", _SQUAD_FILES)
+_WIKISQL = UrlSource("https://github.com/salesforce/WikiSQL/raw/master/data.tar.bz2", (File("data.tar.bz2"),))
+_WIKISQL_FILES = tuple(f"{split}{kind}.jsonl" for split in ("train", "dev", "test") for kind in ("", ".tables"))
 _JSONL = ("train.jsonl", "validation.jsonl", "test.jsonl")
 _BRING = "set root to a folder with its files."
 
-
-def _dataset(
-    name: str, title: str, read: Callable[[Path, str], Rows], layouts: tuple[tuple[str, ...], ...], *sources: Source,
-    license: str = "", note: str = "", languages: tuple[str, ...] = (),
-) -> TaskDataset:  # fmt: skip
-    return TaskDataset(
-        name=name, title=title, layouts=layouts, sources=sources, license=license, note=note, read=read,
-        languages=languages,
-    )  # fmt: skip
-
-
 # Standard tasks, by name.
-TASK_DATASETS: dict[str, TaskDataset] = {
+TASK_DATASETS = {
     dataset.name: dataset
     for dataset in (
-        _dataset(
-            "debian_synopsis",
-            "Debian's package descriptions, text to one-line synopsis, about 60,000 in en, fewer in de, fr",
-            _read_debian,
-            (("*i18n_Translation-*", "*_Packages*"),),
-            _AptLists(),
-            license="as each package",
-            note="They change with Debian: say of which release and date yours are.",
-            languages=("en", "de", "fr"),
+        TaskDataset(
+            "debian_synopsis", "nlp", "Debian's package descriptions, text to one-line synopsis, about 69,000 in en",
+            (("*i18n_Translation-*", "*_Packages*"),), (_AptLists(),), "as each package",
+            "They change with Debian: say of which release and date yours are.",
+            read=_read_debian, languages=("en", "de", "fr"),
         ),
-        _dataset(
-            "xsum",
-            "XSum, news to one sentence, 204,045 train, 11,332 val, 11,334 test",
-            _read_xsum,
-            ((_XSUM_SPLITS, "bbc-summary-data/*.summary"), _JSONL),
-            license="research; texts are the BBC's; cite Narayan et al. 2018",
-            note=_BRING,
+        TaskDataset(
+            "xsum", "nlp", "XSum, news to one sentence, 204,045 train, 11,332 val, 11,334 test",
+            ((_XSUM_SPLITS, "bbc-summary-data/*.summary"), _JSONL), (), "research; cite Narayan et al. 2018", _BRING,
+            read=_read_xsum,
         ),
-        _dataset(
-            "cnn_dailymail",
-            "CNN/DailyMail, news to highlights, 287,227 train, 13,368 val, 11,490 test",
-            _read_cnn_dailymail,
-            (("all_*.txt", "cnn/stories/*.story"), _JSONL),
-            license="research; cite Hermann et al. 2015, See et al. 2017",
-            note=_BRING,
+        TaskDataset(
+            "cnn_dailymail", "nlp", "CNN/DailyMail, news to highlights, 287,227 train, 13,368 val, 11,490 test",
+            (("all_*.txt", "*/stories/*.story"), _JSONL), (), "research; cite Hermann et al. 2015, See et al. 2017",
+            _BRING, read=_read_cnn_dailymail,
         ),
-        _dataset(
-            "squad",
-            "SQuAD 1.1, question and paragraph to answer, 87,599 train, 10,570 test (its dev set)",
-            _read_squad,
-            (tuple(_SQUAD_HASHES),),
-            UrlSource(
-                "https://rajpurkar.github.io/SQuAD-explorer/dataset/",
-                tuple(File(*pair) for pair in _SQUAD_HASHES.items()),
-            ),
-            license="CC BY-SA 4.0",
+        TaskDataset(
+            "squad", "nlp", "SQuAD 1.1, question and paragraph to answer, 87,599 train, 10,570 test (its dev set)",
+            (tuple(file.name for file in _SQUAD_FILES),), (_SQUAD,), "CC BY-SA 4.0", read=_read_squad,
         ),
-        _dataset(
-            "made_sql",
-            "made questions of made databases to SQL, 20,000 train, 500 val; 500 test, of real tables",
-            read_made,
-            (("train_*.sqlite", "val_*.sqlite", "test_*.sqlite"),),
-            MadeDatabases(),
+        TaskDataset(
+            "made_sql", "nlp", "made questions of made tables to SQL, 20,000 train, 500 val; 500 test, of real tables",
+            (("train_*.sqlite", "val_*.sqlite", "test_*.sqlite"),), (MadeDatabases(),), read=read_made,
         ),
-        _dataset(
-            "spider",
-            "Spider, question and schema to SQL, 8,659 train, 1,034 test (its dev set)",
-            _read_spider,
-            (("train_spider.json", "dev.json", "tables.json", "database"),),
-            license="CC BY-SA 4.0",
-            note=_BRING,
+        TaskDataset(
+            "spider", "nlp", "Spider, question and schema to SQL, 8,659 train, 1,034 test (its dev set)",
+            (("train_spider.json", "dev.json", "tables.json", "database"),), (), "CC BY-SA 4.0", _BRING,
+            read=_read_spider,
         ),
-        _dataset(
-            "wikisql",
-            "WikiSQL, question and columns to SQL, 56,355 train, 8,421 val, 15,878 test",
-            _read_wikisql,
-            tuple(tuple(f"{folder}{split}*.jsonl" for split in ("train", "dev", "test")) for folder in ("data/", "")),
-            UrlSource("https://github.com/salesforce/WikiSQL/raw/master/data.tar.bz2", (File("data.tar.bz2"),)),
-            license="BSD 3-Clause",
+        TaskDataset(
+            "wikisql", "nlp", "WikiSQL, question and columns to SQL, 56,355 train, 8,421 val, 15,878 test",
+            (tuple(f"data/{name}" for name in _WIKISQL_FILES), _WIKISQL_FILES), (_WIKISQL,), "BSD 3-Clause",
+            read=_read_wikisql,
         ),
     )
-}
+}  # fmt: skip
 
 for _known in TASK_DATASETS.values():
     register(_known)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
-
-from torch import Tensor
+from typing import Any, ClassVar, Literal
 
 from apps.base.checks import check_name
 from apps.data.subwords import Subwords
@@ -23,26 +21,6 @@ from apps.train.step.module import Stage, TaskOutput
 from apps.train.step.parts import DataPart
 
 _REPORT = PairReportConfig()
-
-
-class WrittenTexts(NamedTuple):
-    """Texts that are written of a batch.
-
-    Attributes:
-        index: int64 (B,), as ``TranslationBatch.index_B``.
-        task: the task's name.
-        source: as the model read it.
-        text: the best hypothesis; empty for an empty line.
-        score: float64 (B,), its score in the search; 0 for an empty line.
-        alternatives: the further hypotheses, best first, where ``decode.num_return_sequences`` asks for them.
-    """
-
-    index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
-    task: list[str]
-    source: list[str]
-    text: list[str]
-    score: Tensor
-    alternatives: list[list[str]]
 
 
 class TextToText(PairModule):
@@ -135,12 +113,6 @@ class TextToText(PairModule):
             row = {"references": [piece.reference]} if self._rows is None else self._rows[piece.index]
             pieces.append(piece._replace(scores={n: METRICS[n](piece.written, row) for n in self.metrics}))
         return dataclasses.replace(out, outputs=pieces)
-
-    # ---- prediction
-
-    def predict_step(self, batch: TranslationBatch, batch_idx: int) -> WrittenTexts:
-        """Return what is written of each source; an empty line stays one."""
-        return WrittenTexts(*self.written(batch))
 
     # ---- comparisons
 

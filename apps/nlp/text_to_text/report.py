@@ -45,39 +45,31 @@ class TextToTextReport(PairReport):
 
     def write_scores(self, collected: Collected, folder: Path) -> Section:
         pieces, module, sources = collected.metrics.pieces, collected.module, collected.sources
-        rows = collected.data.rows("test") if hasattr(collected.data, "rows") else None
         table: list[dict[str, Any]] = []
-        lines = []
+        lines = ["Metrics in percent"]
         for number, task in enumerate(module.tasks):
             own = [piece for piece in pieces if piece.group == number]
-            systems = {_MODEL: [piece.scores for piece in own]}
-            texts = {_MODEL: [piece.written or "" for piece in own]}
-            if rows is not None and sources is not None and own:
-                of_test = [rows[piece.index] for piece in own]
-                texts |= extracted([sources[piece.index] for piece in own])
+            texts, scores = {_MODEL: [piece.written or "" for piece in own]}, {_MODEL: [piece.scores for piece in own]}
+            if own and sources is not None and hasattr(collected.data, "rows"):
+                rows, texts = collected.data.rows("test"), texts | extracted([sources[piece.index] for piece in own])
                 for name in [*texts][1:]:
-                    written = zip(texts[name], of_test, strict=True)
-                    systems[name] = [{m: METRICS[m](text, row) for m in module.metrics} for text, row in written]
+                    each = zip(texts[name], (rows[piece.index] for piece in own), strict=True)
+                    scores[name] = [{m: METRICS[m](text, row) for m in module.metrics} for text, row in each]
             words = sum(num_words(piece.reference) for piece in own)
-            for name, scores in systems.items() if own else ():
-                ratio = sum(map(num_words, texts[name])) / max(words, 1)
-                means = {m: float(np.mean([s[m] for s in scores])) for m in module.metrics}
+            for name, values in scores.items() if own else ():
+                means = {metric: float(np.mean([v[metric] for v in values])) for metric in module.metrics}
+                ratio = sum(map(num_words, texts[name])) / words
                 table.append({"task": task, "system": name, "texts": len(own), **means, "length_ratio": ratio})
-            lines += _against(task, systems, module.metrics[0])
+            lines += _against(task, scores, module.metrics[0])
         shown = examples(pieces, "task", module.tasks, sources)
         write_csv(folder / "tasks.csv", table)
         write_sentences(folder / "texts.jsonl", "text", pieces, shown, [piece.scores for piece in pieces])
         samples = side_by_side({"hypothesis": shown}, "task", self.config.samples)
-        cells = tuple(tuple(_cell(name, value) for name, value in row.items()) for row in table)
-        title = "; ".join(["Metrics in percent", *lines])
-        parts = (Table(title, tuple(table[0]), cells), *((Code("Texts", samples),) if samples else ()))
-        return Section("Texts", parts)
-
-
-def _cell(name: str, value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}" if name == "length_ratio" else f"{100 * value:.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        shares = {*module.metrics}
+        cells = (tuple(f"{100 * v:.2f}" if k in shares else f"{v:.6g}" if isinstance(v, float) else str(v)
+                       for k, v in row.items()) for row in table)  # fmt: skip
+        parts = (Table("; ".join(lines), tuple(table[0]), tuple(cells)), Code("Texts", samples))
+        return Section("Texts", parts[: 1 + bool(samples)])
 
 
 def _against(task: str, systems: Mapping[str, Sequence[Mapping[str, float]]], metric: str) -> list[str]:
@@ -88,7 +80,7 @@ def _against(task: str, systems: Mapping[str, Sequence[Mapping[str, float]]], me
     best = max([*values][1:], key=lambda name: float(np.mean(values[name])))
     d = mean_difference(metric, values[_MODEL], values[best], [task] * len(values[best]), "")
     low, high = 100 * d.low, 100 * d.high
-    return [f"{task}: {metric} is {100 * d.difference:+.2f} of {best}'s, 95 % interval {low:+.2f} to {high:+.2f}"]
+    return [f"{task}: {metric} {100 * d.difference:+.2f} beside {best}, 95 % interval {low:+.2f} to {high:+.2f}"]
 
 
 # ---- extractive baselines

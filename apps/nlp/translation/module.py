@@ -107,9 +107,9 @@ class Translator(PairModule):
 
     # ---- prediction
 
-    def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:
+    def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:  # type: ignore[override]
         """Return the translation of each source; an empty line stays one."""
-        return Translations(*self.written(batch))
+        return Translations(*super().predict_step(batch, batch_idx))
 
     # ---- comparisons
 

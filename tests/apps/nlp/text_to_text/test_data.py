@@ -1,0 +1,186 @@
+"""TextToTextData: files of one's own, what is rejected, what is held out, and what is to be predicted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tasked import WORDS, options_of, task_data
+
+from apps.data.subwords import EOS_ID, SubwordConfig
+from apps.nlp.text_to_text.data import TextToTextData
+
+SMALL = SubwordConfig(vocab_size=300)
+
+
+def make(folder: Path, dataset: str, **options) -> TextToTextData:
+    return TextToTextData(dataset, str(folder), str(folder / "cache"), **{"tokenizer": SMALL, **options})
+
+
+def json_file(folder: Path, name: str, rows: list[dict]) -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def some(count: int, **more) -> list[dict]:
+    words = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
+    return [{"source": words[i], "target": words[i].split()[0], **more} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return tmp_path_factory.mktemp("tasks")
+
+
+def test_columns_are_named_tasks_are_numbered_and_further_columns_are_kept(tasks):
+    data = task_data(tasks)
+    assert data.tasks == ("first", "last")
+    assert {split: len(data.examples(split)) for split in ("train", "val", "test")} == {
+        "train": 160, "val": 20, "test": 20
+    }  # fmt: skip
+    row = data.rows("val")[3]
+    assert (row["task"], row["place"], row["references"]) == ("last", 3, [row["source"].split()[-1]])
+    assert (data.sources("val")[3], data.references("val")[3]) == (row["source"], row["references"][0])
+    assert data.pair_of("val")[:4] == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match="split='train'"):
+        data.rows("train")
+
+
+def test_tables_and_two_files_of_lines_hold_the_same_texts(tmp_path):
+    rows = some(60)
+    quoted = "source,target,note\n" + "".join(f'"{r["source"]}","{r["target"]}","a, ""b""\nc"\n' for r in rows)
+    (tmp_path / "rows.csv").write_text(quoted)
+    (tmp_path / "rows.tsv").write_text("target\tsource\n" + "".join(f"{r['target']}\t{r['source']}\n" for r in rows))
+    (tmp_path / "rows.long").write_text("".join(f"{r['source']}\n" for r in rows))
+    (tmp_path / "rows.short").write_text("".join(f"{r['target']}\n" for r in rows))
+    files = json_file(tmp_path, "rows.jsonl", rows)
+    made = {
+        "jsonl": make(tmp_path, "jsonl", train_files=files),
+        "csv": make(tmp_path, "csv", train_files="rows.csv"),
+        "tsv": make(tmp_path, "csv", train_files="rows.tsv"),
+        "lines": make(tmp_path, "lines", train_files="rows", source="long", target="short"),
+    }
+    for name, data in made.items():
+        assert (len(data.examples("train")), data.sizes()["val"], data.sizes()["test"]) == (54, 3, 3)
+        assert data.sources("test") == made["jsonl"].sources("test")
+        assert data.tasks == ("csv" if name == "tsv" else name,)
+    assert made["csv"].rows("val")[0]["note"] == 'a, "b"\nc'
+
+
+def test_several_right_texts_are_kept_and_the_first_is_trained_on(tmp_path):
+    rows = [{**row, "target": [row["target"], "other"]} for row in some(40)]
+    data = make(tmp_path, "jsonl", train_files=json_file(tmp_path, "rows.jsonl", rows), val_size=4, test_size=0)
+    assert [row["references"] for row in data.rows("val")] == [[r, "other"] for r in data.references("val")]
+    assert data.rows("test") == []
+
+
+def test_rows_of_one_source_are_never_in_two_splits(tmp_path):
+    rows = [row for row in some(100) for _ in range(2)]
+    data = make(tmp_path, "jsonl", train_files=json_file(tmp_path, "r.jsonl", rows), val_size=20, test_size=0.1)
+    held = [data.sources(split) for split in ("val", "test")]
+    assert [len(own) for own in held] == [20, 20]
+    assert all(own.count(text) == 2 for own in held for text in own)
+    assert not {*held[0]} & {*held[1]}
+    assert len(data.examples("train")) == 160
+
+
+def test_long_sides_are_cut_and_counted(tmp_path):
+    rows = [{"source": " ".join(WORDS * 9) + f" {i}", "target": "red"} for i in range(20)] + some(20)
+    file = json_file(tmp_path, "rows.jsonl", rows)
+    data = make(tmp_path, "jsonl", train_files=file, val_size=0, test_size=0, max_length=12)
+    batch = data.examples("train").__getitems__(range(40))
+    assert batch.source_BS.shape[1] == 12
+    assert batch.source_BS[0, -1] == EOS_ID
+    assert "20 of more than 12 tokens are cut (train)" in data.describe()
+    assert len(data._plan(data.examples("train"))) >= 1
+
+
+BAD = [
+    ('{"source": "a", "target": ""}', r"rows.jsonl, line 2: the target is empty"),
+    ('{"source": " ", "target": "b"}', r"rows.jsonl, line 2: the source is empty"),
+    ('{"source": null, "target": "b"}', r"rows.jsonl, line 2: the source is empty"),
+    ('{"source": "a", "target": []}', r"rows.jsonl, line 2: the target is empty"),
+    ('{"source": "a", "target": {"b": 1}}', r"rows.jsonl, line 2: the target is a dict, and not a text"),
+    ('{"source": "a"}', r"rows.jsonl, line 2: no column 'target' \(target\), only source"),
+    ('{"source": "a", "target": "b", "task": "x y"}', r"line 2: task='x y' has spaces or angle brackets"),
+    ('["a", "b"]', r"rows.jsonl, line 2: a JSON list, and not an object of columns"),
+    ('{"source": ', r"rows.jsonl, line 2: no JSON"),
+]
+
+
+@pytest.mark.parametrize("line, message", BAD)
+def test_a_bad_row_is_named_by_its_line(tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_text('{"source": "a", "target": "b"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        _ = make(tmp_path, "jsonl", train_files="rows.jsonl").opened
+    assert not [*tmp_path.rglob("manifest.json")]
+
+
+def test_tables_and_lines_that_do_not_fit(tmp_path):
+    (tmp_path / "rows.csv").write_text("source,target\na,b\na,b,c\n")
+    with pytest.raises(ValueError, match=r"rows.csv, line 3: not the 2 columns of line 1"):
+        _ = make(tmp_path, "csv", train_files="rows.csv").opened
+    (tmp_path / "t.source").write_text("a\nb\n")
+    (tmp_path / "t.target").write_text("a\n")
+    with pytest.raises(ValueError, match=r"t.source and .*t.target have 2 and 1 lines"):
+        _ = make(tmp_path, "lines", train_files="t").opened
+    with pytest.raises(ValueError, match=r"nothing.jsonl is missing"):
+        _ = make(tmp_path, "jsonl", train_files="nothing.jsonl").opened
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dataset": "xsun"}, "dataset='xsun'"),
+        ({"dataset": "jsonl"}, "dataset='jsonl' needs train_files"),
+        ({"dataset": "squad", "val_files": "x"}, "val_files='x' is for files of yours, not for squad"),
+        ({"language": "nl"}, "language='nl'"),
+        ({"dataset": "xsum", "language": "de"}, "language='de'"),
+        ({"val_size": 1.5}, "val_size=1.5 is neither"),
+        ({"max_length": 3}, "max_length=3"),
+        ({"subset": 0}, "subset=0"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        TextToTextData(**options)
+
+
+def test_tasks_are_chosen_and_unknown_ones_are_named(tasks, tmp_path):
+    alone = task_data(tasks, tasks=["last"])
+    assert {row["task"] for row in alone.rows("test")} == {"last"}
+    assert "80 of other tasks (train)" in alone.describe()
+    assert alone.subwords.languages == ()
+    with pytest.raises(ValueError, match="task 'middle' has no training rows: there are first, last"):
+        _ = task_data(tasks, tasks=["last", "middle"]).opened
+    train = json_file(tmp_path, "train.jsonl", some(40, task="a"))
+    test = json_file(tmp_path, "test.jsonl", some(4, task="b"))
+    with pytest.raises(ValueError, match=r"task 'b' \(test\) is none of training's: a"):
+        _ = make(tmp_path, "jsonl", train_files=train, test_files=test).opened
+    with pytest.raises(ValueError, match=r"predict_task .* must name one of first, last"):
+        next(task_data(tasks, text="red").given_batches())
+    with pytest.raises(ValueError, match="predict_task='middle'"):
+        next(task_data(tasks, text="red", predict_task="middle").given_batches())
+
+
+def test_given_texts_need_the_subwords_and_the_tasks_alone(tasks):
+    known = task_data(tasks)
+    given = {**options_of(tasks), "root": "/nowhere", "subwords": known.subwords, "tasks": known.tasks}
+    data = TextToTextData(**given, text=["red blue", "", "green"], predict_task="last")
+    ((batch, lines),) = data.given_batches()
+    assert sorted(lines) == ["", "green", "red blue"]
+    assert set(batch.pair_B.tolist()) == {1}
+    tag = known.subwords.tag_id("last")
+    assert [row[0] for row in batch.source_BS.tolist()] == [EOS_ID, tag, tag]
+
+
+def test_equal_options_give_equal_splits_and_batches(tmp_path):
+    file = json_file(tmp_path, "rows.jsonl", some(100))
+    one, other = (make(tmp_path, "jsonl", train_files=file, split_seed=s, val_size=10) for s in (0, 0))
+    third = make(tmp_path, "jsonl", train_files=file, split_seed=1, val_size=10)
+    assert one.sources("val") == other.sources("val") != third.sources("val")
+    plans = [[part.tolist() for part in d._plan(d.examples("train")).batches(0, 0)] for d in (one, other)]
+    assert plans[0] == plans[1]
+    assert sorted(np.concatenate(plans[0]).tolist()) == list(range(len(one.examples("train"))))
