@@ -26,6 +26,7 @@ from apps.data.subwords import SubwordConfig, train_subwords
 from apps.equal_cost import routers
 from apps.multimodal.data import ImageTextData
 from apps.nlp.language.data import TextData
+from apps.nlp.text_to_text.data import TextToTextData
 from apps.nlp.translation.data import TranslationData
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.retrieval.data import RetrievalData
@@ -86,6 +87,8 @@ def no_data(monkeypatch) -> None:
     subwords = train_subwords(["a dog runs"], ["ein Hund läuft"], SubwordConfig(vocab_size=300))
     monkeypatch.setattr(TranslationData, "subwords", subwords)
     monkeypatch.setattr(TextData, "subwords", subwords)
+    monkeypatch.setattr(TextToTextData, "subwords", subwords)
+    monkeypatch.setattr(TextToTextData, "tasks", ("summary",))
     for name, value in (("vocab_size", 300), ("max_tokens", 32), ("attributes", {"colour": 3, "shape": 2})):
         monkeypatch.setattr(ImageTextData, name, value)
 

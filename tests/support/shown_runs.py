@@ -108,6 +108,15 @@ def translator_run(folder: Path) -> Path:
     return _saved(folder / "run", module, data, options)
 
 
+def tasks_run(folder: Path) -> Path:
+    """Texts of four words, of which the first or the last is kept; the encoder's block has 4 experts."""
+    from tasked import options_of, task_data, text_to_text
+
+    torch.manual_seed(0)
+    module = text_to_text(task_data(folder), report=None)
+    return _saved(folder / "run", module, task_data(folder), {**options_of(folder), "tokenizer": {}})
+
+
 def language_run(folder: Path) -> Path:
     """Two sentences many times; the last block has 4 experts, of which a subword takes 2."""
     from apps.nlp.decode import DecodeConfig
@@ -148,6 +157,7 @@ RUNS: dict[str, Callable[[Path], Path]] = {
     "retrieval": retrieval_run,
     "pairs": pairs_run,
     "translator": translator_run,
+    "tasks": tasks_run,
     "language": language_run,
     "captioner": captioner_run,
 }

@@ -28,6 +28,8 @@ from apps.nlp.text.readers.tables import json_lines, table_rows
 from apps.nlp.text_to_text.datasets import TASK_DATASETS, Row
 
 OWN = ("jsonl", "csv", "lines")
+Located = Iterator[tuple[str, Row]]
+"""Rows, each after words that say where it is."""
 
 
 class TextToTextData(PairData):
@@ -41,7 +43,8 @@ class TextToTextData(PairData):
         train_files: of yours, also compressed. jsonl: a name or a pattern of files with a JSON object a line. csv: of
             tables with a header, by commas, or in a ``.tsv`` by tabs. lines: ``train`` for ``train.source`` and
             ``train.target``, of which line i of one belongs to line i of the other.
-        val_files: likewise; None: rows of train_files are held out, and those of equal sources stay together.
+        val_files: likewise; None: rows of train_files are held out, and those of equal sources, or of an equal column
+            ``group``, stay together.
         test_files: likewise.
         source: the column of the texts; of lines the file's ending.
         target: the column of what is to be written; in jsonl it may be a list of several right texts, of which training
@@ -141,24 +144,17 @@ class TextToTextData(PairData):
     def read(self) -> ArrayFiles:
         if self.dataset in OWN:
             files = {split: self._named(names) for split, names in self.files.items() if names is not None}
-            paths = [path for own in files.values() for path in own]
-
-            def rows() -> dict[str, list[Row]]:
-                return {split: list(self._own_rows(own)) for split, own in files.items()}
-
+            paths, found = [path for own in files.values() for path in own], {s: self._own(p) for s, p in files.items()}
         else:
-            known = TASK_DATASETS[self.dataset]
-            root = prepare(self.dataset, self.root, self.cache_dir)
-            paths = known.files(root)
-
-            def rows() -> dict[str, list[Row]]:
-                return {
-                    split: [self._checked(row, f"{self.dataset} ({split}), row {n}") for n, row in enumerate(own, 1)]
-                    for split, own in known.read(root, self.language).items()
-                }
-
+            root, known = prepare(self.dataset, self.root, self.cache_dir), TASK_DATASETS[self.dataset]
+            read = known.read(root, self.language).items()
+            paths, found = known.files(root), {split: self._numbered(split, own) for split, own in read}
         options = [self.columns, self._tasks, self.language, self.sizes_held, self.split_seed, self.subset]
-        return self.stored([identity(paths), self.files, options], lambda writer: self._write(writer, rows()))
+
+        def write(writer: ArrayWriter) -> None:
+            self._write(writer, {s: [self._checked(row, where) for where, row in own] for s, own in found.items()})
+
+        return self.stored([identity(paths), self.files, options], write)
 
     def _named(self, names: list[str] | str) -> list[Path]:
         """Return the files of a split; of lines, each source is followed by its target."""
@@ -168,28 +164,28 @@ class TextToTextData(PairData):
         sides = [f"{name}.{self.columns[side]}" for name in listed for side in ("source", "target")]
         return [path for side in sides for path in named_files(self.root, side)]
 
-    def _own_rows(self, paths: Sequence[Path]) -> Iterator[Row]:
+    def _numbered(self, split: str, rows: Iterable[Row]) -> Located:
+        return ((f"{self.dataset} ({split}), row {number}", row) for number, row in enumerate(rows, 1))
+
+    def _own(self, paths: Sequence[Path]) -> Located:
+        """Yield where each row of files of one's own is, and the row under the names of columns here."""
         if self.dataset == "lines":
             for source, target in zip(paths[::2], paths[1::2], strict=True):
                 both = [list(text_lines(path)) for path in (source, target)]
                 if len(both[0]) != len(both[1]):
-                    counts = f"{len(both[0]):,} and {len(both[1]):,} lines"
-                    raise ValueError(
-                        f"{source} and {target} have {counts}: line i of one belongs to line i of the other"
-                    )
+                    names, counts = f"{source} and {target}", f"{len(both[0]):,} and {len(both[1]):,}"
+                    raise ValueError(f"{names} have {counts} lines: line i of one belongs to line i of the other")
                 for number, (text, written) in enumerate(zip(*both, strict=True), 1):
-                    yield self._checked({"source": text, "target": written}, f"{source}, line {number}")
+                    yield f"{source}, line {number}", {"source": text, "target": written}
             return
         for path in paths:
             for number, row in json_lines(path) if self.dataset == "jsonl" else table_rows(path):
-                where = f"{path}, line {number}"
-                for side in ("source", "target"):
-                    if self.columns[side] not in row:
-                        has = ", ".join(map(str, row))
-                        raise ValueError(f"{where}: no column {self.columns[side]!r} ({side}), only {has}")
-                yield self._checked(
-                    {side: row.pop(name) for side, name in self.columns.items() if name in row} | row, where
-                )
+                where, has = f"{path}, line {number}", ", ".join(map(str, row))
+                named = {side: row.pop(name) for side, name in self.columns.items() if name in row}
+                if lacking := {"source", "target"} - {*named}:
+                    side = min(lacking)
+                    raise ValueError(f"{where}: no column {self.columns[side]!r} ({side}), only {has}")
+                yield where, row | named
 
     def _checked(self, row: Row, where: str) -> Row:
         """Return a row with clean texts, its right ones as ``references``.
@@ -225,10 +221,8 @@ class TextToTextData(PairData):
             splits["train"] = [splits["train"][i] for i in self._drawn(len(splits["train"]))]
         pairs = {split: _pairs(splits[split], tasks) for split in SPLITS}
         tags = tasks if len(tasks) > 1 else ()
-        train_pairs = pairs["train"]
-        subwords = self._given or train_subwords(
-            train_pairs.source, train_pairs.target, self.tokenizer, tags, self.cache
-        )
+        texts = pairs["train"].source, pairs["train"].target
+        subwords = self._given or train_subwords(*texts, self.tokenizer, tags, self.cache)
         for split, own in pairs.items():
             write_pairs(writer, split, own, subwords, keep_text=split != "train")
             if split != "train":

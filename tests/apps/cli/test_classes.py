@@ -18,11 +18,12 @@ from apps.cli.request import Request
 def test_the_apps_classes_need_no_import():
     assert set(app_classes("model")) == {
         "HubCausalLM", "ImageCaptioner", "ImageGenerator", "ImageTextRetriever", "LanguageModeler",
-        "MultiTaskRecommender", "NextItemRecommender", "TextToText", "Translator", "TwoTowerRetriever", "VisionClassifier",
+        "MultiTaskRecommender", "NextItemRecommender", "TextToText", "Translator", "TwoTowerRetriever",
+        "VisionClassifier",
     }  # fmt: skip
     assert set(app_classes("data")) == {
-        "GenerationData", "HistoryData", "HubTextData", "ImageTextData", "RetrievalData", "TableData", "TextData", "TextToTextData",
-        "TranslationData", "VisionData",
+        "GenerationData", "HistoryData", "HubTextData", "ImageTextData", "RetrievalData", "TableData", "TextData",
+        "TextToTextData", "TranslationData", "VisionData",
     }  # fmt: skip
     assert long_name("data", "TextData") == "apps.nlp.language.data.TextData"
     assert long_name("data", "mine.TextData") == "mine.TextData"

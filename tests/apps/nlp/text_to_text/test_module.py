@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from converted import write_run
 from lightning.pytorch import Trainer
 from tasked import TRANSFORMER, options_of, task_data, text_to_text
 from torch_graphs import TorchGraph
@@ -145,6 +146,31 @@ def test_two_tasks_are_learned_tested_and_used_by_the_command_line(folder, tmp_p
     assert capsys.readouterr().out == "green\n"
     assert main([*asked, "middle"]) == 1
     assert "middle" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compare_tests_the_difference_of_each_metric(folder, tmp_path):
+    config, output = config_of(folder, tmp_path / "tasks.yaml"), tmp_path / "compared"
+    argv = ["compare", config, "--seeds", "1", "--learning_rates", "1e-2", "--rounds", "0", "--output", str(output)]
+    assert main([*argv, "--baselines", "dense_equal_flops", "--trainer.max_epochs", "1"]) == 0
+    page = (output / "table.md").read_text()
+    assert "Against dense, equal FLOPs, seed 0: exact_match difference " in page
+    assert "rouge_l difference " in page
+    examples = json.loads(next(output.rglob("sparse/*/examples.json")).read_text())
+    assert set(examples[0]) == {"index", "task", "source", "reference", "hypothesis", "scores"}
+
+
+@pytest.mark.slow
+def test_an_exported_run_predicts_as_the_model_does(data, folder, tmp_path, capsys):
+    module = text_to_text(data, TASK, decode=DecodeConfig("beam", beam_size=2)).eval()
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    write_run(run, module, {"class_path": "TextToTextData", "init_args": {**options_of(folder), "tokenizer": {}}})
+    assert main(["export", "--ckpt_path", str(run), "--output", str(exported)]) == 0
+    capsys.readouterr()
+    texts = ["white black red green", "blue red"]
+    asked = ["predict", "--onnx", str(exported), "--data.text", json.dumps(texts), "--data.predict_task", "last"]
+    assert main(asked) == 0
+    assert capsys.readouterr().out.splitlines() == module.predict(texts, "last") == module.predict(texts, task="last")
 
 
 def test_a_metric_of_ones_own_sees_the_text_and_its_row(data, monkeypatch, tmp_path):

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from apps.nlp.pairs import report
+from apps.nlp.pairs.report import side_by_side
 from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.scores import corpus_score, scorer
-from apps.nlp.translation import report
 from apps.nlp.translation.report import (
     TranslationReport,
     TranslationReportConfig,
     breakdown,
     length_groups,
-    side_by_side,
     write_scores,
 )
 from apps.report.page import Code, Table
@@ -146,7 +146,9 @@ def test_translations_stand_side_by_side_line_by_line():
         ]
 
     # Of four lines that both have, two: the first and, two further, the third. A fifth that one has alone is none.
-    shown = side_by_side({"sparse": own("a", "b", "c", "d", "e"), "dense, equal FLOPs": own("A", "B", "C", "D")}, 2)
+    shown = side_by_side(
+        {"sparse": own("a", "b", "c", "d", "e"), "dense, equal FLOPs": own("A", "B", "C", "D")}, "pair", 2
+    )
     assert shown.splitlines() == [
         "en-de, sentence 1",
         "  source              s0",
@@ -160,8 +162,8 @@ def test_translations_stand_side_by_side_line_by_line():
         "  sparse              c",
         "  dense, equal FLOPs  C",
     ]
-    assert side_by_side({"sparse": own("a")}, 0) == ""
-    assert side_by_side({"sparse": []}, 3) == ""
+    assert side_by_side({"sparse": own("a")}, "pair", 0) == ""
+    assert side_by_side({"sparse": []}, "pair", 3) == ""
 
 
 @pytest.mark.parametrize("together", [False, True])

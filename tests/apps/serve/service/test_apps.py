@@ -55,6 +55,8 @@ def predicted(name, model, item, tmp_path):
         return {"text": own.text, "probability": own.probability, "top": own.top}
     if name == "translator":
         return {"text": model.predict([item["text"]], item["pair"])[0]}
+    if name == "tasks":
+        return {"text": model.predict([item["text"]], item["task"])[0]}
     if name == "language":
         limits = {"max_length_ratio": 0.0, "max_length_extra": item["subwords"]}
         return {"text": model.predict([item["text"]], **limits)[0]}

@@ -13,7 +13,7 @@ from shown_runs import RUNS
 from benchmarks.service import load, serving
 
 # What a schema cannot say: that a text is an image, and how many subwords a text has.
-NOT_IN_THE_SCHEMA = {"digits", "pairs", "captioner", "translator", "language"}
+NOT_IN_THE_SCHEMA = {"digits", "pairs", "captioner", "translator", "tasks", "language"}
 
 
 @pytest.mark.slow
