@@ -15,12 +15,13 @@ from apps.data.text_files import clean
 
 _NEVER = 1 << 30
 """Ids of a text that the subwords cannot spell, or after an id that is not allowed."""
-_WALKS = 1024
+_KEPT = 1024
 """States of which a constraint keeps what may follow."""
 
 
 class Constraint(Protocol):
-    """What the ids of a text may be. States are immutable and hashable; equal states allow the same texts."""
+    """Base of what the ids of a text may be. States are immutable and hashable, and never None; equal states allow the
+    same texts."""
 
     def start(self) -> Hashable:
         """Return the state before the first id."""
@@ -35,18 +36,14 @@ class Constraint(Protocol):
         """Return a number of ids with which the text can end. Some allowed id leads to a state of at least one fewer;
         0: it may end here."""
 
-
-def needs(constraint: Constraint, state: Any) -> Tensor:
-    """Return the ids that a text needs before its end after each next id, int32 (V,): -1 after ``EOS_ID``; if the id is
-    not allowed, more than any text has."""
-    allowed_V = constraint.allowed(state)
-    need_V = torch.full(allowed_V.shape, _NEVER, dtype=torch.int32)
-    ids = [i for i in allowed_V.nonzero().flatten().tolist() if i != EOS_ID]
-    least = [constraint.least(constraint.advance(state, i)) for i in ids]
-    need_V[ids] = torch.tensor(least, dtype=torch.int32)
-    if allowed_V[EOS_ID]:
-        need_V[EOS_ID] = -1
-    return need_V
+    def needs(self, state: Any) -> Tensor:
+        """Return the ids that a text needs before its end after each next id, int32 (V,): -1 after ``EOS_ID``; if the
+        id is not allowed, more than any text has."""
+        allowed_V = self.allowed(state)
+        need_V = torch.full(allowed_V.shape, _NEVER, dtype=torch.int32)
+        for i in allowed_V.nonzero().flatten().tolist():
+            need_V[i] = -1 if i == EOS_ID else self.least(self.advance(state, i))
+        return need_V
 
 
 class TextConstraint(Constraint):
@@ -57,8 +54,8 @@ class TextConstraint(Constraint):
     is that of the language, and whether the text is still empty: then a subword's leading space is not written.
 
     Args:
-        language: the texts, read byte by byte. ``start()`` is its state before the first byte, ``step(state, byte)``
-            the one after a byte, None if no text continues so; ``ends(state)`` says whether a text may end, and
+        language: the texts, read byte by byte. ``start()`` is its state before the first byte, ``steps(state)``
+            the states after each byte with which a text continues; ``ends(state)`` says whether one may end, and
             ``shortest(state)`` is the rest of the shortest one, of equally short ones the first in byte order. States
             are immutable and hashable.
         subwords: the model's.
@@ -67,38 +64,51 @@ class TextConstraint(Constraint):
 
     def __init__(self, language: Any, subwords: Subwords, side: Side = "target") -> None:
         self.language = language
-        self.size, self._trees, self._drops_again = _trees(subwords, side)
-        self._after = functools.lru_cache(_WALKS)(self._walk)
-        self._fewest = functools.lru_cache(_WALKS)(self._count)
+        self.size, self._drops_again, *self._trees = _trees(subwords, side)
+        self._after = functools.lru_cache(_KEPT)(self._walk)
+        self._fewest = functools.lru_cache(_KEPT)(self._count)
+        self.needs = functools.lru_cache(_KEPT)(self._needs)  # type: ignore[method-assign]
 
     def start(self) -> Hashable:
         return self.language.start(), True
 
     def allowed(self, state: Any) -> Tensor:
-        allowed_V = torch.zeros(self.size, dtype=torch.bool)
-        allowed_V[list(self._after(state))] = True
-        allowed_V[EOS_ID] = self.language.ends(state[0])
-        return allowed_V
+        return self.needs(state) < _NEVER
 
     def advance(self, state: Any, token_id: int) -> Hashable:
-        return self._after(state)[token_id]
+        states, place_V = self._after(state)
+        return states[int(place_V[token_id])]
 
     def least(self, state: Any) -> int:
         return self._fewest(self.language.shortest(state[0]), state[1])
 
-    def _walk(self, state: Any) -> dict[int, Hashable]:
-        """Return the state after each id that is allowed, by one walk over the tree of the subwords."""
+    def _needs(self, state: Any) -> Tensor:
+        states, place_V = self._after(state)
+        least = [min(self.least(own), _NEVER) for own in states]
+        need_V = torch.tensor([*least, _NEVER], dtype=torch.int32)[place_V]
+        need_V[EOS_ID] = -1 if self.language.ends(state[0]) else _NEVER
+        return need_V
+
+    def _walk(self, state: Any) -> tuple[list[Hashable], Tensor]:
+        """Return the states after the ids that are allowed, and the place of each id's among them, int64 (V,); -1 after
+        others. It is one walk over the tree of the subwords."""
         own, is_empty = state
         root = self._trees[is_empty]
-        after: dict[int, Hashable] = dict.fromkeys(root.get(-1, ()), (own, self._drops_again))
-        todo = [(root, own)]
+        ids_of, todo = {(own, self._drops_again): [*root.get(-1, ())]}, [(root, own)]
         while todo:
             node, at = todo.pop()
-            for byte, branch in node.items():
-                if byte >= 0 and (then := self.language.step(at, byte)) is not None:
-                    after.update(dict.fromkeys(branch.get(-1, ()), (then, False)))
-                    todo.append((branch, then))
-        return after
+            steps = self.language.steps(at)
+            for byte in steps.keys() & node.keys() if len(steps) < len(node) else node:
+                if (then := steps.get(byte)) is not None:
+                    branch = node[byte]
+                    if ids := branch.get(-1):
+                        ids_of.setdefault((then, False), []).extend(ids)
+                    if len(branch) > bool(ids):
+                        todo.append((branch, then))
+        place_V = torch.full((self.size,), -1)
+        for place, ids in enumerate(ids_of.values()):
+            place_V[ids] = place
+        return [*ids_of], place_V
 
     def _count(self, text: bytes, is_empty: bool) -> int:
         """Return the fewest ids that spell a text."""
@@ -111,6 +121,21 @@ class TextConstraint(Constraint):
                 if -1 in node:
                     least[begin] = min(least[begin], least[end + 1] + 1)
         return least[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _trees(subwords: Subwords, side: Side) -> tuple[int, bool, dict[int, Any], dict[int, Any]]:
+    """Return V, whether a second "\u2581" at the start of a text is dropped too, and trees of the subwords by their
+    bytes, with their ids at -1: within a text, and at its start."""
+    surfaces, processor = subwords.surfaces(side), subwords.processor(side)
+    spaced = {i for i, piece in enumerate(surfaces) if piece and piece[:1] == b" " and not processor.is_byte(i)}
+    drops = any(not processor.decode([i]).startswith(" ") for i in spaced)
+    drops_again = not processor.decode([i for i in spaced if surfaces[i] == b" "] * 2)
+    trees: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
+    for i, piece in ((i, piece) for i, piece in enumerate(surfaces) if piece):
+        for tree, own in zip(trees, (piece, piece[1:] if drops and i in spaced else piece), strict=True):
+            functools.reduce(lambda node, byte: node.setdefault(byte, {}), own, tree).setdefault(-1, []).append(i)
+    return len(surfaces), drops_again, *trees
 
 
 class TrieConstraint(TextConstraint):
@@ -146,10 +171,12 @@ class Texts:
     def start(self) -> bytes:
         return b""
 
-    def step(self, state: bytes, byte: int) -> bytes | None:
-        read = state + bytes((byte,))
-        place = bisect_left(self.texts, read)
-        return read if place < len(self.texts) and self.texts[place].startswith(read) else None
+    def steps(self, state: bytes) -> dict[int, bytes]:
+        found, place = dict[int, bytes](), bisect_left(self.texts, state + b"\0")
+        while place < len(self.texts) and self.texts[place].startswith(state):
+            read = self.texts[place][: len(state) + 1]
+            found[read[-1]], place = read, bisect_left(self.texts, read + b"\xff")  # no byte of UTF-8
+        return found
 
     def ends(self, state: bytes) -> bool:
         return self.texts[bisect_left(self.texts, state)] == state
@@ -158,19 +185,3 @@ class Texts:
         end = bisect_left(self.texts, state + b"\xff")  # no byte of UTF-8
         own = self.texts[bisect_left(self.texts, state) : end]
         return min(own, key=len)[len(state) :]
-
-
-@functools.lru_cache(maxsize=4)
-def _trees(subwords: Subwords, side: Side) -> tuple[int, tuple[dict[int, Any], dict[int, Any]], bool]:
-    """Return the number of ids; trees of the subwords by their bytes, with their ids at -1, within a text and at its
-    start; and whether a text of spaces is empty."""
-    surfaces, decode = subwords.surfaces(side), subwords.processor(side).decode
-    spaced = next((i for i, piece in enumerate(surfaces) if piece and piece[:1] == b" "), None)
-    drops = spaced is not None and not decode([spaced]).startswith(" ")
-    space = surfaces.index(b" ") if b" " in surfaces else None
-    trees: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
-    for i, piece in ((i, piece) for i, piece in enumerate(surfaces) if piece):
-        first = piece[1:] if drops and piece[:1] == b" " else piece
-        for tree, own in zip(trees, (piece, first), strict=True):
-            functools.reduce(lambda node, byte: node.setdefault(byte, {}), own, tree).setdefault(-1, []).append(i)
-    return len(surfaces), trees, space is not None and not decode([space, space])

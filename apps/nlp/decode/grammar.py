@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from apps.nlp.decode.constraint import TextConstraint
 
 _LONGEST = 1 << 16
 """Bytes of the shortest text of a rule at most."""
-_STEPS = 1 << 16
-"""Steps that a grammar keeps."""
+_STEPS = 1 << 12
+"""States that a grammar keeps, and the steps from each."""
 
 
-class Ref(NamedTuple):
+@dataclass(frozen=True)
+class Ref:
     """The texts of a rule.
 
     Attributes:
@@ -54,10 +55,9 @@ class Chars:
             raise ValueError(f"Chars: least={self.least}, most={self.most} is not a number of characters")
 
 
-Symbol = bytes | frozenset[int] | Ref | Chars
-"""The rest of a literal, the bytes of which one comes next, a rule, or a run."""
-Stack = tuple[Symbol, ...]
-"""What is to come, the next first."""
+Stack = tuple[Any, ...]
+"""What is to come, the next first: the rest of a literal (``bytes``), a byte of some (``frozenset``), or a rule's
+number."""
 
 _TAIL = range(0x80, 0xC0)
 # Of a character beyond ASCII, without U+0080 to U+009F, which are control characters.
@@ -91,26 +91,29 @@ class Grammar:
     """
 
     def __init__(self, rules: Mapping[str, Sequence[Sequence[str | Ref | Chars]]], start: str = "start") -> None:
-        self._start, self._shortest = Ref(start), dict[Symbol, bytes]()
-        self._rules: dict[Symbol, list[Stack]] = {
-            Ref(name): [tuple(_symbol(part, name, rules) for part in own if part != "") for own in alternatives]
-            for name, alternatives in rules.items()
-        }
         if start not in rules:
             raise ValueError(f"start={start!r} is not a rule")
-        todo = list(self._rules)
-        while todo:  # runs are rules too
-            runs = {part for name in todo for own in self._rules[name] for part in own if isinstance(part, Chars)}
-            todo = [run for run in runs if run not in self._rules]
-            self._rules.update({run: _run(run) for run in runs})
+        known: dict[Ref | Chars, list[tuple[Any, ...]]] = {
+            Ref(name): [tuple(_part(part, name, rules) for part in own if part != "") for own in alternatives]
+            for name, alternatives in rules.items()
+        }
+        self._names = [*known]
+        for name in self._names:  # runs are rules too: the list grows
+            for run in (part for own in known[name] for part in own if isinstance(part, Chars) and part not in known):
+                known[run] = _run(run)
+                self._names.append(run)
+        number = {name: i for i, name in enumerate(self._names)}
+        self._rules = [[tuple(number.get(part, part) for part in own) for own in known[name]] for name in self._names]
+        self._start, self._shortest, checked = number[Ref(start)], dict[int, bytes](), set[int]()
         self._find_shortest()
-        checked = set[Symbol]()
-        for name in [*self._rules]:
-            self._check_left(name, (), checked)
-        self._moves = functools.lru_cache(_STEPS)(self._by_byte)
+        for i in range(len(self._names)):
+            self._check_left(i, (), checked)
+        self._heads = functools.lru_cache(_STEPS)(self._closed)
+        self._same = functools.lru_cache(_STEPS)(lambda state: state)  # equal states are one object: fast look-ups
+        self.steps = functools.lru_cache(_STEPS)(self._steps)
 
     def start(self) -> frozenset[Stack]:
-        return self._heads([(self._start,)])
+        return self._heads(((self._start,),))
 
     def ends(self, state: frozenset[Stack]) -> bool:
         return () in state
@@ -118,43 +121,35 @@ class Grammar:
     def shortest(self, state: frozenset[Stack]) -> bytes:
         return min(map(self._text, state), key=_order)
 
-    def step(self, state: frozenset[Stack], byte: int) -> frozenset[Stack] | None:
-        moves = self._moves(state)
-        if isinstance(after := moves.get(byte), list):
-            after = moves[byte] = self._heads(after)
-        return after
-
-    def _by_byte(self, state: frozenset[Stack]) -> dict[int, Any]:
-        """Return what is left of the stacks that start with a byte, by byte; ``step`` replaces it by the state."""
-        moves: dict[int, Any] = {}
+    def _steps(self, state: frozenset[Stack]) -> dict[int, frozenset[Stack]]:
+        """Return the state after each byte that may come."""
+        moved: dict[int, tuple[Stack, ...]] = {}
         for head, *rest in filter(None, state):
-            firsts: Any = head[:1] if isinstance(head, bytes) else head
-            left = (head[1:], *rest) if isinstance(head, bytes) and len(head) > 1 else tuple(rest)
-            for byte in firsts:
-                moves.setdefault(byte, []).append(left)
-        return moves
+            is_text = isinstance(head, bytes)
+            then = (head[1:], *rest) if is_text and len(head) > 1 else tuple(rest)
+            for byte in head[:1] if is_text else head:
+                moved[byte] = (*moved.get(byte, ()), then)
+        return {byte: self._heads(stacks) for byte, stacks in moved.items()}
 
-    def _heads(self, stacks: Iterable[Stack]) -> frozenset[Stack]:
-        """Return the stacks with their first rules and runs replaced by what they may be."""
+    def _closed(self, stacks: tuple[Stack, ...]) -> frozenset[Stack]:
+        """Return the stacks with their first rules replaced by what these may be."""
         todo, seen, found = list(stacks), set[Stack](), set[Stack]()
         while todo:
             stack = todo.pop()
-            if stack in seen:
-                continue
-            seen.add(stack)
-            if stack and stack[0] in self._rules:
+            if stack and isinstance(stack[0], int) and stack not in seen:
                 todo += [(*alternative, *stack[1:]) for alternative in self._rules[stack[0]]]
-            else:
+            elif stack not in seen:
                 found.add(stack)
-        return frozenset(found)
+            seen.add(stack)
+        return self._same(frozenset(found))
 
     # ---- checks
 
     def _text(self, stack: Stack) -> bytes:
         """Return the shortest text of a stack; a ``KeyError`` says that a rule of it has none yet."""
         return b"".join(
-            self._shortest[part] if part in self._rules
-            else part if isinstance(part, bytes) else bytes((min(part),))  # type: ignore[arg-type]
+            self._shortest[part] if isinstance(part, int)
+            else part if isinstance(part, bytes) else bytes((min(part),))
             for part in stack
         )  # fmt: skip
 
@@ -162,28 +157,28 @@ class Grammar:
         changed = True
         while changed:
             changed = False
-            for name, alternatives in self._rules.items():
-                for own in alternatives:
-                    with contextlib.suppress(KeyError):
-                        text = self._text(own)
-                        if name not in self._shortest or _order(text) < _order(self._shortest[name]):
-                            self._shortest[name], changed = text, True
-                            if len(text) > _LONGEST:
-                                raise ValueError(f"{name!r}: its shortest text has more than {_LONGEST:,} bytes")
-        if endless := [name for name in self._rules if name not in self._shortest]:
-            raise ValueError(f"{endless[0]!r} never ends: a grammar without an end")
+            for i, own in ((i, own) for i, alternatives in enumerate(self._rules) for own in alternatives):
+                with contextlib.suppress(KeyError):
+                    text = self._text(own)
+                    if i not in self._shortest or _order(text) < _order(self._shortest[i]):
+                        self._shortest[i], changed = text, True
+                        if len(text) > _LONGEST:
+                            raise ValueError(f"{self._names[i]}: its shortest text has more than {_LONGEST:,} bytes")
+        for i, name in enumerate(self._names):
+            if i not in self._shortest:
+                raise ValueError(f"{name} never ends: a grammar without an end")
 
-    def _check_left(self, name: Symbol, above: Sequence[Symbol], checked: set[Symbol]) -> None:
+    def _check_left(self, number: int, above: Sequence[int], checked: set[int]) -> None:
         """Reject rules that can start with themselves, or with a rule above."""
-        if name in above:
-            raise ValueError(f"{name!r} can start with itself (left recursion)")
-        for own in () if name in checked else self._rules[name]:
+        if number in above:
+            raise ValueError(f"{self._names[number]} can start with itself (left recursion)")
+        for own in () if number in checked else self._rules[number]:
             for part in own:
-                if isinstance(part, Ref):
-                    self._check_left(part, [*above, name], checked)
+                if isinstance(part, int):
+                    self._check_left(part, [*above, number], checked)
                 if self._text((part,)):
                     break
-        checked.add(name)
+        checked.add(number)
 
 
 class GrammarConstraint(TextConstraint):
@@ -194,7 +189,7 @@ def _order(text: bytes) -> tuple[int, bytes]:
     return len(text), text
 
 
-def _symbol(part: Any, name: str, rules: Mapping[str, Any]) -> Symbol:
+def _part(part: Any, name: str, rules: Mapping[str, Any]) -> bytes | Ref | Chars:
     if isinstance(part, Ref) and part.name not in rules:
         raise ValueError(f"rule {name!r} refers to rule {part.name!r}, which does not exist")
     if not isinstance(part, str | Ref | Chars):
@@ -213,11 +208,9 @@ def _one_of(chars: str, others: bool) -> list[Stack]:
 
 
 def _run(run: Chars) -> list[Stack]:
-    """Return the alternatives of a run."""
-    if run.least == run.most == 1:
-        return _one_of(run.chars, run.others)
+    """Return the alternatives of a run, in bytes and other runs."""
+    if run.most == 0 or run.least == run.most == 1:
+        return _one_of(run.chars, run.others) if run.most else [()]
     one = Chars(run.chars, 1, 1, run.others)
     rest = Chars(run.chars, 0, None if run.most is None else run.most - max(run.least, 1), run.others)
-    if run.least:
-        return [(*[one] * run.least, rest)]
-    return [()] if run.most == 0 else [(), (one, rest)]
+    return [(*[one] * run.least, rest)] if run.least else [(), (one, rest)]

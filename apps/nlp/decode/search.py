@@ -15,7 +15,7 @@ from torch import Tensor
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
 from apps.nlp.decode.choice import Choice, Report, ranked
 from apps.nlp.decode.config import DecodeConfig
-from apps.nlp.decode.constraint import Constraint, needs
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.sampling import drawn, draws
 from core.parallel import InStep
 
@@ -242,7 +242,7 @@ def _mask(
             if state is not None:
                 key = id(sentence.constraint), state
                 if key not in needs_of:
-                    needs_of[key] = needs(sentence.constraint, state).to(log_prob_bkV.device)
+                    needs_of[key] = sentence.constraint.needs(state).to(log_prob_bkV.device)
                 rows.append(place * k + row)
                 left.append(sentence.limit - step + sentence.start - 1)
                 needed.append(needs_of[key])

@@ -180,7 +180,9 @@ class PairModule(JudgedModule, TextModule):
         # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
             ids, model = self._ids(batch), model or self.model_in(config.dtype)
-            return translate_ids(model, batch.source_BS, config, *ids, batch.index_B, self.constraints(batch))
+            return translate_ids(
+                model, batch.source_BS, config, *ids, index_B=batch.index_B, constraints=self.constraints(batch)
+            )
 
     def constraints(self, batch: TranslationBatch) -> Sequence[Constraint] | None:
         """Return what the text of each row may be; None: anything."""

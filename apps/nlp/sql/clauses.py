@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import core
 from apps.data.subwords import EOS_ID, Subwords
+from apps.nlp.pairs.routes import added
 from apps.nlp.specialization import side_of
 from apps.nlp.text.batches import TranslationBatch
 from apps.report.page import Section
@@ -36,19 +36,13 @@ def clauses(ids_BL: Tensor, subwords: Subwords) -> Tensor:
     return torch.from_numpy(label_BL)
 
 
-@torch.no_grad()
 def write_clauses(module: Any, batches: Iterable[TranslationBatch], folder: Path, draw: bool = True) -> Section:
     """Return the section on the clauses of a ``PairModule`` under its references, and plot ``expert_clause.png``."""
 
-    def tokens(entry: Any, batch: TranslationBatch) -> dict[str, Tensor]:
+    def tokens(entry: Any, _: Tensor) -> dict[str, Tensor]:
         is_decoder = side_of(entry.name) == "target"
         return {"clause": clauses(entry.context.token_ids_BS, module.subwords).flatten()} if is_decoder else {}
 
-    use = ExpertUse(tokens, {"clause": Labels("clause", len(CLAUSES))})
-    for batch in batches:
-        on_device = TranslationBatch(*(part.to(module.device) for part in batch))
-        with core.record(module.model) as tape:
-            module(*module.example_inputs(on_device))
-        use.add(tape, batch)
+    use = added(ExpertUse(tokens, {"clause": Labels("clause", len(CLAUSES))}), module, batches)
     path = folder / "expert_clause.png" if draw else None
     return Section("Clauses of SQL", tuple(map_parts([(use.counts["clause"], CLAUSES)], "a clause", "clause", path)))

@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from apps.data.sources import Made
 from apps.data.splits import SPLITS, Split
 from apps.nlp.sql.execution import execute, opened
 from apps.nlp.sql.schema import Schema, join, read_schema, resource, serialized, sql_name
@@ -36,18 +37,18 @@ Values = Mapping[str, list[Any]]
 """What a question may name of each column of a table."""
 
 
-class MadeDatabases:
+class MadeDatabases(Made):
     """The source of the databases, which are written and not fetched."""
 
-    def __str__(self) -> str:
-        return "databases that are made here"
-
-    def installed(self) -> None:
+    def installed(self) -> None:  # type: ignore[override]
         return None
 
     def fetch(self, folder: Path) -> None:
         for split in SPLITS:
             write_databases(folder, split, _SEED)
+
+
+SOURCE = MadeDatabases(Path(__file__))
 
 
 def read_made(root: Path, language: str) -> dict[Split, list[dict[str, str]]]:

@@ -20,7 +20,7 @@ from apps.data.datasets import Dataset, register
 from apps.data.sources import File, UrlSource
 from apps.data.splits import Split
 from apps.data.text_files import text_lines
-from apps.nlp.sql.made import MadeDatabases, read_made
+from apps.nlp.sql import made
 from apps.nlp.sql.schema import read_schema, serialized
 from apps.nlp.text.readers.tables import json_lines
 
@@ -253,7 +253,7 @@ TASK_DATASETS = {
         ),
         TaskDataset(
             "made_sql", "nlp", "made questions of made tables to SQL, 20,000 train, 500 val; 500 test, of real tables",
-            (("train_*.sqlite", "val_*.sqlite", "test_*.sqlite"),), (MadeDatabases(),), read=read_made,
+            (("train_*.sqlite", "val_*.sqlite", "test_*.sqlite"),), (made.SOURCE,), read=made.read_made,
         ),
         TaskDataset(
             "spider", "nlp", "Spider, question and schema to SQL, 8,659 train, 1,034 test (its dev set)",

@@ -79,8 +79,7 @@ def _is_in(query: str, question: str) -> bool:
     grammar = Grammar(grammar_of(_FLIGHTS, question))
     state = grammar.start()
     for byte in query.encode():
-        state = grammar.step(state, byte)
-        if state is None:
+        if (state := grammar.steps(state).get(byte)) is None:
             return False
     return grammar.ends(state)
 
