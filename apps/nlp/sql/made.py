@@ -104,7 +104,11 @@ def _values(database: str | Path, schema: Schema, table: str) -> Values:
     query = f"SELECT DISTINCT {{}} FROM {sql_name(table)} LIMIT 500"
     with opened(database) as connection:
         rows = {c: connection.execute(query.format(sql_name(c))) for c in schema.tables[table] if c not in keys}
-        found = {column: [v for (v,) in own if _VALUE.fullmatch(str(v))] for column, own in rows.items()}
+        is_text = {c: kind != "number" for c, kind in schema.tables[table].items()}
+        found = {
+            c: [v for (v,) in own if _VALUE.fullmatch(str(v)) and isinstance(v, str) == is_text[c]]
+            for c, own in rows.items()
+        }
     return {column: own for column, own in found.items() if len(own) > 1}
 
 

@@ -39,7 +39,7 @@ class Schema:
     Attributes:
         tables: of each table its columns, each with what its declared type holds: "number", "text" or "any".
         joins: (table, column, other table, other column) that may be joined: the declared foreign keys; in a database
-            without any, the columns of equal names.
+            without any, the columns of equal names, but for "id" and "name".
     """
 
     tables: Mapping[str, Mapping[str, str]]
@@ -72,7 +72,7 @@ def read_schema(database: str | Path) -> Schema:
         (name, own, other, column)
         for (name, columns), (other, others) in itertools.combinations(tables.items(), 2)
         for own, _, _ in columns for column, _, _ in others
-        if own.lower() == column.lower()
+        if own.lower() == column.lower() and own.lower() not in ("id", "name")
     ]  # fmt: skip
     kinds = {name: {column: _kind(kind.upper()) for column, kind, _ in own} for name, own in tables.items()}
     return Schema(kinds, tuple(dict.fromkeys(joins or equal)))
