@@ -16,6 +16,7 @@ from apps.nlp.sql.schema import sql_constraint
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text_to_text.metrics import METRICS, TextMetrics
 from apps.nlp.text_to_text.report import TextToTextReport
+from apps.train.lightning_internals import trainer_of
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import Stage, TaskOutput
 from apps.train.step.parts import DataPart
@@ -92,7 +93,8 @@ class TextToText(PairModule):
         return self.tasks[group] if self.subwords.languages else None
 
     def constraints(self, batch: TranslationBatch) -> Sequence[Constraint] | None:
-        if self.constrain is None or (self._trainer is not None and self.trainer.state.fn == "fit"):
+        trainer = trainer_of(self)
+        if self.constrain is None or (trainer is not None and trainer.state.fn == "fit"):
             return None  # a validation while training is to be fast
         sources = self.subwords.decode(batch.source_BS.tolist(), "source")
         return [sql_constraint(source, self.subwords) for source in sources]
