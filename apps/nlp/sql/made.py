@@ -26,7 +26,7 @@ _DATABASES = {"train": 400, "val": 20}
 _QUESTIONS = {"train": 50, "val": 25, "test": 100}
 """Questions per database."""
 _JOINED = 0.25
-"""Share of questions that join two tables, where tables can be joined."""
+"""Share of questions that join two tables, if tables can be joined."""
 _CONDITIONS = (0, 0, 1, 1, 1, 2)
 _VALUE = re.compile(r"[A-Za-z][\w-]*( [\w-]+){0,2}|\d+(\.\d{1,3})?", re.ASCII)
 """What may be a value in a question: one to three words, or a number of few digits."""
@@ -90,8 +90,10 @@ def questions(database: str | Path, split: Split, seed: int) -> Iterator[dict[st
     values = {table: _values(database, schema, table) for table in schema.tables}
     asked: set[str] = set()
     for _ in range(20 * _QUESTIONS[split]):
+        if len(asked) == _QUESTIONS[split]:
+            return
         row = _question(rng, part, schema, values)
-        if row is None or row["question"] in asked or len(asked) == _QUESTIONS[split]:
+        if row is None or row["question"] in asked:
             continue
         if any(value for answer in execute(database, row["target"]) for value in answer):
             asked.add(row["question"])
