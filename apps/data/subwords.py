@@ -141,6 +141,8 @@ class SubwordConfig(Checked):
         character_coverage: share of the text whose characters are subwords themselves; the rarest ones are spelled in
             bytes, as are characters that the training text lacks.
         max_sentences: sentences of a side from which subwords are learned; from a larger corpus so many are sampled.
+        symbols: texts that are subwords of their own wherever they stand; "▁" is a space. With it a word has the same
+            subwords after a space, a quote or a bracket, as a model that copies needs.
         path: folder of a published checkpoint, or a sentencepiece model of yours, from which subwords are read instead.
             The other options have no effect then.
 
@@ -153,6 +155,7 @@ class SubwordConfig(Checked):
     joint: bool = True
     character_coverage: Annotated[float, Bounds(0.9, 1, "[]")] = 0.9999
     max_sentences: Count = 2_000_000
+    symbols: tuple[str, ...] = ()
     path: str | None = None
 
 
@@ -242,6 +245,7 @@ def _train(sentences: list[str], config: SubwordConfig, languages: Sequence[str]
             unk_surface="",
             # Control symbols, not user-defined ones: a "<2de>" in a text stays text, and a tag is not part of one.
             control_symbols=[f"<2{language}>" for language in languages],
+            user_defined_symbols=list(config.symbols),
             max_sentence_length=_LONGEST_BYTES,
             num_threads=_THREADS,
             minloglevel=2,

@@ -187,7 +187,13 @@ class PairModule(JudgedModule, TextModule):
         with torch.autocast(self.device.type, enabled=False):
             ids, model = self._ids(batch), model or self.model_in(config.dtype)
             how = self.how_to_write(config, len(batch.source_BS), **how)
+            if how["constraints"] is None:
+                how["constraints"] = self.constraints(batch)
             return translate_ids(model, batch.source_BS, config, *ids, batch.index_B, **how)
+
+    def constraints(self, batch: TranslationBatch) -> Sequence[Constraint] | None:
+        """Return what the text of each row may be, if the caller does not say; None: anything."""
+        return None
 
     def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         """Return the tasks and the domains, int64 (B,) each."""

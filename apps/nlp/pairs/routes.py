@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,18 +15,24 @@ from apps.nlp.specialization import TextUse, side_of
 from apps.nlp.text.batches import TranslationBatch
 from apps.report.page import HeatmapChart, Part, Words, save_charts
 from apps.report.routed import experts_by_layer, experts_of_token, largest_number
-from apps.report.use import tokens_of
+from apps.report.use import ExpertUse, tokens_of
 
 _USUAL_LENGTH = 14  # source subwords of a plotted sentence, about
 
 
+Use = TypeVar("Use", bound=ExpertUse)
+
 # ---- all sentences
 
 
-@torch.no_grad()
 def expert_use(module: Any, batches: Iterable[TranslationBatch]) -> TextUse:
     """Read the experts of ``batches`` under the references; ``module`` is a ``PairModule`` in evaluation."""
-    use = TextUse(tokens_of(module), module.subwords, module.groups, module.noun)
+    return added(TextUse(tokens_of(module), module.subwords, module.groups, module.noun), module, batches)
+
+
+@torch.no_grad()
+def added(use: Use, module: Any, batches: Iterable[TranslationBatch]) -> Use:
+    """Add the experts of ``batches`` to a use, and return it."""
     for batch in batches:
         source_BS, read_BL, *ids = module.example_inputs(_on(module, batch))
         with core.record(module.model) as tape:

@@ -19,6 +19,9 @@ from apps.data.store import identity
 from apps.data.subwords import train_subwords
 from apps.data.text_files import clean, named_files, text_lines
 from apps.nlp.pairs.data import PairData
+from apps.nlp.predict import given_lines
+from apps.nlp.sql.schema import read_schema, serialized
+from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.corpora import SentencePairs
 from apps.nlp.text.encoded_pairs import write_pairs
 from apps.nlp.text.readers.tables import json_lines, table_rows
@@ -54,6 +57,7 @@ class TextToTextData(PairData):
         test_size: likewise.
         max_length: tokens of a side, specials included; longer ones are cut, and the description counts them.
         predict_task: the task of text or predict_file; None: the only one.
+        database: SQLite file that text or predict_file asks: its tables follow each question. It is only read.
         kwargs: of ``PairData``: ``subset``, ``temperature``, ``tokens_per_batch``, ``subwords``, ``text``,
             ``predict_file`` and others.
 
@@ -88,6 +92,7 @@ class TextToTextData(PairData):
         test_size: int | float | None = None,
         max_length: int = 512,
         predict_task: str | None = None,
+        database: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, root, cache_dir, max_length=max_length, **kwargs)
@@ -106,6 +111,7 @@ class TextToTextData(PairData):
         self.columns = {"source": source, "target": target, "task": task}
         self.language, self._tasks = language, None if tasks is None else tuple(tasks)
         self.predict_task = self.predict_group = predict_task
+        self.database = database
         self._read_given(self._tasks or ())
 
     @property
@@ -123,6 +129,15 @@ class TextToTextData(PairData):
         Each has ``source``, ``task`` and ``references``, a list of the right texts, and the further columns.
         """
         return [json.loads(row) for row in read_texts(self.opened, f"{self._held_out(split)}_row")]
+
+    def given_batches(
+        self, lines: Iterable[str] | None = None, start: int = 0
+    ) -> Iterator[tuple[TranslationBatch, list[str]]]:
+        if self.database is not None:
+            tables = serialized(read_schema(self.database))
+            asked = given_lines(self.text, self.predict_file, self.bad_lines) if lines is None else lines
+            lines = (line + tables for line in asked)
+        return super().given_batches(lines, start)
 
     # ---- the encoded rows
 

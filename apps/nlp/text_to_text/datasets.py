@@ -20,6 +20,8 @@ from apps.data.datasets import Dataset, register
 from apps.data.sources import File, UrlSource
 from apps.data.splits import Split
 from apps.data.text_files import text_lines
+from apps.nlp.sql import made
+from apps.nlp.sql.schema import read_schema, serialized
 from apps.nlp.text.readers.tables import json_lines
 
 Row = dict[str, Any]
@@ -114,18 +116,15 @@ def _read_squad(root: Path, language: str) -> Rows:
 
 def _read_spider(root: Path, language: str) -> Rows:
     """Read Spider; the published dev set is the test. ``database`` is the file that a query can be run on."""
-    schemas = {}
-    for schema in json.loads((root / "tables.json").read_text(encoding="utf-8")):
-        names, columns = schema["table_names_original"], schema["column_names_original"]
-        tables = (f"{t} : {', '.join(c for at, c in columns if at == n)}" for n, t in enumerate(names))
-        schemas[schema["db_id"]] = f"{schema['db_id']} | {' | '.join(tables)}"
 
     def rows(*files: str) -> Iterator[Row]:
         for path in (root / file for file in files if (root / file).is_file()):
             for asked in json.loads(path.read_text(encoding="utf-8")):
                 name = asked["db_id"]
-                kept = {"database": str(root / "database" / name / f"{name}.sqlite"), "group": name}
-                yield {"source": f"{asked['question']} | {schemas[name]}", "target": asked["query"], **kept}
+                database = root / "database" / name / f"{name}.sqlite"
+                kept = {"database": str(database), "group": name}
+                source = asked["question"] + serialized(read_schema(database))
+                yield {"source": source, "target": asked["query"], **kept}
 
     return {"train": rows("train_spider.json", "train_others.json"), "test": rows("dev.json")}
 
@@ -251,6 +250,10 @@ TASK_DATASETS = {
         TaskDataset(
             "squad", "nlp", "SQuAD 1.1, question and paragraph to answer, 87,599 train, 10,570 test (its dev set)",
             (tuple(file.name for file in _SQUAD_FILES),), (_SQUAD,), "CC BY-SA 4.0", read=_read_squad,
+        ),
+        TaskDataset(
+            "made_sql", "nlp", "made questions of made tables to SQL, 20,000 train, 500 val; 500 test, of real tables",
+            (("train_*.sqlite", "val_*.sqlite", "test_*.sqlite"),), (made.SOURCE,), read=made.read_made,
         ),
         TaskDataset(
             "spider", "nlp", "Spider, question and schema to SQL, 8,659 train, 1,034 test (its dev set)",

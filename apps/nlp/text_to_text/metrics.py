@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from apps.nlp.sql.execution import execution_match, query_match, valid
 from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.scores import scorer
 from apps.train.step.pieces import PieceMetrics, token_metrics
@@ -61,6 +62,9 @@ METRICS: dict[str, Metric] = {
     "exact_match": squad("exact_match"),
     "token_f1": squad("f1"),
     "chrf": chrf,
+    "execution": execution_match,
+    "valid": valid,
+    "query_match": query_match,
 }
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from apps.base.checks import check_name
 from apps.data.subwords import Subwords
 from apps.equal_cost.comparable import ExampleDifference
+from apps.nlp.decode.constraint import Constraint
 from apps.nlp.pairs.module import PairModule
 from apps.nlp.pairs.report import PairReportConfig
+from apps.nlp.sql.schema import sql_constraint
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text_to_text.metrics import METRICS, TextMetrics
 from apps.nlp.text_to_text.report import TextToTextReport
+from apps.train.lightning_internals import trainer_of
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import Stage, TaskOutput
 from apps.train.step.parts import DataPart
@@ -33,6 +36,8 @@ class TextToText(PairModule):
             task or the domain.
         copy: the model may copy subwords of its source, such as names that it has not learned (a pointer-generator, See
             et al. 2017); the subwords must be joint.
+        constrain: "sql": what a test or a prediction writes is a SELECT that is valid for the tables that follow the
+            question, as `apps.nlp.sql.serialized` writes them; a validation while training is not constrained.
         metrics: names of `METRICS`; the first one decides which checkpoint is the best.
         report: options of the report that a test adds to the scores; None: nothing.
         kwargs: of ``PairModule``: ``transformer``, ``moe``, ``decode``, ``pretrained`` and others.
@@ -53,6 +58,7 @@ class TextToText(PairModule):
         subwords: Subwords | None = None,
         tasks: Sequence[str] = (),
         copy: bool = False,
+        constrain: Literal["sql"] | None = None,
         metrics: Sequence[str] = ("rouge_l", "rouge_1", "rouge_2", "exact_match", "token_f1", "chrf"),
         report: PairReportConfig | None = _REPORT,
         **kwargs: Any,
@@ -65,7 +71,9 @@ class TextToText(PairModule):
             raise ValueError(f"metrics=[] names none of {', '.join(METRICS)}")
         if copy and kwargs.get("pretrained") is not None:
             raise ValueError(f"copy=True: pretrained={kwargs['pretrained']!r} has no weights for it")
-        self.copy, self.metrics = copy, tuple(metrics)
+        if constrain is not None:
+            check_name("constrain", constrain, ["sql"])
+        self.copy, self.constrain, self.metrics = copy, constrain, tuple(metrics)
         self.monitor, self.shown_metrics = f"val/{metrics[0]}", (*metrics[1:], "perplexity")
         if subwords is None:
             return
@@ -84,6 +92,13 @@ class TextToText(PairModule):
 
     def tag_of(self, group: int) -> str | None:
         return self.tasks[group] if self.subwords.languages else None
+
+    def constraints(self, batch: TranslationBatch) -> Sequence[Constraint] | None:
+        trainer = trainer_of(self)
+        if self.constrain is None or (trainer is not None and trainer.state.fn == "fit"):
+            return None  # a validation while training is to be fast
+        sources = self.subwords.decode(batch.source_BS.tolist(), "source")
+        return [sql_constraint(source, self.subwords) for source in sources]
 
     # ---- evaluation
 

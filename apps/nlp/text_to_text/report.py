@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
+import core
 from apps.data.text_files import num_words
 from apps.nlp.pairs.report import Collected, PairReport, examples, side_by_side, write_sentences
+from apps.nlp.sql.clauses import write_clauses
 from apps.nlp.text.significance import mean_difference
 from apps.nlp.text_to_text.metrics import METRICS, TextMetrics
+from apps.report.base import spread_batches
 from apps.report.page import Code, Section, Table
 from apps.report.tables import is_share, write_csv
 
@@ -24,13 +27,21 @@ class TextToTextReport(PairReport):
     sparse model how far its experts are specialized in tasks and in kinds of subwords.
 
     It writes ``tasks.csv``, ``texts.jsonl`` (source, reference, hypothesis, metrics and search score of each text), and
-    the files of ``PairReport``; with several tasks ``expert_task.png`` too.
+    the files of ``PairReport``; with several tasks ``expert_task.png`` too, with ``constrain: sql``
+    ``expert_clause.png``.
 
     A task whose sources have two sentences or more on average has two extractive baselines: the first sentence, and the
     one that TextRank finds.
     """
 
     metrics = TextMetrics
+
+    def write(self, collected: Collected, folder: Path) -> list[Section]:
+        sections, module = super().write(collected, folder), collected.module
+        some = spread_batches(collected.batches, self.config.routing_examples)
+        if module.constrain == "sql" and core.moe_layers(module.model) and some:
+            sections.insert(1, write_clauses(module, some, folder, self.config.pictures))
+        return sections
 
     def write_scores(self, collected: Collected, folder: Path) -> Section:
         pieces, module, sources = collected.metrics.pieces, collected.module, collected.sources

@@ -7,7 +7,9 @@ import hashlib
 import json
 import lzma
 import shutil
+import sqlite3
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -173,9 +175,12 @@ def test_squad(tmp_path):
 
 
 def test_spider(tmp_path):
-    columns = [[-1, "*"], [0, "id"], [0, "name"], [1, "age"]]
-    tables = [{"db_id": "zoo", "table_names_original": ["animal", "keeper"], "column_names_original": columns}]
-    write(tmp_path, "tables.json", tables)
+    write(tmp_path, "tables.json", [])
+    database = tmp_path / "database/zoo/zoo.sqlite"
+    database.parent.mkdir(parents=True)
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("CREATE TABLE animal (id INTEGER, name TEXT)")
+        connection.execute("CREATE TABLE keeper (age INTEGER)")
     for name in ("train_spider.json", "dev.json"):
         write(tmp_path, name, [{"db_id": "zoo", "question": "How many?", "query": "SELECT count(*) FROM animal"}])
     rows = rows_of("spider", tmp_path)
@@ -184,9 +189,9 @@ def test_spider(tmp_path):
         == rows["test"]
         == [
             {
-                "source": "How many? | zoo | animal : id, name | keeper : age",
+                "source": "How many? |animal:id#,name|keeper:age#|",
                 "target": "SELECT count(*) FROM animal",
-                "database": str(tmp_path / "database/zoo/zoo.sqlite"),
+                "database": str(database),
                 "group": "zoo",
             }
         ]

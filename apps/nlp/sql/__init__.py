@@ -1,0 +1,1 @@
+"""Questions to SQL: the schema of a database, queries that only read, and made questions."""
