@@ -157,7 +157,9 @@ class _Decoding(nn.Module):
         """
         h_RD = self.decoder.step(self.embed_target(token_R), token_R, token_R != PAD_ID, cache)
         # A sentence's rows lie side by side.
-        logits_RV = self.next_logits(h_RD.view(cache.num_sentences, cache.copies, -1), cache.source).flatten(0, 1)
+        logits_RV = self.next_logits(
+            h_RD.view(cache.num_sentences, cache.copies, h_RD.shape[-1]), cache.source
+        ).flatten(0, 1)
         return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
 
     def reset_parameters(self) -> None:

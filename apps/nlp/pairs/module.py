@@ -95,13 +95,16 @@ class PairModule(JudgedModule, TextModule):
         **kwargs: Any,
     ) -> None:
         published = published_network(pretrained, transformer, dense_ffn, is_language_model=False)
-        if published is not None:  # kept for the checkpoint, which is read without the folder
+        if published is not None:
             transformer, moe = published.transformer, moe or published.moe
             if encoder_moe_blocks == "every2":
                 encoder_moe_blocks = list(published.encoder_moe_blocks) or "none"
             if decoder_moe_blocks == "every2":
                 decoder_moe_blocks = list(published.decoder_moe_blocks) or "none"
         super().__init__(transformer=transformer, moe=moe, pretrained=pretrained, **kwargs)
+        if published is not None:  # the checkpoint is read without the folder
+            blocks = {"encoder_moe_blocks": encoder_moe_blocks, "decoder_moe_blocks": decoder_moe_blocks}
+            self.keep_arguments({"transformer": transformer, "moe": moe, **blocks})
         self.encoder_moe_blocks, self.decoder_moe_blocks = encoder_moe_blocks, decoder_moe_blocks
         self.dense_ffn = dense_ffn
 

@@ -75,7 +75,12 @@ class LinkedModule(LightningModule, metaclass=_TakesOldNames):
         taken = inspect.signature(type(self).__init__).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         # Without arguments that only a base class's constructor has, which cannot rebuild the subclass.
-        self._arguments = {k: v for k, v in self.hparams.items() if every or k in taken}
+        self._arguments: dict[str, Any] = {}
+        self.keep_arguments({k: v for k, v in self.hparams.items() if every or k in taken})
+
+    def keep_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Keep these values for the checkpoint, whatever the constructor was given."""
+        self._arguments |= arguments
         plain = arguments_to_plain(type(self), self._arguments)
         self.hparams.clear()
         self.hparams.update(plain)

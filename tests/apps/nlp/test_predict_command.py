@@ -216,9 +216,9 @@ def test_a_file_goes_on_where_a_killed_run_stopped_to_the_same_lines(name, tmp_p
     with open(partial, "a") as file:
         file.write("half a li")  # what a kill leaves behind the last note
 
-    def counted(batch, *rest):
+    def counted(batch, *rest, **how):
         translated.extend(batch.index_B.tolist())
-        return translate(batch, *rest)
+        return translate(batch, *rest, **how)
 
     monkeypatch.setattr(model, "translate", counted)
     assert written(model, data_of(model, **options), path) == (7, 4)

@@ -97,7 +97,7 @@ def test_a_beam_scores_at_least_as_much_as_greedy_search_that_is_sure():
         for num_beams, early_stopping in itertools.product((2, 5, 10), ("never", True)):
             config = DecodeConfig(num_beams=num_beams, min_new_tokens=0, early_stopping=early_stopping)
             scores = zip(translate_ids(model, batch, config).scores, greedy.scores, is_sure, strict=True)
-            loses = [beam < best - 1e-9 and sure for beam, best, sure in scores]  # sums are rounded
+            loses = [beam < best - 1e-9 and sure for (beam,), (best,), sure in scores]  # sums are rounded
             assert early_stopping is True or not any(loses)
             lost_by_ending_early += sum(loses)
     assert num_sure == 70

@@ -39,7 +39,7 @@ def test_answers_by_hand():
     assert value("token_f1", "a black cat", "cat sat here") == pytest.approx(2 / 5)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", sorted({*METRICS} - {"execution", "valid", "query_match"}))  # those are of queries
 def test_the_best_of_several_right_texts_counts_and_the_right_one_has_1(name):
     best = 100 if name == "chrf" else 1
     assert value(name, "one two three four", "nothing", "one two three four") == pytest.approx(best)
