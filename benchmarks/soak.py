@@ -26,90 +26,63 @@ from benchmarks._soak.outcome import Outcome
 PARTS = ("kills", "machine", "load", "inputs", "numbers", "history")
 
 
-class Part:
-    """A part of the campaign and how far it has come.
-
-    Attributes:
-        state: next case, cases and those of each kind, faults with their number, notes, seconds; plain values.
-    """
-
-    def __init__(self, name: str, state: dict[str, Any] | None = None) -> None:
-        self.name, self.module = name, importlib.import_module(f"benchmarks._soak.{name}")
-        self.state = state or {"next": 0, "cases": 0, "kinds": {}, "faults": [], "notes": [], "seconds": 0.0}
-
-    def run(self, seconds: float, folder: Path) -> Iterator[None]:
-        """Try cases for so long, those before included, and yield after each of them."""
-        began, before, now = time.monotonic(), self.state["seconds"], self.state["next"]
-
-        def numbers() -> Iterator[int]:
-            nonlocal now
-            while time.monotonic() - began + before < seconds:
-                now = self.state["next"]
-                self.state["next"] += 1
-                yield now
-
+def tried(name: str, numbers: Iterator[int], folder: Path, state: dict[str, Any]) -> Iterator[Outcome]:
+    """Try cases of a part, count them in its state, print their faults and notes, and yield them."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = importlib.import_module(f"benchmarks._soak.{name}").cases(numbers, folder)
+    while True:
         try:
-            for outcome in self.module.cases(numbers(), folder):
-                self.state["seconds"] = before + time.monotonic() - began
-                self.note(outcome)
-                yield
+            outcome = next(cases)
+        except StopIteration:
+            return
         except Exception as error:  # of the part itself: the others still have their time
-            self.note(Outcome(now, "the part ended", f"{type(error).__name__}: {error}"))
-        self.state["seconds"] = before + time.monotonic() - began
-        yield
-
-    def note(self, outcome: Outcome) -> None:
-        """Count a case, and print its fault or note."""
-        kinds, kind = self.state["kinds"], outcome.what.partition(":")[0]
-        if outcome.count or outcome.fault:
-            self.state["cases"] += outcome.count
-            kinds[kind] = kinds.get(kind, 0) + outcome.count
+            outcome = Outcome(state["next"], "the part ended", f"{type(error).__name__}: {error}")
+        kind = outcome.what.partition(":")[0]
+        state["cases"] += outcome.count
+        state["kinds"][kind] = state["kinds"].get(kind, 0) + outcome.count
         if outcome.fault:
-            found = {"number": outcome.number, "what": outcome.what, "fault": outcome.fault}
-            self.state["faults"].append(found)
-            print(f"fault: {self.name} #{outcome.number}: {outcome.what}: {outcome.fault}", flush=True)
-        elif not outcome.count and outcome.what not in self.state["notes"]:
-            self.state["notes"].append(outcome.what)
-            print(f"note: {self.name}: {outcome.what}", flush=True)
+            state["faults"].append({"number": outcome.number, "what": outcome.what, "fault": outcome.fault})
+            print(f"fault: {name} #{outcome.number}: {outcome.what}: {outcome.fault}", flush=True)
+        elif not outcome.count and outcome.what not in state["notes"]:
+            state["notes"].append(outcome.what)
+            print(f"note: {name}: {outcome.what}", flush=True)
+        yield outcome
+
+
+def started_state() -> dict[str, Any]:
+    """Return the state of a part that has not begun; kinds counts cases by the words before the colon."""
+    return {"next": 0, "cases": 0, "kinds": {}, "faults": [], "notes": [], "seconds": 0.0}
 
 
 def campaign(names: list[str], minutes: float, output: Path) -> int:
     """Run the parts, each for its share of the minutes, and return the exit code."""
     saved = read_json(output / "state.json") or {}
-    parts = [Part(name, saved.get(name)) for name in names]
-    weights = sum(part.module.WEIGHT for part in parts)
-    for part in parts:
-        share = 60 * minutes * part.module.WEIGHT / weights
-        written, folder = 0.0, output / part.name
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped
-        folder.mkdir(parents=True)
-        for _ in part.run(share, folder) if part.state["seconds"] < share else ():
-            saved[part.name] = part.state
-            if time.monotonic() - written > 1:
+    weights = {name: importlib.import_module(f"benchmarks._soak.{name}").WEIGHT for name in names}
+    for name, weight in weights.items():
+        state, share = saved.setdefault(name, started_state()), 60 * minutes * weight / sum(weights.values())
+        began, written = time.monotonic() - state["seconds"], 0.0
+
+        def numbers(state: dict[str, Any] = state, end: float = began + share) -> Iterator[int]:
+            while time.monotonic() < end:
+                state["next"] += 1
+                yield state["next"] - 1
+
+        for _ in tried(name, numbers(), output / name, state) if state["seconds"] < share else ():
+            state["seconds"] = time.monotonic() - began
+            if time.monotonic() > written + 1:
                 write_json(output / "state.json", saved)
                 written = time.monotonic()
         write_json(output / "state.json", saved)
-        shutil.rmtree(folder, ignore_errors=True)
-    facts = {"command": f"moesaic bench soak --minutes {minutes:g} --parts {','.join(names)}", "date": moment()}
-    write_json(output / "soak.json", {**facts, "machine": machine_facts(), "parts": saved})
+        shutil.rmtree(output / name, ignore_errors=True)
+    command = f"moesaic bench soak --minutes {minutes:g} --parts {','.join(names)}"
+    facts = {"command": command, "date": moment(), "machine": machine_facts(), "parts": saved}
+    write_json(output / "soak.json", facts)
     print(f"{'part':10} {'cases':>9} {'faults':>7} {'seconds':>8}")
-    for part in parts:
-        state = part.state
-        print(f"{part.name:10} {state['cases']:9,} {len(state['faults']):7,} {state['seconds']:8.0f}")
-    return int(any(part.state["faults"] or not part.state["cases"] for part in parts))
-
-
-def alone(name: str, case: int, output: Path) -> int:
-    """Try one case, keep its folder, and return 1 if it has a fault."""
-    folder = output / f"{name}-{case}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    part = Part(name)
-    for outcome in part.module.cases(iter([case]), folder):
-        part.note(outcome)
-        print(f"{outcome.what}: {outcome.fault or 'as it should'}")
-    print(f"its files are in {folder}")
-    return int(bool(part.state["faults"]))
+    for name in names:
+        state = saved[name]
+        print(f"{name:10} {state['cases']:9,} {len(state['faults']):7,} {state['seconds']:8.0f}")
+    return int(any(saved[name]["faults"] or not saved[name]["cases"] for name in names))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,16 +92,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="of all parts together (default: 60)")
     parser.add_argument("--output", type=Path, default=Path("runs/soak"), metavar="DIR", help="(default: runs/soak)")
     parser.add_argument("--parts", default=",".join(PARTS), help="a comma between them (default: all)")
-    parser.add_argument("--part", choices=PARTS, help="of the one --case to try")
+    parser.add_argument("--part", choices=PARTS, help="of the one --case to try; its files stay in DIR/alone")
     parser.add_argument("--case", type=int, metavar="NUMBER", help="of a fault's line")
     args = parser.parse_args(argv)
-    names = args.parts.split(",")
-    if unknown := [name for name in names if name not in PARTS]:
-        parser.error(f"--parts: {unknown[0]!r} is none of {', '.join(PARTS)}")
-    if (args.part is None) != (args.case is None):
-        parser.error("--part and --case go together")
-    output = args.output.resolve()  # cases change folders
-    return campaign(names, args.minutes, output) if args.part is None else alone(args.part, args.case, output)
+    names, output = args.parts.split(","), args.output.resolve()  # cases change folders
+    if not set(names) <= set(PARTS) or (args.part is None) != (args.case is None):
+        parser.error(f"--parts takes {','.join(PARTS)}, and --part and --case go together")
+    if args.part is None:
+        return campaign(names, args.minutes, output)
+    for outcome in tried(args.part, iter([args.case]), output / "alone", started_state()):
+        print(f"{outcome.what}: {'a fault' if outcome.fault else 'as it should'}")
+    return int(bool(outcome.fault))
 
 
 if __name__ == "__main__":
