@@ -37,7 +37,7 @@ def tried(name: str, numbers: Iterator[int], folder: Path, state: dict[str, Any]
         except StopIteration:
             return
         except Exception as error:  # of the part itself: the others still have their time
-            outcome = Outcome(state["next"], "the part ended", f"{type(error).__name__}: {error}")
+            outcome = Outcome(state["next"] - 1, "the part ended", f"{type(error).__name__}: {error}")
         kind = outcome.what.partition(":")[0]
         state["cases"] += outcome.count
         state["kinds"][kind] = state["kinds"].get(kind, 0) + outcome.count
@@ -100,9 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--parts takes {','.join(PARTS)}, and --part and --case go together")
     if args.part is None:
         return campaign(names, args.minutes, output)
-    for outcome in tried(args.part, iter([args.case]), output / "alone", started_state()):
+    state = started_state()
+    for outcome in tried(args.part, iter([args.case]), output / "alone", state):
         print(f"{outcome.what}: {'a fault' if outcome.fault else 'as it should'}")
-    return int(bool(outcome.fault))
+    return int(bool(state["faults"]))
 
 
 if __name__ == "__main__":
