@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import soak
-from benchmarks._soak import trees
+from benchmarks._soak import kills, trees, works
 from benchmarks._soak.outcome import Outcome, generator
 
 
@@ -98,7 +98,14 @@ def test_a_cut_file_is_broken_under_its_final_name_only(name, tmp_path):
 
 
 def test_every_part_has_a_weight():
-    importlib.invalidate_caches()
     assert all(
         importlib.import_module(f"benchmarks._soak.{name}").WEIGHT > 0 for name in ("kills", "machine", "history")
     )
+
+
+@pytest.mark.slow
+def test_a_killed_command_is_repeated_and_leaves_what_an_unbroken_one_does(tmp_path):
+    number = [work.name for work in works.WORKS].index("data")
+    (outcome,) = kills.cases(iter([number]), tmp_path)
+    assert outcome.what.startswith("data: ")
+    assert outcome.fault == ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +25,5 @@ def cases(numbers: Iterator[int], folder: Path) -> Iterator[Outcome]:
         if isinstance(now, str) and now.endswith("is not on this machine"):
             yield Outcome(number, f"first losses: {now}", count=0)
             continue
-        close = (math.isclose(a, b, rel_tol=first_losses.TOLERANCE) for a, b in zip(now, kept[name], strict=False))
-        is_same = not isinstance(now, str) and len(now) == len(kept[name]) and all(close)
-        yield Outcome(number, f"first losses: {name}", "" if is_same else f"{now} in place of {kept[name]}")
+        same = not isinstance(now, str) and first_losses.is_same(name, now, kept[name])
+        yield Outcome(number, f"first losses: {name}", "" if same else f"{now} in place of {kept[name]}")

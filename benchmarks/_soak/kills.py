@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks._soak.outcome import Outcome, generator
 from benchmarks._soak.process import Command
 from benchmarks._soak.trees import broken, files, unlike
-from benchmarks._soak.works import WORKS, Work, Workshop
+from benchmarks._soak.works import WORKS, Unsound, Work, Workshop
 
 WEIGHT = 3
 
@@ -20,10 +20,14 @@ def cases(numbers: Iterator[int], folder: Path) -> Iterator[Outcome]:
     for number in numbers:
         work, place = WORKS[number % len(WORKS)], folder / "case"
         draw = generator("kills", number)
-        whole = shop.whole(work.name)
-        moment, alone = draw.uniform(0.0, shop.seconds[work.name]), bool(draw.integers(2))
-        what = f"{work.name}: {'a process' if alone else 'all processes'} killed after {moment:.2f} s"
-        yield Outcome(number, what, killed(shop, work, shop.place(place), whole, moment, alone))
+        share, alone = draw.uniform(), bool(draw.integers(2))
+        what = f"{work.name}: {'a process' if alone else 'all processes'} killed after {share:.3f} of its time"
+        try:
+            whole = shop.whole(work.name)
+            moment = share * shop.seconds[work.name]
+            yield Outcome(number, what, killed(shop, work, shop.place(place), whole, moment, alone))
+        except Unsound as error:
+            yield Outcome(number, what, str(error))
 
 
 def killed(shop: Workshop, work: Work, place: Path, whole: Path, moment: float, alone: bool) -> str:
@@ -54,9 +58,9 @@ def repeated(shop: Workshop, work: Work, place: Path, whole: Path, kept: Mapping
 
 def victim(command: Command, work: Work) -> int:
     """Return the process to be killed alone: the second rank if there is one, else the command's own."""
-    others = [process for process in command.group() if process != command.pid] if work.ranks > 1 else []
+    others = [process for process in command.group() if process != command.process.pid] if work.ranks > 1 else []
     ranks = (p for p in others if b"LOCAL_RANK=1" in Path(f"/proc/{p}/environ").read_bytes())
-    return next(ranks, command.pid)
+    return next(ranks, command.process.pid)
 
 
 def finished(place: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks._soak.kills import repeated
 from benchmarks._soak.outcome import Outcome, generator
 from benchmarks._soak.trees import broken, files, unlike
-from benchmarks._soak.works import WORKS, Work, Workshop
+from benchmarks._soak.works import WORKS, Unsound, Work, Workshop
 
 WEIGHT = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGWINCH, signal.SIGCONT, signal.SIGHUP, signal.SIGUSR1)
@@ -108,7 +108,7 @@ def signals(case: Case) -> str:
         for number in case.draw.choice(SIGNALS, 20):
             command.send(int(number))
             command.wait(float(case.draw.exponential(0.02)))
-        ends = (0, 1, 130, 143, *(-number for number in SIGNALS))
+        ends = (0, 1, 2, 130, 143, *(-number for number in SIGNALS))
         return command.fault(ends) or broken(case.place)
 
 
@@ -130,6 +130,9 @@ def cases(numbers: Iterator[int], folder: Path) -> Iterator[Outcome]:
                     yield Outcome(number, f"{name}: only root can mount a disk for it", count=0)
                     continue
                 stack.callback(subprocess.run, ["umount", "-l", disk], check=True)
-            case = Case(shop, work, shop.place(disk / "case"), shop.whole(work.name), draw)
-            fault = hazard(case) or repeated(shop, work, case.place, case.whole)
+            try:
+                case = Case(shop, work, shop.place(disk / "case"), shop.whole(work.name), draw)
+                fault = hazard(case) or repeated(shop, work, case.place, case.whole)
+            except Unsound as error:
+                fault = str(error)
             yield Outcome(number, f"{name}: {work.name}", fault)

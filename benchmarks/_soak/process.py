@@ -15,29 +15,32 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import apps
 from apps.cli import main
+from apps.data.datasets import Dataset, register
 
 LONGEST = 900.0
 """Seconds that a command may take before it counts as hanging."""
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = ("compare", "convert", "serve.export", "verdict")
 
 
+@dataclass(frozen=True)
 class Command:
-    """A command that runs; its words, folder, limits and variables are those of ``started``."""
+    """A command that runs.
 
-    def __init__(
-        self, words: Sequence[str], place: Path, log: Path, limits: Mapping[str, int], variables: Mapping[str, str]
-    ) -> None:
-        commands = (f"apps.{name}.command" for name in ("compare", "convert", "serve.export", "verdict"))
-        _CONTEXT.set_forkserver_preload([__name__, "apps.cli.train", *commands])
-        self.began, self.log = time.monotonic(), log
-        self._process = _CONTEXT.Process(target=_become, args=(list(words), place, log, limits, variables))
-        self._process.start()
-        self.pid: int = self._process.pid
+    Attributes:
+        process: leads a process group.
+        log: file of its stdout and stderr.
+    """
+
+    process: Any
+    log: Path
 
     @property
     def said(self) -> str:
@@ -46,8 +49,8 @@ class Command:
 
     def wait(self, seconds: float = LONGEST) -> int | None:
         """Return its exit code, negative for a signal; None if it still runs after so many seconds."""
-        self._process.join(seconds)
-        return self._process.exitcode
+        self.process.join(seconds)
+        return self.process.exitcode
 
     def group(self) -> list[int]:
         """Return the processes of its group that run."""
@@ -55,13 +58,13 @@ class Command:
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):  # it has ended
                 state, _, group = path.read_text().rpartition(")")[2].split()[:3]
-                found += [int(path.parent.name)] if int(group) == self.pid and state != "Z" else []
+                found += [int(path.parent.name)] if int(group) == self.process.pid and state != "Z" else []
         return found
 
     def send(self, number: int, process: int | None = None) -> None:
         """Send a signal to a process; None: to the whole group."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, number) if process else os.killpg(self.pid, number)
+            os.kill(process, number) if process else os.killpg(self.process.pid, number)
 
     def left(self, patience: float = 120.0) -> str:
         """Return the fault that processes are left after its end; "": none is."""
@@ -70,13 +73,13 @@ class Command:
             time.sleep(0.05)
         return f"{len(group)} processes were left" if group else ""
 
-    def fault(self, allowed: Sequence[int] = (0, 1)) -> str:
+    def fault(self, allowed: Sequence[int] = (0, 1, 2)) -> str:
         """Wait for its end, and return what is wrong with it; "": it succeeded, or a line says why it did not."""
         code, said = self.wait(), self.said
         if code is None:
             return f"it hangs after {LONGEST:g} s: {said[-300:]!r}"
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
-        if "Traceback" in said or code not in allowed or (code == 1 and len(errors) != 1):
+        if "Traceback" in said or code not in allowed or (code in (1, 2) and len(errors) != 1):
             return f"exit code {code}, {len(errors)} lines of errors: {said[-600:]!r}"
         return self.left()
 
@@ -94,7 +97,10 @@ def started(
         limits: soft limits of its resources, such as ``RLIMIT_FSIZE``; ``RLIMIT_AS`` counts from what it has.
         variables: of its environment; SOAK_CLOCK: the seconds after which its clock is set back by a day.
     """
-    command = Command(words, place, log, limits or {}, variables)
+    context = multiprocessing.get_context("forkserver")  # it has no threads, and starts once
+    context.set_forkserver_preload([__name__, "apps.cli.train", *(f"apps.{name}.command" for name in PRELOADED)])
+    command = Command(context.Process(target=_become, args=(list(words), place, log, limits or {}, variables)), log)
+    command.process.start()
     try:
         yield command
     finally:
@@ -127,7 +133,7 @@ def _become(words: list[str], place: Path, log: Path, limits: Mapping[str, int],
         resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
     code = 1
     try:
-        code = _FUNCTIONS[words[0]](*words[1:]) if words[0] in _FUNCTIONS else main(words)
+        code = {"save_pretrained": _save_pretrained, "prepare": _prepare}.get(words[0], main)(words)
     except BaseException:
         traceback.print_exc()
     with contextlib.suppress(OSError):
@@ -135,12 +141,11 @@ def _become(words: list[str], place: Path, log: Path, limits: Mapping[str, int],
     os._exit(code)
 
 
-def _save_pretrained(run: str, folder: str) -> int:
+def _save_pretrained(words: list[str]) -> int:
     """Write a run's model as transformers reads it: a function of Python, and no command."""
-    import apps
     from apps.porting import save_pretrained
 
-    save_pretrained(apps.load(run).net, folder)
+    save_pretrained(apps.load(words[1]).net, words[2])
     return 0
 
 
@@ -157,12 +162,7 @@ class _Slow:
             time.sleep(0.01)
 
 
-def _prepare(cache: str) -> int:
+def _prepare(words: list[str]) -> int:
     """Fetch a dataset of one file, which is registered here."""
-    from apps.data.datasets import Dataset, register
-
     register(Dataset(name="soak", app="recsys", title="toy", layouts=(("toy.csv",),), sources=(_Slow(),)))
-    return main(["data", "prepare", "soak", "--cache_dir", cache])
-
-
-_FUNCTIONS: dict[str, Callable[..., int]] = {"save_pretrained": _save_pretrained, "prepare": _prepare}
+    return main(["data", "prepare", "soak", "--cache_dir", words[1]])

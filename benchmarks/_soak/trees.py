@@ -15,17 +15,21 @@ import yaml
 from pyarrow import parquet
 from safetensors.torch import load_file
 
+from apps.train.checkpoint.contents import read_checkpoint
 from tests.support.resuming import differences
 
 MEASURED = re.compile(r"seconds|minutes|memory|_mib|date|machine|commit|per_second|rounds|speed")
 """Names of values that the clock decides, in JSON files and in logs."""
 
-SHOWN = (".html", ".md", ".png", ".log", ".lock")
-"""Files that show times beside results: they need to be there, and whole."""
+SHOWN = re.compile(r"\.(html|md|png|log|lock)$|report\.json$")
+"""Names of files that show times beside results: they need to be there, and whole."""
+
+
+LEFT_OUT = re.compile(r"tfevents|/Microsoft/")
 
 
 def _tensors(path: Path) -> Any:
-    saved = torch.load(path, weights_only=True)
+    saved = read_checkpoint(path) if path.is_dir() else torch.load(path, weights_only=True)
     loops = saved.get("loops", {}).get("fit_loop", {}) if isinstance(saved, dict) else {}
     loops.pop("epoch_loop.val_loop.batch_progress", None)  # not counted from the run's start on resuming
     return saved
@@ -47,9 +51,14 @@ def _texts(path: Path) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder by their path in it; TensorBoard's, whose names hold the time, are left out."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and "tfevents" not in path.name)
-    return {path.relative_to(folder).as_posix(): path for path in found}
+    """Return the files of a folder by their path in it; a sharded checkpoint counts as one.
+
+    TensorBoard's files, whose names hold the time, and what onnxruntime notes of a machine are left out.
+    """
+    sharded = [path for path in folder.rglob("*.ckpt") if path.is_dir()]
+    single = (path for path in folder.rglob("*") if path.is_file() and not set(path.parents) & set(sharded))
+    found = (path for path in (*sharded, *single) if not LEFT_OUT.search(str(path)))
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
 
 
 def broken(folder: Path) -> str:
@@ -70,7 +79,7 @@ def unlike(expected: Path, found: Path) -> str:
         lacks, has = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
         return f"lacks {lacks[:4]}, has {has[:4]} besides"
     for name in a:
-        if a[name].suffix not in SHOWN and (places := differences(_values(a[name]), _values(b[name]))):
+        if not SHOWN.search(name) and (places := differences(_values(a[name]), _values(b[name]))):
             return f"{name} differs in {places[:3]}"
     return broken(found)
 

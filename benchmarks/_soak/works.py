@@ -86,6 +86,10 @@ FOREIGN = ("keep.txt", "out.txt", ".out.mine", "out.tmp", "cache/keep.txt")
 """Files of somebody else beside the results."""
 
 
+class Unsound(Exception):
+    """A work that fails unbroken."""
+
+
 class Workshop:
     """Data that are made here, and unbroken runs of the works, each made when it is first asked for.
 
@@ -126,7 +130,8 @@ class Workshop:
     def start(self, work: Work, place: Path, **how: Any) -> contextlib.AbstractContextManager[Command]:
         """Start a command in a folder; see ``started``."""
         log = self.given / f"{time.monotonic_ns()}.log"  # not in the folder, which may be full or vanish
-        return started(self.words(work), place, log, XDG_CACHE_HOME=str(place / "cache"), **how)
+        caches = {"XDG_CACHE_HOME": str(place / "cache"), "MPLCONFIGDIR": str(self.given / "matplotlib")}
+        return started(self.words(work), place, log, **caches, **how)
 
     def whole(self, name: str) -> Path:
         """Return the folder in which an unbroken run of a work was done."""
@@ -134,28 +139,29 @@ class Workshop:
         if name not in self.seconds:
             work = next(work for work in WORKS if work.name == name)
             with self.start(work, self.place(place)) as command:
+                began = time.monotonic()
                 fault = command.fault((0,))
-                self.seconds[name] = time.monotonic() - command.began
+                self.seconds[name] = time.monotonic() - began
             if fault:
-                raise RuntimeError(f"{name}, unbroken: {fault}")
+                raise Unsound(f"unbroken: {fault}")
         return place
 
 
 def _hub_model(folder: Path) -> None:
-    """Write a small random Mixtral with a byte-level tokenizer, unless it is there."""
+    """Write a small random Mixtral with a tokenizer of bytes, unless it is there."""
     if folder.exists():
         return
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     signs = {sign: number for number, sign in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=signs, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "bos_token_id": 0, "eos_token_id": 1}
     torch.manual_seed(0)
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=len(signs), **sizes))
     model.save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
