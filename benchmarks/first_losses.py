@@ -6,7 +6,8 @@
 
 Each run is the first ``moesaic fit`` in a configuration's header that names the file, with seed 0 and one thread. A run
 is left out, with the reason, if its data are not on this machine, or if it needs another run or several processes.
-``--check`` has a relative tolerance of 1e-4 (1e-3 for one run), since processors differ; it exits with 1 if a loss differs or a run fails.
+``--check`` has a relative tolerance of 1e-4 (1e-3 for one run), since processors differ; it exits with 1 if a loss
+differs or a run fails.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from apps.data import datasets
 
 ROOT = Path(apps.__file__).parents[1]
 TOLERANCE = 1e-4
-LOOSE = {"multimodal/shapes": 1e-3}  # Muon enlarges rounding: two processors differ by 4e-4 after ten steps
+LOOSE = {"multimodal/shapes": 1e-3}  # Muon enlarges rounding: the same code differs by 4e-4 on two machines
 FLAGS = {
     "seed_everything": "0",
     "trainer.max_steps": "10",
