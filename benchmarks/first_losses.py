@@ -6,7 +6,8 @@
 
 Each run is the first ``moesaic fit`` in a configuration's header that names the file, with seed 0 and one thread. A run
 is left out, with the reason, if its data are not on this machine, or if it needs another run or several processes.
-``--check`` has a relative tolerance of 1e-4, since processors differ; it exits with 1 if a loss differs or a run fails.
+``--check`` has a relative tolerance of 1e-4 (1e-3 for one run), since processors differ; it exits with 1 if a loss
+differs or a run fails.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from apps.data import datasets
 
 ROOT = Path(apps.__file__).parents[1]
 TOLERANCE = 1e-4
+LOOSE = {"multimodal/shapes": 1e-3}  # Muon enlarges rounding: the same code differs by 4e-4 on two machines
 FLAGS = {
     "seed_everything": "0",
     "trainer.max_steps": "10",
@@ -61,6 +63,13 @@ def absent(dataset: str, roots: Mapping[str, str]) -> str:
     """Return why the data are not on this machine; "": they are, or are made when they are needed."""
     is_fetched = dataset in {known.name for known in datasets.list_datasets()} - roots.keys()
     return f"{dataset} is not on this machine" if is_fetched and not datasets.available(dataset) else ""
+
+
+def is_same(name: str, now: Sequence[float], before: Sequence[float]) -> bool:
+    """Return whether the losses of a run are the kept ones, but for what processors differ by."""
+    tolerance = LOOSE.get(name, TOLERANCE)
+    close = (math.isclose(a, b, rel_tol=tolerance) for a, b in zip(now, before, strict=False))
+    return len(now) == len(before) and all(close)
 
 
 def losses(name: str, configs: Sequence[str], roots: Mapping[str, str]) -> list[float] | str:
@@ -105,10 +114,9 @@ def main() -> int:
         else:
             now[name], line = outcome, f"{outcome[0]:.6g} ... {outcome[-1]:.6g}"
         if name in now and name in before:
-            close = (math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(now[name], before[name], strict=False))
-            is_same = len(now[name]) == len(before[name]) and all(close)
-            failures += not is_same
-            line += "  as before" if is_same else f"  DIFFERS from {before[name]}"
+            same = is_same(name, now[name], before[name])
+            failures += not same
+            line += "  as before" if same else f"  DIFFERS from {before[name]}"
         print(f"{name}: {line}", flush=True)
         if args.output:
             args.output.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in now.items()) + "\n}\n")

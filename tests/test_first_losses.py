@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -43,10 +42,11 @@ def test_data_that_are_not_here_are_no_difference(tmp_path, monkeypatch):
     assert first_losses.main() == 0
 
 
-@pytest.mark.slow
-def test_two_configurations_train_as_they_did():
-    names = ["vision/digits", "recsys/synthetic"]
-    command = [sys.executable, "-m", "benchmarks.first_losses", "--check", str(KEPT), "--only", *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("2 runs, 0 differ\n")
+@pytest.mark.parametrize("name", json.loads(KEPT.read_text()))
+def test_a_configuration_trains_as_it_did(name):
+    configs = first_losses.runs()[name]
+    now = first_losses.losses(name, configs, {})
+    if isinstance(now, str) and now.endswith("is not on this machine"):
+        pytest.skip(now)
+    assert not isinstance(now, str), now
+    assert first_losses.is_same(name, now, json.loads(KEPT.read_text())[name]), now

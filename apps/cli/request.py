@@ -52,6 +52,7 @@ class Request:
         begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, if the run starts from its
             weights and loads no other; or None.
         exported: the model of ``--onnx``, which runs instead of a checkpoint's weights, or None.
+        brought: arguments of the data that a run which resumes has from its own checkpoint, and not from its user.
     """
 
     command: str
@@ -66,6 +67,7 @@ class Request:
     weights: Path | None = None
     begun_with: Mapping[str, Any] | None = None
     exported: ExportedModel | None = None
+    brought: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, command: str, argv: list[str], announces: bool = False) -> Request:
@@ -127,8 +129,9 @@ class Request:
         from apps.cli.defaults import with_own_defaults, with_stand_ins
         from apps.train.checkpoint.contents import read_checkpoint
         from apps.train.checkpoint.loading import check_beside
+        from apps.train.checkpoint.run_folder import is_own
 
-        source = onnx or checkpoint
+        source, brought = onnx or checkpoint, tuple[str, ...]()
         for name in own if source or beside or given_weights else ():  # a checkpoint may name them then
             load_class(name)  # a missing one is reported where it is looked up
         if beside is not None:
@@ -146,7 +149,11 @@ class Request:
         if source is not None:
             loaded = exported.checkpoint if exported is not None else read_checkpoint(source, shapes_only=True)
             config = merge(remembered(loaded, config, find_class("model", config), source), config)
-            config = with_remembered_data(config, flags, loaded)
+            filled = with_remembered_data(config, flags, loaded)
+            if command == "fit" and is_own(source, run_dir):
+                names = getattr(find_class("data", filled), "from_checkpoint", ())
+                brought = tuple(n for n in names if at(filled, ("data", n)) is not at(config, ("data", n)))
+            config = filled
             check_superseded(config, flags, source)
         if command == "fit" and loaded is not None and "optimizer_states" not in loaded:
             raise UsageError(f"{checkpoint} has no optimizer state to continue with: start a new run with --weights")
@@ -177,6 +184,7 @@ class Request:
             weights,
             begun_with,
             exported,
+            brought,
         )
 
     @property

@@ -289,6 +289,8 @@ class RunSetup(WaitingCLI, LightningCLI):
         # The parser has checked these values when it read them, which takes as long as writing them.
         parser, options = self.command_parser(command), {"skip_unset": False, "skip_validation": True}
         config = yaml.safe_load(parser.dump(self.config[command], **options))
+        for name in self.request.brought:  # a run that was stopped is described as an unbroken one
+            config["data"]["init_args"][name] = None
         no_part = {"config", "ckpt_path", "weights_only", "verbose"}
         no_part |= {name for name in (*SECTIONS_OF_OPTIMIZER, "compile") if config.get(name) is None}
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}

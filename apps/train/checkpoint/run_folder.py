@@ -33,6 +33,12 @@ def mark(folder: Path) -> None:
     (folder / MARKER).touch()
 
 
+def is_own(checkpoint: Path, folder: Path) -> bool:
+    """Return whether a checkpoint belongs to the run in a folder, and not to one that was put aside there."""
+    path, folder = checkpoint.resolve(), folder.resolve()
+    return path.is_relative_to(folder) and not path.is_relative_to(folder / "earlier")
+
+
 def check_free(folder: Path) -> None:
     """Raise a ValueError if a folder for a training holds files and no run has made it."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -138,7 +144,7 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A run that resumes from another folder writes here before its training starts, such as its kept epochs.
-        if trainer.is_global_zero and trainer.ckpt_path and not self._is_own(Path(trainer.ckpt_path)):
+        if trainer.is_global_zero and trainer.ckpt_path and not is_own(Path(trainer.ckpt_path), self.folder):
             self._clear()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,11 +163,6 @@ class RunFolder(Callback):
                 with naming(self.folder / name), replacing(self.folder / name) as file:
                     file.write(text)
         self._started = True
-
-    def _is_own(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint belongs to the run in the folder, and not to one that was put aside there."""
-        path, folder = checkpoint.resolve(), self.folder.resolve()
-        return path.is_relative_to(folder) and not path.is_relative_to(folder / "earlier")
 
     def _clear(self) -> None:
         """Put the run in the folder aside, or remove it."""

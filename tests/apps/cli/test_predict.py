@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
+import yaml
 from pyarrow import parquet
 from tiny_app import Names
 
@@ -154,3 +157,19 @@ def test_what_is_written_by_hand_must_be_the_checkpoint_s(run, capsys):
     assert main(["test", run, "--data.num_classes", "4"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("best.ckpt is of num_classes 3, and the data's are 4: leave data.num_classes out")
+
+
+def test_a_resumed_run_is_described_as_an_unbroken_one(trained, tmp_path, monkeypatch):
+    """What its data take from its own checkpoint, such as a vocabulary, is not written into its configuration."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "runs", "runs")
+    before = yaml.safe_load(Path("runs/named/config.yaml").read_text())
+    words = ["fit", f"--config={trained / 'named.yaml'}", "--model.optimizer.lr", "0.05", "--trainer.max_epochs", "41"]
+    assert main([*words, "--ckpt_path", "last"]) == 0
+    after = yaml.safe_load(Path("runs/named/config.yaml").read_text())
+    assert after.pop("data") == before.pop("data") == {"class_path": "tiny_app.NamedData", "init_args": ANY}
+    # In another folder the words are not to be had from the data again.
+    words[-1] = "42"
+    assert main([*words, "--ckpt_path", "runs/named", "--run_dir", "other"]) == 0
+    other = yaml.safe_load(Path("other/config.yaml").read_text())
+    assert other["data"]["init_args"]["names"] == {"words": ["east", "north", "south"]}

@@ -1,0 +1,168 @@
+"""Commands of moesaic in process groups of their own. Each is a fork of a process that has imported all it needs.
+
+So a command starts in milliseconds, and a kill strikes its work and not the imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apps
+from apps.cli import main
+from apps.data.datasets import Dataset, register
+
+LONGEST = 900.0
+"""Seconds that a command may take before it counts as hanging."""
+
+PRELOADED = ("compare", "convert", "serve.export", "verdict")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that runs.
+
+    Attributes:
+        process: leads a process group.
+        log: file of its stdout and stderr.
+    """
+
+    process: Any
+    log: Path
+
+    @property
+    def said(self) -> str:
+        """Its stdout and stderr."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def wait(self, seconds: float = LONGEST) -> int | None:
+        """Return its exit code, negative for a signal; None if it still runs after so many seconds."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    def group(self) -> list[int]:
+        """Return the processes of its group that run."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended
+                state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+                found += [int(path.parent.name)] if int(group) == self.process.pid and state != "Z" else []
+        return found
+
+    def send(self, number: int, process: int | None = None) -> None:
+        """Send a signal to a process; None: to the whole group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number) if process else os.killpg(self.process.pid, number)
+
+    def left(self, patience: float = 120.0) -> str:
+        """Return the fault that processes are left after its end; "": none is."""
+        end = time.monotonic() + patience
+        while (group := self.group()) and time.monotonic() < end:
+            time.sleep(0.05)
+        return f"{len(group)} processes were left" if group else ""
+
+    def fault(self, allowed: Sequence[int] = (0, 1, 2)) -> str:
+        """Wait for its end, and return what is wrong with it; "": it succeeded, or a line says why it did not."""
+        code, said = self.wait(), self.said
+        if code is None:
+            return f"it hangs after {LONGEST:g} s: {said[-300:]!r}"
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        if "Traceback" in said or code not in allowed or (code in (1, 2) and len(errors) != 1):
+            return f"exit code {code}, {len(errors)} lines of errors: {said[-600:]!r}"
+        return self.left()
+
+
+@contextlib.contextmanager
+def started(
+    words: Sequence[str], place: Path, log: Path, limits: Mapping[str, int] | None = None, **variables: str
+) -> Iterator[Command]:
+    """Run ``moesaic WORDS`` in a folder; after the block nothing of it runs.
+
+    Args:
+        words: of the command.
+        place: the folder.
+        log: file of its stdout and stderr.
+        limits: soft limits of its resources, such as ``RLIMIT_FSIZE``; ``RLIMIT_AS`` counts from what it has.
+        variables: of its environment; SOAK_CLOCK: the seconds after which its clock is set back by a day.
+    """
+    context = multiprocessing.get_context("forkserver")  # it has no threads, and starts once
+    context.set_forkserver_preload([__name__, "apps.cli.train", *(f"apps.{name}.command" for name in PRELOADED)])
+    command = Command(context.Process(target=_become, args=(list(words), place, log, limits or {}, variables)), log)
+    command.process.start()
+    try:
+        yield command
+    finally:
+        command.send(signal.SIGKILL)
+
+
+def fresh(folder: Path) -> Path:
+    """Return a folder, which is made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _become(words: list[str], place: Path, log: Path, limits: Mapping[str, int], variables: Mapping[str, str]) -> None:
+    """Run a command in this process, which is new."""
+    os.setsid()
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1), os.dup2(out, 2)
+    os.chdir(place)
+    os.environ.update(variables)
+    sys.argv = ["moesaic", *words]
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec("apps.cli.__main__")  # what Lightning starts for a rank
+    if "SOAK_CLOCK" in variables:
+        now, back = time.time, time.time() + float(variables["SOAK_CLOCK"])
+        time.time = lambda: now() - 86400.0 * (now() > back)
+    for name, most in limits.items():
+        kind = getattr(resource, name)
+        if name == "RLIMIT_AS":
+            most += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+    code = 1
+    try:
+        code = {"save_pretrained": _save_pretrained, "prepare": _prepare}.get(words[0], main)(words)
+    except BaseException:
+        traceback.print_exc()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _save_pretrained(words: list[str]) -> int:
+    """Write a run's model as transformers reads it: a function of Python, and no command."""
+    from apps.porting import save_pretrained
+
+    save_pretrained(apps.load(words[1]).net, words[2])
+    return 0
+
+
+class _Slow:
+    """A source of a dataset that takes half a second."""
+
+    def installed(self) -> None:
+        return None
+
+    def fetch(self, folder: Path) -> None:
+        for _ in range(50):
+            with open(folder / "toy.csv", "ab") as file:
+                file.write(b"12,13,5\n" * 100)
+            time.sleep(0.01)
+
+
+def _prepare(words: list[str]) -> int:
+    """Fetch a dataset of one file, which is registered here."""
+    register(Dataset(name="soak", app="recsys", title="toy", layouts=(("toy.csv",),), sources=(_Slow(),)))
+    return main(["data", "prepare", "soak", "--cache_dir", words[1]])

@@ -1,0 +1,110 @@
+"""A campaign that tries to break moesaic: kills, a full disk, load, bad input, random layers, kept losses.
+
+    moesaic bench soak --minutes 720
+    moesaic bench soak --minutes 10 --parts kills,machine
+    moesaic bench soak --part kills --case 17
+
+The minutes are shared among the parts by their weight, those of an earlier process included: stopped at any moment, the
+same command goes on where it was. Each fault is one line, and the last lines are a table of the parts. The exit code is
+1 if there is a fault, or a part without cases. Parts say in a line what they left out, such as what needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from apps.base.files import read_json, write_json
+from apps.base.machine import machine_facts, moment
+from benchmarks._soak.outcome import Outcome
+
+PARTS = ("kills", "machine", "load", "inputs", "numbers", "history")
+
+
+def tried(name: str, numbers: Iterator[int], folder: Path, state: dict[str, Any]) -> Iterator[Outcome]:
+    """Try cases of a part, count them in its state, print their faults and notes, and yield them."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = importlib.import_module(f"benchmarks._soak.{name}").cases(numbers, folder)
+    while True:
+        try:
+            outcome = next(cases)
+        except StopIteration:
+            return
+        except Exception as error:  # of the part itself: the others still have their time
+            outcome = Outcome(state["next"] - 1, "the part ended", f"{type(error).__name__}: {error}")
+        kind = outcome.what.partition(":")[0]
+        state["cases"] += outcome.count
+        state["kinds"][kind] = state["kinds"].get(kind, 0) + outcome.count
+        if outcome.fault:
+            state["faults"].append({"number": outcome.number, "what": outcome.what, "fault": outcome.fault})
+            print(f"fault: {name} #{outcome.number}: {outcome.what}: {outcome.fault}", flush=True)
+        elif not outcome.count and outcome.what not in state["notes"]:
+            state["notes"].append(outcome.what)
+            print(f"note: {name}: {outcome.what}", flush=True)
+        yield outcome
+
+
+def started_state() -> dict[str, Any]:
+    """Return the state of a part that has not begun; kinds counts cases by the words before the colon."""
+    return {"next": 0, "cases": 0, "kinds": {}, "faults": [], "notes": [], "seconds": 0.0}
+
+
+def campaign(names: list[str], minutes: float, output: Path) -> int:
+    """Run the parts, each for its share of the minutes, and return the exit code."""
+    saved = read_json(output / "state.json") or {}
+    weights = {name: importlib.import_module(f"benchmarks._soak.{name}").WEIGHT for name in names}
+    for name, weight in weights.items():
+        state, share = saved.setdefault(name, started_state()), 60 * minutes * weight / sum(weights.values())
+        began, written = time.monotonic() - state["seconds"], 0.0
+
+        def numbers(state: dict[str, Any] = state, end: float = began + share) -> Iterator[int]:
+            while time.monotonic() < end:
+                state["next"] += 1
+                yield state["next"] - 1
+
+        for _ in tried(name, numbers(), output / name, state) if state["seconds"] < share else ():
+            state["seconds"] = time.monotonic() - began
+            if time.monotonic() > written + 1:
+                write_json(output / "state.json", saved)
+                written = time.monotonic()
+        write_json(output / "state.json", saved)
+        shutil.rmtree(output / name, ignore_errors=True)
+    command = f"moesaic bench soak --minutes {minutes:g} --parts {','.join(names)}"
+    facts = {"command": command, "date": moment(), "machine": machine_facts(), "parts": saved}
+    write_json(output / "soak.json", facts)
+    print(f"{'part':10} {'cases':>9} {'faults':>7} {'seconds':>8}")
+    for name in names:
+        state = saved[name]
+        print(f"{name:10} {state['cases']:9,} {len(state['faults']):7,} {state['seconds']:8.0f}")
+    return int(any(saved[name]["faults"] or not saved[name]["cases"] for name in names))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="moesaic bench soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=60.0, help="of all parts together (default: 60)")
+    parser.add_argument("--output", type=Path, default=Path("runs/soak"), metavar="DIR", help="(default: runs/soak)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="a comma between them (default: all)")
+    parser.add_argument("--part", choices=PARTS, help="of the one --case to try; its files stay in DIR/alone")
+    parser.add_argument("--case", type=int, metavar="NUMBER", help="of a fault's line")
+    args = parser.parse_args(argv)
+    names, output = args.parts.split(","), args.output.resolve()  # cases change folders
+    if not set(names) <= set(PARTS) or (args.part is None) != (args.case is None):
+        parser.error(f"--parts takes {','.join(PARTS)}, and --part and --case go together")
+    if args.part is None:
+        return campaign(names, args.minutes, output)
+    state = started_state()
+    for outcome in tried(args.part, iter([args.case]), output / "alone", state):
+        print(f"{outcome.what}: {'a fault' if outcome.fault else 'as it should'}")
+    return int(bool(state["faults"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
