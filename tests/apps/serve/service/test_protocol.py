@@ -137,3 +137,16 @@ def test_a_stream_that_is_cut_frees_its_place_and_leaves_no_work():
                 time.sleep(0.01)
         go_on.set()
         assert b'data: {"outputs":[2]}' in first.recv(65536) + first.recv(65536)
+
+
+def test_slow_bodies_lock_nobody_out(monkeypatch):
+    monkeypatch.setattr("apps.serve.service.reading._SLOW", 0.1)
+    with listening(served_numbers(limits=PATIENT)[0], PATIENT) as port, contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connect(port)) for _ in range(PATIENT.requests)]
+        for connection in slow:
+            connection.sendall(POST + b"Content-Length: 900\r\n\r\n{")
+        request = POST + b"Connection: close\r\nContent-Length: 15\r\n\r\n" + b'{"inputs": [2]}'
+        while (answer := ask(port, request)).startswith(b"HTTP/1.1 503 "):  # until the slow ones have had their time
+            time.sleep(0.01)
+        assert answer.endswith(b'{"outputs":[4]}')
+        assert slow[0].recv(65536).endswith(b'{"error":"the body did not arrive while others waited"}')
