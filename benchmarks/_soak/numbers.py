@@ -194,7 +194,8 @@ def training(number: int, rng: np.random.Generator, folder: Path) -> Outcome:
         if moe.router.needs or moe.router.depends_on != "token" or moe.capacity_factor or moe.balance.contrast:
             continue
         built = taken(lambda moe=moe: moe.build(8).train(), 1)
-        if type(built) is core.MoE and torch.equal(*(built(torch.ones(1, 9, 8)) for _ in range(2))):
+        x = torch.linspace(-1, 1, 72).sin().view(1, 9, 8)
+        if type(built) is core.MoE and torch.allclose(built(x)[:, :4], built(x[:, :4]), atol=1e-6):
             break
     what = f"trainings: {moe} by {division}"
     folder = folder / f"training-{number}"
