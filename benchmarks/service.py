@@ -230,6 +230,7 @@ class Load:
         closed: requests whose connection was closed, or refused, before a whole answer.
         wrong: answers with another status or other values than they must have, in words.
         memory: bytes that the service held after each hundredth of the requests.
+        seconds: that each answer took.
         exit_code: of the service; None where it goes on.
         last_line: what it printed last.
     """
@@ -238,6 +239,7 @@ class Load:
     closed: int = 0
     wrong: list[str] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     exit_code: int | None = None
     last_line: str = ""
 
@@ -321,6 +323,7 @@ async def _send(
                 server.process.send_signal(ending)
                 signaled = True
             request, status, outputs = kinds[number % len(kinds)]
+            began = time.perf_counter()
             try:
                 answer, body = await connection.ask(request)
             except (OSError, EOFError):
@@ -329,6 +332,7 @@ async def _send(
                     result.wrong.append(f"request {number}: the connection was closed")
                 continue
             result.answered[answer] += 1
+            result.seconds.append(time.perf_counter() - began)
             if answer != status:
                 result.wrong.append(f"request {number}: {answer} in place of {status}: {body[:200]!r}")
             elif outputs is not None and not alike(json.loads(body)["outputs"], json.loads(json.dumps(outputs))):

@@ -42,7 +42,14 @@ def test_data_that_are_not_here_are_no_difference(tmp_path, monkeypatch):
     assert first_losses.main() == 0
 
 
-@pytest.mark.parametrize("name", json.loads(KEPT.read_text()))
+QUICK = ("vision/digits", "vision/generation/digits")
+"""The others are slow together."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in json.loads(KEPT.read_text())],
+)
 def test_a_configuration_trains_as_it_did(name):
     configs = first_losses.runs()[name]
     now = first_losses.losses(name, configs, {})

@@ -47,7 +47,7 @@ class ArrayFiles:
         try:
             manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
             sizes, self.info = manifest["sizes"], manifest["info"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise Damaged(f"{_MANIFEST} cannot be read") from error
         for name, size in sizes.items():
             path = folder / name

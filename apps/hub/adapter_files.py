@@ -148,8 +148,12 @@ def _scale(config: Mapping[str, Any], where: str, rank: int) -> float:
     """Return the factor on an update; patterns name the ends of modules' names, as PEFT reads them."""
     plain = where.replace(".base_layer", "")
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", plain)), config["lora_alpha"])
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    try:
+        alpha = next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", plain)), config["lora_alpha"])
+        return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    except (KeyError, TypeError, AttributeError, re.error, ZeroDivisionError, OverflowError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{ADAPTER_CONFIG} is damaged: no factor of {where} follows from it ({what})") from error
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -177,7 +177,7 @@ class HubTextData(SuiteData):
                 continue
             try:
                 entry = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number} is no JSON: {error}") from None
             content = entry.get("messages", entry.get("text")) if isinstance(entry, dict) else None
             if not isinstance(content, str) and not _are_messages(content):

@@ -189,8 +189,8 @@ class MoEConfig(Checked):
             causal: the layer is part of a causal decoder, in which a later token must not change an earlier one.
 
         Raises:
-            ValueError: ``dim`` or ``out_dim`` is below 1, router or experts are not causal and have to be, or the
-                granularity does not divide the experts' width.
+            ValueError: ``dim`` or ``out_dim`` is below 1, router or experts are not causal and have to be, the
+                granularity does not divide the experts' width, or shared experts have another output width.
         """
         if causal and not self.router.is_causal:
             raise ValueError(
@@ -204,6 +204,10 @@ class MoEConfig(Checked):
             return self.split(dim).build(dim, out_dim)
         shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
         width = self.expert.out_dim(dim) if out_dim is None else out_dim
+        shared_expert = self.shared_expert or self.expert
+        own = shared_expert.out_dim(dim) if out_dim is None else out_dim
+        if shared and own != width:
+            raise ValueError(f"shared_expert={shared_expert} has outputs of width {own}, the routed experts of {width}")
         router = self.router.build(self.expert.row_dim(dim), self.num_experts, self.capacity())
         with device_of_experts():
             experts = self.expert.build(self.num_experts, dim, out_dim)
@@ -212,7 +216,7 @@ class MoEConfig(Checked):
             experts,
             self.balance,
             self.make_dispatcher(),
-            shared_experts=(self.shared_expert or self.expert).build(shared, dim, out_dim) if shared else None,
+            shared_experts=shared_expert.build(shared, dim, out_dim) if shared else None,
             shared_gate=SharedGate(dim, self.shared_gate, self.shared_gate_dropout) if has_gate else None,
             expert_output_masking=self.expert_output_masking,
             bias_dim=width if self.output_bias else None,

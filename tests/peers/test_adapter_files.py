@@ -125,6 +125,8 @@ def test_bad_files_are_rejected_and_the_model_stays(tmp_path):
     for change, rule in (
         (config(peft_type="IA3"), "peft_type='IA3' is not LORA"),
         (config(use_dora=True), "use_dora=True is not LoRA as core.add_adapters has it"),
+        (config(lora_alpha=None), r"adapter_config\.json is damaged: no factor of .* follows from it \(TypeError"),
+        (config(alpha_pattern={"(": 1}), r"adapter_config\.json is damaged: no factor of .* follows from it \(error"),
         (cut, "cannot be read"),
         (without_b, r"q_proj\.lora_A\.weight has no lora_B beside it"),
         (lambda folder: (folder / "adapter_config.json").unlink(), r"has no adapter_config\.json"),

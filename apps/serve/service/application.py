@@ -209,15 +209,19 @@ def application(
             raise Refused(422, f"a stream has one input, not {len(inputs)}")
         assert listen is not None
         value = listen(inputs[0], lambda text: loop.call_soon_threadsafe(told.put_nowait, text))
-        answer = asyncio.wrap_future(batcher.submit([value]))
+        taken = batcher.submit([value])
+        answer = asyncio.wrap_future(taken)
         answer.add_done_callback(lambda _: told.put_nowait(None))
 
         async def events() -> AsyncIterator[str]:
             sent = ""
-            while (text := await told.get()) is not None:
-                if len(text) > len(sent):  # an input that is tried once more begins again
-                    yield _event("", {"text": text[len(sent) :]})
-                    sent = text
+            try:
+                while (text := await told.get()) is not None:
+                    if len(text) > len(sent):  # an input that is tried once more begins again
+                        yield _event("", {"text": text[len(sent) :]})
+                        sent = text
+            finally:
+                batcher.abandon(taken)  # of a client that is gone, whose place another has now
             error = answer.exception()
             if error is None:
                 yield _event("end", {"outputs": answer.result()})

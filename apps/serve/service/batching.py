@@ -103,6 +103,11 @@ class Batcher:
             self._changed.notify()
         return request.answer
 
+    def abandon(self, answer: Future[list[Any]]) -> None:
+        """Leave out the inputs of a request that still wait: nobody reads their answer any more."""
+        with self._changed:
+            self._queue = deque(waiting for waiting in self._queue if waiting.request.answer is not answer)
+
     def _run(self) -> None:
         batch: list[_Waiting] = []
         try:

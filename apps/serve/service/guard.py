@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from apps.base.ports import host_of
 from apps.serve.service.options import Limits
-from apps.serve.service.reading import Refused
+from apps.serve.service.reading import Reading, Refused, give_way
 
 if TYPE_CHECKING:
     import core
@@ -116,7 +116,8 @@ class Guard:
     """Wrap an ASGI application with access checks, limits and metrics.
 
     It rejects a request with a wrong token, one that is addressed to another name, and one above the limit. It counts
-    all, but only admitted requests count toward those that are answered at the same time.
+    all, but only admitted requests count toward those that are answered at the same time. At the limit a body that has
+    been arriving for over a second gives way to a new request.
 
     If an answer comes before the body has been read, such as "413", the rest of the body is discarded for a moment and
     the connection is closed: a client that is still sending gets the answer, and the whole body is never read. A client
@@ -146,6 +147,7 @@ class Guard:
         self._app, self._token, self._names = app, None if token is None else token.encode(), names
         self._limits, self._metrics, self._paths, self._refusal = limits, metrics, paths, refusal
         self._open = 0
+        self._reading: Reading = {}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -155,11 +157,12 @@ class Guard:
         app, known = self._app, False
         try:
             known = self._knows(scope)
-            if known and self._open >= self._limits.requests:
+            if known and self._open >= self._limits.requests and not give_way(self._reading):
                 rule = f"{self._limits.requests} requests are answered at the same time: try again later"
                 raise Refused(503, rule, {"retry-after": "1"})
         except Refused as refused:
             app = self._refusal(refused)
+        scope["reading"] = self._reading
         exchange = _Exchange(scope, receive, send, self._limits.body if known else 0)
         counted = known and app is self._app
         self._open += counted

@@ -14,6 +14,8 @@ from apps.serve.service.options import Limits
 
 _LONGEST = 300
 """Characters of a complaint at most: the value that it names may be a whole image."""
+_SLOW = 1.0
+"""Seconds that every body may take to arrive, also if the service is full."""
 _SHOWN = 60
 """Characters of the value."""
 _EXACT = 2**53
@@ -39,7 +41,8 @@ async def read_body(request: Any, limits: Limits) -> bytes:
     """Return the body of a Starlette request.
 
     Raises:
-        Refused: 413 before more than ``limits.body`` is in memory, 415 for another type than JSON, 408 for a slow one.
+        Refused: 413 before more than ``limits.body`` is in memory, 415 for another type than JSON, 408 for one that
+            takes longer than ``limits.seconds``, or than ``give_way`` allows.
     """
     from starlette.requests import ClientDisconnect
 
@@ -52,18 +55,40 @@ async def read_body(request: Any, limits: Limits) -> bytes:
     if length is not None and (not length.isdecimal() or int(length) > limits.body):
         raise _too_large(length, limits)
     chunks, size = [], 0
+    reading: Reading = request.scope.setdefault("reading", {})
     try:
-        async with asyncio.timeout(limits.seconds):
+        async with asyncio.timeout(limits.seconds) as patience:
+            reading[patience] = asyncio.get_running_loop().time()
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > limits.body:
                     raise _too_large(f"{size} and more", limits)
                 chunks.append(chunk)
     except TimeoutError:
-        raise Refused(408, f"the body did not arrive within {limits.seconds:g} seconds") from None
+        within = "while others waited" if patience.when() == 0 else f"within {limits.seconds:g} seconds"
+        raise Refused(408, f"the body did not arrive {within}") from None
     except ClientDisconnect:
         raise Refused(400, "the connection was closed before the body was whole") from None
+    finally:
+        reading.pop(patience, None)
     return b"".join(chunks)
+
+
+Reading = dict[asyncio.Timeout, float]
+"""The bodies that are arriving: the time limit of each by when it began, the oldest first."""
+
+
+def give_way(reading: Reading) -> bool:
+    """End the body that has been arriving for the longest, if for over a second, and return whether there is one.
+
+    A service is then not full of clients that send a byte now and then.
+    """
+    patience, began = next(iter(reading.items()), (None, 0.0))
+    if patience is None or asyncio.get_running_loop().time() - began < _SLOW:
+        return False
+    del reading[patience]
+    patience.reschedule(0)
+    return True
 
 
 def _too_large(length: str, limits: Limits) -> Refused:

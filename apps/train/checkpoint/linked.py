@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from lightning.pytorch import Callback, LightningModule
 
+from apps.base.messages import one_line
 from apps.registry import name_of
 from apps.train.checkpoint.contents import read_checkpoint, unlike
 from apps.train.lightning_internals import set_initial_hparams, trainer_of
@@ -237,10 +238,19 @@ class LinkedModule(LightningModule, metaclass=_TakesOldNames):
             checkpoint: the contents.
             path: the file, for messages.
             changed: arguments of the constructor that override the checkpoint's.
+
+        Raises:
+            ValueError: as ``load_from_checkpoint``, or arguments or an encoding of which no such module can be made.
         """
         arguments = arguments_from_plain(cls, checkpoint.get("hyper_parameters") or {}, f"{path}: model")
-        module = cls(**{**arguments, **changed})
-        module.on_load_checkpoint(checkpoint)
+        try:
+            module = cls(**{**arguments, **changed})
+            module.on_load_checkpoint(checkpoint)
+        except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            what = one_line(f"{type(error).__name__}: {error}")
+            raise ValueError(
+                f"{path} makes no {cls.__name__}, so it is damaged or of another version: {what}"
+            ) from error
         problem = unlike(checkpoint["state_dict"], module)
         if problem:
             raise ValueError(f"{path} does not fit a {cls.__name__} of its arguments: {problem}")

@@ -29,7 +29,7 @@ def is_hub_folder(path: Path | str) -> bool:
     """Return whether ``path`` is a folder of a model in transformers' layout."""
     try:
         config = json.loads(Path(path, PRETRAINED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and "model_type" in config and "format" not in config
 

@@ -69,7 +69,7 @@ class Description:
         try:
             values = registry.of_today(json.loads(text))
             described = cls(**values)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a model that moesaic export has written: {first_line(error)}") from None
         plain = (described.arguments, described.preprocessing, described.graphs, described.scalars)
         if not isinstance(described.module, str) or not all(isinstance(part, Mapping) for part in plain):

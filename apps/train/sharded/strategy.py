@@ -114,7 +114,7 @@ def divide_experts(module: LightningModule, part: DeviceMesh, *, static: bool = 
     try:
         where = shard_experts(module, part, static=static)
     except ValueError as error:
-        raise ValueError(f"{error}; --trainer.strategy.init_args.experts 1 keeps them whole") from error
+        raise ValueError(f"{error}; --trainer.strategy.init_args.expert_parallel_size 1 keeps them whole") from error
     if dist.get_rank() == 0:
         for line in dict.fromkeys(where.values()):
             print(f"{', '.join(name for name in where if where[name] == line)}: {line}")

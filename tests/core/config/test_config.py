@@ -9,7 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from core import FFN, GEGLU, Balance, MMoE, MoE, MoEConfig, RouterConfig, SoftSlots, SwiGLU, TokenChoice, active_params
+from core import (
+    FFN,
+    GEGLU,
+    MLP,
+    Balance,
+    MMoE,
+    MoE,
+    MoEConfig,
+    RouterConfig,
+    SoftSlots,
+    SwiGLU,
+    TokenChoice,
+    active_params,
+)
 from core.config import LAYERS
 from core.routing.router import Router
 from core.routing.selection import Capacity
@@ -211,6 +224,13 @@ def test_a_wrong_plain_form_is_refused_naming_the_field_or_class(plain, message)
 def test_a_width_below_one_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MoEConfig(4).build(*arguments)
+
+
+def test_shared_experts_put_out_as_many_numbers_as_the_routed_ones():
+    config = MoEConfig(4, expert=FFN(20), num_shared_experts=1, shared_expert=MLP(hidden_dims=(16,)))
+    with pytest.raises(ValueError, match=r"^shared_expert=MLP.* has outputs of width 16, the routed experts of 8$"):
+        config.build(8)
+    assert config.build(16)(torch.zeros(2, 3, 16)).shape == (2, 3, 16)
 
 
 def test_a_layers_backend_is_that_of_all_its_parts_and_is_changed_in_one_place():

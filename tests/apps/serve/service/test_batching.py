@@ -99,3 +99,16 @@ def test_stop_answers_what_waits():
     assert [answer.result(0) for answer in answers] == [[0], [2], [4], [6], [8]]
     with pytest.raises(Broken):
         batcher.submit([1])
+
+
+def test_an_abandoned_request_is_not_computed():
+    computed = []
+    batcher = Batcher(lambda inputs: computed.extend(inputs) or doubled(inputs), most=4, wait=0.05)
+    kept, left = batcher.submit([1, 2]), batcher.submit([3, 4, 5])
+    batcher.abandon(left)
+    assert len(batcher) == 2
+    batcher.start()
+    assert kept.result(5) == [2, 4]
+    batcher.abandon(kept)  # its answer is there
+    batcher.stop()
+    assert computed == [1, 2]

@@ -113,3 +113,40 @@ def test_strangers_lock_nobody_out():
             assert stranger.recv(65536).startswith(b"HTTP/1.1 4")
         known = f"Authorization: Bearer {TOKEN}\r\nConnection: close\r\nContent-Length: 15\r\n\r\n".encode()
         assert ask(port, POST + known + b'{"inputs": [2]}').endswith(b'{"outputs":[4]}')
+
+
+def test_a_stream_that_is_cut_frees_its_place_and_leaves_no_work():
+    came, go_on = threading.Event(), threading.Event()
+
+    def waits(inputs):
+        came.set()
+        go_on.wait()
+        return list(inputs)
+
+    app, batcher = served_numbers(waits, limits=PATIENT, listen=lambda number, tell: number)
+    stream = POST.replace(b"/predict", b"/stream") + b"Content-Length: 15\r\n\r\n" + b'{"inputs": [2]}'
+    with listening(app, PATIENT) as port, connect(port) as first:
+        first.sendall(stream)
+        came.wait()
+        for _ in range(2 * PATIENT.requests):
+            with connect(port) as cut:
+                cut.sendall(stream)
+                assert cut.recv(65536).startswith(b"HTTP/1.1 200 ")
+                assert len(batcher) == 1
+            while len(batcher):
+                time.sleep(0.01)
+        go_on.set()
+        assert b'data: {"outputs":[2]}' in first.recv(65536) + first.recv(65536)
+
+
+def test_slow_bodies_lock_nobody_out(monkeypatch):
+    monkeypatch.setattr("apps.serve.service.reading._SLOW", 0.1)
+    with listening(served_numbers(limits=PATIENT)[0], PATIENT) as port, contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connect(port)) for _ in range(PATIENT.requests)]
+        for connection in slow:
+            connection.sendall(POST + b"Content-Length: 900\r\n\r\n{")
+        request = POST + b"Connection: close\r\nContent-Length: 15\r\n\r\n" + b'{"inputs": [2]}'
+        while (answer := ask(port, request)).startswith(b"HTTP/1.1 503 "):  # until the slow ones have had their time
+            time.sleep(0.01)
+        assert answer.endswith(b'{"outputs":[4]}')
+        assert slow[0].recv(65536).endswith(b'{"error":"the body did not arrive while others waited"}')

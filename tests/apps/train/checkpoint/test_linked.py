@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny_app import TinyData, TinyModule
 from trainings import MOE, fit, load, trainer
@@ -18,6 +19,12 @@ def test_a_checkpoint_is_plain_and_makes_the_module_again(tmp_path):
     assert again.optimizer_config == OptimizerConfig(lr=0.02)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in module.state_dict().items())
     assert TinyModule.load_from_checkpoint(path, dropout=0.7).net[2].p == 0.7
+
+
+def test_arguments_that_are_damaged_are_one_line():
+    checkpoint = {"hyper_parameters": {"num_classes": [3]}, "state_dict": {}}
+    with pytest.raises(ValueError, match=r"^few\.ckpt makes no TinyModule, so it is damaged or of .*: TypeError: "):
+        TinyModule.restored(checkpoint, "few.ckpt")
 
 
 class FewOptions(TinyModule):

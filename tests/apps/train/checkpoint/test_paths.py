@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from apps.train.checkpoint.paths import find_checkpoint, is_sharded, named_checkpoint, run_name
+from apps.base.files import read_json
+from apps.train.checkpoint.paths import find_checkpoint, is_hub_folder, is_sharded, named_checkpoint, run_name
+from apps.train.publish.exported import Description
 
 
 @pytest.fixture
@@ -49,3 +51,13 @@ def test_the_name_of_an_earlier_run_has_that_of_the_run_before_it(tmp_path):
     checkpoint = tmp_path / "digits" / "checkpoints" / "best.ckpt"
     assert run_name(checkpoint) == "digits"
     assert run_name(tmp_path / "digits" / "earlier" / "2" / "checkpoints" / "best.ckpt") == "digits/earlier/2"
+
+
+def test_json_that_is_nested_too_deeply_is_no_description_of_a_model(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("[" * 100_000)
+    assert not is_hub_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json is not a JSON file"):
+        read_json(path)
+    with pytest.raises(ValueError, match=r"config\.json is not a model that moesaic export has written"):
+        Description.from_json(path.read_text(), path)

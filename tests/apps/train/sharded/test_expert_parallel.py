@@ -103,6 +103,7 @@ def refusals(folder: Path) -> dict[str, str]:
         "frozen": refused(model(grow=frozen)),
         "averaged experts": refused(model(), callbacks=[ExpertAveraging()]),
         "another configuration": refused(other),
+        "three experts": refused(model(moe=runs.replaced_experts(3))),
     }
     full = mock.patch.object(dcp.FileSystemWriter, "write_data", side_effect=no_space())
     with full if dist.get_rank() == 1 else contextlib.nullcontext():
@@ -178,6 +179,11 @@ def test_a_sharded_checkpoint_is_the_same_bits_in_one_process(ranks, folder):
         ("frozen", "ValueError: model.grow.freeze=True keeps single experts of a layer as they are"),
         ("averaged experts", "ValueError: ExpertAveraging: the experts of net.3 are of several kinds, or split"),
         ("another configuration", "ValueError: process 1 has another model.dropout than process 0"),
+        (
+            "three experts",
+            "ValueError: layer 'net.3' has 3 experts (FFNExperts), which 2 ranks do not divide; "
+            "--trainer.strategy.init_args.expert_parallel_size 1 keeps them whole",
+        ),
         ("full disk of a rank", "OSError: cannot write the checkpoint {folder}/refused/last.ckpt: No space left on"),
         ("full disk at the end", "OSError: cannot write the checkpoint {folder}/refused/last.ckpt: No space left on"),
     ],
