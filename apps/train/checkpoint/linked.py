@@ -81,7 +81,7 @@ class LinkedModule(LightningModule, metaclass=_TakesOldNames):
 
     def keep_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Keep these values for the checkpoint, whatever the constructor was given."""
-        self._arguments |= arguments
+        self._arguments = {**self._arguments, **arguments}
         plain = arguments_to_plain(type(self), self._arguments)
         self.hparams.clear()
         self.hparams.update(plain)
