@@ -90,7 +90,8 @@ class LinkedModule(LightningModule, metaclass=_TakesOldNames):
     def twin(self, **changed: Any) -> Self:
         """Return a new, untrained copy of the module, with other values of the arguments in ``changed``."""
         without = [name for name in ("grow", "distil") if name in self._arguments]  # a twin has other layers
-        return type(self)(**{**self._arguments, **dict.fromkeys(without), **changed})
+        arguments: dict[str, Any] = {**self._arguments, **dict.fromkeys(without), **changed}
+        return type(self)(**arguments)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         self.starts_afresh = False
