@@ -104,8 +104,8 @@ def build_page(exhibit: Exhibit, name: str, folder: Path) -> Any:
     return page
 
 
-def _shown(html: str) -> str:
-    return f'<div class="shown">{html}</div>'
+def _shown(html: str, grows: bool = False) -> str:
+    return f'<div class="shown{" growing" * grows}">{html}</div>'
 
 
 def _growing(exhibit: Exhibit, raw: Sequence[Any]) -> Iterator[tuple[str, dict[str, str] | None]]:
@@ -118,7 +118,7 @@ def _growing(exhibit: Exhibit, raw: Sequence[Any]) -> Iterator[tuple[str, dict[s
     def tell(part: Any) -> None:
         if gone.is_set():
             raise ValueError("nobody reads the answer any more")
-        told.put((_shown(draw_parts((part,))), None))
+        told.put((_shown(draw_parts((part,)), grows=True), None))
 
     threading.Thread(target=lambda: told.put(_answer(exhibit, raw, tell)), daemon=True).start()
     try:

@@ -56,6 +56,8 @@ class Architecture:
             raise ValueError(f"universal={model.universal}: a {model_type} has a layer for each step of depth")
         if model.attention_moe is not None:
             raise ValueError(f"attention_moe cannot be said in {model_type}, whose heads are fixed")
+        if getattr(model, "copy_gate", None) is not None:
+            raise ValueError(f"copy=True cannot be said in {model_type}, which has no weights for it")
         if isinstance(model, LanguageModel) and model.shares_experts:
             raise ValueError(f"share_experts=True: every layer of a {model_type} has experts of its own")
         layers: tuple[tuple[int, ...], tuple[int, ...]]

@@ -278,7 +278,7 @@ def write_losses(losses: TokenLosses, pieces: Sequence[str], folder: Path) -> Se
     x = tuple((row["first"] + row["last"]) / 2 for row in places)
     curve = LineChart(
         "Loss by place in the block",
-        f"{first['loss']:.2f} nats at the begin of a block, and {last['loss']:.2f} at its end.",
+        f"{first['loss']:.2f} nats at the start of a block, and {last['loss']:.2f} at its end.",
         "place in the block",
         "loss, nats",
         (Line("test", x, tuple(row["loss"] for row in places)),),

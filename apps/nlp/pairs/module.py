@@ -224,7 +224,7 @@ class PairModule(JudgedModule, TextModule):
             return TranslationBatch(*(rows[chosen_B] for rows in batch)) if bool(chosen_B.any()) else None
 
         alone = {f"{self.noun}s": (name,), **arguments}
-        return DataPart(int(self.task_P[place]), alone, {f"{self.noun}s": [name]}, select)  # type: ignore[index]
+        return DataPart(self.numbers()[0][place], alone, {f"{self.noun}s": [name]}, select)
 
     def cost_unit(self, batch: TranslationBatch) -> str:
         source_BS, read_BL, *_ = self.cost_inputs(batch)

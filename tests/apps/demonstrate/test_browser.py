@@ -102,10 +102,10 @@ class Tab:
             self.notes.append(message.text)
 
     def press(self, name: str) -> str:
-        """Press a button whose answer is another than the last one, and return that."""
+        """Press a button whose answer is another than the last one, and return that as soon as it is whole."""
         self.page.locator("#answer .shown").evaluate("(shown) => { shown.dataset.old = 'yes'; }")
         self.page.get_by_role("button", name=name, exact=True).click()
-        return self.page.locator("#answer .shown:not([data-old])").inner_text()
+        return self.page.locator("#answer .shown:not([data-old], .growing)").inner_text()
 
     def problem(self, name: str) -> str:
         """Press a button after wrong input, and return the line that the page shows."""

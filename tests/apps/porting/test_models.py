@@ -18,6 +18,7 @@ from apps.data.subwords import EOS_ID, SubwordConfig, train_subwords
 from apps.nets.config import TransformerConfig
 from apps.nets.transformer import TranslationModel
 from apps.nlp.language.data import TextData
+from apps.nlp.text_to_text.data import TextToTextData
 from apps.nlp.translation.data import TranslationData
 from apps.porting import (
     config_of,
@@ -28,6 +29,8 @@ from apps.porting import (
     to_published,
 )
 
+UNPUBLISHED = {"debian_synopsis": "copy=True", "text_to_sql": "copy=True", "domains": "router Domain"}
+"""Configurations whose models no published layout can hold, and why."""
 CONFIGS = sorted((ROOT / "configs" / "nlp").glob("*.yaml"))
 
 
@@ -75,15 +78,21 @@ def test_a_model_of_each_configuration_is_saved_in_a_published_layout_with_equal
         ["en", "de", "fr", "es"] if path.stem == "bible_six_pairs" else [],
     )
     subwords = train_subwords(*texts, SubwordConfig(vocab_size=300), tags)
-    for kind in (TranslationData, TextData):
+    for kind in (TranslationData, TextToTextData, TextData):
         monkeypatch.setattr(kind, "subwords", subwords)
+    monkeypatch.setattr(TextToTextData, "tasks", ("a",))
     monkeypatch.chdir(tmp_path)
     with quiet():
         flags = ["--model.transformer.dim", "32", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+        flags += ["--model.transformer.position_offset", "2"] * ("copy" in UNPUBLISHED.get(path.stem, ""))
         module = build("fit", ["--config", str(path), *flags]).model
     model = module.model.double().eval()
     for weight in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("expert_bias"))):
         weight.data += 0.1 * torch.randn_like(weight)  # no weight at its start, such as a bias of 0
+    if path.stem in UNPUBLISHED:
+        with pytest.raises(ValueError, match=f"{UNPUBLISHED[path.stem]} cannot be said in "):
+            save_pretrained(model, tmp_path / "published")
+        return
     save_pretrained(model, tmp_path / "published")
     loaded = load_pretrained(tmp_path / "published", torch.float64).eval()
     ids_BL = torch.randint(EOS_ID, subwords.size("source"), (3, 9))
