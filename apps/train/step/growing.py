@@ -68,6 +68,8 @@ def grow_from(module: LinkedModule, config: GrowConfig, batches: Any) -> dict[st
     trained = type(module).restored(checkpoint, str(file)).eval()
     old, new = core.moe_layers(trained), core.moe_layers(module)
     added = _added(old, new, str(file))
+    if config.start == "copy" and any(isinstance(getattr(old[n].router, "config", None), core.Domain) for n in added):
+        raise ValueError("model.grow.start='copy' copies the expert in most use, but with core.Domain the data choose")
     loads = _loads(trained, added, batches) if config.start == "copy" else {}
     fresh = {
         name: core.grow_experts(cast(core.MoE, old[name]), n, start=config.start, loads_E=loads.get(name))

@@ -31,6 +31,7 @@ from apps.nlp.language.module import Block, LanguageMetrics, LanguageModeler
 from apps.nlp.language.report import LanguageReportConfig
 from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.step.distilling import DistilConfig
+from apps.train.step.growing import GrowConfig, grow_from
 from apps.train.step.module import OptimizerConfig
 from core.layers import FeedForward
 
@@ -393,11 +394,21 @@ def test_demix_learns_each_domain_by_its_expert_and_guesses_the_domain(tmp_path)
     assert module.predict(["one two", "red blue"], **greedy) == ["one two three four", "red blue green black"]
 
 
+def test_a_new_domain_copies_no_expert(tmp_path):
+    data = of_domains(tmp_path)
+    made = trainer(tmp_path, limit_train_batches=1)
+    made.fit(modeler(data, DEMIX), data)
+    made.save_checkpoint(tmp_path / "two.ckpt")
+    three = modeler(data, core.MoEConfig(3, core.Domain(3)))
+    with pytest.raises(ValueError, match="copies the expert in most use, but with core.Domain the data choose"):
+        grow_from(three, GrowConfig(str(tmp_path / "two.ckpt"), start="copy"), data.val_dataloader())
+
+
 def test_a_mixture_of_domains_is_decoded_as_it_is_scored(data):
     network = modeler(data, DEMIX).model.eval()
     weights_BE, tokens_BL = torch.tensor([[0.3, 0.7], [1.0, 0.0]]), torch.tensor([[EOS_ID, 260, 261], [EOS_ID, 262, 5]])
     whole_BLV = network(tokens_BL, None, weights_BE)
-    config = DecodeConfig("beam", beam_size=2, num_return_sequences=1, max_length_ratio=0.0, max_length_extra=1)
+    config = DecodeConfig("beam", num_beams=2, num_return_sequences=1, max_length_ratio=0.0, max_length_extra=1)
     found = generate_ids(network, tokens_BL, config, None, weights_BE)
     best_B = whole_BLV[:, -1].log_softmax(-1).max(-1)
     assert [ids[0] for ids in found.best] == best_B.indices.tolist()
