@@ -96,7 +96,7 @@ def paired_bootstrap(
 
 
 _Part = tuple[Array, Array, Callable[[Array], float]]
-"""Of a stratum the (N, K) statistics of both systems, and the score of their (K,) sums."""
+"""The (N, K) statistics of both systems in a stratum, and the score of their (K,) sums."""
 
 
 def _resampled(parts: Sequence[_Part], resamples: int, seed: int) -> PairedBootstrap:
@@ -138,7 +138,10 @@ def mean_difference(
         # The sum of a stratum's values over their number is a sum of their shares.
         shares = (own_N2 / len(own_N2)).T[..., None]
         parts.append((shares[0], shares[1], lambda sum_1: float(sum_1[0])))
-    r = _resampled(parts, RESAMPLES, 0)
+    return _difference(name, _resampled(parts, RESAMPLES, 0), over)
+
+
+def _difference(name: str, r: PairedBootstrap, over: str) -> ExampleDifference:
     return ExampleDifference(name, r.difference, r.low, r.high, r.p, f"paired bootstrap, {RESAMPLES:,} draws", over)
 
 
@@ -173,13 +176,8 @@ def text_differences(
         of: ending of the figures' names.
         over: as in ``ExampleDifference``.
     """
-    method = f"paired bootstrap, {RESAMPLES:,} draws"
-    differences = []
-    for score in SCORES:
-        r = paired_bootstrap(first, second, references, score, tokenize, strata=strata)
-        name = f"{LABELS[score]}{of}"
-        differences.append(ExampleDifference(name, r.difference, r.low, r.high, r.p, method, over))
-    return differences
+    results = {score: paired_bootstrap(first, second, references, score, tokenize, strata=strata) for score in SCORES}
+    return [_difference(f"{LABELS[score]}{of}", r, over) for score, r in results.items()]
 
 
 def compare_sentences(
