@@ -20,8 +20,8 @@ import core
 from apps.nets.blocks import FFNConfig
 from apps.nets.config import TransformerConfig
 from apps.nets.layers import Stack
-from apps.nets.trie import Trie, masked_log_softmax, trie_search
 from apps.recsys.sequence.semantic_ids import SemanticIdsConfig
+from apps.recsys.sequence.trie import Trie, masked_log_softmax, trie_search
 
 
 class CodeEmbedding(nn.Module):

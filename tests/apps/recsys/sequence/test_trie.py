@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from apps.nets.trie import Trie, masked_log_softmax, trie_search
+from apps.recsys.sequence.trie import Trie, masked_log_softmax, trie_search
 
 SEQUENCES = torch.tensor([[2, 0], [0, 1], [2, 1], [0, 0], [2, 2]])
 """Under node 0 are the ids 0 and 2, nodes 1 and 2; below node 1 the nodes 3 and 4, below node 2 the nodes 5 to 7."""
