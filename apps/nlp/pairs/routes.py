@@ -143,4 +143,4 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
 
 
 def _on(module: Any, batch: TranslationBatch) -> TranslationBatch:
-    return TranslationBatch(*(part.to(module.device) for part in batch))
+    return module.transfer_batch_to_device(batch, module.device, 0)

@@ -107,7 +107,7 @@ class PairTask(TextTask):
         number = model.groups.index(group)
         options = (number, model.tag_of(number), model.longest_source, 4096, len(own))
         for batch, _ in source_batches(own, model.subwords, *options):
-            yield batch.index_B.tolist(), type(batch)(*(part.to(model.device) for part in batch))
+            yield batch.index_B.tolist(), model.transfer_batch_to_device(batch, model.device, 0)
 
     def _note(self, plain: str) -> str:
         longest = self.model.longest_source
