@@ -94,13 +94,18 @@ def _of_classifier(model: Any, pixels: Tensor) -> Tensor:
     )
 
 
+def _weights(name: str, path: str) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = torch.load(Path(path).expanduser(), weights_only=True, map_location="cpu")
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise ValueError(f"metrics.{name}={path} cannot be read: {error}".splitlines()[0]) from None
+    return weights
+
+
 def _efficientnet(path: str) -> Callable[[Tensor], Tensor]:
     import timm
 
-    try:
-        weights = torch.load(Path(path).expanduser(), weights_only=True, map_location="cpu")
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise ValueError(f"metrics.efficientnet={path} cannot be read: {error}".splitlines()[0]) from None
+    weights = _weights("efficientnet", path)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     own = model.state_dict()
     # The package names its tensors in another way, and has them in the same order.
@@ -121,9 +126,12 @@ def _inception(path: str) -> Callable[[Tensor], Tensor]:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise ValueError(f"metrics.inception={path} needs torch-fidelity, which is not installed") from None
-    if not Path(path).is_file():
-        raise ValueError(f"metrics.inception={path} does not exist")
-    model = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path).eval()
+    _weights("inception", path)  # torch-fidelity would run what a file's pickle says
+    file = str(Path(path).expanduser())
+    try:
+        model = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file).eval()
+    except (RuntimeError, AttributeError, TypeError):
+        raise ValueError(f"metrics.inception={path} has no weights of torch-fidelity's Inception") from None
     return lambda pixels: model(pixels.expand(-1, 3, -1, -1))[0]
 
 

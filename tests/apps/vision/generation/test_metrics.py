@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -68,3 +71,35 @@ def test_efficientnet_takes_the_packages_weights_by_their_order(tmp_path):
     features = features_of(GenerationMetrics(efficientnet=str(tmp_path / "own.pth")), None, torch.zeros(0, 1, 2, 2))
     assert features.name == "EfficientNet-Lite0's features"
     assert features.each([torch.full((2, 1, 4, 4), 100, dtype=torch.uint8)]).shape == (2, 1280)
+
+
+def test_inception_runs_nothing_that_its_file_says(tmp_path, monkeypatch):
+    class Extractor(torch.nn.Linear):
+        def __init__(self, name, features, feature_extractor_weights_path):
+            super().__init__(3, 2048)
+            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
+
+        def forward(self, pixels):
+            return (super().forward(pixels.float().mean((2, 3))),)
+
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("run").touch, ())
+
+    package = types.ModuleType("torch_fidelity")
+    part = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    part.FeatureExtractorInceptionV3 = Extractor
+    for module in (package, part):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def features(state):
+        torch.save(state, tmp_path / "own.pth")
+        return features_of(GenerationMetrics(inception=str(tmp_path / "own.pth")), None, torch.zeros(0, 1, 2, 2))
+
+    state = {"weight": torch.ones(2048, 3), "bias": torch.zeros(2048)}
+    assert (features(state).each([torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)]) == 21).all()
+    with pytest.raises(ValueError, match=r"own\.pth has no weights of torch-fidelity's Inception"):
+        features({"bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"metrics\.inception=.*own\.pth cannot be read"):
+        features({"weight": Evil()})
+    assert not (tmp_path / "run").exists()
