@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -106,10 +106,11 @@ class TextModule(WritingModule):
         if data.text is None and data.predict_file is None:
             return None
 
-        def predictions(start: int) -> Iterator[Prediction]:
+        def predictions(start: int, tell: Callable[[str], None] | None = None) -> Iterator[Prediction]:
             self._check_given(data)
             self._load_pretrained()
-            return map(self._prediction, self.lines_of(data.given_batches(start=start), self.decode, start))
+            batches, how = data.given_batches(start=start), {} if tell is None else {"tell": tell}
+            return map(self._prediction, self.lines_of(batches, self.decode, start, **how))
 
         made_of = {
             "input": identity_of(data),
@@ -117,9 +118,15 @@ class TextModule(WritingModule):
             "bad_lines": data.bad_lines,
             **to_plain(self.made_from(data)),
         }
-        # A run that takes bad lines for errors has met none so far.
+        chunk = self.chunk_of(data)
+        is_alone = chunk == 1 or (data.text is not None and num_lines(data) == 1)
         return PredictionStream(
-            predictions, lambda: num_lines(data), made_of, self.chunk_of(data), harmless={"bad_lines": "error"}
+            predictions,
+            lambda: num_lines(data),
+            made_of,
+            chunk,
+            harmless={"bad_lines": "error"},  # a run that takes bad lines for errors has met none so far
+            tells=is_alone and self.decode.num_return_sequences == 1,
         )
 
     def _prediction(self, line: Line) -> Prediction:

@@ -296,18 +296,27 @@ def _plain(values: Any) -> list[Any]:
 
 
 def print_stream(stream: PredictionStream, path: Path | None = None) -> int:
-    """Print the texts of a stream as they come, and return the number of inputs they answer.
+    """Print the texts of a stream as they come, and return the number of inputs they answer; a terminal sees them grow.
 
     Args:
         stream: the stream.
         path: file for its rows, whole or not at all, over an earlier one; None: there is none.
     """
-    hidden, count = not sys.stdout.isatty(), 0
+    hidden, count, shown = not sys.stdout.isatty(), 0, ""
+
+    def tell(text: str) -> None:
+        nonlocal shown
+        if text.startswith(shown):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
     with contextlib.ExitStack() as stack:
         file = None if path is None else stack.enter_context(PredictionFile(path).open())
-        for prediction in watched(stream.predict(0), stream.count() if hidden else None, hidden):
+        predictions = stream.predict(0, tell) if stream.tells and not hidden else stream.predict(0)
+        for prediction in watched(predictions, stream.count() if hidden else None, hidden):
             for text in prediction.texts:
-                print(text, flush=True)
+                print(text[len(shown) :] if text.startswith(shown) else f"\n{text}", flush=True)
+                shown = ""
             if file is not None:
                 file.add([prediction.row])
             count += 1

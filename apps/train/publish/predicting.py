@@ -39,12 +39,14 @@ class PredictionStream:
         file: name of a file that has the rows, in the run's folder and over an earlier one, if the user names none; "":
             they are only printed.
         page: ``page(path)`` writes a page that shows all predictions, once they are computed; None: there is none.
+        tells: whether ``predict(start, tell)`` calls ``tell`` with each prediction's text as it grows.
     """
 
-    predict: Callable[[int], Iterator[Prediction]]
+    predict: Callable[..., Iterator[Prediction]]
     count: Callable[[], int | None]
     made_of: Mapping[str, Any]
     chunk: int = 1
     harmless: Mapping[str, Any] = field(default_factory=dict)
     file: str = ""
     page: Callable[[Path], None] | None = None
+    tells: bool = False

@@ -4,14 +4,15 @@ import io
 import itertools
 
 from apps.cli.write import predictions
-from apps.train.publish.predicting import Prediction
+from apps.train.publish.predicting import Prediction, PredictionStream
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_progress_is_said_each_minute_or_by_a_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     items = [Prediction(i, {}, []) for i in range(5)]
     now = itertools.count(0.0, 25.0)  # a line each 25 seconds
     monkeypatch.setattr(predictions.time, "monotonic", lambda: next(now))
@@ -25,3 +26,20 @@ def test_progress_is_said_each_minute_or_by_a_bar_on_a_terminal(monkeypatch):
     quiet = Terminal()
     assert list(predictions.watched(iter(items), None, False, 0, quiet)) == items
     assert quiet.getvalue() == ""
+
+
+def test_a_terminal_shows_texts_as_they_grow(monkeypatch):
+    def predict(start, tell=None):
+        for number, grown in enumerate((["a", "a b"], ["c"])):
+            for text in grown if tell else ():
+                tell(text)
+                shown.append(out.getvalue())
+            yield Prediction(number, {}, [grown[-1]])
+
+    stream = PredictionStream(predict, lambda: 2, {}, tells=True)
+    for out, expected in ((Terminal(), ["a", "a b", "a b\nc"]), (io.StringIO(), [])):
+        shown: list[str] = []
+        monkeypatch.setattr("sys.stdout", out)
+        assert predictions.print_stream(stream) == 2
+        assert out.getvalue() == "a b\nc\n"
+        assert shown == expected

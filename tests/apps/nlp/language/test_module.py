@@ -312,6 +312,21 @@ def test_prompts_after_the_first_few_are_continued_alike(data):
     assert list(stream.predict(1)) == list(stream.predict(0))[1:]
 
 
+def test_a_stream_tells_each_text_as_it_grows(data):
+    module = modeler(data).eval()
+    stream = module.predict_stream(text_data(Path(data.root), text=["one two", "three"]))
+    told = []
+    lines = [text for prediction in stream.predict(0, told.append) for text in prediction.texts]
+    assert stream.tells
+    first = len(told) - told[::-1].index(lines[0])
+    assert told[-1] == lines[1]
+    for line, own in zip(lines, (told[:first], told[first:]), strict=True):
+        assert len(own) > 1
+        assert all(line.startswith(text) for text in own)
+    several = modeler(data, decode=DecodeConfig("beam", num_beams=3, num_return_sequences=2))
+    assert not several.predict_stream(text_data(Path(data.root), text=["one two"])).tells
+
+
 def test_layers_that_few_tokens_enter_learn_and_continue_a_text(data, tmp_path):
     depths = MixtureOfDepths(0.5, predictor=True)
     greedy = DecodeConfig("greedy", max_length_ratio=0.0, max_length_extra=8)
