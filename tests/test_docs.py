@@ -30,7 +30,8 @@ ALL_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" /
 ROUTERS = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference/routers").glob("*.md")}
 # Pages with a test of their own, or whose code is not to be run.
 OWN_TEST = ("train_on_your_own_table", "write_a_router", "write_an_expert")
-SLOW = ("compare_at_equal_time", "compare_with_boosted_trees", "test_cheaper_forms")
+SLOW = ("choose_a_router", "choose_the_number_of_experts_and_k", "compare_at_equal_time", "compare_with_boosted_trees")
+SLOW += ("compile_a_model", "export_for_torch_or_cpp", "test_cheaper_forms")
 HOW_TO = sorted(
     page.stem
     for page in (ROOT / "docs" / "how_to").glob("*.md")
@@ -292,6 +293,7 @@ def test_the_page_of_your_model_runs(capsys):
     assert capsys.readouterr().out.startswith("4 of 4 feed-forward networks are sparse\n")
 
 
+@pytest.mark.slow
 def test_the_lightning_module_of_ones_own_is_trained_tested_and_compared(tmp_path, monkeypatch, capsys):
     page = (
         (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8").partition("## A LightningModule of your own")[2]

@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(page for folder in ("start", "tutorials") for page in (ROOT / "docs" / folder).glob("*.md"))
-SLOW = {"first_run", "images", "table", "translator", "two_processes", "your_network", "your_router"}
-"""Pages that take over a minute of one core."""
+SLOW = {"commands", "first_run", "images", "images_texts", "serve", "table", "translator", "two_processes"}
+SLOW |= {"your_network", "your_router"}
+"""Pages that take over half a minute of one core."""
 BLOCK = re.compile(r"(?:`([\w/.-]+\.\w+)`:\n\n)?^```(sh|python|yaml)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 

@@ -83,6 +83,7 @@ def test_it_is_planned(folder, capsys):
     assert "memory fits everywhere" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_is_compared_with_dense_networks(folder):
     # In a process of its own: those that measure are started by one that knows the two lines.
     options = ("--seeds", "1", "--rounds", "1", "--learning_rates", "0.01", "--trainer.max_epochs", "1")

@@ -134,6 +134,7 @@ def test_a_ctrl_c_in_a_test_is_an_interrupt_and_no_exit(tmp_path, monkeypatch):
         moesaic.test(yaml.safe_load(CONFIG), run_dir=tmp_path, ckpt_path="none")
 
 
+@pytest.mark.slow
 def test_a_comparison_and_a_verdict_are_values(tmp_path, monkeypatch):
     for name in ("SEEDS", "MOST_SEEDS"):
         monkeypatch.setattr(schedule, name, (2,) if name == "SEEDS" else 2)

@@ -50,6 +50,7 @@ def test_every_form_is_tested_and_shown(trained, capsys):
     assert (trained / "sweep.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_stopped_goes_on_and_another_one_begins_anew(trained, tmp_path, capsys, monkeypatch):
     config = str(trained / "config.yaml")
     cli = build("test", ["--config", config, "--run_dir", str(tmp_path), "--ckpt_path", str(trained)])

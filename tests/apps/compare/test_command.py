@@ -110,7 +110,7 @@ def test_a_finished_comparison_takes_more_seeds_and_systems(config, whole, tmp_p
         assert [u["test"] for u in grown["finals"][name]] == [u["test"] for u in at_once[name]]
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_termination_is_no_success_and_says_how_to_go_on(config, tmp_path, monkeypatch, capsys, jobs):
     """The trainer gets the signal where there is one job; with two, the wait for the workers does."""
     argv = ["compare", str(config), "--output", str(tmp_path / "out"), "--rounds", "0", "--jobs", jobs]
@@ -150,6 +150,7 @@ def test_a_termination_outside_lightnings_loops_is_one_too(config, tmp_path, mon
     assert moesaic(argv) == 0
 
 
+@pytest.mark.slow
 def test_systems_may_be_left_out_and_come_back(finished, monkeypatch, capsys):
     output, argv = finished
     shutil.rmtree(output / "units" / "centroids")  # as if it was not done yet
@@ -169,6 +170,7 @@ def test_systems_may_be_left_out_and_come_back(finished, monkeypatch, capsys):
     assert again["date"] == shown["date"]  # that of the work, not of the printing
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_is_printed_again_without_measuring(finished, monkeypatch):
     output, argv = finished
     monkeypatch.setattr(work, "train", lambda *a: pytest.fail("trained again"))
@@ -192,6 +194,7 @@ def test_a_finished_comparison_is_printed_again_without_measuring(finished, monk
     assert asked_for[1:] == [(3, ["sparse", "dense_equal_flops"])]
 
 
+@pytest.mark.slow
 def test_an_estimators_settings_are_searched_once_and_for_a_time(finished, monkeypatch):
     output, argv = finished
     argv += ["--baselines", "tuned_centroids"]
@@ -346,6 +349,7 @@ class LoudestConfig(core.RouterConfig):
 """
 
 
+@pytest.mark.slow
 def test_routers_are_compared_at_equal_active_flops(config, finished, tmp_path, monkeypatch):
     """A router of the user's own that can be imported, and with ``all`` those of the folder that fit."""
     (tmp_path / "own_routers_of_a_user.py").write_text(OWN_ROUTER)

@@ -141,6 +141,7 @@ def serious(page: Any) -> list[str]:
     return [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]
 
 
+@pytest.mark.slow
 def test_an_image_its_class_and_the_experts_of_its_patches(browser, served, reached, tmp_path):
     url = served("digits")
     tab = Tab(browser, url)

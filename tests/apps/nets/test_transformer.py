@@ -427,6 +427,7 @@ def test_initial_weights():
 # ---- training
 
 
+@pytest.mark.slow
 def test_a_model_learns_to_copy():
     torch.manual_seed(0)
     model = TranslationModel(config(dropout=0.0), source_vocab=VOCAB, ffn=MOE)

@@ -180,6 +180,7 @@ def test_the_best_candidates_of_a_line_come_with_their_scores(capsys):
     assert [own[0].text for own in candidates] == predict(capsys, "--data.text", str(LINES))
 
 
+@pytest.mark.slow
 def test_a_script_that_translates_hears_nothing_of_lightning():
     script = (
         "from apps.nlp.translation.module import Translator\n"

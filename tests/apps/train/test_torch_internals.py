@@ -38,6 +38,9 @@ def test_a_missing_compiler_is_an_error(monkeypatch):
         internals.find_cpp_compiler()
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(Exception, match=r"(?i)compiler"):
+    # Not by monkeypatch, which would delete the option in the end, for all tests that follow.
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(Exception, match=r"(?i)compiler"),
+    ):
         internals.find_cpp_compiler()

@@ -84,6 +84,7 @@ def test_a_whole_verdict_and_the_same_again(tmp_path, monkeypatch):
         give_verdict(asked(tmp_path, CONFIG, minutes=9.0), "", clock=Ticks())
 
 
+@pytest.mark.slow
 def test_a_second_label_among_the_columns_is_left_out_and_named_before_the_training_and_in_the_end(tmp_path, capsys):
     rng = np.random.default_rng(0)
     bought = rng.integers(0, 2, 240)

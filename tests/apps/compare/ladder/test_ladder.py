@@ -39,6 +39,7 @@ def files(folder):
     return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("result.json")}
 
 
+@pytest.mark.slow
 def test_a_ladder_and_one_rung_more(tmp_path, capsys):
     assert moesaic(asked(tmp_path, "0.5,1")) == 0
     out = tmp_path / "out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import yaml
 from captioned import COLOURS, TEXTS, captioner, images, pairs
@@ -15,6 +16,7 @@ from apps.train.checkpoint.loading import load
 ALL = pairs(*zip(COLOURS, TEXTS, strict=True))
 
 
+@pytest.mark.slow
 def test_an_upcycled_captioner_begins_as_the_dense_one_and_trains_its_experts_alone(tmp_path):
     dense = captioner(moe=None)
     write_run(tmp_path / "dense", dense, {"class_path": "ImageTextData", "init_args": {}})

@@ -44,6 +44,7 @@ def vectors(module):
     return module.eval()(batch.image, batch.text_BL)[:2]
 
 
+@pytest.mark.slow
 def test_a_training_learns_its_pairs_and_is_read_again(tmp_path):
     module = two(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0.0), grad_checkpointing=True)
     assert list(core.moe_layers(module)) == LAYERS

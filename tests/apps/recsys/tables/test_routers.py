@@ -141,6 +141,7 @@ trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1}
 """
 
 
+@pytest.mark.slow
 def test_a_comparison_has_a_line_for_each_router(tmp_path, capsys):
     (tmp_path / "table.yaml").write_text(CONFIG)
     argv = ["compare", str(tmp_path / "table.yaml"), "--output", str(tmp_path / "out"), "--routers", "top2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from places import ROOT
 
@@ -11,6 +12,7 @@ CONFIG = ROOT / "configs" / "recsys" / "ten_million_rows.yaml"
 STEPS = 20
 
 
+@pytest.mark.slow
 def test_ten_million_rows_train_in_their_own_memory(tmp_path):
     flags = {
         "trainer.max_epochs": 1,

@@ -54,11 +54,11 @@ def test_a_run_stopped_again_and_again_resumes_exactly(config, tmp_path, unbroke
 @pytest.mark.parametrize(
     ("stops", "flags"),
     [
-        ((17, 3), ("--trainer.accumulate_grad_batches", "2")),
+        pytest.param((17, 3), ("--trainer.accumulate_grad_batches", "2"), marks=pytest.mark.slow),
         ((5, 16), ("--trainer.val_check_interval", "4")),
         ((7, 12), ("--trainer.max_epochs", "-1", "--trainer.max_steps", "24", "--trainer.log_every_n_steps", "1")),
         ((13, 4), ("--trainer.limit_train_batches", "6")),
-        ((4, 7), ("--data.num_workers", "1", "--model.ema_decay", "null")),
+        pytest.param((4, 7), ("--data.num_workers", "1", "--model.ema_decay", "null"), marks=pytest.mark.slow),
     ],
     ids=["accumulation", "validation_within", "max_steps", "limited", "workers"],
 )
@@ -132,7 +132,11 @@ def test_a_killed_process_resumes_exactly(config, tmp_path, unbroken):
 
 
 @pytest.mark.parametrize(
-    ("number", "ending", "how"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+    ("number", "ending", "how"),
+    [
+        (signal.SIGTERM, 143, "terminated"),
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_process_saves_its_last_step_is_no_success_and_says_how_to_go_on(tmp_path, number, ending, how):
     config = tmp_path / "config.yaml"  # without another checkpoint before the first epoch's end, at step 9
@@ -187,8 +191,15 @@ def fit_and_signal_at(config: str, run_dir: Path, *flags: str, numbers: list[int
     ("number", "validates", "batches", "step", "flags"),
     [
         (signal.SIGTERM, True, (4, 1), 18, ()),
-        (signal.SIGINT, True, (0, 0), 9, ("--model.ema_decay", "null", "--data.num_workers", "1")),
-        (signal.SIGTERM, True, (4,), 8, ("--trainer.val_check_interval", "4")),
+        pytest.param(
+            signal.SIGINT,
+            True,
+            (0, 0),
+            9,
+            ("--model.ema_decay", "null", "--data.num_workers", "1"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(signal.SIGTERM, True, (4,), 8, ("--trainer.val_check_interval", "4"), marks=pytest.mark.slow),
         (signal.SIGINT, True, (8,), 27, ("--trainer.max_epochs", "-1", "--trainer.max_steps", "27")),
         (signal.SIGTERM, False, (8,), 9, ()),
         (signal.SIGINT, False, (3,), 4, ()),

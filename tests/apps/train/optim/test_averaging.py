@@ -163,6 +163,7 @@ def test_wrong_options(options, message):
 # ---- early stopping
 
 
+@pytest.mark.slow
 def test_an_early_stop_stays_one(early_config, tmp_path):
     flags = ("--trainer.max_epochs", "9")
     fit(early_config, tmp_path / "unbroken", *flags)
