@@ -168,13 +168,19 @@ def names_in_a_report(path: Path) -> None:
 
 def http(path: Path) -> None:
     """Send bytes to a service, and read its answer."""
-    answer = asyncio.run(raw(_port(), path.read_bytes(), ends=True))
+    try:
+        answer = asyncio.run(raw(_port(), path.read_bytes(), ends=True))
+    except OSError as error:
+        raise AssertionError("the service is gone") from error
     assert not answer or re.match(rb"HTTP/1.1 (?:[1234]\d\d|503) ", answer), answer[:200]
 
 
 @functools.cache
 def _port() -> int:
-    return contextlib.ExitStack().enter_context(listening(served_numbers()[0], LIMITS))
+    return _SERVICES.enter_context(listening(served_numbers()[0], LIMITS))
+
+
+_SERVICES = contextlib.ExitStack()
 
 
 def parsers(folder: Path) -> dict[str, Parser]:
@@ -206,6 +212,7 @@ def parsers(folder: Path) -> dict[str, Parser]:
     docs = "".join(path.read_text() for path in sorted(ROOT.glob("docs/**/*.md")))
     told = (line for line in re.findall(r"^moesaic (\w+ .*[^\\])$", docs, re.MULTILINE) if line.count("'") % 2 == 0)
     words = [{"words": "\n".join(shlex.split(line, comments=True)).encode()} for line in told]
+    yaml = [{"c.yaml": path.read_bytes()} for path in sorted(ROOT.glob("configs/*/*.yaml"))]
     service = service_of(model)(model)
     reader = Reader(body_schema(service, Limits()), service.read)
     body = json.dumps({"inputs": service.item["examples"]}).encode()
@@ -213,9 +220,8 @@ def parsers(folder: Path) -> dict[str, Parser]:
     lines = b"".join(json.dumps({"text": f"line {i}", "n": i, "image": "a.png"}).encode() + b"\n" for i in range(9))
     text = b"ein Haus\ta house\nzwei Hunde\ttwo dogs\n" * 9
     return {
-        "YAML": (50, [{"c.yaml": path.read_bytes()} for path in sorted(ROOT.glob("configs/*/*.yaml"))], lambda path: (
-            check_beside(read_config(path), path), Suite.read(path)
-        )),
+        "configs": (50, yaml, lambda path: check_beside(read_config(path), path)),
+        "suites": (10, [{"s.yaml": (ROOT / "configs/suites/recommenders.yaml").read_bytes()}], Suite.read),
         "command lines": (20, words, command_line),
         "CSV": (50, files("table/*.csv"), lambda path: read_tables([path])),
         "tables of init": (5, files("table/*.csv"), command("init", "FILE", "--output", "made.yaml")),
