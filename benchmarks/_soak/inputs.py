@@ -150,20 +150,24 @@ def command_line(path: Path) -> None:
         getattr(options, "Command", options.Options).read(words)
 
 
-def names_in_a_report(path: Path) -> None:
-    """Put a text into each name, title and label of a report, and compare the elements of its page."""
+@functools.cache
+def elements(text: str) -> list[tuple[str, list[str]]]:
+    """Return the elements of a report with their attributes, after a text is put into each name, title and label."""
 
-    def named(value: Any, text: str) -> Any:
+    def named(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: own if key in ("kind", "file", "class") else named(own, text) for key, own in value.items()}
+            return {key: own if key in ("kind", "file", "class") else named(own) for key, own in value.items()}
         if isinstance(value, list):
-            return [named(one, text) for one in value]
+            return [named(one) for one in value]
         return f"{text}{value}" if value in ("sparse", "dense", "Load", "cat", "block 1") else value
 
-    plain, evil = to_json(made_page(path.parent)), path.read_bytes().decode("utf-8", "replace")
-    pages = [Html(render(from_json(named(plain, text)))) for text in ("x", evil)]
-    plain, found = ([(name, list(attributes)) for name, attributes in page.tags] for page in pages)
-    assert plain == found, f"{len(plain)} elements became {len(found)}"
+    page = Html(render(from_json(named(to_json(made_page(Path.cwd()))))))
+    return [(name, list(attributes)) for name, attributes in page.tags]
+
+
+def names_in_a_report(path: Path) -> None:
+    """Put a text into each name, title and label of a report: it makes no element."""
+    assert elements(path.read_bytes().decode("utf-8", "replace")) == elements("a name")
 
 
 def http(path: Path) -> None:
@@ -245,30 +249,32 @@ def parsers(folder: Path) -> dict[str, Parser]:
 # ---- the batches
 
 
-def judged(read: Read, path: Path) -> str:
-    """Return what is wrong with how a file was read; "": nothing."""
+def spoilt(samples: list[Files], rng: np.random.Generator) -> Files:
+    """Return a sample with one of its files damaged."""
+    whole, other = (samples[rng.integers(len(samples))] for _ in range(2))
+    chosen = list(whole)[rng.integers(len(whole))]
+    return {**whole, chosen: damaged_inside(chosen, whole[chosen], rng, other.get(chosen, b""))}
+
+
+def judged(read: Read, sample: Files, folder: Path) -> str:
+    """Return what is wrong with how a sample is read, which is written to a new folder; "": nothing."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, data in sample.items():
+        (folder / name).write_bytes(data)
+    os.chdir(folder)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        read(path)
+        read(folder if len(sample) > 1 else folder / name)
     except (ValueError, OSError, SourceFailed, Refused, SystemExit) as error:
         line = describe(error)[0]
         return f"an error of several lines: {line!r}" if "\n" in line else ""
     except BaseException as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return f"{error!a:.400} ({place.filename}:{place.lineno})"
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return ""
-
-
-def written(seen: Path, samples: list[Files], rng: np.random.Generator) -> Path:
-    """Write a sample with one of its files damaged, and return its only file, or its folder."""
-    whole, other = (samples[rng.integers(len(samples))] for _ in range(2))
-    chosen = list(whole)[rng.integers(len(whole))]
-    shutil.rmtree(seen, ignore_errors=True)
-    seen.mkdir()
-    for file, data in whole.items():
-        spare = other.get(chosen, b"")
-        (seen / file).write_bytes(damaged_inside(file, data, rng, spare) if file == chosen else data)
-    os.chdir(seen)
-    return seen if len(whole) > 1 else seen / chosen
 
 
 def batch(number: int, name: str, parser: Parser, folder: Path) -> Iterator[Outcome]:
@@ -276,6 +282,9 @@ def batch(number: int, name: str, parser: Parser, folder: Path) -> Iterator[Outc
     count, samples, read = parser
     told, seen = folder / "told", folder / "seen"
     told.write_text("")
+    if read is not http:  # whose service starts in the process
+        with contextlib.redirect_stdout(io.StringIO()):
+            judged(read, samples[0], seen)  # imports what is needed once for all processes
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException), open(os.devnull, "w") as nothing, open(told, "a") as say:
@@ -284,9 +293,8 @@ def batch(number: int, name: str, parser: Parser, folder: Path) -> Iterator[Outc
             mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (mapped + BYTES, mapped + BYTES))
             for i in range(count):
-                path = written(seen, samples, generator(f"inputs-{name}-{number}", i))
-                signal.setitimer(signal.ITIMER_PROF, SECONDS)
-                say.write(f"{judged(read, path)}\n")
+                sample = spoilt(samples, generator(f"inputs-{name}-{number}", i))
+                say.write(f"{judged(read, sample, seen)}\n")
                 say.flush()
         os._exit(0)
     status = os.waitpid(child, 0)[1]

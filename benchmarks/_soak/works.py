@@ -63,7 +63,7 @@ WORKS = (
     Work("init", "init {given}/table.csv --target clicked --output out.yaml"),
     Work("init texts", "init {given}/lines.en {given}/lines.de --output out.yaml"),
     Work("compare", f"compare {IMAGES} {COMPARE} 1 --learning_rates 0.003 0.01"),
-    Work("compare, two jobs", f"compare {IMAGES} {COMPARE} 2 --learning_rates 0.003 --jobs 2"),
+    Work("compare, two jobs", f"compare {IMAGES} {COMPARE} 1 --learning_rates 0.003 --jobs 2"),
     Work(
         "compare, ladder",
         f"compare {LANGUAGE} {LINES} --ladder 0.005,0.01,0.02 --learning_rates 0.003 --seeds 2 --output out",
