@@ -68,7 +68,7 @@ WORKS = (
         "compare, ladder",
         f"compare {LANGUAGE} {LINES} --ladder 0.005,0.01,0.02 --learning_rates 0.003 --seeds 2 --output out",
     ),
-    Work("verdict", "verdict {given}/table.csv --target clicked --minutes 0.3 --output out", repeats=False),
+    Work("verdict", "verdict {given}/table.csv --target clicked --minutes 0.8 --output out", repeats=False),
     Work("test", f"test --config {IMAGES} {SOAK} {DIGITS} --run_dir out"),
     *(Work(f"predict {kind}", f"predict {DIGITS} --output out.{kind}") for kind in ("jsonl", "csv", "parquet")),
     Work("predict texts", "predict --ckpt_path {fit translation}/out --data.text {given}/lines.en --output out.jsonl"),
