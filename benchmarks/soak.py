@@ -33,7 +33,7 @@ NEW: dict[str, Any] = {"next": 0, "cases": 0, "kinds": {}, "faults": [], "notes"
 def tried(name: str, numbers: Iterator[int], folder: Path, state: dict[str, Any]) -> Iterator[None]:
     """Try cases of a part, count them in its state, and print their faults and notes; yields after each."""
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # a disk may still be mounted there
     cases = importlib.import_module(f"benchmarks._soak.{name}").cases(numbers, folder)
     while True:
         try:

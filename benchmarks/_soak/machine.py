@@ -105,7 +105,7 @@ HAZARDS: tuple[Hazard, ...] = (
 def cases(numbers: Iterator[int], folder: Path) -> Iterator[Outcome]:
     """Yield a case for each number: the hazards in turn, each for another command."""
     shop, disk = Workshop(folder), folder / "disk"
-    disk.mkdir()
+    disk.mkdir(exist_ok=True)
     for number in numbers:
         hazard, work = HAZARDS[number % len(HAZARDS)], WORKS[generator("works", number).integers(len(WORKS))]
         name = hazard.__name__.replace("_", " ")
