@@ -66,7 +66,7 @@ WORKS = (
     Work("compare, two jobs", f"compare {IMAGES} {COMPARE} 1 --learning_rates 0.003 --jobs 2"),
     Work(
         "compare, ladder",
-        f"compare {LANGUAGE} {LINES} --ladder 0.06,0.08,0.1 --learning_rates 0.003 --seeds 2 --output out",
+        f"compare {LANGUAGE} {LINES} --ladder 0.25,0.3,0.4 --learning_rates 0.003 --seeds 2 --output out",
     ),
     Work("verdict", "verdict {given}/table.csv --target clicked --minutes 0.8 --output out", repeats=False),
     Work("test", f"test --config {IMAGES} {SOAK} {DIGITS} --run_dir out"),
