@@ -27,6 +27,7 @@ COMPARE = "--overlay {given}/soak.yaml --rounds 0 --baselines dense_equal_flops 
 EVENTS = "--data.dataset table --data.file {given}/table.csv"
 EVENTS += " --data.user_column user --data.item_column item --data.time_column time"
 LINES = "--data.dataset text --data.train_files {given}/lines.en --data.tokenizer.vocab_size 400 --data.block_size 16"
+RUNGS = "--data.batch_size 8 --ladder 0.06,0.1,0.15"
 HUB = "--data.folder {given}/model --data.train_files {given}/text.txt --data.block_size 32"
 IMAGES, LANGUAGE = "{configs}/vision/digits.yaml", "{configs}/nlp/text_mixtral_like.yaml"
 DIGITS = "--ckpt_path {fit vision}/out"
@@ -66,7 +67,7 @@ WORKS = (
     Work("compare, two jobs", f"compare {IMAGES} {COMPARE} 1 --learning_rates 0.003 --jobs 2"),
     Work(
         "compare, ladder",
-        f"compare {LANGUAGE} {LINES} --ladder 0.25,0.3,0.4 --learning_rates 0.003 --seeds 2 --output out",
+        f"compare {LANGUAGE} {LINES} {RUNGS} --learning_rates 0.003 --seeds 2 --output out",
     ),
     Work("verdict", "verdict {given}/table.csv --target clicked --minutes 0.8 --output out", repeats=False),
     Work("test", f"test --config {IMAGES} {SOAK} {DIGITS} --run_dir out"),
