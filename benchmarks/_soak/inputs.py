@@ -262,10 +262,10 @@ def judged(read: Read, sample: Files, folder: Path) -> str:
     folder.mkdir()
     for name, data in sample.items():
         (folder / name).write_bytes(data)
-    os.chdir(folder)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        read(folder if len(sample) > 1 else folder / name)
+        with contextlib.chdir(folder):
+            read(folder if len(sample) > 1 else folder / name)
     except (ValueError, OSError, SourceFailed, Refused, SystemExit) as error:
         line = describe(error)[0]
         return f"an error of several lines: {line!r}" if "\n" in line else ""

@@ -60,7 +60,7 @@ def test_a_damaged_archive_is_a_failed_source(tmp_path: Path) -> None:
     ("place", "value", "reason"),
     [
         (6, b"\xff", "zip file version 25.5"),
-        (8, b"\1", "File 'a.bin' is encrypted"),
+        (8, b"\1", "File .* is encrypted"),
         (10, b"\x63", "That compression method"),
     ],
     ids=["version", "password", "compression"],
