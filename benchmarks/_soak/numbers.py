@@ -34,6 +34,8 @@ WEIGHT = 3
 LAYERS, TRIES, DRAWS = 100, 200, 4000
 BOUNDS = {torch.float64: 1e-12, torch.float32: 4 * FLOAT32, torch.bfloat16: 16 * 2**-8}
 """Bounds of an error over the largest element; of bfloat16 a few roundings of 2^-8 that add up."""
+SMALL = 0.05
+"""The largest element of a gradient that counts as small because its terms cancel."""
 
 
 # ---- random layers
@@ -128,7 +130,8 @@ def against_the_oracle(rng: np.random.Generator) -> str:
     what = f"{made} of {built.dim} by {backend}, {B}x{S} {dtype}"
     assert steps[0].keys() == steps[1].keys(), what
     for name, expected in steps[0].items():
-        bound = BOUNDS[dtype] * (8 if expected.numel() == 1 else 1)  # terms of one sum may cancel
+        largest = expected.abs().max().item() if expected.numel() else 1.0
+        bound = BOUNDS[dtype] * max(1.0, SMALL / max(largest, 1e-30))  # what is nearly 0 is a sum whose terms cancel
         close(steps[1][name].to_dense(), expected.to_dense(), f"{what}: {name}", bound)
     return what
 
@@ -169,9 +172,10 @@ def training(number: int, rng: np.random.Generator, folder: Path) -> Outcome:
         if moe.capacity_factor or moe.balance.contrast:
             continue
         x = torch.linspace(-1, 1, 72).sin().view(1, 9, 8)
-        y = built(x)
-        if y.shape == x.shape and torch.allclose(y[:, :4], built(x[:, :4]), atol=1e-6):
-            break
+        with contextlib.suppress(ValueError):  # of a context that is missing
+            y = built(x)
+            if y.shape == x.shape and torch.allclose(y[:, :4], built(x[:, :4]), atol=1e-6):
+                break
     folder = folder / f"training-{number}"
     (folder / "ranks").mkdir(parents=True)
     divided_runs.fit(folder / "one", divided_runs.model(moe=moe))
