@@ -32,6 +32,8 @@ from apps.cli import main as moesaic
 from apps.data import datasets
 
 ROOT = Path(apps.__file__).parents[1]
+KEPT = ROOT / "docs" / "runs" / "first_losses.json"
+ABSENT = "is not on this machine"
 TOLERANCE = 1e-4
 LOOSE = {"multimodal/shapes": 1e-3}  # Muon enlarges rounding: the same code differs by 4e-4 on two machines
 FLAGS = {
@@ -62,14 +64,16 @@ def runs() -> dict[str, list[str]]:
 def absent(dataset: str, roots: Mapping[str, str]) -> str:
     """Return why the data are not on this machine; "": they are, or are made when they are needed."""
     is_fetched = dataset in {known.name for known in datasets.list_datasets()} - roots.keys()
-    return f"{dataset} is not on this machine" if is_fetched and not datasets.available(dataset) else ""
+    return f"{dataset} {ABSENT}" if is_fetched and not datasets.available(dataset) else ""
 
 
-def is_same(name: str, now: Sequence[float], before: Sequence[float]) -> bool:
-    """Return whether the losses of a run are the kept ones, but for what processors differ by."""
+def fault(name: str, now: Sequence[float] | str, before: Sequence[float]) -> str:
+    """Return how the losses of a run differ from the kept ones, but for what processors differ by; "": they do not."""
+    if isinstance(now, str):
+        return "" if now.endswith(ABSENT) else now
     tolerance = LOOSE.get(name, TOLERANCE)
     close = (math.isclose(a, b, rel_tol=tolerance) for a, b in zip(now, before, strict=False))
-    return len(now) == len(before) and all(close)
+    return "" if len(now) == len(before) and all(close) else f"DIFFERS from {before}: {now}"
 
 
 def losses(name: str, configs: Sequence[str], roots: Mapping[str, str]) -> list[float] | str:
@@ -108,15 +112,15 @@ def main() -> int:
         if not name.startswith(tuple(args.only)) or (args.check and name not in before):
             continue
         outcome = losses(name, configs, roots)
+        wrong = fault(name, outcome, before[name]) if name in before else ""
+        failures += bool(wrong)
         if isinstance(outcome, str):
             line = outcome
-            failures += name in before and not line.endswith("is not on this machine")
         else:
-            now[name], line = outcome, f"{outcome[0]:.6g} ... {outcome[-1]:.6g}"
-        if name in now and name in before:
-            same = is_same(name, now[name], before[name])
-            failures += not same
-            line += "  as before" if same else f"  DIFFERS from {before[name]}"
+            now[name], line = (
+                outcome,
+                f"{outcome[0]:.6g} ... {outcome[-1]:.6g}  {wrong or 'as before' * (name in before)}",
+            )
         print(f"{name}: {line}", flush=True)
         if args.output:
             args.output.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in now.items()) + "\n}\n")

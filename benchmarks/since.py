@@ -10,14 +10,13 @@ both train the digits for a few steps and write the page of a test.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -29,8 +28,8 @@ DIGITS = "--config {tree}/configs/vision/digits.yaml --config {tree}/configs/deb
 COMMANDS = (f"{{tree}}/{LAYER} {{rounds}}", f"-m apps.cli fit {DIGITS}", f"-m apps.cli test {DIGITS}")
 
 
-def git(*words: str) -> bytes:
-    return subprocess.run(["git", "-C", str(ROOT), *words], check=True, capture_output=True).stdout
+def git(*words: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def figures(tree: Path, folder: Path, rounds: int) -> dict[str, float]:
@@ -51,12 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=11)
     args = parser.parse_args(argv)
     heading = re.findall(r"^## \[\d.*", (ROOT / "CHANGELOG.md").read_text(), re.M)[0]
-    newest = git("log", "-1", "--format=%H", f"-S{heading}", "--", "CHANGELOG.md").decode().strip()
-    revision = args.revision or newest
+    revision = args.revision or git("log", "-1", "--format=%H", f"-S{heading}", "--", "CHANGELOG.md")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with tarfile.open(fileobj=io.BytesIO(git("archive", revision))) as archive:
-            archive.extractall(folder / "tree", filter="data")
+        git("archive", f"--output={folder / 'tree.tar'}", revision)
+        shutil.unpack_archive(folder / "tree.tar", folder / "tree", filter="data")
         then, now = figures(folder / "tree", folder / "then", args.rounds), figures(ROOT, folder / "now", args.rounds)
     print(f"| | {revision[:12]} | now | ratio |\n|---|---|---|---|")
     for name in {**then, **now}:

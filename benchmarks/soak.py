@@ -1,8 +1,8 @@
 """A campaign that tries to break moesaic: kills, a full disk, load, bad input, random layers, kept losses.
 
     moesaic bench soak --minutes 720
-    moesaic bench soak --minutes 10 --parts kills,machine
-    moesaic bench soak --part kills --case 17
+    moesaic bench soak --minutes 10 --parts kills machine
+    moesaic bench soak --parts kills --case 17
 
 The minutes are shared among the parts by their weight, those of an earlier process included: stopped at any moment, the
 same command goes on where it was. Each fault is one line, and the last lines are a table of the parts. The exit code is
@@ -12,6 +12,8 @@ same command goes on where it was. Each fault is one line, and the last lines ar
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import importlib
 import shutil
 import time
@@ -24,12 +26,14 @@ from apps.base.machine import machine_facts, moment
 from benchmarks._soak.outcome import Outcome
 
 PARTS = ("kills", "machine", "load", "inputs", "numbers", "history")
+NEW: dict[str, Any] = {"next": 0, "cases": 0, "kinds": {}, "faults": [], "notes": [], "seconds": 0.0}
+"""The state of a part that has not begun; kinds counts cases by the words before the colon."""
 
 
-def tried(name: str, numbers: Iterator[int], folder: Path, state: dict[str, Any]) -> Iterator[Outcome]:
-    """Try cases of a part, count them in its state, print their faults and notes, and yield them."""
+def tried(name: str, numbers: Iterator[int], folder: Path, state: dict[str, Any]) -> Iterator[None]:
+    """Try cases of a part, count them in its state, and print their faults and notes; yields after each."""
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # a disk may still be mounted there
     cases = importlib.import_module(f"benchmarks._soak.{name}").cases(numbers, folder)
     while True:
         try:
@@ -42,17 +46,12 @@ def tried(name: str, numbers: Iterator[int], folder: Path, state: dict[str, Any]
         state["cases"] += outcome.count
         state["kinds"][kind] = state["kinds"].get(kind, 0) + outcome.count
         if outcome.fault:
-            state["faults"].append({"number": outcome.number, "what": outcome.what, "fault": outcome.fault})
+            state["faults"].append(dataclasses.asdict(outcome))
             print(f"fault: {name} #{outcome.number}: {outcome.what}: {outcome.fault}", flush=True)
         elif not outcome.count and outcome.what not in state["notes"]:
             state["notes"].append(outcome.what)
             print(f"note: {name}: {outcome.what}", flush=True)
-        yield outcome
-
-
-def started_state() -> dict[str, Any]:
-    """Return the state of a part that has not begun; kinds counts cases by the words before the colon."""
-    return {"next": 0, "cases": 0, "kinds": {}, "faults": [], "notes": [], "seconds": 0.0}
+        yield
 
 
 def campaign(names: list[str], minutes: float, output: Path) -> int:
@@ -60,8 +59,8 @@ def campaign(names: list[str], minutes: float, output: Path) -> int:
     saved = read_json(output / "state.json") or {}
     weights = {name: importlib.import_module(f"benchmarks._soak.{name}").WEIGHT for name in names}
     for name, weight in weights.items():
-        state, share = saved.setdefault(name, started_state()), 60 * minutes * weight / sum(weights.values())
-        began, written = time.monotonic() - state["seconds"], 0.0
+        state, share = saved.setdefault(name, copy.deepcopy(NEW)), 60 * minutes * weight / sum(weights.values())
+        began = time.monotonic() - state["seconds"]
 
         def numbers(state: dict[str, Any] = state, end: float = began + share) -> Iterator[int]:
             while time.monotonic() < end:
@@ -70,12 +69,9 @@ def campaign(names: list[str], minutes: float, output: Path) -> int:
 
         for _ in tried(name, numbers(), output / name, state) if state["seconds"] < share else ():
             state["seconds"] = time.monotonic() - began
-            if time.monotonic() > written + 1:
-                write_json(output / "state.json", saved)
-                written = time.monotonic()
-        write_json(output / "state.json", saved)
+            write_json(output / "state.json", saved)
         shutil.rmtree(output / name, ignore_errors=True)
-    command = f"moesaic bench soak --minutes {minutes:g} --parts {','.join(names)}"
+    command = f"moesaic bench soak --minutes {minutes:g} --parts {' '.join(names)}"
     facts = {"command": command, "date": moment(), "machine": machine_facts(), "parts": saved}
     write_json(output / "soak.json", facts)
     print(f"{'part':10} {'cases':>9} {'faults':>7} {'seconds':>8}")
@@ -91,18 +87,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=60.0, help="of all parts together (default: 60)")
     parser.add_argument("--output", type=Path, default=Path("runs/soak"), metavar="DIR", help="(default: runs/soak)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="a comma between them (default: all)")
-    parser.add_argument("--part", choices=PARTS, help="of the one --case to try; its files stay in DIR/alone")
-    parser.add_argument("--case", type=int, metavar="NUMBER", help="of a fault's line")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
+    parser.add_argument("--case", type=int, metavar="NUMBER", help="of a fault's line, tried alone in DIR/alone")
     args = parser.parse_args(argv)
-    names, output = args.parts.split(","), args.output.resolve()  # cases change folders
-    if not set(names) <= set(PARTS) or (args.part is None) != (args.case is None):
-        parser.error(f"--parts takes {','.join(PARTS)}, and --part and --case go together")
-    if args.part is None:
-        return campaign(names, args.minutes, output)
-    state = started_state()
-    for outcome in tried(args.part, iter([args.case]), output / "alone", state):
-        print(f"{outcome.what}: {'a fault' if outcome.fault else 'as it should'}")
+    output = args.output.resolve()  # cases change folders
+    if args.case is None:
+        return campaign(args.parts, args.minutes, output)
+    state = copy.deepcopy(NEW)
+    for name in args.parts:
+        for _ in tried(name, iter([args.case]), output / "alone", state):
+            print(f"{name} #{args.case}: {state['cases']} cases, {len(state['faults'])} faults")
     return int(bool(state["faults"]))
 
 

@@ -95,7 +95,8 @@ def _errors_of(archive: Path) -> Iterator[None]:
         yield
     except ValueError as error:  # past the limit
         raise SourceFailed(str(error)) from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError) as error:
+        # zipfile's RuntimeErrors: a newer version of the format, another compression, a password
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of gzip or bz2
             raise
         raise SourceFailed(f"{archive.name} cannot be unpacked: {one_line(str(error))}") from error

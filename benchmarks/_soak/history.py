@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from apps.base.files import CONFIGS
 from benchmarks import first_losses
 from benchmarks._soak.outcome import Outcome
 
@@ -15,15 +14,12 @@ WEIGHT = 1
 
 def cases(numbers: Iterator[int], folder: Path) -> Iterator[Outcome]:
     """Yield a case for each configuration whose losses are kept and whose data are here."""
-    kept = json.loads((CONFIGS.parent / "docs" / "runs" / "first_losses.json").read_text())
-    runs = [(name, configs) for name, configs in first_losses.runs().items() if name in kept]
+    kept, runs = json.loads(first_losses.KEPT.read_text()), first_losses.runs()
     for number in numbers:
-        if number >= len(runs):
+        if number >= len(kept):
             return
-        name, configs = runs[number]
-        now = first_losses.losses(name, configs, {})
-        if isinstance(now, str) and now.endswith("is not on this machine"):
-            yield Outcome(number, f"first losses: {now}", count=0)
-            continue
-        same = not isinstance(now, str) and first_losses.is_same(name, now, kept[name])
-        yield Outcome(number, f"first losses: {name}", "" if same else f"{now} in place of {kept[name]}")
+        name = list(kept)[number]
+        now = first_losses.losses(name, runs[name], {})
+        is_here = not isinstance(now, str) or not now.endswith(first_losses.ABSENT)
+        what = f"first losses: {name if is_here else now}"
+        yield Outcome(number, what, first_losses.fault(name, now, kept[name]), int(is_here))

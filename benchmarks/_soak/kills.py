@@ -2,67 +2,86 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from benchmarks._soak.outcome import Outcome, generator
-from benchmarks._soak.process import Command
 from benchmarks._soak.trees import broken, files, unlike
-from benchmarks._soak.works import WORKS, Unsound, Work, Workshop
+from benchmarks._soak.works import WORKS, Unsound, Work, Workshop, fresh
 
 WEIGHT = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command, a new folder for it, and what decides about moments and amounts."""
+
+    shop: Workshop
+    work: Work
+    place: Path
+    draw: np.random.Generator
+
+    def start(self, **how: Any) -> Any:
+        """Start the command; see ``started``."""
+        return self.shop.start(self.work, self.place, **how)
+
+    def moment(self) -> float:
+        """Return a moment of the unbroken run, in seconds from its start."""
+        return float(self.draw.uniform(0.0, self.shop.seconds[self.work.name]))
+
+    def differs(self) -> str:
+        """Return what an unbroken run has left otherwise; "": nothing."""
+        return unlike(self.shop[self.work.name], self.place) if self.work.repeats else broken(self.place)
+
+    def finished(self) -> dict[str, bytes]:
+        """Return the results of finished pieces of work, which no process may make again."""
+        return {name: path.read_bytes() for name, path in files(self.place).items() if path.name == "result.json"}
+
+    def repeated(self) -> str:
+        """Repeat the command, and return the fault; "": none."""
+        kept = self.finished()
+        with self.start() as command:
+            fault = command.fault() or self.differs()
+        again = self.finished()
+        fault = fault or next((f"{name} was done again" for name in kept if again.get(name) != kept[name]), "")
+        return fault and f"{fault}; the command said {command.said[-200:]!r}"
+
+
+Hazard = Callable[[Case], str]
+"""Breaks a command off, and returns the fault; "": none."""
+
+
+def outcome(number: int, what: str, hazard: Hazard, work: Work, shop: Workshop, folder: Path, part: str) -> Outcome:
+    """Return what comes of a command in a folder under a hazard, and of the same command again."""
+    try:
+        shop[work.name]  # so that its folder is there, and its seconds
+        case = Case(shop, work, fresh(folder), generator(part, number))
+        return Outcome(number, what, hazard(case) or case.repeated())
+    except Unsound as error:
+        return Outcome(number, what, str(error))
+
+
+def kill(case: Case) -> str:
+    """Kill all processes, or one alone: the second rank if there is one, else the command's own."""
+    with case.start() as command:
+        command.wait(case.moment())
+        group = command.group() if case.work.ranks > 1 else []
+        with contextlib.suppress(OSError):  # a process that has ended
+            ranks = (p for p in group if b"LOCAL_RANK=1" in Path(f"/proc/{p}/environ").read_bytes())
+            command.send(signal.SIGKILL, next(ranks, command.process.pid) if case.draw.integers(2) else None)
+        command.wait()
+        return command.left() or broken(case.place)
 
 
 def cases(numbers: Iterator[int], folder: Path) -> Iterator[Outcome]:
     """Yield a case for each number: of the works in turn, each at another moment."""
     shop = Workshop(folder)
     for number in numbers:
-        work, place = WORKS[number % len(WORKS)], folder / "case"
-        draw = generator("kills", number)
-        share, alone = draw.uniform(), bool(draw.integers(2))
-        what = f"{work.name}: {'a process' if alone else 'all processes'} killed after {share:.3f} of its time"
-        try:
-            whole = shop.whole(work.name)
-            moment = share * shop.seconds[work.name]
-            yield Outcome(number, what, killed(shop, work, shop.place(place), whole, moment, alone))
-        except Unsound as error:
-            yield Outcome(number, what, str(error))
-
-
-def killed(shop: Workshop, work: Work, place: Path, whole: Path, moment: float, alone: bool) -> str:
-    """Return the fault of a command that is killed and repeated; "": none."""
-    with shop.start(work, place) as command:
-        command.wait(moment)
-        kept = finished(place)
-        command.send(signal.SIGKILL, victim(command, work) if alone else None)
-        command.wait()
-        fault = command.left() or broken(place)
-    return fault or repeated(shop, work, place, whole, kept)
-
-
-def repeated(shop: Workshop, work: Work, place: Path, whole: Path, kept: Mapping[str, bytes] | None = None) -> str:
-    """Repeat a command that was broken off, and return what differs from an unbroken run; "": nothing.
-
-    Args:
-        shop, work, place: what is repeated where.
-        whole: folder of the unbroken run.
-        kept: results that were finished before, which no process may make again.
-    """
-    with shop.start(work, place) as command:
-        fault = command.fault() or (unlike(whole, place) if work.repeats else broken(place))
-    again = finished(place)
-    fault = fault or next((f"{name} was done again" for name in kept or {} if again.get(name) != kept[name]), "")
-    return fault and f"{fault}; the command said {command.said[-200:]!r}"
-
-
-def victim(command: Command, work: Work) -> int:
-    """Return the process to be killed alone: the second rank if there is one, else the command's own."""
-    others = [process for process in command.group() if process != command.process.pid] if work.ranks > 1 else []
-    ranks = (p for p in others if b"LOCAL_RANK=1" in Path(f"/proc/{p}/environ").read_bytes())
-    return next(ranks, command.process.pid)
-
-
-def finished(place: Path) -> dict[str, bytes]:
-    """Return the results of finished pieces of work."""
-    return {name: path.read_bytes() for name, path in files(place).items() if path.name == "result.json"}
+        work = WORKS[number % len(WORKS)]
+        yield outcome(number, f"{work.name}: killed", kill, work, shop, folder / "case", "kills")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
+import functools
 import resource
 import signal
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import chats
 import numpy as np
+from shown_runs import RUNS
 
 import apps
 from apps.base.quiet import quiet
@@ -23,7 +24,6 @@ from apps.serve.service.command import service_of
 from benchmarks._soak.outcome import Outcome
 from benchmarks.service import _HEAD, CONNECTIONS, Load, Server, _send, load, mixed, serving
 
-sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))
 WEIGHT = 4
 GROWTH, FIRST = 1.02, 1000
 """Most memory of a service over that after its first so many requests."""
@@ -33,13 +33,13 @@ CLOSING = _HEAD + "Connection: close\r\n"
 
 @dataclass
 class Kept:
-    """A service that stays up, with its requests and their answers, and what it has held and taken so far."""
+    """A service of a run that stays up, with its requests, their answers, and what it has held and taken so far."""
 
+    run: str
     server: Server
     kinds: list[tuple[bytes, int, Any]]
-    answered: int = 0
+    sent: Load = field(default_factory=Load)
     memory: int = 0
-    seconds: list[float] = field(default_factory=list)
 
     @property
     def good(self) -> bytes:
@@ -47,18 +47,16 @@ class Kept:
         request = next(request for request, status, outputs in self.kinds if status == 200 and len(outputs) == 1)
         return request.replace(_HEAD.encode(), CLOSING.encode())
 
-    def load(self, number: int, requests: int) -> str:
-        """Send requests from 64 connections, and return what is wrong with their answers or the memory."""
-        start = number % len(self.kinds)
-        kinds = self.kinds[start:] + self.kinds[:start]
-        asyncio.run(_send(self.server, kinds, requests, None, CONNECTIONS, result := Load()))
-        self.seconds += result.seconds
-        self.answered += requests
-        if not self.memory and self.answered >= FIRST:
-            self.memory = self.server.memory
-        if self.memory and self.server.memory > GROWTH * self.memory:
-            result.wrong.append(f"memory grew from {self.memory:,} to {self.server.memory:,} after {self.answered:,}")
-        return "; ".join(result.wrong[:3])
+
+def requests(kept: Kept, count: int) -> str:
+    """Send requests from 64 connections: answers are right, and memory is flat."""
+    kept.sent.wrong.clear()
+    asyncio.run(_send(kept.server, kept.kinds, count, None, CONNECTIONS, kept.sent))
+    held = kept.server.memory
+    if not kept.memory and kept.sent.num_answered >= FIRST:
+        kept.memory = held
+    grown = f"memory grew from {kept.memory:,} to {held:,}" if kept.memory and held > GROWTH * kept.memory else ""
+    return "; ".join([*kept.sent.wrong[:3], grown]).strip("; ")
 
 
 async def raw(port: int, request: bytes, ends: bool = False) -> bytes:
@@ -136,68 +134,53 @@ def cut(kept: Kept) -> str:
     return "" if is_free else f"{statuses}, then {after} in {time.perf_counter() - began:.0f} s"
 
 
-def hub(folder: Path) -> Path:
-    """Write a tiny language model of transformers, whose answers the service streams, with a tokenizer of bytes."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"]
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"eos_token_id": 256, "pad_token_id": 256}
-    config = transformers.OlmoeConfig(vocab_size=len(letters), num_experts=4, num_experts_per_tok=2, **sizes, **ids)
-    for part in (transformers.OlmoeForCausalLM(config), fast):
-        part.save_pretrained(folder)
-    return folder
-
-
-def ends(run: str) -> str:
-    """Send SIGTERM in the middle of a load: what was taken is answered."""
-    result = load(run, 1000, signal.SIGTERM)
+def ends(kept: Kept) -> str:
+    """Send SIGTERM to another service in the middle of a load: what was taken is answered."""
+    result = load(kept.run, 1000, signal.SIGTERM)
     told = f"serve: ended; answered requests: {result.num_answered:,}"
     is_right = not result.wrong and result.exit_code == 0 and result.last_line == told
     return "" if is_right else f"{result.wrong[:3]}, exit code {result.exit_code}, {result.last_line!r}"
 
 
-SPECIAL: dict[str, tuple[str, Callable[[Kept], str]]] = {
-    "crowd": ("digits", crowd),
-    "starving": ("digits", starving),
-    "cut streams": ("hub", cut),
+Trial = tuple[str, Callable[[Kept], str], int, Sequence[str]]
+"""The run that is served, what is done to its service, how many cases that is, and options of the command."""
+
+MAIN: Trial = ("digits", functools.partial(requests, count=1000), 1000, ())
+SPECIAL: dict[str, Trial] = {
+    "crowd": ("digits", crowd, 1, ("--max_requests", "4")),
+    "starving": ("digits", starving, 1, ()),
+    "cut streams": ("hub", cut, 1, ("--max_requests", "4")),
+    "SIGTERM": ("digits", ends, 1000, ()),
 }
+OTHERS: dict[str, Trial] = {
+    name: (name, functools.partial(requests, count=100), 100, ()) for name in RUNS if name != "digits"
+}
+
+
+@functools.cache
+def served(name: str, folder: Path) -> str:
+    """Return a run of an app with random weights, or a folder of transformers."""
+    (folder / name).mkdir()
+    with quiet(own_notes=False):
+        return str(chats.write(folder / name) / "model" if name == "hub" else RUNS[name](folder / name))
 
 
 def cases(numbers: Iterator[int], folder: Path) -> Iterator[Outcome]:
     """Yield in turn a thousand requests at a classifier, a special case, and a hundred requests at another app."""
-    from shown_runs import RUNS
-
-    others = [name for name in RUNS if name != "digits"]
-    turns = zip(itertools.repeat("digits"), itertools.cycle([*SPECIAL, "SIGTERM"]), others, strict=False)
-    turn, makers, kept = [*itertools.chain(*turns)], {**RUNS, "hub": hub}, dict[str, Kept]()
+    services = dict[str, Kept]()
     with contextlib.ExitStack() as stack:
-        runs = dict[str, str]()
         for number in numbers:
-            name = turn[number % len(turn)]
-            app = SPECIAL[name][0] if name in SPECIAL else "digits" if name == "SIGTERM" else name
-            if app not in runs:
-                (folder / app).mkdir()
-                with quiet(own_notes=False):
-                    runs[app] = str(makers[app](folder / app))
-            if name == "SIGTERM":
-                yield Outcome(number, "SIGTERM: in a load", ends(runs[app]), 1000)
-                continue
-            if name not in kept:
-                model = apps.load(runs[app])
-                options = ["--max_requests", "4"] if name in ("crowd", "cut streams") else []
-                server = stack.enter_context(serving(runs[app], *options))
-                kept[name] = Kept(server, mixed(service_of(model)(model)))
-            if name in SPECIAL:
-                yield Outcome(number, f"{name}: of {app}", SPECIAL[name][1](kept[name]))
-                continue
-            requests, own = 1000 if name == "digits" else 100, kept[name]
-            yield Outcome(number, f"{name}: requests", own.load(number, requests), requests)
-            if own.answered % 10_000 == 0:
-                p50, p99 = 1000 * np.quantile(own.seconds, [0.5, 0.99])
-                told = f"{own.answered:,} requests, p50 {p50:.0f} ms, p99 {p99:.0f} ms, {own.server.memory >> 20} MiB"
+            trials = [{"digits": MAIN}, SPECIAL, OTHERS][number % 3]
+            name = list(trials)[number // 3 % len(trials)]
+            app, trial, count, options = trials[name]
+            if name not in services:
+                run = served(app, folder)
+                model = apps.load(run)
+                server = stack.enter_context(serving(run, *options))
+                services[name] = Kept(run, server, mixed(service_of(model)(model)))
+            yield Outcome(number, f"{name}: of {app}", trial(services[name]), count)
+            if trials is not SPECIAL and (sent := services[name].sent).num_answered % 10_000 == 0:
+                p50, p99 = 1000 * np.quantile(sent.seconds, [0.5, 0.99])
+                held = services[name].server.memory >> 20
+                told = f"{sent.num_answered:,} requests, p50 {p50:.0f} ms, p99 {p99:.0f} ms, {held} MiB"
                 yield Outcome(number, f"{name}: {told}", count=0)

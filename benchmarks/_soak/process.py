@@ -9,20 +9,23 @@ import contextlib
 import importlib.util
 import multiprocessing
 import os
+import re
 import resource
-import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from toy_dataset import CONTENT, toy
 
 import apps
 from apps.cli import main
-from apps.data.datasets import Dataset, register
+from apps.cli.errors import failed
+from apps.porting import save_pretrained
 
 LONGEST = 900.0
 """Seconds that a command may take before it counts as hanging."""
@@ -79,7 +82,11 @@ class Command:
         if code is None:
             return f"it hangs after {LONGEST:g} s: {said[-300:]!r}"
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
-        if "Traceback" in said or code not in allowed or (code in (1, 2) and len(errors) != 1):
+        if (
+            re.search("Traceback|--traceback shows", said)
+            or code not in allowed
+            or (code in (1, 2) and len(errors) != 1)
+        ):
             return f"exit code {code}, {len(errors)} lines of errors: {said[-600:]!r}"
         return self.left()
 
@@ -88,7 +95,7 @@ class Command:
 def started(
     words: Sequence[str], place: Path, log: Path, limits: Mapping[str, int] | None = None, **variables: str
 ) -> Iterator[Command]:
-    """Run ``moesaic WORDS`` in a folder; after the block nothing of it runs.
+    """Run ``moesaic WORDS``, or one of ``FUNCTIONS``, in a folder; after the block nothing of it runs.
 
     Args:
         words: of the command.
@@ -105,13 +112,6 @@ def started(
         yield command
     finally:
         command.send(signal.SIGKILL)
-
-
-def fresh(folder: Path) -> Path:
-    """Return a folder, which is made anew."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def _become(words: list[str], place: Path, log: Path, limits: Mapping[str, int], variables: Mapping[str, str]) -> None:
@@ -133,36 +133,37 @@ def _become(words: list[str], place: Path, log: Path, limits: Mapping[str, int],
         resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
     code = 1
     try:
-        code = {"save_pretrained": _save_pretrained, "prepare": _prepare}.get(words[0], main)(words)
-    except BaseException:
-        traceback.print_exc()
+        code = FUNCTIONS[words[0]](*words[1:]) or 0 if words[0] in FUNCTIONS else main(words)
+    except Exception as error:  # of a function
+        code = failed(error, show_traceback=False)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)
 
 
-def _save_pretrained(words: list[str]) -> int:
-    """Write a run's model as transformers reads it: a function of Python, and no command."""
-    from apps.porting import save_pretrained
-
-    save_pretrained(apps.load(words[1]).net, words[2])
-    return 0
+def _publish(run: str, folder: str) -> None:
+    """Write a run's model in our own layout, as it is uploaded."""
+    apps.load(run).save_pretrained(folder)
 
 
-class _Slow:
-    """A source of a dataset that takes half a second."""
-
-    def installed(self) -> None:
-        return None
-
-    def fetch(self, folder: Path) -> None:
-        for _ in range(50):
-            with open(folder / "toy.csv", "ab") as file:
-                file.write(b"12,13,5\n" * 100)
-            time.sleep(0.01)
+def _port(run: str, folder: str) -> None:
+    """Write a run's model as transformers reads it."""
+    save_pretrained(apps.load(run).model, folder)
 
 
-def _prepare(words: list[str]) -> int:
+def _slowly(folder: Path) -> None:
+    """Fetch a dataset in half a second."""
+    for _ in range(50):
+        with open(folder / "toy.csv", "ab") as file:
+            file.write(CONTENT)
+        time.sleep(0.01)
+
+
+def _prepare(folder: str) -> int:
     """Fetch a dataset of one file, which is registered here."""
-    register(Dataset(name="soak", app="recsys", title="toy", layouts=(("toy.csv",),), sources=(_Slow(),)))
-    return main(["data", "prepare", "soak", "--cache_dir", words[1]])
+    toy(SimpleNamespace(installed=lambda: None, fetch=_slowly))
+    return main(["data", "prepare", "toy", "--cache_dir", folder])
+
+
+FUNCTIONS = {"publish": _publish, "port": _port, "prepare": _prepare}
+"""Functions of Python that write, and are no command of their own."""

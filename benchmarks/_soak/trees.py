@@ -13,31 +13,45 @@ from typing import Any
 import torch
 import yaml
 from pyarrow import parquet
+from resuming import differences
 from safetensors.torch import load_file
 
 from apps.train.checkpoint.contents import read_checkpoint
-from tests.support.resuming import differences
 
-MEASURED = re.compile(r"seconds|minutes|memory|_mib|date|machine|commit|per_second|rounds|speed")
+MEASURED = re.compile(
+    "seconds|minutes|memory|_mib|date|machine|commit|per_second|rounds|speed|[Cc]urve|equal_time|measured|"
+    "cheaper|sentences|came$"  # the last of a ladder, in seconds too
+)
 """Names of values that the clock decides, in JSON files and in logs."""
 
 SHOWN = re.compile(r"\.(html|md|png|log|lock)$|report\.json$")
 """Names of files that show times beside results: they need to be there, and whole."""
 
+LEFT_OUT = re.compile(r"tfevents|/Microsoft/|/earlier/")
+"""Names of TensorBoard's files, which hold the time, of what onnxruntime notes of a machine, and of what a training
+that was broken off before its first checkpoint has logged."""
 
-LEFT_OUT = re.compile(r"tfevents|/Microsoft/")
+
+def _exported(path: Path) -> Any:
+    program = torch.export.load(path)  # the file itself has ids of the process
+    return [dict(program.state_dict), program.graph_module.code]
 
 
 def _tensors(path: Path) -> Any:
     saved = read_checkpoint(path) if path.is_dir() else torch.load(path, weights_only=True)
-    loops = saved.get("loops", {}).get("fit_loop", {}) if isinstance(saved, dict) else {}
-    loops.pop("epoch_loop.val_loop.batch_progress", None)  # not counted from the run's start on resuming
+    if "loops" in saved:
+        saved["loops"]["fit_loop"].pop(
+            "epoch_loop.val_loop.batch_progress", None
+        )  # not from the run's start on resuming
+        saved.get("sharded", {}).pop("folder", None)  # a random name
     return saved
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
     **dict.fromkeys((".ckpt", ".pt"), _tensors),
-    **dict.fromkeys((".json", ".jsonl"), lambda path: [json.loads(text) for text in _texts(path)]),
+    ".pt2": _exported,
+    ".json": lambda path: json.loads(path.read_text()),
+    ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
     ".safetensors": load_file,
     ".yaml": lambda path: yaml.safe_load(path.read_text()),
     ".parquet": lambda path: parquet.read_table(path).to_pydict(),
@@ -46,15 +60,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def _texts(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-
-
 def files(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder by their path in it; a sharded checkpoint counts as one.
-
-    TensorBoard's files, whose names hold the time, and what onnxruntime notes of a machine are left out.
-    """
+    """Return the files of a folder by their path in it; a sharded checkpoint counts as one."""
     sharded = [path for path in folder.rglob("*.ckpt") if path.is_dir()]
     single = (path for path in folder.rglob("*") if path.is_file() and not set(path.parents) & set(sharded))
     found = (path for path in (*sharded, *single) if not LEFT_OUT.search(str(path)))

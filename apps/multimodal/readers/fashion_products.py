@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def read_fashion_products(root: Path, options: ReadOptions) -> RawPairs:
             jpeg, offset, ids = (arrays[name] for name in ("jpeg", "offset", "id"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is corrupt: it does not hold the arrays jpeg, offset and id ({error})") from error
     is_whole = jpeg.dtype == np.uint8 and len(offset) == len(ids) + 1 and offset[0] == 0 and offset[-1] == len(jpeg)
     if not is_whole or (np.diff(offset) < 0).any():

@@ -56,6 +56,25 @@ def test_a_damaged_archive_is_a_failed_source(tmp_path: Path) -> None:
         unpack(tmp_path / "toy", tmp_path / "to")
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (6, b"\xff", "zip file version 25.5"),
+        (8, b"\1", "File .* is encrypted"),
+        (10, b"\x63", "That compression method"),
+    ],
+    ids=["version", "password", "compression"],
+)
+def test_a_zip_that_python_cannot_read_is_a_failed_source(
+    place: int, value: bytes, reason: str, tmp_path: Path
+) -> None:
+    whole = archive_of("zip", {"a.bin": b"abc"})
+    at = whole.index(b"PK\1\2") + place
+    (tmp_path / "toy").write_bytes(whole[:at] + value + whole[at + 1 :])
+    with pytest.raises(SourceFailed, match=f"^toy cannot be unpacked: {reason}"):
+        unpack(tmp_path / "toy", tmp_path / "to")
+
+
 @pytest.mark.parametrize("kind", ["gz", "zip"])
 @pytest.mark.parametrize(
     ("below", "name"), [("", "../out.bin"), ("", "/out.bin"), ("a", "a//out.bin"), ("a", "a/../../out.bin")]

@@ -48,9 +48,11 @@ def test_an_array_of_another_layout_is_refused(tmp_path):
     write_products(tmp_path, TITLES)
     path = tmp_path / "images112.npz"
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"images112.npz is corrupt: it does not hold the arrays jpeg, offset and id"):
-        read_fashion_products(tmp_path, ReadOptions())
+    locked = content.index(b"PK\1\2") + 8  # flags of the first array: with a password
+    for damaged in (content[: len(content) // 2], content[:locked] + b"\1" + content[locked + 1 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"images112.npz is corrupt: it does not hold the arrays jpeg, offset and"):
+            read_fashion_products(tmp_path, ReadOptions())
     np.savez(path, jpeg=np.zeros(9, np.uint8), offset=np.array([0, 5, 8]), id=np.array([1, 2]))
     with pytest.raises(ValueError, match=r"images112.npz is corrupt: offset must bound the 2 files in the 9 bytes"):
         read_fashion_products(tmp_path, ReadOptions())
