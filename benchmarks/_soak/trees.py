@@ -40,9 +40,8 @@ def _exported(path: Path) -> Any:
 def _tensors(path: Path) -> Any:
     saved = read_checkpoint(path) if path.is_dir() else torch.load(path, weights_only=True)
     if "loops" in saved:
-        saved["loops"]["fit_loop"].pop(
-            "epoch_loop.val_loop.batch_progress", None
-        )  # not from the run's start on resuming
+        # On resuming it is not counted from the run's start.
+        saved["loops"]["fit_loop"].pop("epoch_loop.val_loop.batch_progress", None)
         saved.get("sharded", {}).pop("folder", None)  # a random name
     return saved
 
