@@ -65,7 +65,8 @@ def describe(error: BaseException) -> tuple[str, int]:
     root = _root(error)
     if isinstance(root, ModuleNotFoundError) and root.name in ("torchrec", "fbgemm_gpu"):
         return f"embedding tables need {root.name}, which is not installed: it is for Linux on x86-64", 1
-    if type(root).__name__ == "OutOfMemoryError" or isinstance(root, MemoryError):
+    is_unmapped = isinstance(root, ImportError) and "failed to map segment" in str(root)
+    if type(root).__name__ == "OutOfMemoryError" or isinstance(root, MemoryError) or is_unmapped:
         return "out of memory: try a smaller data.batch_size, or trainer.precision=bf16-mixed", 1
     if isinstance(root, OSError):
         return _os_error(root), 1

@@ -83,6 +83,8 @@ def _members(archive: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, 
             raise SourceFailed(f"{archive.name} is neither a tar nor a zip archive") from None
         zipped = stack.enter_context(zipfile.ZipFile(archive))
         for info in zipped.infolist():
+            if not info.filename:  # an IndexError of is_dir
+                raise zipfile.BadZipFile("a member has no name") from None
             yield info.filename, info.file_size, None if info.is_dir() else partial(zipped.open, info)
         return
     for member in tar:

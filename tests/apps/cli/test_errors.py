@@ -210,3 +210,10 @@ def test_a_platform_without_torchrec_is_told_what_is_missing():
         line, code = describe(ModuleNotFoundError(f"No module named {name!r}", name=name))
         assert line == f"embedding tables need {name}, which is not installed: it is for Linux on x86-64"
         assert code == 1
+
+
+def test_a_library_that_finds_no_memory_is_no_missing_library():
+    line, code = describe(ImportError("libparquet.so.2600: failed to map segment from shared object"))
+    assert (line, code) == describe(MemoryError())
+    assert code == 1
+    assert line.startswith("out of memory")

@@ -75,6 +75,12 @@ def test_a_zip_that_python_cannot_read_is_a_failed_source(
         unpack(tmp_path / "toy", tmp_path / "to")
 
 
+def test_a_member_without_a_name_is_a_failed_source(tmp_path: Path) -> None:
+    (tmp_path / "toy").write_bytes(archive_of("zip", {"a.bin": b"abc"}).replace(b"a.bin", b"\0.bin"))
+    with pytest.raises(SourceFailed, match=r"^toy cannot be unpacked: a member has no name$"):
+        unpack(tmp_path / "toy", tmp_path / "to")
+
+
 @pytest.mark.parametrize("kind", ["gz", "zip"])
 @pytest.mark.parametrize(
     ("below", "name"), [("", "../out.bin"), ("", "/out.bin"), ("a", "a//out.bin"), ("a", "a/../../out.bin")]
