@@ -117,10 +117,8 @@ def main() -> int:
         if isinstance(outcome, str):
             line = outcome
         else:
-            now[name], line = (
-                outcome,
-                f"{outcome[0]:.6g} ... {outcome[-1]:.6g}  {wrong or 'as before' * (name in before)}",
-            )
+            now[name] = outcome
+            line = f"{outcome[0]:.6g} ... {outcome[-1]:.6g}  {wrong or 'as before' * (name in before)}"
         print(f"{name}: {line}", flush=True)
         if args.output:
             args.output.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in now.items()) + "\n}\n")
