@@ -80,6 +80,7 @@ class OneOf:
 
 
 Count = Annotated[int, Bounds(1)]
+Depth = Annotated[int, Bounds(1, 1000, "[]")]
 CountOrZero = Annotated[int, Bounds(0)]
 Positive = Annotated[float, Bounds(0, ends="()")]
 NotNegative = Annotated[float, Bounds(0)]

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import core
-from core.fields import Checked, Count, CountOrZero, Positive, ShareBelowOne
+from core.fields import Checked, Count, CountOrZero, Depth, Positive, ShareBelowOne
 
 
 class Size(NamedTuple):
@@ -104,8 +104,8 @@ class TransformerConfig(Checked):
     num_heads: Count | None = None
     num_kv_heads: Count | None = None
     head_dim: Count | None = None
-    encoder_layers: Count | None = None
-    decoder_layers: Count | None = None
+    encoder_layers: Depth | None = None
+    decoder_layers: Depth | None = None
     positions: Literal["sinusoidal", "learned", "rotary", "relative", "none"] = "sinusoidal"
     max_length: Count = 512
     position_offset: CountOrZero = 0

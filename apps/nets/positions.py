@@ -32,7 +32,8 @@ class Sinusoidal(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.offset = config.position_offset
-        self.register_buffer("table", sinusoids(config.max_length + self.offset, config.shape.dim), persistent=False)
+        rows = min(config.max_length + self.offset, 1 << 16)
+        self.register_buffer("table", sinusoids(rows, config.shape.dim), persistent=False)
 
     def forward(self, start: int, length: int) -> Tensor:
         """Return the (L, D) rows of the positions from ``start`` on."""

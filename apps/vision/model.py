@@ -24,7 +24,7 @@ from apps.base.checks import check_at_least
 from apps.nets import blocks
 from apps.nets.blocks import FFNConfig, MoEs, feed, ffn_configs, moe_configs, resolve_blocks
 from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
-from core.fields import Checked, Count, CountOrZero, Positive, ShareBelowOne
+from core.fields import Checked, Count, CountOrZero, Depth, Positive, ShareBelowOne
 from core.kernels import cpu
 
 # embed_dim, depth, num_heads. Ti/S/B/L are timm's; nano is ours, for images of about 28x28 on a CPU.
@@ -84,7 +84,7 @@ class ViTConfig(VariantSizes):
     """Height and width of a patch in pixels; must divide the image's."""
     embed_dim: Count | None = None
     """Model dim D."""
-    depth: Count | None = None
+    depth: Depth | None = None
     """Number of blocks."""
     num_heads: Count | None = None
     """Attention heads; must divide ``embed_dim``."""

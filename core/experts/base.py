@@ -216,7 +216,7 @@ class Experts(nn.Module):
             raise ValueError(f"{type(self).__name__} are quantized and cannot be initialized: fill them before")
         with torch.no_grad():
             for parameter in self.parameters():
-                if parameter.ndim >= 3:
+                if parameter.ndim >= 3 and not parameter.is_meta:
                     for matrix in local_tensor(parameter):
                         fn(matrix)
             for bias in self.biases():

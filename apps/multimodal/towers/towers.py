@@ -19,7 +19,7 @@ from apps.multimodal.towers.stack import IMAGE, TEXT, Part, PartStack
 from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
 from apps.nets.packing import Packing
-from core.fields import Count, Positive, ShareBelowOne
+from core.fields import Count, Depth, Positive, ShareBelowOne
 from core.kernels import cpu
 from core.registry import OpenConfig
 
@@ -163,7 +163,7 @@ class SingleTower(TowerConfig):
     """
 
     width: Count = 128
-    depth: Count = 4
+    depth: Depth = 4
     num_heads: Count = 4
     hidden_dim: Count | None = None
     patch_size: Count = 8

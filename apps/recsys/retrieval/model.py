@@ -15,7 +15,7 @@ from apps.recsys.tables.columns.dense import DenseConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig, TableColumns
 from apps.recsys.tables.rows.batch import TableBatch
-from core.fields import Checked, Count, ShareBelowOne
+from core.fields import Checked, Count, Depth, ShareBelowOne
 from core.kernels import cpu
 
 
@@ -39,7 +39,7 @@ class TowerConfig(Checked):
 
     dim: Count = 64
     width: Count = 64
-    depth: Count = 1
+    depth: Depth = 1
     hidden_dim: Count | None = None
     dropout: ShareBelowOne = 0.0
 

@@ -37,7 +37,7 @@ from apps.nets.pointwise import PointwiseAttention
 from apps.nets.positions import Learned
 from apps.recsys.sequence.generative import CodeDecoder, CodeEmbedding
 from apps.recsys.sequence.semantic_ids import SemanticIdsConfig
-from core.fields import Checked, Count, CountOrZero, ShareBelowOne
+from core.fields import Checked, Count, CountOrZero, Depth, ShareBelowOne
 from core.kernels import cpu
 
 EXPERTS = ("convolution", "attention")
@@ -73,7 +73,7 @@ class HistoryModelConfig(Checked):
     """
 
     dim: Count = 64
-    depth: Count = 2
+    depth: Depth = 2
     num_heads: Count = 2
     hidden_dim: Count | None = None
     mixing: Literal["mixture", "attention", "hstu"] = "mixture"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import core
-from core.fields import Bounds, Checked, Count
+from core.fields import Bounds, Checked, Count, Depth
 
 _NEAR, _WIDTH = 10, 64
 """Places within which two items of a history count as neighbors, and numbers of the vectors that tell of them."""
@@ -46,7 +46,7 @@ class SemanticIdsConfig(Checked):
     levels: Count = 3
     codes: Annotated[int, Bounds(2)] = 256
     vectors: str = "cooccurrence"
-    depth: Count = 1
+    depth: Depth = 1
     beam_size: Count = 30
 
     def codes_of(self, data: Any) -> Tensor:

@@ -22,7 +22,7 @@ from apps.recsys.tables.columns.tables import sparse_arch
 from apps.recsys.tables.columns.vectors import VectorArch
 from apps.recsys.tables.rows.batch import Ragged, TableBatch
 from apps.recsys.tables.tasks import HeadConfig
-from core.fields import Checked, Count
+from core.fields import Checked, Count, Depth
 from core.kernels import cpu
 
 
@@ -48,7 +48,7 @@ class InteractionConfig(Checked):
     prefix = "interaction."
 
     kind: Literal["concat", "dot", "cross"] = "concat"
-    num_layers: Count = 2
+    num_layers: Depth = 2
     low_rank: Count | None = None
 
     def __post_init__(self) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from apps.base.messages import some
+from apps.base.messages import one_line, some
 from apps.registry import name_of, of_today, without_dropped
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.paths import is_pretrained
@@ -87,6 +89,36 @@ def unlike(state: Mapping[str, Any], model: nn.Module) -> str:
     foreign = [name for name in there if name not in here]
     parts = (("", resized), ("the checkpoint lacks ", lacking), ("the model lacks ", foreign))
     return "; ".join(f"{what}{some(names)}" for what, names in parts if names)
+
+
+def unlike_in_size(state: Mapping[str, Any], made: Callable[[], nn.Module]) -> str:
+    """Return ``unlike`` of a model that is made without memory for its weights, or that it has too many of them.
+
+    A damaged file may ask for a model of any size.
+
+    Args:
+        state: ``state_dict`` of the checkpoint.
+        made: makes the model. Where it cannot be made on the meta device, "" is returned.
+    """
+    thread, most, seen = threading.get_ident(), 4 * len(state) + 1000, 0  # what is made and replaced counts, too
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal seen
+        seen += threading.get_ident() == thread
+        if seen > most:
+            raise OverflowError
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return unlike(state, made())
+    except OverflowError:
+        return f"the checkpoint has {len(state)} tensors, and the model over {most}"
+    except Exception as error:
+        # Sizes that no tensor can have. Any other model is made again with its weights, which says what is wrong.
+        return one_line(str(error)) if "overflow" in str(error) else ""
+    finally:
+        handle.remove()
 
 
 def fingerprint(module: nn.Module) -> str:

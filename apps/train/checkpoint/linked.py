@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule
 
 from apps.base.messages import one_line
 from apps.registry import name_of
-from apps.train.checkpoint.contents import read_checkpoint, unlike
+from apps.train.checkpoint.contents import read_checkpoint, unlike, unlike_in_size
 from apps.train.lightning_internals import set_initial_hparams, trainer_of
 from core.config.plain import arguments_from_plain, arguments_to_plain
 from core.fields import with_new_names
@@ -244,17 +244,22 @@ class LinkedModule(LightningModule, metaclass=_TakesOldNames):
             ValueError: as ``load_from_checkpoint``, or arguments or an encoding of which no such module can be made.
         """
         arguments = arguments_from_plain(cls, checkpoint.get("hyper_parameters") or {}, f"{path}: model")
-        try:
+
+        def made() -> Any:
             module = cls(**{**arguments, **changed})
             module.on_load_checkpoint(checkpoint)
+            return module
+
+        state = checkpoint["state_dict"]
+        try:
+            problem = unlike_in_size(state, made) or unlike(state, module := made())
         except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
             what = one_line(f"{type(error).__name__}: {error}")
             raise ValueError(
                 f"{path} makes no {cls.__name__}, so it is damaged or of another version: {what}"
             ) from error
-        problem = unlike(checkpoint["state_dict"], module)
         if problem:
             raise ValueError(f"{path} does not fit a {cls.__name__} of its arguments: {problem}")
-        module.load_state_dict(checkpoint["state_dict"])
+        module.load_state_dict(state)
         module.loaded_from = Path(path)
         return module

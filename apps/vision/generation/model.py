@@ -22,7 +22,7 @@ import core
 from apps.nets.blocks import FFNConfig, MoEs, feed, ffn_configs, resolve_blocks
 from apps.vision.generation.diffusion import bands
 from apps.vision.model import VariantSizes, build_ffn
-from core.fields import Count
+from core.fields import Count, Depth
 from core.kernels import cpu
 
 # embed_dim, depth, num_heads. S/B/L/XL are DiT's; nano is ours, for images of about 28x28 on a CPU.
@@ -50,7 +50,7 @@ class DiTConfig(VariantSizes):
     """Height and width of a patch, in pixels or in places of a latent; must divide the image's."""
     embed_dim: Count | None = None
     """Model dim D, a multiple of 4."""
-    depth: Count | None = None
+    depth: Depth | None = None
     """Number of blocks."""
     num_heads: Count | None = None
     """Attention heads; must divide ``embed_dim``."""
@@ -146,7 +146,9 @@ class DiT(nn.Module):
         self.dit, self.num_classes, self.out_chans = dit, num_classes, in_chans
         self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, dit.num_blocks)
         self.patch_embed = PatchEmbed(size, dit.patch_size, in_chans, dit.dim)
-        places_SD = build_sincos2d_pos_embed(list(self.patch_embed.grid_size), dit.dim)
+        places_SD = build_sincos2d_pos_embed(
+            list(self.patch_embed.grid_size), dit.dim, device=self.patch_embed.proj.weight.device
+        )
         self.register_buffer("pos_embed", places_SD, persistent=False)
         self.level_embed = LevelEmbedding(dit.dim)
         self.class_embed = nn.Embedding(num_classes + 1, dit.dim)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_app import TinyData, TinyModule
@@ -25,6 +27,34 @@ def test_arguments_that_are_damaged_are_one_line():
     checkpoint = {"hyper_parameters": {"num_classes": [3]}, "state_dict": {}}
     with pytest.raises(ValueError, match=r"^few\.ckpt makes no TinyModule, so it is damaged or of .*: TypeError: "):
         TinyModule.restored(checkpoint, "few.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "problem"),
+    [
+        ("width", 10**12, r"net.0.weight is \(8, 2\) there and \(1000000000000, 2\) here"),
+        ("width", 10**18, "overflow"),
+        ("moe", dataclasses.replace(MOE, num_experts=10**9), r"\(1000000000, "),
+    ],
+)
+def test_sizes_that_a_checkpoint_does_not_have_are_not_made(argument, value, problem):
+    module = TinyModule(3, moe=MOE)
+    module.keep_arguments({argument: value})
+    checkpoint = {"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}
+    with pytest.raises(ValueError, match=rf"^big\.ckpt does not fit a TinyModule of its arguments: .*{problem}"):
+        TinyModule.restored(checkpoint, "big.ckpt")
+
+
+def test_more_layers_than_a_checkpoint_has_are_not_made():
+    class ManyLayers(TinyModule):
+        def __init__(self, num_layers: int = 1) -> None:
+            super().__init__(3)
+            self.more = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(num_layers))
+
+    module = ManyLayers()
+    checkpoint = {"hyper_parameters": {"num_layers": 10**12}, "state_dict": module.state_dict()}
+    with pytest.raises(ValueError, match=r": the checkpoint has \d+ tensors, and the model over \d+$"):
+        ManyLayers.restored(checkpoint, "deep.ckpt")
 
 
 class FewOptions(TinyModule):
