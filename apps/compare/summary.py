@@ -170,7 +170,8 @@ class Summary:
 
     def example_lines(self) -> list[str]:
         """Return a line for each difference over one seed's test examples."""
-        return [example_line(pair, difference) for pair in self.examples for difference in pair.differences]
+        shares = {*self.shares, *([self.quality] if self.percent else [])}
+        return [example_line(pair, d, d.name in shares) for pair in self.examples for d in pair.differences]
 
 
 @dataclass(frozen=True)
@@ -325,13 +326,14 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str, perce
     return f"{against}: {f'{own} ' if difference.excludes_zero else ''}{outcome} {where} ({why})."
 
 
-def example_line(pair: ExamplePair, difference: ExampleDifference) -> str:
+def example_line(pair: ExamplePair, d: ExampleDifference, percent: bool) -> str:
     """Return in words the sparse model's difference to another one on the test examples of one seed."""
-    d = difference
     significance = "significant" if d.p < 0.05 else "not significant"
+    shown, low, high = (f"{100**percent * value:+.2f}" for value in (d.difference, d.low, d.high))
     return (
-        f"Against {label(pair.system)}, seed {pair.seed}: {d.name} difference {d.difference:+.2f}, 95 % interval over "
-        f"the {d.over} {d.low:+.2f} to {d.high:+.2f}, p = {d.p:.3f}: {significance} over these {d.over} ({d.method})."
+        f"Against {label(pair.system)}, seed {pair.seed}: {d.name} difference {shown}{' points' if percent else ''}, "
+        f"95 % interval over the {d.over} {low} to {high}, p = {d.p:.3f}: {significance} over these {d.over} "
+        f"({d.method})."
     )
 
 

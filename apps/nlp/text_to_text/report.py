@@ -80,7 +80,9 @@ def _against(task: str, systems: Mapping[str, Sequence[Mapping[str, float]]], me
         return []
     best = max([*values][1:], key=lambda name: float(np.mean(values[name])))
     d = mean_difference(metric, values[_MODEL], values[best], [task] * len(values[best]), "")
-    return [f"{task}: {metric} {d.difference:+.4f} beside {best}, 95 % interval {d.low:+.4f} to {d.high:+.4f}"]
+    percent = is_share(metric, [values[_MODEL]])
+    shown, low, high = (f"{100**percent * value:+.2f}" for value in (d.difference, d.low, d.high))
+    return [f"{task}: {metric} {shown} beside {best}, 95 % interval {low} to {high}"]
 
 
 # ---- extractive baselines

@@ -153,6 +153,9 @@ def test_intervals_over_seeds_and_over_examples_are_told_apart():
         "Against dense, equal FLOPs, seed 1: BLEU difference +0.40, 95 % interval over the test sentences +0.10 to "
         "+0.70, p = 0.002: significant over these test sentences (paired bootstrap)."
     ) in s.example_lines()
+    top1 = dataclasses.replace(bleu, name="top1", over="test images")
+    s = dataclasses.replace(s, examples=(ExamplePair("dense_equal_flops", 1, (top1,)),))
+    assert "top1 difference +40.00 points, 95 % interval over the test images +10.00 to +70.00" in s.example_lines()[0]
 
 
 def test_flops_are_those_before_training_and_once_trained_where_these_differ():
