@@ -6,7 +6,7 @@
 
 Each run is the first ``moesaic fit`` in a configuration's header that names the file, with seed 0 and one thread. A run
 is left out, with the reason, if its data are not on this machine, or if it needs another run or several processes.
-``--check`` has a relative tolerance of 1e-4 (1e-3 for one run), since processors differ; it exits with 1 if a loss
+``--check`` has a relative tolerance of 1e-4 (up to 2e-3 for two runs), since processors differ; it exits with 1 if a loss
 differs or a run fails.
 """
 
@@ -35,7 +35,8 @@ ROOT = Path(apps.__file__).parents[1]
 KEPT = ROOT / "docs" / "runs" / "first_losses.json"
 ABSENT = "is not on this machine"
 TOLERANCE = 1e-4
-LOOSE = {"multimodal/shapes": 1e-3}  # Muon enlarges rounding: the same code differs by 4e-4 on two machines
+# Muon and thresholds enlarge rounding: the same code differs by 4e-4 and 9e-4 on two machines.
+LOOSE = {"multimodal/shapes": 1e-3, "routing/dynamic_threshold": 2e-3}
 FLAGS = {
     "seed_everything": "0",
     "trainer.max_steps": "10",
