@@ -6,8 +6,8 @@
 
 Each run is the first ``moesaic fit`` in a configuration's header that names the file, with seed 0 and one thread. A run
 is left out, with the reason, if its data are not on this machine, or if it needs another run or several processes.
-``--check`` has a relative tolerance of 1e-4 (up to 2e-3 for two runs), since processors differ; it exits with 1 if a loss
-differs or a run fails.
+``--check`` has a relative tolerance of 1e-4 (up to 2e-3 for two runs), since processors differ; it exits with 1 if
+a loss differs or a run fails.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +65,24 @@ def new_file(path: Path) -> Path:
 
 
 def delete_leftovers(path: Path) -> None:
-    """Delete the leftovers of killed runs next to ``path``, which no other process writes now."""
+    """Delete what killed runs have left next to ``path``, and not what another process is writing."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
-        delete(leftover)
+        with contextlib.suppress(OSError, ImportError), contextlib.ExitStack() as stack:
+            if leftover.is_file() and not leftover.is_symlink():
+                _lock(stack.enter_context(open(leftover, "rb")))
+            delete(leftover)
+
+
+def _lock(file: IO[Any]) -> None:
+    """Lock a file until it is closed.
+
+    Raises:
+        OSError: another process has locked it.
+        ImportError: the system has no such locks.
+    """
+    import fcntl  # Windows has none
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
@@ -80,9 +95,12 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
+    delete_leftovers(path)
     temporary = new_file(path)
     try:
         with open(temporary, mode, **options) as file:
+            with contextlib.suppress(OSError, ImportError):  # a file system or a system without locks
+                _lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())

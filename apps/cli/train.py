@@ -33,7 +33,7 @@ from apps.report.tables import print_in_parts, write_csv
 from apps.train.checkpoint.checkpoints import BestAndLast
 from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.checkpoint.linked import LinkedModule
-from apps.train.checkpoint.run_folder import RunFolder, check_own, is_unused, mark
+from apps.train.checkpoint.run_folder import RunFolder, check_own, is_unused, mark, marked_if_new
 from apps.train.checkpoint.stopping import StopsSoon
 from apps.train.device import device_line
 from apps.train.lightning_internals import set_initial_hparams
@@ -135,20 +135,19 @@ class SparseCLI(RunSetup):
     def _evaluate(self, command: str, arguments: dict[str, Any]) -> None:
         check_own(self.run_dir / f"{command}.json")
         check_own(self.run_dir / FILE)
-        is_new = is_unused(self.run_dir)  # before a test's report is in it
         kept = self.run_dir / FOLDER / SECTIONS
         earlier = kept.stat().st_mtime_ns if kept.exists() else None
         options = self.request.options
         sweep = None
         if isinstance(options, Test) and options.sweep:
             sweep = Sweep(self, options.rounds or 11, options.batches or 8)
-        results = getattr(self.trainer, command)(**arguments)
+        # A test writes its report before it ends, and may be killed in between.
+        with marked_if_new(self.run_dir) if self.trainer.is_global_zero else contextlib.nullcontext():
+            results = getattr(self.trainer, command)(**arguments)
         self.metrics = metrics = {k: float(v) for result in results for k, v in result.items()}
         if not self.trainer.is_global_zero:
             return
         path = self.run_dir / f"{command}.json"
-        if is_new:
-            mark(self.run_dir)
         signatures = self._signatures()
         done = {**({"signatures": signatures} if signatures else {}), **self.experts.records()}
         with replacing(path) as file:

@@ -33,6 +33,20 @@ def mark(folder: Path) -> None:
     (folder / MARKER).touch()
 
 
+@contextlib.contextmanager
+def marked_if_new(folder: Path) -> Iterator[None]:
+    """Mark a new or empty folder as a run's, and delete it if an error in the block leaves no file in it."""
+    is_new = is_unused(folder)
+    if is_new:
+        mark(folder)
+    try:
+        yield
+    except BaseException:
+        if is_new and [path.name for path in folder.iterdir()] == [MARKER]:
+            delete(folder)
+        raise
+
+
 def is_own(checkpoint: Path, folder: Path) -> bool:
     """Return whether a checkpoint belongs to the run in a folder, and not to one that was put aside there."""
     path, folder = checkpoint.resolve(), folder.resolve()

@@ -17,6 +17,18 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_kill_has_left_beside_a_file_goes_and_what_is_being_written_stays(tmp_path):
+    path = tmp_path / "ladder.json"
+    (tmp_path / ".ladder.json.0a1b2c3d.tmp").write_text("half")
+    (tmp_path / ".ladder.jsonl.tmp").write_text("of another")
+    with replacing(path) as other:  # of a second process
+        with replacing(path) as file:
+            file.write("whole")
+        other.write("later")
+    assert path.read_text() == "later"
+    assert {p.name for p in tmp_path.iterdir()} == {"ladder.json", ".ladder.jsonl.tmp"}
+
+
 def test_a_lock_is_held_by_one_and_free_after_it(tmp_path):
     with (
         holding(tmp_path / ".lock", "held by none before"),

@@ -15,7 +15,24 @@ from places import environment
 from tiny_app import CONFIG
 
 from apps.cli import main
-from apps.train.checkpoint.run_folder import MARKER
+from apps.train.checkpoint.run_folder import MARKER, marked_if_new
+
+
+def test_a_new_folder_is_marked_before_the_first_file_and_goes_if_none_comes(tmp_path):
+    def stopped(*files: Path) -> None:
+        with pytest.raises(KeyboardInterrupt), marked_if_new(tmp_path / "run"):
+            assert (tmp_path / "run" / MARKER).exists()
+            for file in files:
+                file.touch()
+            raise KeyboardInterrupt
+
+    stopped()
+    assert not (tmp_path / "run").exists()
+    stopped(tmp_path / "run" / "report")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {MARKER, "report"}
+    (tmp_path / "run" / MARKER).unlink()
+    with marked_if_new(tmp_path / "run"):  # of somebody else
+        assert not (tmp_path / "run" / MARKER).exists()
 
 
 @pytest.fixture
