@@ -148,6 +148,7 @@ class Guard:
         self._limits, self._metrics, self._paths, self._refusal = limits, metrics, paths, refusal
         self._open = 0
         self._reading: Reading = {}
+        self._lingering = set[_Exchange]()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -163,7 +164,8 @@ class Guard:
         except Refused as refused:
             app = self._refusal(refused)
         scope["reading"] = self._reading
-        exchange = _Exchange(scope, receive, send, self._limits.body if known else 0)
+        most = self._limits.body if known else 0
+        exchange = _Exchange(scope, receive, send, most, self._lingering, self._limits.waiting // 2)
         counted = known and app is self._app
         self._open += counted
         self._metrics.open.set(self._open)
@@ -197,10 +199,16 @@ class Guard:
 
 
 class _Exchange:
-    """One request and its answer, after which ``most`` bytes are thrown away; with 0 the connection is closed."""
+    """One request and its answer, after which ``most`` bytes are thrown away; with 0 the connection is closed.
 
-    def __init__(self, scope: Message, receive: Receive, send: Send, most: int) -> None:
+    It is closed at once, too, while ``room`` others of ``lingering`` do so: each is a connection that nobody may close.
+    """
+
+    def __init__(
+        self, scope: Message, receive: Receive, send: Send, most: int, lingering: set[_Exchange], room: int
+    ) -> None:
         self.status, self._closes = 0, not most
+        self._lingering, self._room = lingering, room
         self._receive, self._send, self._left = receive, send, most
         headers = dict(scope["headers"])
         self._unread = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
@@ -223,7 +231,13 @@ class _Exchange:
         await self._send(message)
 
     async def _throw_away(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LINGER):
-                while self._unread and self._left > 0:
-                    self._left -= len((await self.receive()).get("body", b""))
+        if len(self._lingering) >= self._room:
+            return
+        self._lingering.add(self)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER):
+                    while self._unread and self._left > 0:
+                        self._left -= len((await self.receive()).get("body", b""))
+        finally:
+            self._lingering.discard(self)

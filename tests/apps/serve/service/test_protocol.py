@@ -150,3 +150,10 @@ def test_slow_bodies_lock_nobody_out(monkeypatch):
             time.sleep(0.01)
         assert answer.endswith(b'{"outputs":[4]}')
         assert slow[0].recv(65536).endswith(b'{"error":"the body did not arrive while others waited"}')
+
+
+def test_bodies_that_are_refused_and_still_come_lock_nobody_out():
+    with listening(served_numbers(limits=PATIENT)[0], PATIENT) as port, contextlib.ExitStack() as stack:
+        for _ in range(2 * (PATIENT.requests + PATIENT.waiting)):
+            stack.enter_context(connect(port)).sendall(POST + b"Content-Length: 900\r\n\r\n{")
+        assert ask(port, GET + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
