@@ -66,7 +66,8 @@ def new_file(path: Path) -> Path:
 
 def delete_leftovers(path: Path) -> None:
     """Delete what killed runs have left next to ``path``, and not what another process is writing."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
+    folder = temporary_path(path)
+    for leftover in [*path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"), *[folder] * folder.is_dir()]:
         with contextlib.suppress(OSError, ImportError), contextlib.ExitStack() as stack:
             if leftover.is_file() and not leftover.is_symlink():
                 _lock(stack.enter_context(open(leftover, "rb")))

@@ -32,8 +32,8 @@ from core.testing.router_case import RouterCase, seeded
 
 WEIGHT = 3
 LAYERS, TRIES, DRAWS = 100, 200, 4000
-BOUNDS = {torch.float64: 1e-12, torch.float32: 4 * FLOAT32, torch.bfloat16: 16 * 2**-8}
-"""Bounds of an error over the largest element; of bfloat16 a few roundings of 2^-8 that add up."""
+BOUNDS = {torch.float64: 1e-12, torch.float32: 4 * FLOAT32, torch.bfloat16: 32 * 2**-8}
+"""Bounds of an error over the largest element; of bfloat16 some roundings of 2^-8, of terms that may cancel."""
 SMALL = 0.1
 """Gradients whose largest element is below this share of a step's largest are judged as if it were that share."""
 

@@ -104,8 +104,7 @@ def unlike_in_size(state: Mapping[str, Any], made: Callable[[], nn.Module]) -> s
 
     def count(module: nn.Module, name: str, parameter: Any) -> None:
         nonlocal seen
-        seen += threading.get_ident() == thread
-        if seen > most:
+        if threading.get_ident() == thread and (seen := seen + 1) > most:
             raise OverflowError
 
     handle = register_module_parameter_registration_hook(count)

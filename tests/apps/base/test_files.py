@@ -20,13 +20,13 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
 def test_what_a_kill_has_left_beside_a_file_goes_and_what_is_being_written_stays(tmp_path):
     path = tmp_path / "ladder.json"
     (tmp_path / ".ladder.json.0a1b2c3d.tmp").write_text("half")
-    (tmp_path / ".ladder.jsonl.tmp").write_text("of another")
+    (tmp_path / ".ladder.json.mine.tmp").write_text("of a user")
     with replacing(path) as other:  # of a second process
         with replacing(path) as file:
             file.write("whole")
         other.write("later")
     assert path.read_text() == "later"
-    assert {p.name for p in tmp_path.iterdir()} == {"ladder.json", ".ladder.jsonl.tmp"}
+    assert {p.name for p in tmp_path.iterdir()} == {"ladder.json", ".ladder.json.mine.tmp"}
 
 
 def test_a_lock_is_held_by_one_and_free_after_it(tmp_path):

@@ -73,6 +73,7 @@ def test_the_best_is_the_best_and_the_last_is_the_last(tmp_path):
 
 
 def test_what_a_kill_in_the_middle_of_a_write_left_is_removed(tmp_path):
-    (tmp_path / ".best.ckpt.tmp").write_bytes(b"half")
+    (tmp_path / ".best.ckpt.0a1b2c3d.tmp").write_bytes(b"half")
+    (tmp_path / ".last.ckpt.tmp").mkdir()  # of shards
     fit(TinyModule(3), tmp_path, limit_train_batches=1, limit_val_batches=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "metrics.csv"]
