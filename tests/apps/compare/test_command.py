@@ -266,6 +266,7 @@ def test_baselines_start_from_the_generators_state_alone(config):
     assert torch.equal(heads[1], heads[2])
 
 
+@pytest.mark.slow
 def test_workers_train_and_measure(config, whole, tmp_path):
     argv = asked(config, tmp_path / "out", "--rounds", "1", "--jobs", "2")
     outcome = command.run_command(argv[1:])

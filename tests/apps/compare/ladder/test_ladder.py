@@ -70,6 +70,7 @@ def test_a_ladder_and_one_rung_more(tmp_path, capsys):
     assert (out / "ladder.png").exists()
 
 
+@pytest.mark.slow  # a killed one is tried by bench soak
 def test_a_stopped_ladder_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     from apps.compare import training, work
 

@@ -147,6 +147,7 @@ def on_rank(rank, folder):
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_speak_with_one_voice(tmp_path):
     first, second = on_two_ranks(functools.partial(on_rank, folder=tmp_path), tmp_path)
     assert first["healthy"] == ([], ["routing: healthy"])
