@@ -119,6 +119,8 @@ def _become(words: list[str], place: Path, log: Path, limits: Mapping[str, int],
     os.setsid()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
+    if not place.is_dir():
+        sys.exit("error: the folder has vanished before the command began")
     os.chdir(place)
     os.environ.update(variables)
     sys.argv = ["moesaic", *words]

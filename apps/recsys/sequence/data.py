@@ -344,6 +344,7 @@ class HistoryData(SuiteData):
             [identity(files), columns, options],
             lambda writer: histories.write(made(), writer),
             given=self.digest_of_given,
+            digest_of=lambda files: histories.read(files).items.digest,
         )
         opened = histories.read(arrays)
         if opened.num_unknown and rank_zero_only.rank == 0:

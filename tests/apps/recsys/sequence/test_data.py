@@ -297,6 +297,16 @@ def test_movielens(tmp_path: Path) -> None:
     assert known.item_genres == ((), ("Adventure",))
 
 
+def test_a_checkpoint_of_the_same_items_encodes_nothing_again(tmp_path: Path) -> None:
+    file, cache = write(tmp_path), tmp_path / "cache"
+    first = ready(file, cache_dir=str(cache))
+    again = HistoryData(dataset="table", file=file, cache_dir=str(cache))
+    again.adopt(first.encoding_state)
+    again.setup("fit")
+    assert again.histories.item_N.tolist() == first.histories.item_N.tolist()
+    assert len([*(cache / "histories").iterdir()]) == 1
+
+
 def test_it_can_be_sent_to_another_process(tmp_path: Path) -> None:
     data = ready(write(tmp_path))
     again = pickle.loads(pickle.dumps(data))
