@@ -329,7 +329,7 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str, perce
 def example_line(pair: ExamplePair, d: ExampleDifference, percent: bool) -> str:
     """Return in words the sparse model's difference to another one on the test examples of one seed."""
     significance = "significant" if d.p < 0.05 else "not significant"
-    shown, low, high = (f"{100**percent * value:+.2f}" for value in (d.difference, d.low, d.high))
+    shown, low, high = d.texts(percent)
     return (
         f"Against {label(pair.system)}, seed {pair.seed}: {d.name} difference {shown}{' points' if percent else ''}, "
         f"95 % interval over the {d.over} {low} to {high}, p = {d.p:.3f}: {significance} over these {d.over} "

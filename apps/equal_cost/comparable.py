@@ -122,6 +122,11 @@ class ExampleDifference:
     method: str
     over: str = "test examples"
 
+    def texts(self, percent: bool) -> tuple[str, str, str]:
+        """Return the difference and its interval as texts, in points if the figure is shown in percent."""
+        own, low, high = (f"{100**percent * value:+.2f}" for value in (self.difference, self.low, self.high))
+        return own, low, high
+
 
 @dataclass(frozen=True)
 class ExampleValues:

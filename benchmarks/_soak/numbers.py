@@ -134,10 +134,8 @@ def against_the_oracle(rng: np.random.Generator) -> str:
     expected = {name: value.to_dense().double() for name, value in steps[0].items() if value.numel()}
     gradients = [value.abs().max().item() for name, value in expected.items() if name.startswith("gradient")]
     for name, value in expected.items():
-        if (
-            name.startswith("gradient") and dtype is torch.bfloat16
-        ):  # a unit of ReLU near 0 turns with the order of sums
-            continue
+        if name.startswith("gradient") and dtype is torch.bfloat16:
+            continue  # a unit of ReLU near 0 turns with the order of sums
         largest, error = value.abs().max().item(), (steps[1][name].to_dense() - value).abs().max().item()
         small = SMALL * max(gradients) if name.startswith("gradient") else 0.0  # sums whose terms cancel
         is_close = error <= BOUNDS[dtype] * max(largest, small)

@@ -80,8 +80,7 @@ def _against(task: str, systems: Mapping[str, Sequence[Mapping[str, float]]], me
         return []
     best = max([*values][1:], key=lambda name: float(np.mean(values[name])))
     d = mean_difference(metric, values[_MODEL], values[best], [task] * len(values[best]), "")
-    percent = is_share(metric, [values[_MODEL]])
-    shown, low, high = (f"{100**percent * value:+.2f}" for value in (d.difference, d.low, d.high))
+    shown, low, high = d.texts(is_share(metric, [values[_MODEL]]))
     return [f"{task}: {metric} {shown} beside {best}, 95 % interval {low} to {high}"]
 
 
