@@ -33,7 +33,7 @@ from apps.report.tables import print_in_parts, write_csv
 from apps.train.checkpoint.checkpoints import BestAndLast
 from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.checkpoint.linked import LinkedModule
-from apps.train.checkpoint.run_folder import RunFolder, check_own, is_unused, mark, marked_if_new
+from apps.train.checkpoint.run_folder import RunFolder, check_own, marked_if_new
 from apps.train.checkpoint.stopping import StopsSoon
 from apps.train.device import device_line
 from apps.train.lightning_internals import set_initial_hparams
@@ -142,7 +142,7 @@ class SparseCLI(RunSetup):
         if isinstance(options, Test) and options.sweep:
             sweep = Sweep(self, options.rounds or 11, options.batches or 8)
         # A test writes its report before it ends, and may be killed in between.
-        with marked_if_new(self.run_dir) if self.trainer.is_global_zero else contextlib.nullcontext():
+        with self._marked_if_new():
             results = getattr(self.trainer, command)(**arguments)
         self.metrics = metrics = {k: float(v) for result in results for k, v in result.items()}
         if not self.trainer.is_global_zero:
@@ -163,6 +163,13 @@ class SparseCLI(RunSetup):
             print_metrics(metrics, "val", f"{command} of {self.ckpt_path or 'an untrained model'}")
         self._print_signatures()
         print(f"also in {path}")
+
+    def _marked_if_new(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that marks the folder of the run, unless the user names another place for its files."""
+        is_elsewhere = getattr(self.request.options, "output", None) is not None
+        if is_elsewhere or not self.trainer.is_global_zero:
+            return contextlib.nullcontext()
+        return marked_if_new(self.run_dir)
 
     def _report(self, metrics: Mapping[str, float], sections: Sequence[Section]) -> None:
         """Show the verdict and the figures of a test, and write its report and, next to it, the index of the runs."""
@@ -216,9 +223,7 @@ class SparseCLI(RunSetup):
         table = path.with_suffix(".importance.csv")
         if options.explain:
             check_new(table, options.overwrite)
-        if options.output is None and is_unused(self.run_dir):
-            mark(self.run_dir)
-        with PredictionFile(path, raw_csv=options.raw_csv).open() as file:
+        with self._marked_if_new(), PredictionFile(path, raw_csv=options.raw_csv).open() as file:
             self.trainer.callbacks.append(file)
             self.trainer.predict(**arguments)
         self._print_written(file)
@@ -234,10 +239,8 @@ class SparseCLI(RunSetup):
             raise UsageError(f"output={options.output} is a file, and this model draws images: give a folder")
         folder = options.output or self.run_dir / "images"
         writer = self.model.folder_writer(folder, options.overwrite)
-        if options.output is None and is_unused(self.run_dir):
-            mark(self.run_dir)
         start = time.monotonic()
-        with writer.open():
+        with self._marked_if_new(), writer.open():
             self.trainer.callbacks.append(writer)
             self.trainer.predict(**arguments)
         print(f"{writer}, in {time.monotonic() - start:.1f} s")
@@ -263,9 +266,9 @@ class SparseCLI(RunSetup):
             path = self.run_dir / stream.file if stream.file else None
             if path is not None:
                 check_own(path)
-                if is_unused(self.run_dir):
-                    mark(self.run_dir)
-            start, count = time.monotonic(), print_stream(stream, path)
+            start = time.monotonic()
+            with contextlib.nullcontext() if path is None else self._marked_if_new():
+                count = print_stream(stream, path)
             also = "" if path is None else f", also in {path}"
             took = f"in {time.monotonic() - start:.1f} s"
             print(f"{counted(count, 'prediction')} {took}{also}", file=sys.stderr)

@@ -125,6 +125,16 @@ def test_without_lines_to_say_predictions_go_to_a_file(run):
     Path("runs/named/predictions.jsonl").unlink()
 
 
+def test_a_prediction_that_ends_in_an_error_leaves_no_folder(run, capsys, monkeypatch):
+    def rows(self: object) -> None:
+        raise ValueError("no rows")
+
+    monkeypatch.setattr("tiny_app.NamedData.predict_dataloader", rows)
+    assert main(["predict", run, BEST, "--run_dir=elsewhere"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no rows"
+    assert not Path("elsewhere").exists()
+
+
 def test_data_take_from_the_checkpoint_what_is_not_written(run):
     for command in ("test", "predict", "validate"):
         data = build(command, [run]).datamodule
