@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import altair as alt
+from altair.utils.schemapi import debug_mode
 
 from apps.report.colors import PALETTE, color_of, expert_colors, ink_on, shape_of
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, Point, ScatterChart, placed
@@ -36,12 +37,19 @@ _WIDEST = 1300
 _NEUTRAL = "#8a8a8a"  # is seen on light and on dark ground
 
 
+# Altair would check each part, and then the whole, against its schema, in two thirds of the time of a page's charts.
+_unchecked = debug_mode(False)
+
+
+@_unchecked
 def vega_lite(chart: Chart) -> dict[str, Any]:
     """Return the Vega-Lite specification of a chart, without a title: the page has it as a heading."""
     drawn = _DRAW[type(chart)](chart, False).properties(width="container")
-    return {**drawn.properties(description=f"{chart.title}. {chart.summary}").to_dict(), "config": _CONFIG}
+    described = drawn.properties(description=f"{chart.title}. {chart.summary}")
+    return {**described.to_dict(validate=False), "config": _CONFIG}
 
 
+@_unchecked
 def still(charts: Sequence[Chart | Words], title: str) -> dict[str, Any]:
     """Return the Vega-Lite specification of a file of charts; see ``html.png_of``."""
     maps = [chart for chart in charts if isinstance(chart, HeatmapChart)]
@@ -75,7 +83,8 @@ def still(charts: Sequence[Chart | Words], title: str) -> dict[str, Any]:
     of_line = {**own, **({"y": "shared"} if len(heights) == 1 and None not in heights else {})}
     rows = [alt.hconcat(*line, spacing=24).resolve_scale(**of_line) for line in lines]
     whole = alt.vconcat(*rows, spacing=24).resolve_scale(**own)
-    return {**whole.properties(title=alt.Title(title, fontSize=14, offset=14)).to_dict(), "config": _STILL}
+    titled = whole.properties(title=alt.Title(title, fontSize=14, offset=14))
+    return {**titled.to_dict(validate=False), "config": _STILL}
 
 
 def _width(chart: Chart | Words) -> int:

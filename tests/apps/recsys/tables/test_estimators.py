@@ -23,6 +23,7 @@ from apps.recsys.tables.estimators import (
     HistGradientBoostingUntuned,
     LightGBM,
     LogisticRegression,
+    boosting,
 )
 from apps.recsys.tables.estimators.boosting import Columns
 from apps.recsys.tables.estimators.linear import design_matrix
@@ -236,11 +237,11 @@ def check_every_kind(model, data):
     assert model.logits(gather(data, "test")).shape == (60, 1 + 1 + 1 + 1 + 3 + 3 + 3 + 1 + 3)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: HistGradientBoosting(**FAST), HistGradientBoostingUntuned, LogisticRegression]
-)
-def test_scikit_learn_predicts_tasks_of_every_kind(make, tmp_path):
-    check_every_kind(make(), every_kind(tmp_path))
+@pytest.mark.parametrize("kind", [HistGradientBoosting, HistGradientBoostingUntuned, LogisticRegression])
+def test_scikit_learn_predicts_tasks_of_every_kind(kind, tmp_path, monkeypatch):
+    for searched in ("TREES", "PENALTIES"):  # the searches are tried above
+        monkeypatch.setattr(boosting, searched, getattr(boosting, searched)[:1])
+    check_every_kind(kind(**FAST) if kind is HistGradientBoosting else kind(), every_kind(tmp_path))
 
 
 @pytest.mark.parametrize("kind", [LightGBM, CatBoost])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import altair as alt
 import numpy as np
 import pytest
+from jsonschema import ValidationError
 from PIL import Image
 
 from apps.report.page import html, save_charts
@@ -18,6 +20,19 @@ from apps.report.use import load_charts
 def rows(spec: dict) -> list[dict]:
     """Return all rows of data of a specification."""
     return [row for data in spec["datasets"].values() for row in data] if "datasets" in spec else spec["data"]["values"]
+
+
+def test_specifications_are_those_that_the_schema_allows():
+    lines = LineChart("t", "s", "x", "y", (Line("a", (1.0, 2.0), (5.0, math.nan)), Line("b", (2.0,), (7.0,), "part")))
+    points = ScatterChart("t", "s", "x", "y", (Point("a", 1.0, 2.0), Point("b", 2.0, 3.0, 2.5, 3.5)), log_x=True)
+    bars = BarChart("t", "s", "x", "y", ("0", "1"), {"a": (1.0, 2.0), "b": (2.0, 1.0)}, line=1.5)
+    maps = HeatmapChart("t", "s", "r", "c", ("a", "b"), ("0", "1"), ((1.0, 0.0), (0.5, 0.5)))
+    words = Words("t", ("one", "two"), {"block 1": ("0", "1")}, 2, {"loss": (1.0, 2.0)})
+    for chart in (lines, points, bars, maps):
+        alt.LayerChart.validate(vega_lite(chart))
+    alt.VConcatChart.validate(still([lines, points, bars, maps, words], "t"))
+    with pytest.raises(ValidationError, match="'high' is not"):
+        alt.LayerChart.validate({**vega_lite(bars), "height": "high"})
 
 
 def test_the_library_of_charts_is_made_once_for_each_version_where_the_cache_can_be_written(tmp_path, monkeypatch):
