@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Imports leave hardly any garbage, and looking for it is a quarter of their time. Collection is on again for the tests.
 gc.disable()
 
+_HERE = Path(__file__).parent
 
 if importlib.util.find_spec("torchrec") is None:  # it is for Linux on x86-64
     collect_ignore_glob = [
@@ -42,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
+    # Those of the documentation are long, and one that comes last keeps the other workers waiting.
+    items.sort(key=lambda item: item.path.parent != _HERE)
 
 
 @pytest.hookimpl(wrapper=True)

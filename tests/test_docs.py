@@ -31,7 +31,8 @@ ROUTERS = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs
 # Pages with a test of their own, or whose code is not to be run.
 OWN_TEST = ("train_on_your_own_table", "write_a_router", "write_an_expert")
 SLOW = ("choose_a_router", "choose_the_number_of_experts_and_k", "compare_at_equal_time", "compare_with_boosted_trees")
-SLOW += ("compile_a_model", "export_for_torch_or_cpp", "test_cheaper_forms")
+SLOW += ("add_adapters", "compile_a_model", "export_for_torch_or_cpp", "export_to_onnx", "quantize_experts")
+SLOW += ("test_cheaper_forms",)
 HOW_TO = sorted(
     page.stem
     for page in (ROOT / "docs" / "how_to").glob("*.md")
@@ -185,25 +186,41 @@ def test_every_finding_of_the_doctor_has_a_row():
     assert set(REMEDIES) == set(re.findall(r"^\| `(\w+)` \|", ROUTERS["findings.md"], flags=re.MULTILINE))
 
 
+FEW = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "2"]
+FEW += ["--trainer.accelerator", "cpu"]
+FIT = "moesaic fit --config configs/vision/digits.yaml"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with which many pages begin."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("digits"))
+        patch.setattr(html, "script", lambda: "")
+        assert main([*FIT.split()[1:], *FEW]) == 0
+        return Path("runs/digits").resolve()
+
+
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in HOW_TO]
 )
-def test_the_blocks_of_a_how_to_run(page, tmp_path, monkeypatch, capsys):
+def test_the_blocks_of_a_how_to_run(page, digits, tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "how_to" / f"{page}.md").read_text(encoding="utf-8")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     for name, source in re.findall(r"`(\w+\.yaml)`:\n\n```yaml\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
         Path(name).write_text(source)
-    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "2"]
-    few += ["--trainer.accelerator", "cpu"]
     short = {
-        "fit": few,
-        "test": few[-2:],
-        "compare": [*few, "--seeds", "1", "--rounds", "0", "--learning_rates", "0.004"],
+        "fit": FEW,
+        "test": FEW[-2:],
+        "compare": [*FEW, "--seeds", "1", "--rounds", "0", "--learning_rates", "0.004"],
     }
     monkeypatch.setattr(html, "script", lambda: "")
     for block in blocks(text, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
+            if line == FIT:
+                shutil.copytree(digits, "runs/digits")
+                continue
             _, command, *rest = shlex.split(line)
             run_dir = ["--run_dir", "runs/digits"] if command == "fit" and "--run_dir" not in rest else []
             if command == "compare" and "--baselines" not in rest:  # tests/apps/compare has the others

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from undrawn import undrawn as undrawn
 
 import core
 from apps.cli import main

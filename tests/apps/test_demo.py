@@ -12,8 +12,9 @@ from apps.data import datasets
 from apps.data.cache import DataError
 from apps.report.page import html
 
-FEW = ["--jobs", "1", "--seeds", "2", "--rounds", "0", "--learning_rates", "0.004", "--trainer.max_epochs", "1",
-       "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1"]  # fmt: skip
+FEW = ["--jobs", "1", "--seeds", "2", "--rounds", "0", "--learning_rates", "0.004", "--baselines",
+       "dense_equal_flops", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2",
+       "--trainer.limit_test_batches", "1"]  # fmt: skip
 
 
 @pytest.fixture

@@ -23,6 +23,11 @@ def on_ranks(work: Callable[[int], Any], folder: Path, world: int, preload: Sequ
     """Return what ``work(rank)`` returns on each of ``world`` ranks, with the ``preload`` of ``fork``; ``folder`` is
     empty."""
     fork(_worker, (work, str(folder), world), world, preload)
+    return results(folder, world)
+
+
+def results(folder: Path, world: int) -> list[Any]:
+    """Return what ``on_ranks`` has returned in a folder."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 

@@ -8,11 +8,12 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from made_once import made_once
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
-from two_ranks import on_ranks
+from two_ranks import on_ranks, results
 
 from core import (
     FFN,
@@ -224,10 +225,11 @@ def copies(rank: int, world: int) -> bool:
 
 @pytest.fixture(scope="module")
 def of_world(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
-    return {
-        world: on_ranks(partial(work, world=world), tmp_path_factory.mktemp(f"ranks{world}"), world)
+    folders = {
+        world: made_once(tmp_path_factory, f"ranks{world}", partial(on_ranks, partial(work, world=world), world=world))
         for world in DIVISIONS
     }
+    return {world: results(folder, world) for world, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,10 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 import yaml
 from divided_runs import DIVISIONS, curve, divided, fit, loaded, model
+from made_once import made_once
 from places import environment
 from resuming import differences, log
-from two_ranks import on_ranks
+from two_ranks import on_ranks, results
 
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.checkpoints import BestAndLast
@@ -117,19 +118,23 @@ def no_space() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def train_all(folder: Path) -> None:
+    (folder / "ranks").mkdir()
+    train_in_one(folder)
+    work = functools.partial(train_on_two, folder=folder)
+    on_ranks(work, folder / "ranks", 2, ["apps.train.sharded.expert_parallel"])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("divided")
+    """Runs on one process and on two."""
+    return made_once(tmp_path_factory, "divided_runs", train_all)
 
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    """What two ranks return; their runs and those of one process are in the folder."""
-    (folder / "ranks").mkdir()
-    train_in_one(folder)
-    return on_ranks(
-        functools.partial(train_on_two, folder=folder), folder / "ranks", 2, ["apps.train.sharded.expert_parallel"]
-    )
+    """What two ranks return."""
+    return results(folder / "ranks", 2)
 
 
 def tensors(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 import sharded_runs as runs
 import torch
+from made_once import made_once
 from places import ROOT, environment
 from sharded_neurons import batch, layer, train_on_whole_batches
 from sharded_runs import COPIES, EXPERTS, SHARDINGS, WORLD, losses, module, train, weights
@@ -43,7 +44,10 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs on one process, then the same on two."""
-    root = tmp_path_factory.mktemp("runs")
+    return made_once(tmp_path_factory, "sharded_runs", train_all)
+
+
+def train_all(root: Path) -> None:
     runs.write_table(root / "table.parquet")
     for name, (optimizer, options) in SHARDINGS.items():
         # Whole tables on each process are stepped by the module's optimizer.
@@ -61,7 +65,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         WORLD,
         ["apps.recsys.tables.shard.strategy", "apps.recsys.tables.module"],
     )
-    return root
 
 
 @pytest.fixture(scope="module")
