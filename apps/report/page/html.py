@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from markupsafe import Markup
@@ -40,18 +41,36 @@ _OF_INDEX = ("runs", "list", "search", "only", "count", "side-by-side", "points"
 _MARK = "<!--picture-->"
 
 
+_ADDRESSES = 72 * 2**30
+"""Bytes of addresses, of which it uses few, without which V8 aborts the process."""
+
+
+def _vega() -> ModuleType:
+    """Return vl-convert, or raise a RuntimeError if this process may not have the addresses that it needs."""
+    import vl_convert
+
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if 0 <= limit < _ADDRESSES:
+            raise RuntimeError(
+                f"charts need {_ADDRESSES >> 30} GiB of addresses (memory is hardly used), and this process may have "
+                f"{limit / 2**30:.1f}: ulimit -v unlimited"
+            )
+    return vl_convert
+
+
 @functools.cache
 def script() -> str:
     """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, as ``window.vegaEmbed``: 0.9 MB.
 
     Making it takes about 2 s, so the user's cache keeps it for each version of vl-convert.
     """
-    import vl_convert
-
     kept = cache_root(None) / "charts" / f"vega-{version('vl-convert-python')}.js"
     if kept.is_file():
         return kept.read_text(encoding="utf-8")
-    text = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    text = str(_vega().javascript_bundle("window.vegaEmbed = vegaEmbed;"))
     with contextlib.suppress(OSError), replacing(kept) as file:  # if the cache cannot be written, it is made again
         file.write(text)
     return text
@@ -66,12 +85,11 @@ def save_charts(charts: Sequence[Chart | Words], path: Path, title: str) -> Path
 
 def png_of(charts: Sequence[Chart | Words], title: str) -> bytes:
     """Return charts as a PNG file, side by side as far as there is room; maps on one scale of color."""
-    import vl_convert
     from PIL import Image
 
     from apps.report.page.vega import still
 
-    drawn, small = Image.open(io.BytesIO(vl_convert.vegalite_to_png(still(charts, title), scale=2.0))), io.BytesIO()
+    drawn, small = Image.open(io.BytesIO(_vega().vegalite_to_png(still(charts, title), scale=2.0))), io.BytesIO()
     drawn.convert("RGB").save(small, "PNG", optimize=True)  # a third of the size
     return small.getvalue()
 

@@ -19,6 +19,7 @@ from apps.report.page import (
     Words,
     html,
 )
+from apps.report.page.charts import BarChart
 from apps.report.page.writing import from_json, to_json
 
 
@@ -128,3 +129,12 @@ def test_refused_parts():
     figures = Table("", ("a",), (("1",),) * (MOST_FIGURES + 1))
     with pytest.raises(ValueError, match="figures have 11 lines: at most 10"):
         Page("t", (), figures)
+
+
+def test_charts_without_addresses_for_them_are_an_error_and_no_abort(monkeypatch):
+    chart = BarChart("t", "s", "x", "y", ("0",), {"a": (1.0,)})
+    monkeypatch.setattr("resource.getrlimit", lambda _: (8 * 2**30, 8 * 2**30))
+    with pytest.raises(RuntimeError, match=r"charts need 72 GiB .* may have 8.0: ulimit -v unlimited"):
+        html.png_of([chart], "t")
+    monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
+    assert html.png_of([chart], "t").startswith(b"\x89PNG")
