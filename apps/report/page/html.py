@@ -42,11 +42,11 @@ _MARK = "<!--picture-->"
 
 
 _ADDRESSES = 72 * 2**30
-"""Bytes of addresses, of which it uses few, without which V8 aborts the process."""
+"""Bytes of address space without which V8 aborts the process; it uses few of them."""
 
 
 def _vega() -> ModuleType:
-    """Return vl-convert, or raise a RuntimeError if this process may not have the addresses that it needs."""
+    """Return vl-convert, or raise a RuntimeError if this process may not have the address space that it needs."""
     import vl_convert
 
     with contextlib.suppress(ImportError):  # Windows has none
@@ -55,8 +55,8 @@ def _vega() -> ModuleType:
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if 0 <= limit < _ADDRESSES:
             raise RuntimeError(
-                f"charts need {_ADDRESSES >> 30} GiB of addresses (memory is hardly used), and this process may have "
-                f"{limit / 2**30:.1f}: ulimit -v unlimited"
+                f"charts need {_ADDRESSES >> 30} GiB of address space, hardly any memory, and this process may have "
+                f"{limit / 2**30:.1f} GiB: ulimit -v unlimited"
             )
     return vl_convert
 

@@ -37,7 +37,7 @@ _WIDEST = 1300
 _NEUTRAL = "#8a8a8a"  # is seen on light and on dark ground
 
 
-# Altair would check each part, and then the whole, against its schema, in two thirds of the time of a page's charts.
+# Altair would check each part, and then the whole, against its schema: half the time of a page's charts.
 _unchecked = debug_mode(False)
 
 
