@@ -25,7 +25,7 @@ $(READY): pyproject.toml packaging/fbgemm-gpu-cpu/pyproject.toml packaging/setup
 demo: $(READY) ## train sparse and dense models on real images, compare them, show where the pictures lie
 	$(BIN)/python -m apps.demo $(ARGS)
 
-test: $(READY) ## run the tests, without those marked slow or gpu
+test: $(READY) ## run the tests, without those marked slow, pages or gpu
 	$(TESTED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 $(ARGS)
 
 peers: $(READY) ## install transformers and other peers, and run the tests of equality with them
@@ -41,9 +41,10 @@ format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## build the site of docs/ into build/site; a dead link is an error
+docs: $(READY) ## build the site of docs/ into build/site, where a dead link is an error, and run the code of its how-to pages
 	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_ARGS) -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+	$(TESTED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "pages and not slow" tests/test_docs.py
 
 bench: $(READY) ## time the sparse layer against a dense one of equal active FLOPs
 	$(BIN)/python benchmarks/layer.py $(ARGS)

@@ -31,8 +31,7 @@ ROUTERS = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs
 # Pages with a test of their own, or whose code is not to be run.
 OWN_TEST = ("train_on_your_own_table", "write_a_router", "write_an_expert")
 SLOW = ("choose_a_router", "choose_the_number_of_experts_and_k", "compare_at_equal_time", "compare_with_boosted_trees")
-SLOW += ("add_adapters", "compile_a_model", "export_for_torch_or_cpp", "export_to_onnx", "quantize_experts")
-SLOW += ("test_cheaper_forms",)
+SLOW += ("compile_a_model", "export_for_torch_or_cpp", "test_cheaper_forms")
 HOW_TO = sorted(
     page.stem
     for page in (ROOT / "docs" / "how_to").glob("*.md")
@@ -201,6 +200,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path("runs/digits").resolve()
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in HOW_TO]
 )
@@ -258,6 +258,7 @@ def test_the_suite_file_of_the_page_is_read(tmp_path, monkeypatch):
     ] == "shared_bottom_equal_params"
 
 
+@pytest.mark.pages
 def test_the_page_of_images_runs(tmp_path, monkeypatch, capsys):
     import timm
     from safetensors.torch import save_file
@@ -295,6 +296,7 @@ def test_the_page_of_images_runs(tmp_path, monkeypatch, capsys):
     assert "path='b.png', class_name='" in capsys.readouterr().out
 
 
+@pytest.mark.pages
 def test_the_page_of_scripts_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # a path that begins with configs/ is found beside the packages
     (source,) = blocks((ROOT / "docs" / "scripts.md").read_text(encoding="utf-8"), "python")
