@@ -17,6 +17,7 @@ from PIL import Image
 import core
 from apps.cli.train import build, quiet
 from apps.compare.experiment import Experiment, arguments
+from apps.compare.ladder.growth import Growth
 from apps.compare.options import Command
 from apps.compare.suite.command import experiment_of
 from apps.compare.suite.file import Suite
@@ -110,6 +111,9 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
         if "class_path" in written:
             expected = getattr(core, written["class_path"].removeprefix("core."))(**written.get("init_args", {}))
             assert getattr(cli.model.moe, part) == expected
+    if grows := yaml.safe_load(path.read_text()).get("ladder"):  # each option that grows is a number
+        options = Growth.of(grows, (0.25,), path.stem).options(yaml.safe_load(cli.plain_config()), 0.25, 0)
+        assert {"learning_rate", *options} == {"learning_rate", *grows}
     assert cli.trainer.max_epochs or cli.trainer.max_steps > 0
     named = yaml.safe_load(path.read_text())["trainer"]
     assert not {"accelerator", "devices"} & named.keys()  # they are the user's
