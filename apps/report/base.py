@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from apps.base.files import folder_beside
 from apps.report.page import SECTIONS, Section, save_sections
+from apps.report.page.html import check_addresses
 from core.fields import Checked, CountOrZero
 
 _logger = logging.getLogger(__name__)
@@ -69,6 +70,10 @@ class Report(Callback):
         Pictures in ``folder`` go by their names only.
         """
         raise NotImplementedError(f"{type(self).__name__} must define write(collected, folder)")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(self.config, "pictures", False):
+            check_addresses(", or model.report.pictures=false")  # now, not when all examples are through
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         collected = self.collect(trainer, pl_module)

@@ -45,10 +45,8 @@ _ADDRESSES = 72 * 2**30
 """Bytes of address space without which V8 aborts the process; it uses few of them."""
 
 
-def _vega() -> ModuleType:
-    """Return vl-convert, or raise a RuntimeError if this process may not have the address space that it needs."""
-    import vl_convert
-
+def check_addresses(otherwise: str = "") -> None:
+    """Raise a RuntimeError, which ends with ``otherwise``, if this process may not have what drawing needs."""
     with contextlib.suppress(ImportError):  # Windows has none
         import resource
 
@@ -56,8 +54,15 @@ def _vega() -> ModuleType:
         if 0 <= limit < _ADDRESSES:
             raise RuntimeError(
                 f"charts need {_ADDRESSES >> 30} GiB of address space, hardly any memory, and this process may have "
-                f"{limit / 2**30:.1f} GiB: ulimit -v unlimited"
+                f"{limit / 2**30:.1f} GiB: ulimit -v unlimited{otherwise}"
             )
+
+
+def _vega() -> ModuleType:
+    """Return vl-convert, or raise the error of ``check_addresses``."""
+    check_addresses()
+    import vl_convert
+
     return vl_convert
 
 

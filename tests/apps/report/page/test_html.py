@@ -134,7 +134,9 @@ def test_refused_parts():
 def test_charts_without_addresses_for_them_are_an_error_and_no_abort(monkeypatch):
     chart = BarChart("t", "s", "x", "y", ("0",), {"a": (1.0,)})
     monkeypatch.setattr("resource.getrlimit", lambda _: (8 * 2**30, 8 * 2**30))
-    with pytest.raises(RuntimeError, match=r"charts need 72 GiB .* may have 8.0 GiB: ulimit -v unlimited"):
+    with pytest.raises(RuntimeError, match=r"unlimited, or none$"):
+        html.check_addresses(", or none")
+    with pytest.raises(RuntimeError, match=r"charts need 72 GiB .* may have 8.0 GiB: ulimit -v unlimited$"):
         html.png_of([chart], "t")
     monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
     assert html.png_of([chart], "t").startswith(b"\x89PNG")
