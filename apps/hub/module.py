@@ -21,6 +21,7 @@ from apps.hub.adapter_files import save_adapters
 from apps.hub.data import IGNORED, HubBatch
 from apps.hub.folders import load_model, load_tokenizer, save_model, teller
 from apps.train.checkpoint.checkpoints import BestAndLast
+from apps.train.cost.flops import cuda_devices
 from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
@@ -55,7 +56,7 @@ class LoRAConfig(Checked):
 @core.register_config
 @dataclass(frozen=True)
 class GenerateConfig(Checked):
-    """How a prompt is continued.
+    """How a prompt is continued; the folder's ``generation_config.json`` may add more, such as ``repetition_penalty``.
 
     Attributes:
         max_new_tokens: tokens at most.
@@ -283,10 +284,12 @@ class HubCausalLM(SparseModule, Comparable):
         """
         config = from_plain({**vars(self.generate), **options}, GenerateConfig, "generate")
         drawn = {"temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+        if drawn and self.model.generation_config.top_k is None:
+            drawn["top_k"] = 0  # transformers' own default draws from the best 50
         found = []
         for prompt in prompts:
             tokens_1S = torch.tensor([self.ids_of(prompt)], device=self.device)
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=cuda_devices(self.model)):
                 torch.manual_seed(config.seed)
                 out = self.model.generate(
                     tokens_1S, max_new_tokens=config.max_new_tokens, do_sample=bool(drawn),

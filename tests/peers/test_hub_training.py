@@ -101,6 +101,21 @@ def fit(folder, run, *flags, config="lora"):
     return main([*argv, "--trainer.accumulate_grad_batches", "1", "--model.optimizer.lr", "0.005", *flags])
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_continuation_is_drawn_from_all_tokens_unless_the_folder_says_otherwise(top_k, folder):
+    """At so high a temperature all tokens are alike; transformers would draw from its 50 best."""
+    module = HubCausalLM(str(folder / "model")).eval()
+    module.model.generation_config.top_k = top_k
+    ((read, written),) = module.continued(["What"], temperature=1e6, max_new_tokens=40, seed=1)
+    tokens_1S = torch.tensor([[*read, *written]])
+    with torch.no_grad():
+        logits_SV = module(tokens_1S, torch.arange(tokens_1S.shape[1])[None])[0, len(read) - 1 : -1]
+    own_S1 = logits_SV.gather(1, torch.tensor(written)[:, None])
+    rank_S = (logits_SV > own_S1).sum(1)
+    assert len(written) == 40
+    assert (rank_S.max() < 3) if top_k else (rank_S >= 50).sum() > 20
+
+
 @pytest.mark.parametrize("config", ["lora", "qlora", "finetune"])
 def test_fit_test_predict(config, folder, tmp_path, capsys):
     assert fit(folder, tmp_path, "--trainer.max_epochs", "3", config=config) == 0

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from apps.recsys.retrieval.module import TwoTowerRetriever
     from apps.train.publish.exported import ExportedModel, OnnxGraph
 
-TOWERS = ("user_tower", "item_tower")
 VECTORS, CATALOG = "items.npy", "catalogue.npz"
 """The vectors of all items, float32 (I, dim); the items' columns, and what each user had in training."""
 
