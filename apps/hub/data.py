@@ -36,12 +36,14 @@ class HubBatch(NamedTuple):
         tokens_BL: int64 ids; padding at the end of a row has the id 0.
         labels_BL: int64, the ids again, or ``IGNORED``: padding, and what a chat's user says.
         positions_BL: int64, from 0 in each document. Tokens attend within their document.
+        valid_BL: bool, False for padding.
         index_B: int64 (B,), the row's place in its split.
     """
 
     tokens_BL: Tensor
     labels_BL: Tensor
     positions_BL: Tensor
+    valid_BL: Tensor
     index_B: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
 
 
@@ -264,6 +266,7 @@ class _Rows(Dataset[Any]):
         shape = (len(index_B), self.size)
         tokens_BL = torch.zeros(shape, dtype=torch.int64)
         labels_BL, positions_BL = torch.full(shape, IGNORED), torch.zeros(shape, dtype=torch.int64)
+        valid_BL = torch.zeros(shape, dtype=torch.bool)
         for b, row in enumerate(index_B.tolist()):
             place = 0
             for d, start, end in self.rows[row]:
@@ -275,4 +278,5 @@ class _Rows(Dataset[Any]):
                 positions_BL[b, span] = torch.arange(end - start)
                 place += end - start
             positions_BL[b, place:] = torch.arange(self.size - place)
-        return HubBatch(tokens_BL, labels_BL, positions_BL, index_B)
+            valid_BL[b, :place] = True
+        return HubBatch(tokens_BL, labels_BL, positions_BL, valid_BL, index_B)

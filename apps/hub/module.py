@@ -184,14 +184,16 @@ class HubCausalLM(SparseModule, Comparable):
 
     # ---- the loss
 
-    def forward(self, tokens_BL: Tensor, positions_BL: Tensor) -> Tensor:
+    def forward(self, tokens_BL: Tensor, positions_BL: Tensor, valid_BL: Tensor) -> Tensor:
         """Return the logits of the token after each of (B, L) ids, (B, L, V)."""
-        logits: Tensor = self.model(input_ids=tokens_BL, position_ids=positions_BL, use_cache=False).logits
+        # A mask of padding would let the documents of a row see each other.
+        routed = {"valid_BS": valid_BL} if core.moe_layers(self.model) else {}
+        logits: Tensor = self.model(input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, **routed).logits
         return logits
 
     def task_loss(self, batch: HubBatch) -> TaskOutput:
         """Return the mean cross-entropy of the tokens with a label."""
-        logits_BLV = self(batch.tokens_BL, batch.positions_BL)[:, :-1]
+        logits_BLV = self(*self.example_inputs(batch))[:, :-1]
         target_BL = batch.labels_BL[:, 1:]
         nll_N = F.cross_entropy(
             logits_BLV.flatten(0, 1).float(), target_BL.flatten(), ignore_index=IGNORED, reduction="none"
@@ -204,8 +206,8 @@ class HubCausalLM(SparseModule, Comparable):
             rows = [Block(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
         return TaskOutput(nll_N.sum() / count, rows, None, len(batch.tokens_BL), weight=count)
 
-    def example_inputs(self, batch: HubBatch) -> tuple[Tensor, Tensor]:
-        return batch.tokens_BL, batch.positions_BL
+    def example_inputs(self, batch: HubBatch) -> tuple[Tensor, Tensor, Tensor]:
+        return batch.tokens_BL, batch.positions_BL, batch.valid_BL
 
     def cost_unit(self, batch: HubBatch) -> str:
         return f"a row of {batch.tokens_BL.shape[1]} tokens"

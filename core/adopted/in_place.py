@@ -25,7 +25,8 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing_loss=0.0, 
 
     Parameters, ``state_dict``, ``save_pretrained``, ``generate`` and optimizers stay as they are: no tensor is copied.
     A block routes as it did, its experts are computed by the engine's kernels, and ``core.record``, ``core.aux_loss``,
-    ``core.diagnose`` and the other tools know its layers.
+    ``core.diagnose`` and the other tools know its layers. A call of packed rows, which have no
+    ``attention_mask``, may give ``valid_BS``: bool (B, S), False for padding.
 
     Args:
         model: a model with MoE blocks whose layouts are in ``core.adopted.LAYOUTS``.
@@ -202,10 +203,13 @@ def _add(module: nn.Module, **values: Any) -> None:
             module.__dict__[name] = value
 
 
-def _note_padding(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Tell the adopted blocks of a model which tokens of this call are padding."""
+def _note_padding(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Tell the adopted blocks of a model what of this call is padding; return the call without ``valid_BS``."""
+    valid_BS = kwargs.get("valid_BS")
     takes_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     for name, block in model.__dict__["_adopted_blocks"].items():
         mask = kwargs.get("decoder_attention_mask" if takes_two and "decoder" in name.split(".") else "attention_mask")
+        mask = mask if valid_BS is None else valid_BS
         context = RoutingContext(valid_BS=mask.bool()) if isinstance(mask, Tensor) and mask.ndim == 2 else None
         block.__dict__["context"] = context
+    return args, {name: value for name, value in kwargs.items() if name != "valid_BS"}

@@ -24,7 +24,9 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return write(tmp_path_factory.mktemp("hub"))
+    base = write(tmp_path_factory.mktemp("hub"))
+    (base / "one.txt").write_text("What comes after 3?\n")
+    return base
 
 
 def data(folder, **options):
@@ -87,6 +89,24 @@ def test_documents_of_a_row_do_not_see_each_other(folder, lora):
     assert float(packed_loss.loss.detach()) == pytest.approx(total / count, rel=1e-5)
 
 
+def test_padding_of_a_row_is_in_no_count_and_no_loss(folder):
+    """A document in a row of 48 tokens and of 96: what the experts count is the same, and the balance loss too."""
+    module = HubCausalLM(str(folder / "model"))
+    found = []
+    for size in (48, 96):
+        batch = data(folder, train_files="one.txt", val_files="one.txt", block_size=size).examples("train")[0]
+        with core.record(module) as tape:
+            loss = module.task_loss(batch).loss
+        counts = [entry.routing.chosen_per_expert_E.tolist() for entry in tape.entries]
+        found.append((int(batch.valid_BL.sum()), counts, float(core.aux_loss(tape).detach()), float(loss.detach())))
+    (tokens, counts, *losses), (more_tokens, more_counts, *more_losses) = found
+    assert tokens == more_tokens < 20
+    assert [sum(layer) for layer in counts] == [2 * tokens, 2 * tokens]  # two experts a token
+    assert counts == more_counts
+    assert more_losses == pytest.approx(losses, rel=1e-5)
+    assert losses[0] > 0
+
+
 def test_plain_text_and_lines(folder):
     own = data(folder, train_files="text.txt", document="line", val_size=0.1)
     batch = own.examples("train")[0]
@@ -109,7 +129,7 @@ def test_a_continuation_is_drawn_from_all_tokens_unless_the_folder_says_otherwis
     ((read, written),) = module.continued(["What"], temperature=1e6, max_new_tokens=40, seed=1)
     tokens_1S = torch.tensor([[*read, *written]])
     with torch.no_grad():
-        logits_SV = module(tokens_1S, torch.arange(tokens_1S.shape[1])[None])[0, len(read) - 1 : -1]
+        logits_SV = module.model(tokens_1S).logits[0, len(read) - 1 : -1]
     own_S1 = logits_SV.gather(1, torch.tensor(written)[:, None])
     rank_S = (logits_SV > own_S1).sum(1)
     assert len(written) == 40
