@@ -96,7 +96,8 @@ class HubCausalLM(SparseModule, Comparable):
         balance: weights of the balance losses; None: the model's own ``router_aux_loss_coef``, and 0 without one.
             transformers' own balance loss is never added.
         gradient_checkpointing: compute activations again in the backward instead of keeping them.
-        dtype: of the weights; None: as the folder has them.
+        dtype: of the weights; None: as the folder has them. Trained without ``lora`` they should be float32: half
+            precision rounds small steps away.
         generate: how a prediction continues a prompt.
         kwargs: ``optimizer``, ``ema_decay`` and ``average_last`` of ``SparseModule``.
 
@@ -128,7 +129,7 @@ class HubCausalLM(SparseModule, Comparable):
         super().__init__(**kwargs)
         if folder is None:
             return self.wait_for_data("folder")
-        self.quantize, self.freeze = quantize, tuple(freeze)
+        self.quantize, self.freeze, self.dtype_of_weights = quantize, tuple(freeze), dtype
         self.folder, self.lora = folder, from_plain(lora, LoRAConfig, "lora")
         self.generate = from_plain(generate, GenerateConfig, "generate")
         if quantize is not None and self.lora is None:
@@ -182,6 +183,12 @@ class HubCausalLM(SparseModule, Comparable):
             for parameter in found:
                 parameter.requires_grad_(False)
 
+    def configure_optimizers(self) -> dict[str, Any]:
+        if lost := {p.dtype for p in self.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}:
+            kind = str(lost.pop()).removeprefix("torch.")
+            _logger.warning("the weights train in %s, which rounds small steps away: give model.dtype=float32", kind)
+        return super().configure_optimizers()
+
     # ---- the loss
 
     def forward(self, tokens_BL: Tensor, positions_BL: Tensor, valid_BL: Tensor) -> Tensor:
@@ -227,14 +234,16 @@ class HubCausalLM(SparseModule, Comparable):
         """Return the other ways of tuning the same model: full, LoRA, QLoRA, and with a frozen router or not."""
         lora = self.lora or LoRAConfig()
         routed = LoRAConfig(lora.rank, lora.alpha, (*lora.modules, *({"router"} - {*lora.modules})))
+        whole = {"lora": None, "quantize": None, "dtype": self.dtype_of_weights or "float32"}
         ways: dict[str, dict[str, Any]] = {
-            "full": {"lora": None, "quantize": None, "freeze": ()},
-            "full_router_frozen": {"lora": None, "quantize": None, "freeze": ("router",)},
+            "full": {**whole, "freeze": ()},
+            "full_router_frozen": {**whole, "freeze": ("router",)},
             "lora": {"lora": lora, "quantize": None, "freeze": ()},
             "lora_of_router_too": {"lora": routed, "quantize": None, "freeze": ()},
             "qlora": {"lora": lora, "quantize": self.quantize or "int4", "freeze": ()},
         }
-        own = {"lora": self.lora, "quantize": self.quantize, "freeze": tuple(self.freeze)}
+        own = {"lora": self.lora, "quantize": self.quantize, "freeze": self.freeze}
+        own |= {"dtype": whole["dtype"]} if self.lora is None else {}
         notes = {name: f"the same model, tuned another way: {name.replace('_', ' ')}" for name in ways}
         made = {
             name: Baseline(functools.partial(self.twin, **way), notes[name]) for name, way in ways.items() if way != own

@@ -75,4 +75,5 @@ def updates_of(module: nn.Module, key: str) -> list[tuple[Tensor, Tensor, float]
 
 def adapted(base: Any, updates: list[tuple[Tensor, Tensor, float]]) -> Any:
     """Return stacked matrices with their updates, for ``expert_linear``; without an update they are ``base``."""
-    return AdaptedWeight(base, tuple(updates)) if updates else base
+    in_its_dtype = tuple((a.to(base.dtype), b.to(base.dtype), scale) for a, b, scale in updates)
+    return AdaptedWeight(base, in_its_dtype) if updates else base

@@ -270,6 +270,35 @@ def test_a_comparison_has_the_other_ways_of_tuning(folder):
     assert wide.note == "rank=8 exceeds the router's 4 experts"
 
 
+def test_weights_of_a_folder_in_bfloat16_take_small_steps(folder, tmp_path, capsys):
+    """In bfloat16 a step of 1e-5 is rounded away wherever a weight is larger than 0.005."""
+    base, moved = tmp_path / "base", {}
+    shutil.copytree(folder, base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base / "model", dtype=torch.bfloat16)
+    model.save_pretrained(base / "model")
+    options = ["--trainer.max_steps", "3", "--model.optimizer.lr", "1e-5"]
+    for name, config, flags in (("float32", "finetune", []), ("half", "finetune", ["--model.dtype", "bfloat16"])):
+        run = tmp_path / name
+        assert fit(base, run, *options, *flags, config=config) == 0, capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert ("rounds small steps away: give model.dtype=float32" in said) == (name == "half")
+        state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        pairs = [(state[f"model.{n}"], p) for n, p in model.named_parameters() if n.endswith("_proj.weight")]
+        moved[name] = sum(int((a != b).sum()) for a, b in pairs) / sum(b.numel() for _, b in pairs)
+    assert moved["float32"] > 0.9
+    assert moved["half"] < 0.5
+
+
+def test_the_whole_model_is_compared_in_float32(folder, tmp_path):
+    transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    module = HubCausalLM(str(tmp_path), lora=LoRAConfig(2))
+    assert {p.dtype for n, p in module.named_parameters() if ".lora." in n} == {torch.float32}
+    assert module.model.dtype == torch.bfloat16
+    full = module.baselines()["full"].build()
+    assert {p.dtype for p in full.parameters()} == {torch.float32}
+    assert list(full.baselines()) == ["full_router_frozen", "lora", "lora_of_router_too", "qlora"]
+
+
 def test_values_of_rows_have_the_mean_loss(folder):
     module = HubCausalLM(str(folder / "model")).eval()
     outs = [module.task_loss(batch) for batch in data(folder).val_dataloader()]

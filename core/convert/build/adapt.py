@@ -24,7 +24,8 @@ def add_adapters(
 
     - A ``LoRA`` gives each chosen matrix one low-rank update; of stacked experts each expert gets its own, and all are
       computed by grouped matmuls, whether the experts are plain or quantized (QLoRA). Names of parameters stay. The
-      model starts with the outputs that it had. Several adapters may be added (``core.use_adapters``).
+      model starts with the outputs that it had. A model in half precision gets adapters in float32. Several may be
+      added (``core.use_adapters``).
     - A ``MoEConfig`` replaces linear layers by ``AdaptedLinear``: a mixture of updates with a router of its own. The
       model calls a linear layer with tokens only, so that padding is routed as any token. With ``LoRA`` the adapted
       model starts with the outputs of the trained one; with ``IA3`` it does so if the gates of a token sum to 1.

@@ -56,7 +56,8 @@ def attach(
         if CHILD not in owner._modules:
             owner.add_module(CHILD, Adapters())
             _hook(owner, dropout)
-        owner.get_submodule(CHILD).put(name, key, update.to(like.device, like.dtype))  # type: ignore[operator]
+        dtype = torch.promote_types(like.dtype, torch.float32)  # half precision rounds small steps away
+        owner.get_submodule(CHILD).put(name, key, update.to(like.device, dtype))  # type: ignore[operator]
     use_adapters(model, *dict.fromkeys((*_active(model), name)))
 
 
@@ -171,14 +172,15 @@ class _AddUpdates:
     def __call__(self, linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         for a, b, scale in updates_of(linear, _WEIGHT):
             x = F.dropout(args[0], self.dropout, linear.training) if self.dropout else args[0]
-            y = y + x @ a * scale @ b
+            y = y + x @ a.to(x.dtype) * scale @ b.to(x.dtype)
         return y
 
 
 def _put_updated_weight(router: Any, args: Any) -> None:
     updates = updates_of(router, _WEIGHT)
     if updates:  # an attribute of the module comes before its parameter
-        router.__dict__[_WEIGHT] = router.weight + sum(scale * (a @ b).t() for a, b, scale in updates)
+        update: Any = sum(scale * (a @ b).t() for a, b, scale in updates)
+        router.__dict__[_WEIGHT] = router.weight + update.to(router.weight.dtype)
 
 
 def _take_updated_weight(router: nn.Module, args: Any, out: Any) -> None:
