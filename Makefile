@@ -41,10 +41,10 @@ format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## build the site of docs/ into build/site, where a dead link is an error, and run the code of its how-to pages
+docs: $(READY) ## build the site of docs/ into build/site, where a dead link is an error, and run the code of its how-to pages and README's commands
 	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_ARGS) -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
-	$(TESTED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "pages and not slow" tests/test_docs.py
+	$(TESTED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "pages and not slow" tests/test_docs.py tests/test_readme.py
 
 bench: $(READY) ## time the sparse layer against a dense one of equal active FLOPs
 	$(BIN)/python benchmarks/layer.py $(ARGS)

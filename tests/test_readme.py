@@ -43,6 +43,7 @@ def test_it_is_one_screen():
     assert len(words) <= 700
 
 
+@pytest.mark.pages
 def test_moesaic_commands_run_on_digits_with_the_debug_overlay(tmp_path, monkeypatch, capfd):
     typed = commands("moesaic")
     assert {words[1] for words in typed} == {"fit", "test", "predict", "compare", "data", "plan", "init"}
