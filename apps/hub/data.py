@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from apps.data.store import EncodedStore, identity
 from apps.data.suite_data import SuiteData
 from apps.data.text_files import documents_of, named_files, read_lines
 from apps.hub.folders import load_tokenizer
+from apps.hub.packing import packed, pieces
 
 STORE = EncodedStore("hub_text", ("hub/data.py", "data/splits.py", "data/text_files.py"))
 IGNORED = -100
@@ -30,7 +30,7 @@ _TWENTIETH = 0.05
 
 
 class HubBatch(NamedTuple):
-    """B rows of L tokens. A row holds whole documents one after the other, and parts of longer ones.
+    """B rows of L tokens. A row holds whole documents one after the other, and parts of longer ones, or one of these.
 
     Attributes:
         tokens_BL: int64 ids; padding at the end of a row has the id 0.
@@ -52,7 +52,8 @@ class HubTextData(SuiteData):
 
     Files are plain text (``.txt`` and others), or JSON lines (``.jsonl``): each line has ``text``, or ``messages`` with
     ``role`` and ``content``, to which the tokenizer's chat template is applied; the loss is then on the assistant's
-    answers. Documents are packed into rows of ``block_size`` tokens, longest first, and do not see each other.
+    answers. Documents are packed into rows of ``block_size`` tokens, longest first, and do not see each other: a model
+    that lets them is rejected before the training.
 
     Args:
         folder: local folder of a model in transformers' layout, which is trained and whose tokenizer reads the texts.
@@ -65,6 +66,7 @@ class HubTextData(SuiteData):
         val_size: documents to validate on, or a share of all below 1, without val_files.
         split_seed: of the held-out documents.
         block_size: tokens of a row.
+        packed: a row holds as many documents as fit; False: one, as models need that do not keep them apart.
         batch_size: rows of a training batch and process.
         eval_batch_size: in validation and test.
         text: prompts of a prediction.
@@ -95,6 +97,7 @@ class HubTextData(SuiteData):
         val_size: int | float = _TWENTIETH,
         split_seed: int = 0,
         block_size: int = 512,
+        packed: bool = True,
         batch_size: int = 8,
         eval_batch_size: int = 8,
         text: list[str] | str | None = None,
@@ -102,7 +105,7 @@ class HubTextData(SuiteData):
     ) -> None:
         super().__init__("text", root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
         check_at_least(2, block_size=block_size)
-        self.folder, self.document, self.block_size = folder, document, block_size
+        self.folder, self.document, self.block_size, self.packed = folder, document, block_size, packed
         self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
         self.val_size, self.split_seed, self.text = val_size, split_seed, text
         self._tokenizer: Any = None
@@ -122,7 +125,7 @@ class HubTextData(SuiteData):
         return {split: len(self.opened[f"{split}_ids"]) for split in SPLITS}
 
     def examples(self, split: Split) -> _Rows:
-        return _Rows(self.opened, split, self.block_size)
+        return _Rows(self.opened, split, self.block_size, self.packed)
 
     def predict_dataloader(self) -> Any:
         if self.text is None:
@@ -221,38 +224,14 @@ def _are_messages(content: Any) -> bool:
     )
 
 
-def packed(lengths: Sequence[int], size: int) -> list[list[tuple[int, int, int]]]:
-    """Pack documents into rows of at most ``size`` tokens, the longest first, each into the fullest row that has room.
-
-    Args:
-        lengths: tokens of each document; longer ones are cut into parts of ``size``.
-        size: tokens of a row.
-
-    Returns:
-        the parts of each row: document, its first token and the end.
-    """
-    pieces = [(d, start, min(start + size, n)) for d, n in enumerate(lengths) for start in range(0, n, size)]
-    pieces.sort(key=lambda piece: piece[1] - piece[2])
-    rows: list[list[tuple[int, int, int]]] = []
-    free: list[tuple[int, int]] = []  # tokens left and the row, sorted
-    for piece in pieces:
-        length = piece[2] - piece[1]
-        at = bisect.bisect_left(free, (length, -1))
-        left, row = free.pop(at) if at < len(free) else (size, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(piece)
-        bisect.insort(free, (left - length, row))
-    return rows
-
-
 class _Rows(Dataset[Any]):
     """The rows of a split, read by whole batches."""
 
-    def __init__(self, files: ArrayFiles, split: str, size: int) -> None:
-        self.files, self.split, self.size = files, split, size
+    def __init__(self, files: ArrayFiles, split: str, size: int, are_packed: bool) -> None:
+        self.files, self.split, self.size, self.are_packed = files, split, size, are_packed
         self.bounds = files[f"{split}_bounds"].tolist()
-        self.rows = packed(np.diff(self.bounds).tolist(), size)
+        lengths = np.diff(self.bounds).tolist()
+        self.rows = packed(lengths, size) if are_packed else [[piece] for piece in pieces(lengths, size)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -263,13 +242,16 @@ class _Rows(Dataset[Any]):
     def __getitems__(self, positions: Sequence[int] | Tensor) -> HubBatch:
         index_B = torch.as_tensor(positions, dtype=torch.int64)
         ids_M, answers_M = self.files[f"{self.split}_ids"], self.files[f"{self.split}_answers"]
-        shape = (len(index_B), self.size)
+        rows = [self.rows[row] for row in index_B.tolist()]
+        longest = max(end - start for row in rows for _, start, end in row)
+        size = self.size if self.are_packed else longest
+        shape = (len(rows), size)
         tokens_BL = torch.zeros(shape, dtype=torch.int64)
         labels_BL, positions_BL = torch.full(shape, IGNORED), torch.zeros(shape, dtype=torch.int64)
         valid_BL = torch.zeros(shape, dtype=torch.bool)
-        for b, row in enumerate(index_B.tolist()):
+        for b, row in enumerate(rows):
             place = 0
-            for d, start, end in self.rows[row]:
+            for d, start, end in row:
                 span = slice(place, place + end - start)
                 own = slice(self.bounds[d] + start, self.bounds[d] + end)
                 tokens_BL[b, span] = ids_M[own].long()
@@ -277,6 +259,6 @@ class _Rows(Dataset[Any]):
                 labels_BL[b, place] = IGNORED  # nothing before it foretells it
                 positions_BL[b, span] = torch.arange(end - start)
                 place += end - start
-            positions_BL[b, place:] = torch.arange(self.size - place)
+            positions_BL[b, place:] = torch.arange(size - place)
             valid_BL[b, :place] = True
         return HubBatch(tokens_BL, labels_BL, positions_BL, valid_BL, index_B)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues
 from apps.hub.adapter_files import save_adapters
 from apps.hub.data import IGNORED, HubBatch
 from apps.hub.folders import load_model, load_tokenizer, save_model, teller
+from apps.hub.packing import keeps_apart
+from apps.hub.transformers_internals import masks_of_documents
 from apps.train.checkpoint.checkpoints import BestAndLast
 from apps.train.cost.flops import cuda_devices
 from apps.train.cost.quantizing import quantize_model
@@ -135,6 +138,7 @@ class HubCausalLM(SparseModule, Comparable):
         if quantize is not None and self.lora is None:
             raise ValueError(f"quantize={quantize!r} without lora: quantized experts are frozen")
         self.model = load_model(folder, dtype).train()
+        self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         sparse = self._adopt(balance)
         if self.lora is not None:
             of_experts = [m for m in self.lora.modules if m in ("experts", "router")]
@@ -191,11 +195,23 @@ class HubCausalLM(SparseModule, Comparable):
 
     # ---- the loss
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "predict" and getattr(self.trainer.datamodule, "packed", False):
+            inputs = self.model.get_input_embeddings()
+            if not keeps_apart(self.model, lambda ids, places: self(ids, places, torch.ones_like(ids)), inputs):
+                raise ValueError(
+                    f"a {type(self.model).__name__} lets the documents of a row see each other: give data.packed=false "
+                    "(--data.packed false), for one document in a row"
+                )
+
     def forward(self, tokens_BL: Tensor, positions_BL: Tensor, valid_BL: Tensor) -> Tensor:
         """Return the logits of the token after each of (B, L) ids, (B, L, V)."""
         # A mask of padding would let the documents of a row see each other.
-        routed = {"valid_BS": valid_BL} if core.moe_layers(self.model) else {}
-        logits: Tensor = self.model(input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, **routed).logits
+        given: dict[str, Any] = {"attention_mask": masks_of_documents(self.model, tokens_BL, positions_BL)}
+        given |= {"valid_BS": valid_BL} if core.moe_layers(self.model) else {}
+        given |= {"position_ids": positions_BL} if self._takes_positions else {}
+        logits: Tensor = self.model(input_ids=tokens_BL, use_cache=False, **given).logits
         return logits
 
     def task_loss(self, batch: HubBatch) -> TaskOutput:

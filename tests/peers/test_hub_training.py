@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import apps
 import core
 from apps.cli import main
-from apps.hub.data import IGNORED, HubBatch, HubTextData, packed
+from apps.hub.data import IGNORED, HubBatch, HubTextData
 from apps.hub.module import HubCausalLM, LoRAConfig
+from apps.hub.packing import packed
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,6 +70,20 @@ def runs(batch):
     return found
 
 
+def loss_of_documents(model, batch):
+    """Return transformers' mean loss of a row's documents, each by itself, and the number of tokens with a loss."""
+    total = count = 0.0
+    starts = [*(batch.positions_BL[0] == 0).nonzero().flatten().tolist(), batch.tokens_BL.shape[1]]
+    for start, end in itertools.pairwise(starts):
+        ids, labels = batch.tokens_BL[:, start:end], batch.labels_BL[:, start:end]
+        number = int((labels[:, 1:] != IGNORED).sum())
+        if number:
+            with torch.no_grad():
+                total += float(model(input_ids=ids, labels=labels).loss) * number
+            count += number
+    return total / count, count
+
+
 @pytest.mark.parametrize("lora", [None, LoRAConfig(2)], ids=["whole", "lora"])
 def test_documents_of_a_row_do_not_see_each_other(folder, lora):
     """A packed row's loss is that of its documents, each by itself; the rest of the model is transformers'."""
@@ -76,17 +91,46 @@ def test_documents_of_a_row_do_not_see_each_other(folder, lora):
     batch = data(folder).examples("train")[0]
     packed_loss = module.task_loss(batch)
     theirs = transformers.MixtralForCausalLM.from_pretrained(folder / "model").eval()
-    total = count = 0.0
-    starts = [*(batch.positions_BL[0] == 0).nonzero().flatten().tolist(), 48]
-    for start, end in itertools.pairwise(starts):
-        ids, labels = batch.tokens_BL[:, start:end], batch.labels_BL[:, start:end]
-        number = int((labels[:, 1:] != IGNORED).sum())
-        if number:
-            with torch.no_grad():
-                total += float(theirs(input_ids=ids, labels=labels).loss) * number
-            count += number
+    expected, count = loss_of_documents(theirs, batch)
     assert packed_loss.weight == count
-    assert float(packed_loss.loss.detach()) == pytest.approx(total / count, rel=1e-5)
+    assert float(packed_loss.loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+NARROW = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "is_apart"),
+    [("GptOss", {**HEADS, **EXPERTS}, True), ("Mamba", {"state_size": 4}, False), ("Bloom", {"n_head": 4}, False)],
+)
+def test_a_model_whose_documents_would_see_each_other_takes_one_a_row(
+    kind, options, is_apart, folder, tmp_path, capsys
+):
+    """GPT-OSS makes masks without the positions, and gets them; Mamba carries a state on; BLOOM takes no positions."""
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    torch.manual_seed(0)
+    own = getattr(transformers, f"{kind}Config")(**NARROW, **options)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(own).eval()
+    for parameter in theirs.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    theirs.save_pretrained(model)
+    shutil.copyfile(folder / "chats.jsonl", tmp_path / "chats.jsonl")
+    flags = ["--trainer.max_steps", "1", "--model.freeze", "[]"]
+    assert fit(tmp_path, tmp_path / "run", *flags, config="finetune") == (0 if is_apart else 1)
+    said = f"a {kind}ForCausalLM lets the documents of a row see each other: give data.packed=false"
+    assert (said in capsys.readouterr().err) == (not is_apart)
+    module = HubCausalLM(str(model)).eval()
+    rows = data(tmp_path, packed=is_apart).examples("train")
+    assert (len(rows) < 20) if is_apart else (len(rows) == 38)  # of 40 chats 2 are held out
+    out = module.task_loss(rows[0])
+    expected, count = loss_of_documents(theirs, rows[0])
+    assert (out.weight, float(out.loss.detach())) == (count, pytest.approx(expected, rel=1e-5))
+    if not is_apart:
+        assert rows.__getitems__([0, 1, 2]).tokens_BL.shape[1] < 30  # of 48
+        assert fit(tmp_path, tmp_path / "run", *flags, "--data.packed", "false", config="finetune") == 0
 
 
 def test_padding_of_a_row_is_in_no_count_and_no_loss(folder):
