@@ -22,7 +22,7 @@ from core.experts.adapters import LowRankUpdate
 from core.parallel.parts import whole_of
 
 _PREFIX = "base_model.model."
-_BLOCKS = {"MixtralSparseMoeBlock", "PhimoeSparseMoeBlock", "MiniMaxM2SparseMoeBlock"}
+_BLOCKS = {"MixtralSparseMoeBlock", "PhimoeSparseMoeBlock", "MiniMaxM2SparseMoeBlock", "MiniMaxSparseMoeBlock"}
 """Blocks with experts named ``block_sparse_moe.experts.0.w1`` on the hub; others ``mlp.experts.0.gate_proj``."""
 _ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "whole", "w2": "whole"}
 Pair = tuple[Tensor, Tensor, float]

@@ -82,18 +82,42 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(
         (
             "DeepseekV2Moe",
+            "FlexOlmoSparseMoeBlock",
             "HunYuanMoEV1Moe",
+            "MellumSparseMoeBlock",
+            "MiniMaxSparseMoeBlock",
+            "Mistral4MoE",
             "MixtralSparseMoeBlock",
             "OlmoeSparseMoeBlock",
             "Qwen2MoeSparseMoeBlock",
             "Qwen3MoeSparseMoeBlock",
             "Qwen3NextSparseMoeBlock",
+            "Qwen3_5MoeSparseMoeBlock",
         ),
         Layout(),
     ),
-    "GraniteMoeMoE": Layout(router="router"),
+    **dict.fromkeys(
+        ("GraniteMoeHybridMoE", "GraniteMoeMoE", "GraniteMoeSharedMoE", "JambaSparseMoeBlock"), Layout(router="router")
+    ),
     "PhimoeSparseMoeBlock": Layout(router="router", fixed_top_k=True),
-    **dict.fromkeys(("DeepseekV3MoE", "Glm4MoeMoE"), _DEEPSEEK_V3),
+    **dict.fromkeys(
+        (
+            "BailingHybridMoE",
+            "DeepseekV32MoE",
+            "DeepseekV3MoE",
+            "Dots1MoE",
+            "ExaoneMoeSparseMoEBlock",
+            "Glm4MoeLiteMoE",
+            "Glm4MoeMoE",
+            "GlmMoeDsaMoE",
+            "KimiLinearMoE",
+            "LagunaSparseMoeBlock",
+            "MiMoV2FlashMoE",
+            "SolarOpenMoE",
+        ),
+        _DEEPSEEK_V3,
+    ),
+    "AfmoeSparseMoeBlock": Layout(router="router", score="sigmoid", bias="expert_bias"),
     "DbrxFFN": Layout(
         router="router",
         logits=None,
@@ -127,7 +151,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "Lfm2MoeSparseMoeBlock": Layout(score="sigmoid", bias="expert_bias"),
     "Llama4TextMoe": Layout(router="router", logits=1, score="sigmoid", transposed=True, way="input"),
-    "MiniMaxM2SparseMoeBlock": Layout(score="sigmoid", bias="e_score_correction_bias"),
+    **dict.fromkeys(("HYV3MoE", "MiniMaxM2SparseMoeBlock"), Layout(score="sigmoid", bias="e_score_correction_bias")),
     "NllbMoeSparseMLP": Layout(
         router="router",
         fixed_top_k=True,

@@ -36,20 +36,19 @@ LATENT = {
 EIGHT = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 12, "first_k_dense_replace": 1}
 LOCAL, FOUR = {"num_local_experts": 4}, {"num_experts": 4, "moe_intermediate_size": 12}
 SHARED = {"shared_expert_intermediate_size": 12, "decoder_sparse_step": 1}
+ONE_SHARED = {"num_shared_experts": 1, "head_dim": 4}
+LINEAR = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 FAMILIES = {
     "Mixtral": LOCAL | {"router_jitter_noise": 0.1},
     "Qwen2Moe": FOUR | SHARED,
     "Qwen3Moe": FOUR | {"head_dim": 4},
-    "Qwen3Next": FOUR
-    | SHARED
-    | {
-        "head_dim": 4,
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 4,
-        "linear_value_head_dim": 4,
-        "layer_types": ["linear_attention", "full_attention"],
-    },
+    "Qwen3Next": FOUR | SHARED | {"head_dim": 4} | LINEAR,
     "Olmoe": {"num_experts": 4},
     "GptOss": LOCAL | {"head_dim": 8, "sliding_window": 8},
     "DeepseekV2": EIGHT | LATENT | {"topk_method": "group_limited_greedy"},
@@ -86,6 +85,44 @@ FAMILIES = {
         "sliding_window": 8,
     },
     "JetMoe": LOCAL | {"kv_channels": 4},
+    "FlexOlmo": {"num_experts": 4},
+    "Mellum": FOUR | {"head_dim": 4},
+    "MiniMax": LOCAL | {"head_dim": 4, "block_size": 4, "layer_types": ["linear_attention", "full_attention"]},
+    "Mistral4": EIGHT | LATENT,
+    "Qwen3_5Moe": FOUR | SHARED | {"head_dim": 8} | LINEAR,
+    "GraniteMoeShared": LOCAL | {"shared_intermediate_size": 12},
+    "GraniteMoeHybrid": LOCAL
+    | {
+        "shared_intermediate_size": 12,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 4,
+        "mamba_chunk_size": 4,
+    },
+    "Jamba": {
+        "num_experts": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+    },
+    "BailingHybrid": EIGHT | LATENT | {"layer_group_size": 2},
+    "KimiLinear": EIGHT
+    | LATENT
+    | {"layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 4, "linear_num_heads": 4},
+    "DeepseekV32": EIGHT | LATENT,
+    "Glm4MoeLite": EIGHT | LATENT,
+    "GlmMoeDsa": EIGHT | LATENT,
+    "Dots1": EIGHT | {"n_shared_experts": 1},
+    "MiMoV2Flash": EIGHT | {"head_dim": 4},
+    "SolarOpen": EIGHT | {"head_dim": 4},
+    "ExaoneMoe": FOUR | ONE_SHARED | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "Afmoe": FOUR | ONE_SHARED | {"num_dense_layers": 1},
+    "HYV3": FOUR | LOCAL | ONE_SHARED,
+    "Laguna": FOUR | SHARED | {"head_dim": 4},
     "Dbrx": {
         "d_model": 16,
         "n_heads": 4,
@@ -125,8 +162,9 @@ TWO_SIDED = {
     },
 }
 """Encoder-decoders, whose experts are one module each, and may be full."""
-SPARSE_LAYERS = {"DeepseekV2": 1, "DeepseekV3": 1, "Glm4Moe": 1}
-"""Layers with experts, of two."""
+DENSE_FIRST = {"DeepseekV2", "DeepseekV3", "Glm4Moe", "Mistral4", "BailingHybrid", "KimiLinear", "DeepseekV32"}
+DENSE_FIRST |= {"Glm4MoeLite", "GlmMoeDsa", "Dots1", "MiMoV2Flash", "ExaoneMoe", "Afmoe", "HYV3", "Laguna"}
+"""Families whose first layer of two has no experts."""
 IDS = torch.tensor([[5, 9, 4, 31, 7, 8, 3], [0, 0, 0, 11, 6, 12, 40]])
 MASK = (IDS != 0).long()
 
@@ -134,7 +172,7 @@ MASK = (IDS != 0).long()
 def model(name):
     """Return a small model of a family, with weights that spread the tokens over the experts."""
     own = {"num_experts_per_tok": 2, **FAMILIES[name]}
-    kind = getattr(transformers, "Llama4TextConfig" if name == "Llama4" else f"{name}Config")
+    kind = getattr(transformers, f"{name}{'Text' if name in ('Llama4', 'Qwen3_5Moe') else ''}Config")
     given = own | {"vocab_size": 50} if name == "Dbrx" else SMALL | own
     for option in {"Dbrx": ("num_experts_per_tok",), "JetMoe": ("num_attention_heads",)}.get(name, ()):
         given.pop(option, None)
@@ -170,7 +208,7 @@ def test_an_adopted_model_is_the_model(name):
     kinds = [type(m).__name__ for m in adopted.modules() if type(m).__name__ != "Module"]  # JetMoE's experts
     assert kinds == [type(m).__name__ for m in plain.modules()]
     layers = core.moe_layers(adopted)
-    assert len(layers) == SPARSE_LAYERS.get(name, 2)
+    assert len(layers) == (1 if name in DENSE_FIRST else 2)
     for training in (False, True):
         expected, gradients = step(plain.train(training))
         with core.record(adopted) as tape:
