@@ -26,6 +26,7 @@ from hugging import (
 )
 from hugging_blocks import BLOCKS, moe
 
+from apps.hub.transformers_internals import masks_of_documents
 from core import FFN, MoEConfig, RoutingContext, TokenChoice
 from core.routing.selection import Capacity
 
@@ -228,3 +229,17 @@ def test_deepseek_v2_does_not_heed_norm_topk_prob():
     skip_if_mended(theirs, ours, "DeepSeek-V2 norm_topk_prob")
     assert (theirs.sum(-1) < 0.99).any()
     torch.testing.assert_close(theirs / theirs.sum(-1, keepdim=True), ours)
+
+
+@torch.no_grad()
+def test_gpt_oss_lets_documents_of_a_row_see_each_other():
+    # Other models read from position_ids where a document begins; eager attention of this one makes its mask without.
+    kind, sizes = modeling("gpt_oss").GptOssForCausalLM, {"vocab_size": 50, "num_hidden_layers": 1}
+    peer = randomize(kind(config_of("GptOssConfig", **GATES["gpt-oss"].options, **sizes)), std=0.3).eval()
+    ids_1S = torch.randint(50, (1, 9))
+    places_1S = torch.tensor([[*range(4), *range(5)]])
+    packed = peer(input_ids=ids_1S, position_ids=places_1S, use_cache=False).logits[:, 4:]
+    alone = peer(input_ids=ids_1S[:, 4:], use_cache=False).logits
+    skip_if_mended(packed, alone, "GPT-OSS: masks of packed rows")
+    given = {"attention_mask": masks_of_documents(peer, ids_1S, places_1S), "use_cache": False}
+    torch.testing.assert_close(peer(input_ids=ids_1S, position_ids=places_1S, **given).logits[:, 4:], alone)
