@@ -60,7 +60,8 @@ def keeps_apart(model: nn.Module, logits_of: Callable[[Tensor, Tensor], Tensor],
     try:
         for p in trained:
             p.requires_grad_(False)
-        with evaluating(model), torch.enable_grad(), hooked([embedding.register_forward_hook(as_leaf)]):
+        eager = torch.compiler.set_stance("force_eager")  # a graph of so short a row would serve nothing else
+        with eager, evaluating(model), torch.enable_grad(), hooked([embedding.register_forward_hook(as_leaf)]):
             second = logits_of(tokens_1S, tokens_1S % 4)[:, 4:].float().sum()
             (grad_1SD,) = torch.autograd.grad(second, inputs)
     finally:
