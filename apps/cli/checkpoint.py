@@ -81,7 +81,8 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
 def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``config`` with the arguments of the data that the data's class names in ``from_checkpoint``.
 
-    They come from the checkpoint's model, which has arguments of the same names, unless they are written by hand.
+    They come from the checkpoint's model, which has arguments of the same names, unless they are written by hand. A
+    place that is written by hand is the model's, too.
     """
     kind = find_class("data", config)
     names = getattr(kind, "from_checkpoint", ())
@@ -89,10 +90,13 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
     written = written if isinstance(written, Mapping) else {}
     arguments = written["init_args"] or {} if "init_args" in written else written
     hparams = checkpoint.get("hyper_parameters") or {}
-    filled = {}
+    filled, model = {}, config.get("model")
     for name in names:
         option = re.compile(rf"--data\.(init_args\.)?{name}([.=+].*)?", re.DOTALL)
         by_hand = any(option.fullmatch(flag) for flag in flags)
+        if by_hand and name in getattr(kind, "places", ()) and isinstance(model, Mapping):
+            own = {k: v for k, v in (model.get("init_args") or {}).items() if k != name}
+            config = {**config, "model": {**model, "init_args": own}}
         if not by_hand and arguments.get(name) is None and hparams.get(name) is not None:
             filled[name] = hparams[name]
     if not filled or kind is None:

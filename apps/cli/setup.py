@@ -291,6 +291,8 @@ class RunSetup(WaitingCLI, LightningCLI):
         config = yaml.safe_load(parser.dump(self.config[command], **options))
         for name in self.request.brought:  # a run that was stopped is described as an unbroken one
             config["data"]["init_args"][name] = None
+        for name in getattr(self.datamodule, "places", ()):
+            config["data"]["init_args"][name] = getattr(self.datamodule, name)
         no_part = {"config", "ckpt_path", "weights_only", "verbose"}
         no_part |= {name for name in (*SECTIONS_OF_OPTIMIZER, "compile") if config.get(name) is None}
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}

@@ -59,6 +59,8 @@ class SuiteData(LightningDataModule):
     """Hint how a split gets examples, for the message when it has none; ``{split}`` stands for its name."""
     from_checkpoint: ClassVar[tuple[str, ...]] = ()
     """Arguments that the command line takes from a checkpoint where they are not given."""
+    places: ClassVar[tuple[str, ...]] = ()
+    """Those of them that name a folder: a run keeps its absolute path, and a flag says where it is now."""
     superseded: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Arguments without effect where another one is given."""
 

@@ -82,7 +82,7 @@ class HubTextData(SuiteData):
     """
 
     unit = "tokens"
-    from_checkpoint = ("folder",)
+    from_checkpoint = places = ("folder",)
     hold_out = "give {split}_files, or a val_size that holds some out"
 
     def __init__(
@@ -105,7 +105,8 @@ class HubTextData(SuiteData):
     ) -> None:
         super().__init__("text", root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
         check_at_least(2, block_size=block_size)
-        self.folder, self.document, self.block_size, self.packed = folder, document, block_size, packed
+        self.folder = str(Path(folder).expanduser().absolute())
+        self.document, self.block_size, self.packed = document, block_size, packed
         self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
         self.val_size, self.split_seed, self.text = val_size, split_seed, text
         self._tokenizer: Any = None

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from chats import TEMPLATE, write
+from places import ROOT
 from safetensors.torch import load_file
 
 import apps
@@ -210,6 +211,23 @@ def test_fit_test_predict(config, folder, tmp_path, capsys):
     assert float((own - theirs).norm() / theirs.norm()) < close
     held = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(".lora." in name for name in held)
+
+
+def test_a_run_finds_its_folder_from_anywhere_and_is_told_where_it_has_gone(folder, tmp_path, monkeypatch, capsys):
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config, flags = str(ROOT / "configs/hub/lora.yaml"), ["--trainer.max_steps", "1", "--data.train_files", "text.txt"]
+    assert main(["fit", "--config", config, "--data.folder", "model", "--run_dir", "run", *flags]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert apps.load("../run").folder == str(tmp_path / "model")
+    predict = ["predict", "--ckpt_path", "../run", "--data.text", "What", "--model.generate.max_new_tokens", "2"]
+    assert main([*predict, "--output", "one.jsonl"]) == 0
+    (tmp_path / "model").rename(tmp_path / "elsewhere" / "moved")
+    assert main([*predict, "--output", "two.jsonl"]) == 1
+    assert f"{tmp_path / 'model'} is no folder of a model of transformers" in capsys.readouterr().err
+    assert main([*predict, "--output", "two.jsonl", "--data.folder", "moved"]) == 0
+    assert Path("one.jsonl").read_text() == Path("two.jsonl").read_text()
 
 
 def test_a_tuned_model_is_written_for_transformers(folder, tmp_path):
