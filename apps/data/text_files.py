@@ -180,11 +180,11 @@ def documents_of(lines: list[str], unit: str) -> Iterator[list[str]]:
         unit: "line", "paragraph" (lines up to an empty one) or "file".
     """
     if unit == "line":
-        yield from ([line] for line in lines if line)
+        yield from ([line] for line in lines if line.strip())
         return
     part: list[str] = []
     for line in lines:
-        if line:
+        if line.strip():
             part.append(line)
         elif part and unit == "paragraph":
             yield part

@@ -19,7 +19,7 @@ from apps.data.array_files import ArrayFiles, ArrayWriter
 from apps.data.splits import SPLITS, Split, count_of, hold_out
 from apps.data.store import EncodedStore, identity
 from apps.data.suite_data import SuiteData
-from apps.data.text_files import documents_of, named_files, read_lines
+from apps.data.text_files import documents_of, named_files, text_lines
 from apps.hub.folders import load_tokenizer
 from apps.hub.packing import packed, pieces
 
@@ -70,6 +70,7 @@ class HubTextData(SuiteData):
         batch_size: rows of a training batch and process.
         eval_batch_size: in validation and test.
         text: prompts of a prediction.
+        predict_file: text file with a prompt in each line, in place of ``text``.
         kwargs: ``num_workers`` and ``seed`` of ``SuiteData``.
 
     Raises:
@@ -101,6 +102,7 @@ class HubTextData(SuiteData):
         batch_size: int = 8,
         eval_batch_size: int = 8,
         text: list[str] | str | None = None,
+        predict_file: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__("text", root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
@@ -108,7 +110,9 @@ class HubTextData(SuiteData):
         self.folder = str(Path(folder).expanduser().absolute())
         self.document, self.block_size, self.packed = document, block_size, packed
         self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
-        self.val_size, self.split_seed, self.text = val_size, split_seed, text
+        self.val_size, self.split_seed, self.text, self.predict_file = val_size, split_seed, text, predict_file
+        if text is not None and predict_file is not None:
+            raise ValueError(f"text={text!r} and predict_file={predict_file!r}: give one of them")
         self._tokenizer: Any = None
 
     @property
@@ -120,7 +124,7 @@ class HubTextData(SuiteData):
 
     @property
     def needs_no_dataset(self) -> bool:
-        return self.text is not None
+        return self.text is not None or self.predict_file is not None
 
     def sizes(self) -> dict[Split, int]:
         return {split: len(self.opened[f"{split}_ids"]) for split in SPLITS}
@@ -129,9 +133,15 @@ class HubTextData(SuiteData):
         return _Rows(self.opened, split, self.block_size, self.packed)
 
     def predict_dataloader(self) -> Any:
-        if self.text is None:
-            raise ValueError("there is nothing to continue: give text (--data.text)")
-        prompts = [self.text] if isinstance(self.text, str) else self.text
+        if not self.needs_no_dataset:
+            raise ValueError("there is nothing to continue: give text (--data.text) or predict_file")
+        if self.predict_file is not None:
+            prompts = list(text_lines(Path(self.predict_file).expanduser()))
+            if not all(map(str.strip, prompts)):
+                empty = next(i for i, prompt in enumerate(prompts, 1) if not prompt.strip())
+                raise ValueError(f"{self.predict_file}:{empty} is empty: each line is a prompt")
+        else:
+            prompts = [self.text] if isinstance(self.text, str) else self.text or []
         return DataLoader(prompts, collate_fn=list)  # type: ignore[arg-type]
 
     def read(self) -> ArrayFiles:
@@ -174,12 +184,12 @@ class HubTextData(SuiteData):
     def _documents(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Yield the documents of a file, each with where it is."""
         if path.suffix not in (".jsonl", ".json"):
-            lines = read_lines(path)
+            lines = list(text_lines(path))
             own = [lines] if self.document == "file" and any(lines) else documents_of(lines, self.document)
             yield from ((str(path), "\n".join(part)) for part in own)
             return
-        for number, line in enumerate(read_lines(path), 1):
-            if not line:
+        for number, line in enumerate(text_lines(path), 1):
+            if not line.strip():
                 continue
             try:
                 entry = json.loads(line)

@@ -159,6 +159,35 @@ def test_plain_text_and_lines(folder):
     assert int((batch.labels_BL != IGNORED).sum()) > 20
 
 
+def test_text_is_learned_as_it_is_written(folder, tmp_path):
+    """Spaces at the beginnings of lines, tabs, and empty lines of a whole file."""
+    code = "def f(x):\n    if x:\n\treturn  1\n\n    return 2"
+    (tmp_path / "code.py").write_text(code + "\n")
+    (tmp_path / "code.jsonl").write_text(json.dumps({"text": code}) + "\n")
+    for name in ("code.py", "code.jsonl"):
+        given = {"root": str(tmp_path), "cache_dir": str(tmp_path / "cache"), "document": "file", "block_size": 96}
+        own = HubTextData(str(folder / "model"), name, val_files=name, **given)
+        batch = own.examples("train")[0]
+        assert own.tokenizer.decode(batch.tokens_BL[batch.valid_BL], skip_special_tokens=True) == code
+    given |= {"document": "paragraph", "packed": False}
+    assert len(HubTextData(str(folder / "model"), "code.py", val_files="code.py", **given).examples("train")) == 2
+
+
+def test_prompts_of_a_file_are_answered_in_its_order(folder, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What comes after 3?\n  And 4?\n")
+    words = ["--data.folder", str(folder / "model"), "--ckpt_path", "none", "--run_dir", str(tmp_path / "run")]
+    words += ["--model.generate.max_new_tokens", "3", "--data.predict_file", str(prompts)]
+    assert main(["predict", "--config", "configs/hub/finetune.yaml", *words]) == 0
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    module = HubCausalLM(str(folder / "model")).eval()
+    expected = module.predict(["What comes after 3?", "  And 4?"], max_new_tokens=3)
+    assert [json.loads(line)["output"] for line in lines] == expected
+    prompts.write_text("What comes after 3?\n\nAnd 4?\n")
+    assert main(["predict", "--config", "configs/hub/finetune.yaml", *words, "--overwrite"]) == 1
+    assert "prompts.txt:2 is empty: each line is a prompt" in capsys.readouterr().err
+
+
 def fit(folder, run, *flags, config="lora"):
     argv = ["fit", "--config", f"configs/hub/{config}.yaml", "--run_dir", str(run), "--data.folder"]
     argv += [str(folder / "model"), "--data.root", str(folder), "--data.train_files", "chats.jsonl"]
