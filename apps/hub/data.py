@@ -51,9 +51,9 @@ class HubTextData(SuiteData):
     """Texts and chats in train, validation and test batches of ``HubBatch``, tokenized by a model's own tokenizer.
 
     Files are plain text (``.txt`` and others), or JSON lines (``.jsonl``): each line has ``text``, or ``messages`` with
-    ``role`` and ``content``, to which the tokenizer's chat template is applied; the loss is then on the assistant's
-    answers. Documents are packed into rows of ``block_size`` tokens, longest first, and do not see each other: a model
-    that lets them is rejected before the training.
+    ``role`` and ``content``, or ``prompt`` and ``completion``, which are two messages. The tokenizer's chat template is
+    applied to messages; the loss is then on the assistant's answers. Documents are packed into rows of ``block_size``
+    tokens, longest first, and do not see each other: a model that lets them is rejected before the training.
 
     Args:
         folder: local folder of a model in transformers' layout, which is trained and whose tokenizer reads the texts.
@@ -195,9 +195,11 @@ class HubTextData(SuiteData):
                 entry = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number} is no JSON: {error}") from None
-            content = entry.get("messages", entry.get("text")) if isinstance(entry, dict) else None
+            content = _content(entry) if isinstance(entry, dict) else None
             if not isinstance(content, str) and not _are_messages(content):
-                raise ValueError(f'{path}:{number} has neither "text" nor "messages" of role and content')
+                raise ValueError(
+                    f'{path}:{number} has no "text", no "prompt" and "completion", no "messages" of role and content'
+                )
             yield f"{path}:{number}", content
 
     def _encoded(self, document: tuple[str, Any]) -> tuple[list[int], list[bool]]:
@@ -225,6 +227,14 @@ class HubTextData(SuiteData):
             list(messages), tokenize=True, add_generation_prompt=asks, return_dict=False
         )
         return ids
+
+
+def _content(entry: Mapping[str, Any]) -> Any:
+    """Return a line's text or messages; a prompt and its completion are two messages."""
+    if isinstance(entry.get("prompt"), str) and isinstance(entry.get("completion"), str):
+        said = zip(("user", "assistant"), (entry["prompt"], entry["completion"]), strict=True)
+        return [{"role": role, "content": text} for role, text in said]
+    return entry.get("messages", entry.get("text"))
 
 
 def _are_messages(content: Any) -> bool:

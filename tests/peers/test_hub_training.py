@@ -152,6 +152,15 @@ def test_padding_of_a_row_is_in_no_count_and_no_loss(folder):
     assert losses[0] > 0
 
 
+def test_a_prompt_and_its_completion_are_a_chat(folder, tmp_path):
+    chats = [json.loads(line)["messages"] for line in (folder / "chats.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"prompt": q["content"], "completion": a["content"]}) for q, a in chats]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    pairs = data(folder, train_files=str(tmp_path / "pairs.jsonl"))
+    for own, expected in zip(pairs.examples("train")[0], data(folder).examples("train")[0], strict=True):
+        assert torch.equal(own, expected)
+
+
 def test_plain_text_and_lines(folder):
     own = data(folder, train_files="text.txt", document="line", val_size=0.1)
     batch = own.examples("train")[0]
@@ -332,7 +341,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
         "--data.folder", str(tmp_path / "cut"), "--data.train_files", "chats.jsonl"
     )
     (folder / "odd.jsonl").write_text('{"message": []}\n')
-    assert 'odd.jsonl:1 has neither "text" nor "messages"' in failing(
+    assert 'odd.jsonl:1 has no "text", no "prompt" and "completion", no "messages"' in failing(
         "--data.folder", model, "--data.train_files", "odd.jsonl"
     )
     assert "missing.txt is missing" in failing("--data.folder", model, "--data.train_files", "missing.txt")
