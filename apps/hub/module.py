@@ -132,6 +132,8 @@ class HubCausalLM(SparseModule, Comparable):
         super().__init__(**kwargs)
         if folder is None:
             return self.wait_for_data("folder")
+        folder = str(Path(folder).expanduser().absolute())
+        self.keep_arguments({"folder": folder})
         self.quantize, self.freeze, self.dtype_of_weights = quantize, tuple(freeze), dtype
         self.folder, self.lora = folder, from_plain(lora, LoRAConfig, "lora")
         self.generate = from_plain(generate, GenerateConfig, "generate")

@@ -127,6 +127,8 @@ class ImageGenerator(SparseModule, Comparable):
         check_guidance(sampling.guidance, self.null_class)
         # In a tuple it is no submodule: a checkpoint would hold its weights, and an optimizer and an average too.
         self._coder: tuple[Autoencoder, ...] = () if autoencoder is None else (Autoencoder.read(autoencoder),)
+        if autoencoder is not None:
+            self.keep_arguments({"autoencoder": str(Path(autoencoder).expanduser().absolute())})
         for coder in self._coder:
             coder.check(image_size, in_chans)
         size, chans = self.drawn_shape[1], self.drawn_shape[0]

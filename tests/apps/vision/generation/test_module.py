@@ -93,14 +93,16 @@ def test_values_that_do_not_go_together():
         built(autoencoder="nowhere")
 
 
-def test_latents_are_drawn_and_the_checkpoint_has_no_autoencoder(tmp_path):
+def test_latents_are_drawn_and_the_checkpoint_has_no_autoencoder(tmp_path, monkeypatch):
     from safetensors.torch import save_file
 
     sizes = {"block_out_channels": [4, 4], "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 2}
     config = {"in_channels": 1, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(Autoencoder(config).state_dict(), tmp_path / WEIGHTS)
-    module = built(autoencoder=str(tmp_path))
+    monkeypatch.chdir(tmp_path.parent)
+    module = built(autoencoder=tmp_path.name)
+    assert module.hparams["autoencoder"] == str(tmp_path)  # a checkpoint is read in other directories too
     module._encoding = {"class_names": list("0123456789"), "image_size": 8, "in_chans": 1, "mean": [0.5], "std": [0.5]}
     assert module.drawn_shape == (2, 4, 4)
     assert module.eval().task_loss(batch()).outputs.shape == (4,)
