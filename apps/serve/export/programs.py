@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,9 @@ def to_torch_export(graph: Graph, path: Path) -> Path:
     Raises:
         ValueError: as in ``capture``.
     """
-    program = capture(graph, plain())
-    torch.export.save(program, path)
+    program, whole = capture(graph, plain()), io.BytesIO()  # torch aborts the process if it cannot finish a file
+    torch.export.save(program, whole)
+    path.write_bytes(whole.getbuffer())
     return path
 
 
@@ -198,5 +200,7 @@ def to_aoti(graph: Graph, path: Path) -> Path:
         find_cpp_compiler()
     except Exception as error:
         raise ValueError(f"format aoti needs a C++ compiler such as g++, and there is none: {error}") from error
-    aoti_compile_and_package(capture(graph, plain()), package_path=str(path))
+    whole = io.BytesIO()
+    aoti_compile_and_package(capture(graph, plain()), package_path=whole)
+    path.write_bytes(whole.getbuffer())
     return path

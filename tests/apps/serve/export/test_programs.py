@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from commands import full_disk
 
 import core
 from apps.serve.export.programs import to_aoti, to_torch_export
@@ -24,6 +25,13 @@ def test_a_program_has_torchs_operators_alone_and_computes_as_eager_mode(tmp_pat
         x = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_a_full_disk_is_an_error_of_python(tmp_path):
+    """torch's own writer would end the process."""
+    graph = Graph("model", torch.nn.Linear(200, 200), {"x": torch.randn(2, 200)}, ("y",), {})
+    with full_disk(100_000), pytest.raises(OSError, match="File too large"):
+        to_torch_export(graph, tmp_path / "layer.pt2")
 
 
 def test_an_example_lies_in_memory_as_inputs_do():
