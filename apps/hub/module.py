@@ -185,7 +185,8 @@ class HubCausalLM(SparseModule, Comparable):
             else:
                 found = [p for name, p in self.model.named_parameters() if fnmatchcase(name, wanted)]
             if not found:
-                raise ValueError(f"freeze={wanted!r} names no parameter of {self.folder}")
+                hint = "" if layers else ", which is dense (--model.freeze '[]' freezes nothing)"
+                raise ValueError(f"freeze={wanted!r} names no parameter of {self.folder}{hint}")
             for parameter in found:
                 parameter.requires_grad_(False)
 

@@ -306,6 +306,8 @@ def test_a_dense_model_has_no_experts_and_trains(folder, tmp_path):
     module = HubCausalLM(str(tmp_path / "dense"), lora=LoRAConfig(2))
     assert not core.moe_layers(module)
     assert all(".self_attn." in n for n, p in module.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r"freeze='router' names no parameter of .*, which is dense \(--model.freeze"):
+        HubCausalLM(str(tmp_path / "dense"), freeze=["router"])
     for options, rule in (
         ({"quantize": "int8"}, "quantize='int8': the model of .* is dense"),
         ({"lora": LoRAConfig(2, modules=("router",))}, r"lora.modules=\['router'\]: the model of .* is dense"),
