@@ -217,10 +217,11 @@ class HubTextData(SuiteData):
         whole, answers = self._chat(content), list[bool]()
         for i, message in enumerate(content):
             if message["role"] == "assistant":
-                begin, end = self._chat(content[:i], asks=True), self._chat(content[: i + 1])
-                if end[: len(begin)] != begin or whole[: len(end)] != end:
+                begin = self._chat(content[:i], asks=True)
+                end = end_of_answer(whole, begin, self._chat(content[: i + 1]))
+                if end is None:
                     raise ValueError(f"{where}: the chat template of {self.folder} changes what was said before")
-                answers += [False] * (len(begin) - len(answers)) + [True] * (len(end) - len(begin))
+                answers += [False] * (len(begin) - len(answers)) + [True] * (end - len(begin))
         return whole, answers + [False] * (len(whole) - len(answers))
 
     def _chat(self, messages: Sequence[Any], asks: bool = False) -> list[int]:
@@ -228,6 +229,27 @@ class HubTextData(SuiteData):
             list(messages), tokenize=True, add_generation_prompt=asks, return_dict=False
         )
         return ids
+
+
+def end_of_answer(whole: list[int], begin: list[int], until: list[int]) -> int | None:
+    """Return where an answer ends in a chat; None: the template changes what was said before.
+
+    Of all answers but the last, templates leave thoughts out (Qwen3), or close them with another token (GPT-OSS).
+
+    Args:
+        whole: the chat.
+        begin: the chat before the answer, with the words that ask for it.
+        until: the chat with the answer as its last message.
+    """
+    start = len(begin)
+    if whole[:start] != begin or until[:start] != begin:
+        return None
+    for k in range(start, len(until)):
+        length = len(until) - k
+        if whole[start] == until[k] and whole[start : start + length] == until[k:]:
+            return start + length
+    length = len(until) - 1 - start
+    return start + length + 1 if length and whole[start : start + length] == until[start:-1] else None
 
 
 def _content(entry: Mapping[str, Any]) -> Any:

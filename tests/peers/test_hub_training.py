@@ -152,6 +152,35 @@ def test_padding_of_a_row_is_in_no_count_and_no_loss(folder):
     assert losses[0] > 0
 
 
+@pytest.mark.parametrize(
+    ("answer", "learned"),
+    [
+        ("{% if loop.last %}thought {% endif %}{{ m['content'] }}</s>", ["4 does.</s>", "thought 5 does.</s>"]),
+        ("{{ m['content'] }}{% if loop.last %}<pad>{% else %}</s>{% endif %}", ["4 does.</s>", "5 does.<pad>"]),
+        ("{{ m['content'] }}{% if loop.last %} at last{% endif %}</s>", None),
+    ],
+    ids=["thoughts of the last answer alone", "another last token", "other words"],
+)
+def test_templates_that_show_the_last_answer_otherwise(answer, learned, folder, tmp_path):
+    said = ("What comes after 3?", "4 does.", "And 4?", "5 does.")
+    roles = itertools.cycle(("user", "assistant"))
+    chat = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"messages": chat}))
+    name = str(tmp_path / "turns.jsonl")
+    own = data(folder, train_files=name, val_files=name)
+    question = "{{ m['content'] }}"
+    own.tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'user' %}"
+        + f"{question}{{% else %}}{answer}{{% endif %}}{{% endfor %}}"
+        + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    if learned is None:
+        with pytest.raises(ValueError, match=r"turns.jsonl:1: the chat template of .* changes what was said before"):
+            own.examples("train")
+    else:
+        assert [own.tokenizer.decode(run) for run in runs(own.examples("train")[0])] == learned
+
+
 def test_a_prompt_and_its_completion_are_a_chat(folder, tmp_path):
     chats = [json.loads(line)["messages"] for line in (folder / "chats.jsonl").read_text().splitlines()]
     lines = [json.dumps({"prompt": q["content"], "completion": a["content"]}) for q, a in chats]
