@@ -55,7 +55,7 @@ def converted_of_hub(options: Options) -> tuple[Figures, Figures]:
         raise ValueError(f"{source} is a dense model: it has no experts")
     before = _figures(module, trial)
     statistics = trial.statistics(None, bool(own.get("merge"))) if trial is not None and needs_use else None
-    if module.lora is not None or options.kind == "merge":
+    if module.lora is not None:
         module.merge_adapters()
     if options.kind == "densify":
         loads = None if statistics is None else {name: s.loads_E for name, s in statistics.items()}

@@ -87,9 +87,13 @@ def test_a_run_with_adapters_becomes_a_folder(runs, tmp_path, capsys):
             theirs = model(input_ids=IDS).logits
         assert close(theirs, expected) < 1e-5 if kind == "merge" else 1e-3 < close(theirs, expected) < 1
         assert close(logits(apps.load(new)), theirs) < 1e-5  # the folder itself is loaded
-    assert "has no adapters to merge" in failing(
-        capsys, "convert", "merge", "--ckpt_path", runs / "finetune", "--output", tmp_path / "no"
-    )
+
+
+def test_a_whole_training_becomes_a_folder(runs, tmp_path):
+    assert main(["convert", "merge", "--ckpt_path", str(runs / "finetune"), "--output", str(tmp_path / "new")]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
+    with torch.no_grad():
+        assert close(model(input_ids=IDS).logits, logits(apps.load(runs / "finetune"))) < 1e-5
 
 
 def test_a_sweep_takes_fewer_experts_a_token(runs, folder):
