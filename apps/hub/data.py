@@ -20,7 +20,7 @@ from apps.data.array_files import ArrayFiles, ArrayWriter
 from apps.data.splits import SPLITS, Split, count_of, hold_out
 from apps.data.store import EncodedStore, identity
 from apps.data.suite_data import SuiteData
-from apps.data.text_files import documents_of, named_files, text_lines
+from apps.data.text_files import documents_in, is_json_lines, json_lines, named_files, text_lines
 from apps.hub.folders import load_tokenizer
 from apps.hub.packing import packed, pieces
 
@@ -184,24 +184,16 @@ class HubTextData(SuiteData):
 
     def _documents(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Yield the documents of a file, each with where it is."""
-        if path.suffix not in (".jsonl", ".json"):
-            lines = list(text_lines(path))
-            own = [lines] if self.document == "file" and any(lines) else documents_of(lines, self.document)
-            yield from ((str(path), "\n".join(part)) for part in own)
+        if not is_json_lines(path) and path.suffix != ".json":
+            yield from ((str(path), "\n".join(lines)) for lines in documents_in(path, self.document))
             return
-        for number, line in enumerate(text_lines(path), 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number} is no JSON: {error}") from None
-            content = _content(entry) if isinstance(entry, dict) else None
+        for number, row in json_lines(path):
+            where, content = f"{path}, line {number}", _content(row)
             if not isinstance(content, str) and not _are_messages(content):
                 raise ValueError(
-                    f'{path}:{number} has no "text", no "prompt" and "completion", no "messages" of role and content'
+                    f'{where} has no "text", no "prompt" and "completion", no "messages" of role and content'
                 )
-            yield f"{path}:{number}", content
+            yield where, content
 
     def _encoded(self, document: tuple[str, Any]) -> tuple[list[int], list[bool]]:
         """Return the ids of a document, and which of them have a loss."""

@@ -175,7 +175,7 @@ def test_templates_that_show_the_last_answer_otherwise(answer, learned, folder, 
         + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     if learned is None:
-        with pytest.raises(ValueError, match=r"turns.jsonl:1: the chat template of .* changes what was said before"):
+        with pytest.raises(ValueError, match=r"turns.jsonl, line 1: .* changes what was said before"):
             own.examples("train")
     else:
         assert [own.tokenizer.decode(run) for run in runs(own.examples("train")[0])] == learned
@@ -372,7 +372,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
         "--data.folder", str(tmp_path / "cut"), "--data.train_files", "chats.jsonl"
     )
     (folder / "odd.jsonl").write_text('{"message": []}\n')
-    assert 'odd.jsonl:1 has no "text", no "prompt" and "completion", no "messages"' in failing(
+    assert 'odd.jsonl, line 1 has no "text", no "prompt" and "completion", no "messages"' in failing(
         "--data.folder", model, "--data.train_files", "odd.jsonl"
     )
     assert "missing.txt is missing" in failing("--data.folder", model, "--data.train_files", "missing.txt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 
 from apps.base.inflate import check_unpacked
 from apps.base.messages import excerpt, one_line, some, unknown_name
-from apps.data.text_files import COMPRESSED, text_lines
+from apps.data.text_files import COMPRESSED, JSON_LINES, json_lines, text_lines
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-JSON_LINES = (".jsonl", ".ndjson")
 ENDINGS = (*SEPARATORS, *JSON_LINES, ".parquet")
 """Endings of tables; those of text may be followed by one of ``COMPRESSED``."""
 
@@ -97,20 +95,9 @@ def separated(path: Path, roles: Mapping[str, str], separator: str) -> Iterator[
 
 def _json_lines(path: Path, roles: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     names: set[str] = set()
-    number = 0
-    for line in text_lines(path):
-        if not line.strip():
-            continue
-        number += 1
-        row = f"{path}, row {number}"
-        try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{row} is no JSON: {one_line(str(error))}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{row} is {excerpt(values)}, not an object with a value for each column")
+    for row, (_, values) in enumerate(json_lines(path), 1):
         names.update(values)
-        yield row, {**dict.fromkeys(roles), **values}
+        yield f"{path}, row {row}", {**dict.fromkeys(roles), **values}
     _check_columns(path, sorted(names), roles)
 
 

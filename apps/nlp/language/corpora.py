@@ -13,7 +13,7 @@ import numpy as np
 from apps.base.checks import check_name
 from apps.data.splits import SPLITS, check_size, count_of, hold_out
 from apps.data.store import identity
-from apps.data.text_files import Rows, documents_of, named_files, read_lines
+from apps.data.text_files import Rows, clean, documents_in, named_files
 from apps.nlp.text.corpora import Sizes, share_out
 from apps.nlp.text.datasets import NLP_DATASETS, find_language
 
@@ -88,7 +88,7 @@ class TextCorpus:
     def _read_own(self, files: Mapping[Any, list[Path]], seed: int) -> Documents:
         """Return the lines of each document of each split."""
         splits = {
-            split: [own for path in paths for own in documents_of(read_lines(path), self.document)]
+            split: [own for path in paths for own in map(_clean, documents_in(path, self.document)) if own]
             for split, paths in files.items()
         }
         lacking = [split for split in ("val", "test") if getattr(self, f"{split}_files") is None]
@@ -136,3 +136,7 @@ class TextCorpus:
 def _key(document: list[str]) -> str:
     """Return the text of a document, by which equal ones are known."""
     return "\n".join(document)
+
+
+def _clean(lines: Sequence[str]) -> list[str]:
+    return [own for line in lines if (own := clean(line))]

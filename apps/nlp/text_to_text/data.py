@@ -17,14 +17,14 @@ from apps.data.datasets import prepare
 from apps.data.splits import SPLITS, check_size, connected, count_of, hold_out
 from apps.data.store import identity
 from apps.data.subwords import train_subwords
-from apps.data.text_files import clean, named_files, text_lines
+from apps.data.text_files import clean, json_lines, named_files, text_lines
 from apps.nlp.pairs.data import PairData
 from apps.nlp.predict import given_lines
 from apps.nlp.sql.schema import read_schema, serialized
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.corpora import SentencePairs
 from apps.nlp.text.encoded_pairs import write_pairs
-from apps.nlp.text.readers.tables import json_lines, table_rows
+from apps.nlp.text.readers.tables import table_rows
 from apps.nlp.text_to_text.datasets import TASK_DATASETS, Row
 
 OWN = ("jsonl", "csv", "lines")

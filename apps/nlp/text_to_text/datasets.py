@@ -19,10 +19,9 @@ from apps.data.cache import SourceFailed
 from apps.data.datasets import Dataset, register
 from apps.data.sources import File, UrlSource
 from apps.data.splits import Split
-from apps.data.text_files import text_lines
+from apps.data.text_files import json_lines, text_lines
 from apps.nlp.sql import made
 from apps.nlp.sql.schema import read_schema, serialized
-from apps.nlp.text.readers.tables import json_lines
 
 Row = dict[str, Any]
 Rows = Mapping[Split, Iterable[Row]]

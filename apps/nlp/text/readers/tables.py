@@ -1,37 +1,16 @@
-"""Rows of named columns: JSON lines, and tables of commas or tabs. Each row comes with the number of its line."""
+"""Tables of commas or tabs. Each row comes with the number of its line."""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from apps.data.text_files import text_lines
 
-Numbered = Iterator[tuple[int, dict[str, Any]]]
 
-
-def json_lines(path: Path) -> Numbered:
-    """Yield the object of each line that is not empty.
-
-    Raises:
-        ValueError: a file that cannot be read, or a line that is no JSON object.
-    """
-    for number, line in enumerate(text_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a JSON {type(row).__name__}, and not an object of columns")
-        yield number, row
-
-
-def table_rows(path: Path) -> Numbered:
+def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows below the header of a table, by commas, or in a ``.tsv`` by tabs; quotes are as in RFC 4180.
 
     Raises:

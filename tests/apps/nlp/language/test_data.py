@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +106,19 @@ def test_documents_are_held_out_whole(root, document, counts):
         assert [int(i) for i in words[1::2]] == list(range(int(words[1]), int(words[1]) + 3))
     with pytest.raises(ValueError, match=r"val_size=0.6, test_size=0.5: of .* none is left to train on"):
         make(root, val_size=0.6, test_size=0.5, **options).setup()
+
+
+def test_json_lines_have_a_document_each(root):
+    texts = ["the dog runs\n\nthe cat sleeps", "", "a bird  sings"]
+    (root / "train.jsonl").write_text("\n".join(json.dumps({"text": text, "url": "x"}) for text in texts))
+    (root / "train.txt").write_text("the dog runs\nthe cat sleeps\n\na bird  sings\n")
+    of_lines = make(root, train_files="train.jsonl")
+    of_text = make(root, document="paragraph", subwords=of_lines.subwords)
+    assert of_lines.size("train").documents == of_text.size("train").documents == 2
+    assert stream(of_lines.train_dataloader(), 8) == stream(of_text.train_dataloader(), 8)
+    (root / "train.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(ValueError, match=r'train.jsonl, line 2 has no "text"'):
+        make(root, train_files="train.jsonl").setup()
 
 
 def test_the_same_text_is_on_one_side_of_a_split(root):

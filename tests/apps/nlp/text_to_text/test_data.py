@@ -105,8 +105,8 @@ BAD = [
     ('{"source": "a", "target": {"b": 1}}', r"rows.jsonl, line 2: the target is a dict, and not a text"),
     ('{"source": "a"}', r"rows.jsonl, line 2: no column 'target' \(target\), only source"),
     ('{"source": "a", "target": "b", "task": "x y"}', r"line 2: task='x y' has spaces or angle brackets"),
-    ('["a", "b"]', r"rows.jsonl, line 2: a JSON list, and not an object of columns"),
-    ('{"source": ', r"rows.jsonl, line 2: no JSON"),
+    ('["a", "b"]', r"rows.jsonl, line 2 is \[.a., .b.\], not an object"),
+    ('{"source": ', r"rows.jsonl, line 2 is no JSON"),
 ]
 
 
