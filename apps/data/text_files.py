@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import functools
 import gzip
-import json
 import lzma
 import re
 import zipfile
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from apps.base.inflate import Inflated, naming_errors
-from apps.base.messages import excerpt, one_line
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 """What ``clean`` takes for a space: control characters and odd line ends."""
@@ -79,7 +77,6 @@ def read_lines(path: Path) -> list[str]:
 _UNPACK: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSED = tuple(_UNPACK)
 """Endings of files that are unpacked while they are read."""
-JSON_LINES = (".jsonl", ".ndjson")
 
 
 def text_lines(path: Path) -> Iterator[str]:
@@ -148,30 +145,6 @@ def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
         raise ValueError(f"{name} is empty")
 
 
-def is_json_lines(path: Path) -> bool:
-    """Return whether a file is one of JSON lines by its name, which may end in one of ``COMPRESSED``."""
-    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return plain.suffix.lower() in JSON_LINES
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the object of each line that is not empty, with the line's number.
-
-    Raises:
-        ValueError: a file that cannot be read, or a line that is no JSON object.
-    """
-    for number, line in enumerate(text_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {one_line(str(error))}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is {excerpt(row)}, not an object")
-        yield number, row
-
-
 def expand(root: Path, pattern: str) -> list[Path]:
     """Return the files that match a name or a pattern, sorted by name; a name may lack an ending of `COMPRESSED`."""
     plain = root / pattern
@@ -197,31 +170,3 @@ def named_files(root: str | None, names: list[str] | str | None) -> list[Path]:
     if listed and not found:
         raise ValueError(f"{folder / listed[0]} is missing")
     return found
-
-
-def documents_in(path: Path, unit: str) -> Iterator[list[str]]:
-    """Yield the lines of each document of a file, as they are.
-
-    Args:
-        path: JSON lines (``.jsonl``), whose ``text`` each is a document, or text.
-        unit: of text: "line", "paragraph" (lines up to an empty one) or "file".
-
-    Raises:
-        ValueError: as ``text_lines`` and ``json_lines``; or an object without a text.
-    """
-    if is_json_lines(path):
-        for number, row in json_lines(path):
-            if not isinstance(text := row.get("text"), str):
-                raise ValueError(f'{path}, line {number} has no "text"')
-            yield text.split("\n")
-        return
-    part: list[str] = []
-    for line in text_lines(path):
-        line = line.removesuffix("\r")
-        if unit == "file" or line.strip():
-            part.append(line)
-        if part and (unit == "line" or (unit == "paragraph" and not line.strip())):
-            yield part
-            part = []
-    if any(map(str.strip, part)):
-        yield part

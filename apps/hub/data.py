@@ -17,14 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 from apps.base.checks import check_at_least
 from apps.base.progress import each
 from apps.data.array_files import ArrayFiles, ArrayWriter
+from apps.data.documents import documents_in, holds_rows, rows_in
 from apps.data.splits import SPLITS, Split, count_of, hold_out
 from apps.data.store import EncodedStore, identity
 from apps.data.suite_data import SuiteData
-from apps.data.text_files import documents_in, is_json_lines, json_lines, named_files, text_lines
+from apps.data.text_files import named_files, text_lines
 from apps.hub.folders import load_tokenizer
 from apps.hub.packing import packed, pieces
 
-STORE = EncodedStore("hub_text", ("hub/data.py", "data/splits.py", "data/text_files.py"))
+STORE = EncodedStore("hub_text", ("hub/data.py", "data/splits.py", "data/documents.py", "data/text_files.py"))
 IGNORED = -100
 """The label of a token without a loss, as transformers has it."""
 _TWENTIETH = 0.05
@@ -51,10 +52,11 @@ class HubBatch(NamedTuple):
 class HubTextData(SuiteData):
     """Texts and chats in train, validation and test batches of ``HubBatch``, tokenized by a model's own tokenizer.
 
-    Files are plain text (``.txt`` and others), or JSON lines (``.jsonl``): each line has ``text``, or ``messages`` with
-    ``role`` and ``content``, or ``prompt`` and ``completion``, which are two messages. The tokenizer's chat template is
-    applied to messages; the loss is then on the assistant's answers. Documents are packed into rows of ``block_size``
-    tokens, longest first, and do not see each other: a model that lets them is rejected before the training.
+    Files are plain text (``.txt`` and others), JSON lines (``.jsonl``) or Parquet: each row has ``text``, or
+    ``messages`` with ``role`` and ``content``, or ``prompt`` and ``completion``, which are two messages. The
+    tokenizer's chat template is applied to messages; the loss is then on the assistant's answers. Documents are packed
+    into rows of ``block_size`` tokens, longest first, and do not see each other: a model that lets them is rejected
+    before the training.
 
     Args:
         folder: local folder of a model in transformers' layout, which is trained and whose tokenizer reads the texts.
@@ -184,11 +186,11 @@ class HubTextData(SuiteData):
 
     def _documents(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Yield the documents of a file, each with where it is."""
-        if not is_json_lines(path) and path.suffix != ".json":
+        if not holds_rows(path) and path.suffix != ".json":
             yield from ((str(path), "\n".join(lines)) for lines in documents_in(path, self.document))
             return
-        for number, row in json_lines(path):
-            where, content = f"{path}, line {number}", _content(row)
+        for where, row in rows_in(path, ("text", "messages", "prompt", "completion")):
+            content = _content(row)
             if not isinstance(content, str) and not _are_messages(content):
                 raise ValueError(
                     f'{where} has no "text", no "prompt" and "completion", no "messages" of role and content'

@@ -8,10 +8,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from chats import TEMPLATE, write
 from places import ROOT
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 import apps
@@ -185,9 +187,11 @@ def test_a_prompt_and_its_completion_are_a_chat(folder, tmp_path):
     chats = [json.loads(line)["messages"] for line in (folder / "chats.jsonl").read_text().splitlines()]
     lines = [json.dumps({"prompt": q["content"], "completion": a["content"]}) for q, a in chats]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    pairs = data(folder, train_files=str(tmp_path / "pairs.jsonl"))
-    for own, expected in zip(pairs.examples("train")[0], data(folder).examples("train")[0], strict=True):
-        assert torch.equal(own, expected)
+    parquet.write_table(pa.Table.from_pylist([{"messages": chat} for chat in chats]), tmp_path / "chats.parquet")
+    for name in ("pairs.jsonl", "chats.parquet"):
+        given = data(folder, train_files=str(tmp_path / name))
+        for own, expected in zip(given.examples("train")[0], data(folder).examples("train")[0], strict=True):
+            assert torch.equal(own, expected)
 
 
 def test_plain_text_and_lines(folder):

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apps.base.inflate import check_unpacked
-from apps.base.messages import excerpt, one_line, some, unknown_name
-from apps.data.text_files import COMPRESSED, JSON_LINES, json_lines, text_lines
+from apps.base.messages import excerpt, some, unknown_name
+from apps.data.documents import JSON_LINES, json_lines, parquet_rows
+from apps.data.text_files import COMPRESSED, text_lines
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (*SEPARATORS, *JSON_LINES, ".parquet")
@@ -104,24 +104,12 @@ def _json_lines(path: Path, roles: Mapping[str, str]) -> Iterator[tuple[str, dic
 def _parquet(
     path: Path, roles: Mapping[str, str], optional: Sequence[str] | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    def columns(has: list[str]) -> list[str]:
+        _check_columns(path, has, roles)
+        also = has if optional is None else [name for name in optional if name in has]
+        return list(dict.fromkeys([*roles, *also]))
 
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names, roles)
-            pages = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            check_unpacked(path.name, path.stat().st_size, pages, "bytes of pages")
-            has = file.schema_arrow.names
-            also = has if optional is None else [name for name in optional if name in has]
-            columns = list(dict.fromkeys([*roles, *also]))
-            for batch in file.iter_batches(4096, columns=columns):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", values
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {one_line(str(error))}") from error
+    yield from parquet_rows(path, columns)
 
 
 def _check_columns(path: Path, names: Sequence[str], roles: Mapping[str, str]) -> None:

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from apps.base.checks import check_name
+from apps.data.documents import documents_in
 from apps.data.splits import SPLITS, check_size, count_of, hold_out
 from apps.data.store import identity
-from apps.data.text_files import Rows, clean, documents_in, named_files
+from apps.data.text_files import Rows, clean, named_files
 from apps.nlp.text.corpora import Sizes, share_out
 from apps.nlp.text.datasets import NLP_DATASETS, find_language
 

@@ -134,8 +134,8 @@ class TextData(SubwordData):
             each sentence being a document.
         root: folder that the file names start from; or with your own copy of the dataset's files.
         cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
-        train_files: your own: a name or a pattern of UTF-8 text files, plain or ``.gz``, or several; of ``.jsonl`` the
-            ``text`` of each line is a document.
+        train_files: your own: a name or a pattern of UTF-8 text files, plain or ``.gz``, or several; of ``.jsonl`` and
+            ``.parquet`` the ``text`` of each row is a document.
         val_files: likewise; None: documents of train_files are held out.
         test_files: likewise.
         language: of a parallel corpus; None: English.

@@ -14,10 +14,11 @@ import numpy as np
 from apps.base.checks import check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts, save_texts
 from apps.data.datasets import prepare
+from apps.data.documents import json_lines
 from apps.data.splits import SPLITS, check_size, connected, count_of, hold_out
 from apps.data.store import identity
 from apps.data.subwords import train_subwords
-from apps.data.text_files import clean, json_lines, named_files, text_lines
+from apps.data.text_files import clean, named_files, text_lines
 from apps.nlp.pairs.data import PairData
 from apps.nlp.predict import given_lines
 from apps.nlp.sql.schema import read_schema, serialized

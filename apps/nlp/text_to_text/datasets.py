@@ -17,9 +17,10 @@ from typing import Any
 
 from apps.data.cache import SourceFailed
 from apps.data.datasets import Dataset, register
+from apps.data.documents import json_lines
 from apps.data.sources import File, UrlSource
 from apps.data.splits import Split
-from apps.data.text_files import json_lines, text_lines
+from apps.data.text_files import text_lines
 from apps.nlp.sql import made
 from apps.nlp.sql.schema import read_schema, serialized
 

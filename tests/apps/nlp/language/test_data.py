@@ -6,8 +6,10 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 
 from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig
 from apps.nlp.language.corpora import TextCorpus
@@ -108,14 +110,19 @@ def test_documents_are_held_out_whole(root, document, counts):
         make(root, val_size=0.6, test_size=0.5, **options).setup()
 
 
-def test_json_lines_have_a_document_each(root):
-    texts = ["the dog runs\n\nthe cat sleeps", "", "a bird  sings"]
-    (root / "train.jsonl").write_text("\n".join(json.dumps({"text": text, "url": "x"}) for text in texts))
+def test_rows_have_a_document_each(root):
+    rows = [{"text": text, "url": "x"} for text in ("the dog runs\n\nthe cat sleeps", "", "a bird  sings")]
+    (root / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pa.Table.from_pylist(rows), root / "train.parquet")
     (root / "train.txt").write_text("the dog runs\nthe cat sleeps\n\na bird  sings\n")
-    of_lines = make(root, train_files="train.jsonl")
-    of_text = make(root, document="paragraph", subwords=of_lines.subwords)
-    assert of_lines.size("train").documents == of_text.size("train").documents == 2
-    assert stream(of_lines.train_dataloader(), 8) == stream(of_text.train_dataloader(), 8)
+    of_text = make(root, document="paragraph")
+    for name in ("train.jsonl", "train.parquet"):
+        of_rows = make(root, train_files=name, subwords=of_text.subwords)
+        assert of_rows.size("train").documents == of_text.size("train").documents == 2
+        assert stream(of_rows.train_dataloader(), 8) == stream(of_text.train_dataloader(), 8)
+    parquet.write_table(pa.table({"txt": ["a"]}), root / "train.parquet")
+    with pytest.raises(ValueError, match=r'train.parquet, row 1 has no "text"'):
+        make(root, train_files="train.parquet").setup()
     (root / "train.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     with pytest.raises(ValueError, match=r'train.jsonl, line 2 has no "text"'):
         make(root, train_files="train.jsonl").setup()
