@@ -70,7 +70,8 @@ def describe(error: BaseException) -> tuple[str, int]:
         return "out of memory: try a smaller data.batch_size, or trainer.precision=bf16-mixed", 1
     if isinstance(root, OSError):
         return _os_error(root), 1
-    if isinstance(root, (ValueError, RuntimeError)) or type(root).__name__ == "MisconfigurationException":
+    plain = type(root).__name__ in ("MisconfigurationException", "SafetensorError")  # the latter of a full disk
+    if isinstance(root, (ValueError, RuntimeError)) or plain:
         return one_line(message(root)) or type(root).__name__, 1
     return f"{type(root).__name__}: {one_line(message(root))} (--traceback shows where)", 1
 

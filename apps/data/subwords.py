@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -221,11 +222,29 @@ def _parts(line: str) -> Iterator[str]:
     yield data[start:].decode()
 
 
+def _check_threads() -> None:
+    """Raise a ``RuntimeError`` if the machine gives too few threads, in which case sentencepiece aborts the process."""
+    done, started = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(_THREADS):
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        why = "is there a limit on addresses (ulimit -v) or processes (ulimit -u)?"
+        raise RuntimeError(f"subwords are learned by {_THREADS} threads: {error}; {why}") from error
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()
+
+
 def _train(sentences: list[str], config: SubwordConfig, languages: Sequence[str]) -> bytes:
     from sentencepiece import SentencePieceTrainer
 
     if not sentences:
         raise ValueError("there is no text to learn subwords from")
+    _check_threads()
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apps.base.files import new_file, write_json
-from apps.porting.files import ADAPTER, ADAPTER_CONFIG, Safetensors, read_json
+from apps.base.files import write_json
+from apps.porting.files import ADAPTER, ADAPTER_CONFIG, Safetensors, read_json, write_safetensors
 from core.adopted.parts import AdoptedExperts
 from core.contract import several_ranks
 from core.convert.build.low_rank import adapted_modules, attach
@@ -79,9 +78,7 @@ def save_adapters(model: nn.Module, folder: str | Path, name: str = "default", o
         return
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    new = new_file(target / ADAPTER)
-    save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, new, {"format": "pt"})
-    new.replace(target / ADAPTER)
+    write_safetensors(target / ADAPTER, {key: t.detach().cpu().contiguous() for key, t in tensors.items()})
     write_json(target / ADAPTER_CONFIG, config)
 
 

@@ -166,12 +166,19 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, which are contiguous and share no memory, as one file, whole or not at all."""
+    """Write tensors, which are contiguous and share no memory, as one file, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = new_file(path)
     try:
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

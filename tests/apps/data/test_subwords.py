@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 
 import pytest
 
@@ -92,6 +93,20 @@ def test_a_vocabulary_is_limited_by_its_characters_below_and_its_text_above():
 def test_nothing_is_printed(capfd):
     train_subwords(SOURCE, TARGET, SMALL)
     assert capfd.readouterr() == ("", "")
+
+
+def test_too_few_threads_are_an_error_before_sentencepiece_aborts(monkeypatch):
+    start, left, before = threading.Thread.start, iter(range(3)), threading.active_count()
+
+    def limited(thread):
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match=r"learned by 8 threads: can't start new thread; .*\(ulimit -v\)"):
+        train_subwords(SOURCE, TARGET, SMALL)
+    assert threading.active_count() == before
 
 
 def test_a_trained_model_is_kept_in_the_cache(tmp_path, monkeypatch):

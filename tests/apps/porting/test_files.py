@@ -9,13 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from commands import full_disk
 from made_encoder import write_encoder
 from published_models import MODELS, checkpoint, same_weights, switch_model
 from safetensors.torch import save_file
 from torch import Tensor
 
 from apps.porting import from_published, load_pretrained, to_published
+from apps.porting.files import write_safetensors
 from apps.porting.sentences import SentenceEncoder
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_earlier_one(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"a": torch.zeros(3)})
+    earlier = path.read_bytes()
+    with full_disk(1000), pytest.raises(OSError, match=r"model.safetensors cannot be written: .*File too large"):
+        write_safetensors(path, {"a": torch.zeros(3000)})
+    assert path.read_bytes() == earlier
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_shards_and_torch_files_are_read(tmp_path):
