@@ -6,6 +6,7 @@ Nothing of the block is copied or renamed: its modules change class, and back ag
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -292,7 +293,7 @@ class AdoptedMoE(Adopted, MoE):
         if self.layout.way in ("mask", "gates"):
             expert_ids_TK, gates_TK = self.choice_of_mask(expert_ids_TK, gates_TK)
         routing = self.routing(expert_ids_TK, gates_TK)
-        self.record_pass(routing, self.__dict__["context"] or RoutingContext())
+        self.record_pass(_without_padding(routing), self.__dict__["context"] or RoutingContext())
         rows = self.dispatcher.dispatch(x.reshape(-1, x.shape[-1]), routing)
         if self.layout.way == "input":
             rows = rows.weighted_input()
@@ -305,3 +306,12 @@ class AdoptedMoE(Adopted, MoE):
             return torch.where(chosen.any(-1), chosen.argmax(-1), E), gates
         gates_TK, ids_TK = gates.topk(min(2, E), -1)
         return torch.where(gates_TK > 0, ids_TK, E), gates_TK
+
+
+def _without_padding(routing: Routing) -> Routing:
+    """Return a decision as tapes have it: padding, which such a block computes too, is not computed."""
+    if routing.valid_T is None:
+        return routing
+    E, is_padding_N = len(routing.tokens_per_expert_E), ~routing.valid_T[routing.token_index_N]
+    ids_N, counts_E = routing.expert_ids_N.masked_fill(is_padding_N, E), routing.chosen_per_expert_E
+    return replace(routing, expert_ids_N=ids_N, tokens_per_expert_E=counts_E)

@@ -221,6 +221,10 @@ def test_an_adopted_model_is_the_model(name):
         for entry in tape.entries:
             assert int(entry.routing.chosen_per_expert_E.sum()) == 2 * int(MASK.sum())  # two experts a real token
             assert entry.routing.evidence.logits_TE.shape == (14, layers[entry.name].num_experts)
+            stats = core.RoutingStats.from_tape(tape).layers[entry.name]
+            gates = entry.routing.gates_N[MASK.flatten().bool().repeat_interleave(2)]
+            assert stats.drop_rate == 0  # padding is computed, and is in no figure
+            assert float(stats.gates_per_expert.sum()) == pytest.approx(float(gates.sum()), rel=1e-5)
     texts = [net.eval().generate(IDS[:1], max_new_tokens=4, do_sample=False) for net in (plain, adopted)]
     assert torch.equal(*texts)
 
