@@ -91,6 +91,12 @@ class AdoptedExperts(Adopted, Experts):
             return self.__dict__["block"][0].compute_chosen(x, way, *args, **kwargs)
         return super().__call__(x, way, *args, **kwargs)
 
+    @property
+    def valid_T(self) -> Tensor | None:
+        """False for the padding that the block computes in this call; None: there is none."""
+        valid_T: Tensor | None = self.__dict__["block"][0].valid_T
+        return valid_T
+
     def stacked(self, path: str) -> Tensor:
         """Return a parameter whose first axis counts the experts."""
         if self.layout.way in ("mask", "gates"):
@@ -261,19 +267,24 @@ class AdoptedMoE(Adopted, MoE):
     def router(self) -> Any:  # type: ignore[override]
         return self._modules[self.layout.router]
 
+    @property
+    def valid_T(self) -> Tensor | None:
+        """False for the padding of this call; None: there is none."""
+        leading, context = self.__dict__["leading"], self.__dict__["context"]
+        # With a cache the mask has the tokens before, too.
+        return None if context is None or len(leading) < 2 else context.valid_BS[:, -leading[1] :].reshape(-1)
+
     def routing(self, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routing:
         """Return the block's choice as the engine's."""
         T, K = expert_ids_TK.shape
         logits_TE = self.router.__dict__.pop("logits_TE", None)
-        evidence, leading, context = Evidence(), self.__dict__["leading"], self.__dict__["context"]
+        evidence, leading = Evidence(), self.__dict__["leading"]
         # Where an activation checkpoint repeats the pass nothing records, and as many tensors have to be saved.
         if logits_TE is not None and (self.is_recorded or torch.is_grad_enabled()):
             logits_TE = logits_TE.float().reshape(T, -1)
             evidence = Evidence(SCORE_FUNCS[self.layout.score](logits_TE), logits_TE)
-        ids_N, E = expert_ids_TK.reshape(-1), self.num_experts
+        ids_N, E, valid_T = expert_ids_TK.reshape(-1), self.num_experts, self.valid_T
         computed_E = count_experts(ids_N, E)
-        # With a cache the mask has the tokens before, too.
-        valid_T = None if context is None or len(leading) < 2 else context.valid_BS[:, -leading[1] :].reshape(-1)
         real_N = None if valid_T is None else valid_T.repeat_interleave(K)
         return Routing(
             token_index_N=torch.arange(T, device=ids_N.device).repeat_interleave(K),

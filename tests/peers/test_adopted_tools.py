@@ -269,3 +269,16 @@ def test_recorded_choices_are_replayed(name, monkeypatch):
         assert any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in layer.router.parameters())
     with core.replay(server, tape):
         assert error(logits(server)[MASK > 0], expected[MASK > 0]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Llama4"])
+def test_padding_is_in_no_statistics_of_experts(name):
+    net = core.adopt(families.model(name)).eval()
+    ids = torch.tensor([[5, 9, 4, 31, 7, 8, 3], [11, 6, 12, 40, 0, 0, 0]])
+    padded = [{"input_ids": ids, "attention_mask": (ids != 0).long()}]
+    alone = [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :4]}]
+    found, expected = (core.expert_statistics(net, batches, every_token=True) for batches in (padded, alone))
+    for layer, own in found.items():
+        assert own.loads_E.tolist() == expected[layer].loads_E.tolist()
+        for field in ("gated_norms_E", "norms_E", "squares_E", "outputs_ED", "every_output_ED"):
+            assert families.error(getattr(own, field), getattr(expected[layer], field)) < 1e-5

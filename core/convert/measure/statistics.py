@@ -120,6 +120,7 @@ class _Sums:
 
     def _add_rows(self, rows: Rows) -> None:
         E, live = rows.offsets_E.shape[0], int(rows.offsets_E[-1])
+        valid_T = getattr(self.experts, "valid_T", None)  # adopted blocks compute padding
         for start in range(0, live, CHUNK):
             end = min(start + CHUNK, live)
             part = replace(
@@ -131,6 +132,8 @@ class _Sums:
                 plan=None,
             )
             y_RD = self.experts(part).x.double()
+            real_R = y_RD.new_ones(len(y_RD)) if valid_T is None else valid_T[part.row_index_R].to(y_RD)
+            y_RD = y_RD * real_R[:, None]
             expert_R, norm_R = expert_of_rows(part.gates_R, part.offsets_E), y_RD.norm(dim=1)
             before = self._begun(E, y_RD)
 
@@ -138,7 +141,7 @@ class _Sums:
                 return total.index_add(0, of, value)
 
             self.statistics = ExpertStatistics(
-                plus(before.loads_E, torch.ones_like(norm_R)),
+                plus(before.loads_E, real_R),
                 plus(before.gated_norms_E, norm_R * rows.gates_R[start:end].double()),
                 plus(before.norms_E, norm_R),
                 plus(before.squares_E, norm_R.square()),
@@ -146,15 +149,17 @@ class _Sums:
                 before.every_output_ED,
             )
         if self.every_token and self.statistics is not None:
-            self._add_every_token(rows, live)
+            self._add_every_token(rows, live, valid_T)
 
-    def _add_every_token(self, rows: Rows, live: int) -> None:
-        """Add every expert's output for each token that some expert computes."""
+    def _add_every_token(self, rows: Rows, live: int, valid_T: Tensor | None) -> None:
+        """Add every expert's output for each token that some expert computes, but for padding."""
         assert self.statistics is not None
         # A token has several rows: one of them represents it.
         token_R = rows.row_index_R[:live]
         row_of_token = torch.full((rows.num_tokens,), -1, device=token_R.device)
         row_of_token[token_R] = torch.arange(live, device=token_R.device)
+        if valid_T is not None:
+            row_of_token[~valid_T] = -1
         x_TD = rows.x[row_of_token[row_of_token >= 0]]
         total = self.statistics.every_output_ED
         for x_CD in x_TD.split(max(1, CHUNK // rows.offsets_E.shape[0])):
