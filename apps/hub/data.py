@@ -140,8 +140,8 @@ class HubTextData(SuiteData):
             raise ValueError("there is nothing to continue: give text (--data.text) or predict_file")
         if self.predict_file is not None:
             prompts = list(text_lines(Path(self.predict_file).expanduser()))
-            if not all(map(str.strip, prompts)):
-                empty = next(i for i, prompt in enumerate(prompts, 1) if not prompt.strip())
+            empty = next((i for i, prompt in enumerate(prompts, 1) if not prompt.strip()), None)
+            if empty is not None:
                 raise ValueError(f"{self.predict_file}:{empty} is empty: each line is a prompt")
         else:
             prompts = [self.text] if isinstance(self.text, str) else self.text or []
@@ -151,9 +151,8 @@ class HubTextData(SuiteData):
         if self.train_files is None and self.test_files is None and self.val_files is None:
             raise ValueError("train_files is missing (--data.train_files): a name or pattern of text or .jsonl files")
         files = {split: named_files(self.root, getattr(self, f"{split}_files")) for split in SPLITS}
-        tokenizer = sorted(Path(self.folder).expanduser().glob("*token*")) + sorted(
-            Path(self.folder).expanduser().glob("chat_template*")
-        )
+        folder = Path(self.folder)
+        tokenizer = sorted(folder.glob("*token*")) + sorted(folder.glob("chat_template*"))
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in tokenizer if path.is_file())).hexdigest()
         made_from = [
             {split: identity(paths) for split, paths in files.items()},

@@ -25,8 +25,8 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing_loss=0.0, 
 
     Parameters, ``state_dict``, ``save_pretrained``, ``generate`` and optimizers stay as they are: no tensor is copied.
     A block routes as it did, its experts are computed by the engine's kernels, and ``core.record``, ``core.aux_loss``,
-    ``core.diagnose`` and the other tools know its layers. A call of packed rows, which have no
-    ``attention_mask``, may give ``valid_BS``: bool (B, S), False for padding.
+    ``core.diagnose`` and the other tools know its layers. A call of packed rows, which have no ``attention_mask``,
+    may give ``valid_BS``: bool (B, S), False for padding.
 
     Args:
         model: a model with MoE blocks whose layouts are in ``core.adopted.LAYOUTS``.
