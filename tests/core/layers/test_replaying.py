@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -80,16 +81,39 @@ def test_a_model_replays_itself_to_the_bit_with_the_same_gradients():
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_an_activation_checkpoint_repeats_the_same_pass():
-    net = Net(ROUTERS[0], 1)
-    choices = core.Choices.of(recorded(Net(ROUTERS[0], 3)))
-    x = X.clone().requires_grad_()
-    with core.replay(net, choices):
-        checkpoint(net, x, use_reentrant=False).sum().backward()
-    other = x.detach().clone().requires_grad_()
-    with core.replay(net, choices):
-        net(other).sum().backward()
-    torch.testing.assert_close(x.grad, other.grad)
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_an_activation_checkpoint_repeats_the_same_passes(is_inside, passes):
+    net, server = Net(ROUTERS[0], 1), Net(ROUTERS[0], 3)
+    with core.record(server) as tape:
+        server(X), *([server(-X)] if passes == 2 else [])
+    grads = []
+    for run in (net, functools.partial(checkpoint, net, use_reentrant=False)):
+        x = X.clone().requires_grad_()
+        with core.replay(net, tape):
+            loss = run(x).square().sum() + (run(-2 * x).sum() if passes == 2 else 0)
+            if is_inside:
+                loss.backward()
+        if not is_inside:
+            loss.backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+    own = [e.routing.expert_ids_N for e in recorded(net).entries]
+    assert not torch.equal(own[0], tape.entries[0].routing.expert_ids_N)
+    assert "_given" not in net.first.__dict__  # the first pass afterwards lets the choices go
+
+
+def test_a_checkpoint_of_equal_passes_with_other_choices_is_no_guess():
+    net, server = Net(ROUTERS[0], 1), Net(ROUTERS[0], 3)
+    with core.record(server) as tape:
+        server(X), server(-X)
+    with core.replay(net, tape):
+        loss = sum(checkpoint(net, X.clone().requires_grad_(), use_reentrant=False).sum() for _ in range(2))
+    with pytest.raises(ValueError, match="repeats one of 2 replayed passes, and its tokens are those of 2 of them"):
+        loss.backward()
+    again = pytest.raises(ValueError, match="layer 'first' is inside another")
+    with core.replay(net, tape), again, core.replay(net, tape):
+        pass
 
 
 def test_several_passes_are_taken_in_their_order():
