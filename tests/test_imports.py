@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each part of core imports from the rows above its own. Only the parts of the last row may also import each other
 # (convert needs config), without a cycle. `core/__init__.py` is above them all: nothing inside core imports it.
 ROWS = (
-    ("fields", "torch_internals"),
+    ("fields", "index_buffers", "torch_internals"),
     ("contract", "kernels", "registry"),
     ("routing", "experts", "dispatch", "flops", "optim"),
     ("layers",),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..contract import DenseRouting
 from ..experts import Experts, StarExperts, batch_norm_rows, num_params
+from ..index_buffers import IndexBuffers
 from ..kernels import expert_of_rows
 from ..routing.balance.balance import Balance
 from ..routing.given.per_sequence import Domain
@@ -29,7 +30,7 @@ from .multi_gate import (
 )
 
 
-class HoMELayer(DenseGatesLayer):
+class HoMELayer(IndexBuffers, DenseGatesLayer):
     """Hierarchy of multi-gate experts (HoME, arXiv 2408.05430): a level of meta experts makes a representation of each
     category of tasks and a shared one; in the second level a task's gate sees the shared experts, its category's and
     its own.
@@ -61,16 +62,9 @@ class HoMELayer(DenseGatesLayer):
         self.router, self.experts = GateRouters(list(gates)), nn.ModuleList(experts)
         self.groups = (meta_groups, groups)
         self.feature_gates = None if feature_gates is None else nn.ModuleList(feature_gates)
-        shape = groups.num_tasks, len(groups.expert_ids(0))
-        self.register_buffer("_ids_tV", torch.empty(shape, dtype=torch.int64), persistent=False)
-        self.register_buffer("_categories_t", torch.empty(groups.num_tasks, dtype=torch.int64), persistent=False)
+        ids_tV = [list(groups.expert_ids(k)) for k in range(groups.num_tasks)]
+        self.keep_indices(_ids_tV=ids_tV, _categories_t=list(groups.categories))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        groups = self.groups[1]
-        self._ids_tV.copy_(torch.tensor([groups.expert_ids(k) for k in range(groups.num_tasks)], device="cpu"))
-        self._categories_t.copy_(torch.tensor(groups.categories, device="cpu"))
 
     def _compute(self, examples: Examples) -> Tensor:
         feature_gates: Any = self.feature_gates or (None, None)
@@ -144,7 +138,7 @@ class M3oELayer(DenseGatesLayer):
             by_task_tN = torch.cat((fused_tn, fused_tn.new_zeros(groups.num_tasks, groups.num_domains)), 1)
             by_domain_dN = torch.cat((fused_dn.new_zeros(groups.num_domains, groups.num_tasks), fused_dn), 1)
             own_TtN = by_task_tN + by_domain_dN.index_select(0, examples.domain_T)[:, None]
-            if self.is_recorded:
+            if self.keeps_evidence:
                 self._record(torch.cat((clean_TtE, own_TtN), -1), examples)
             weights_Ttn = torch.cat((with_dropout(self, clean_TtE, logits_TtE), own_TtN), -1)
             return torch.bmm(weights_Ttn.to(h_TnH.dtype), h_TnH).to(dtype).transpose(0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..contract import Evidence
 from ..fields import Count
+from ..index_buffers import IndexBuffers
 from ..kernels import best_keys
 from ..kernels.eager import check_devices
 from .router import FixedKConfig, PairRouter, Tokens
@@ -20,7 +21,7 @@ from .selection import Capacity, Choice
 MOMENTUM, EPS = 0.1, 1e-5
 
 
-class ProductKeysRouter(PairRouter):
+class ProductKeysRouter(IndexBuffers, PairRouter):
     """The router of ``ProductKeys``. Expert ``e = i n + j`` has the i-th key of the first half and the j-th of the
     second one.
 
@@ -43,18 +44,18 @@ class ProductKeysRouter(PairRouter):
         self.norm_bias = nn.Parameter(torch.empty(features)) if normed else None
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, torch.empty(features) if normed else None)
-        self.register_buffer("pair_index_2P", torch.empty(self._pairs().shape, dtype=torch.int64), persistent=False)
+        self.keep_indices(pair_index_2P=self._pairs())
         self.reset_parameters()
 
-    def _pairs(self) -> Tensor:
-        """Return the places (i, j) among the two sorted halves that the best K sums may have, int64 (2, P).
+    def _pairs(self) -> list[tuple[int, ...]]:
+        """Return the places (i, j) among the two sorted halves that the best K sums may have, (2, P).
 
         Each place (i', j') with i' <= i and j' <= j has a sum at least as large, so that a place needs
         ``(i + 1) (j + 1) <= K``.
         """
         K, per_half = self.config.top_k, min(self.config.top_k, self.num_keys)
         places = [(i, j) for i in range(per_half) for j in range(per_half) if (i + 1) * (j + 1) <= K]
-        return torch.tensor(places, dtype=torch.int64, device="cpu").t()
+        return list(zip(*places, strict=True))
 
     def reset_parameters(self) -> None:
         """Start queries and keys as normal, so that a score has variance 1 where a token's numbers have."""
@@ -65,8 +66,6 @@ class ProductKeysRouter(PairRouter):
             tensor = getattr(self, name)
             if tensor is not None:
                 nn.init.constant_(tensor, start)
-        if not self.pair_index_2P.is_meta:
-            self.pair_index_2P.copy_(self._pairs())
 
     def choose(self, tokens: Tokens) -> Choice:
         x_TD, H, K, n = tokens.x_TD, self.config.heads, self.config.top_k, self.num_keys

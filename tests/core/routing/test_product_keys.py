@@ -65,6 +65,16 @@ def test_two_heads_may_take_the_same_expert_twice():
     assert layer(torch.randn(1, 3, 8)).shape == (1, 3, 8)
 
 
+def test_a_router_made_without_memory_takes_the_weights_it_is_given():
+    made, x = router(16, top_k=3), torch.randn(1, 6, 8)
+    with torch.device("meta"):
+        assigned, emptied = router(16, top_k=3), router(16, top_k=3)
+    assigned.load_state_dict(made.state_dict(), assign=True)
+    emptied.to_empty(device="cpu").load_state_dict(made.state_dict())
+    for other in (assigned, emptied):
+        assert torch.equal(other(x).expert_ids_N, made(x).expert_ids_N)
+
+
 def test_batch_norm_is_torch_s_over_real_tokens():
     r = router(16, 8, top_k=2, heads=2, query_norm="batch").train()
     norm = torch.nn.BatchNorm1d(16, dtype=torch.float64)
