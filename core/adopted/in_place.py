@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..contract import RoutingContext
 from ..dispatch import LocalDispatcher
@@ -20,7 +22,11 @@ _GROUPS = ("n_group", "num_group", "n_groups")
 """Names under which routers that choose groups of experts first have their number."""
 
 
-def adopt(model: nn.Module, balance: Balance = Balance(load_balancing_loss=0.0, router_z_loss=0.0)) -> nn.Module:
+def adopt(
+    model: nn.Module,
+    balance: Balance = Balance(load_balancing_loss=0.0, router_z_loss=0.0),
+    bias_update_rate: float = 0.0,
+) -> nn.Module:
     """Make every MoE block of a transformers model a ``core.MoE``, in place.
 
     Parameters, ``state_dict``, ``save_pretrained``, ``generate`` and optimizers stay as they are: no tensor is copied.
@@ -32,6 +38,8 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing_loss=0.0, 
         model: a model with MoE blocks whose layouts are in ``core.adopted.LAYOUTS``.
         balance: weights of the balance losses. By default no loss is added: transformers adds its own if
             ``output_router_logits`` asks for it.
+        bias_update_rate: step of ``core.update_expert_bias``, for routers with a bias on the scores (DeepSeek-V3
+            trained with 0.001); 0: the biases stay as they are.
 
     Returns:
         ``model``.
@@ -61,9 +69,8 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing_loss=0.0, 
     classes = {name: _classes(name, block, LAYOUTS[type(block).__name__]) for name, block in blocks.items()}
     register_formulas()
     for name, block in blocks.items():
-        _adopt_block(block, classes[name], balance)
-    model.__dict__["_adopted_blocks"] = blocks
-    model.__dict__["_adopted_hook"] = model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+        _adopt_block(block, classes[name], balance, bias_update_rate)
+    model.__dict__["_adopted_hooks"] = _watch_padding(model, blocks)
     return model
 
 
@@ -83,9 +90,7 @@ def release(model: nn.Module) -> nn.Module:
             raise ValueError(f"the experts {name!r} are quantized, which a block of transformers cannot compute")
         if isinstance(module, AdoptedExperts | AdoptedRouter) and CHILD in module._modules:
             raise ValueError(f"{name!r} has adapters: core.merge_adapters merges them into the weights before")
-    hook = model.__dict__.pop("_adopted_hook", None)
-    model.__dict__.pop("_adopted_blocks", None)
-    if hook is not None:
+    for hook in model.__dict__.pop("_adopted_hooks", []):
         hook.remove()
     for module in [m for m in model.modules() if isinstance(m, Adopted)]:
         for name in module.__dict__.pop("_added"):
@@ -140,7 +145,7 @@ def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[Any, Any, Any
     )
 
 
-def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance) -> None:
+def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance, bias_update_rate: float) -> None:
     layout: Layout = classes[0].layout
     router, holder = block.get_submodule(layout.router), _holder(block, layout)
     experts: Any = block.get_submodule(layout.experts) if layout.experts else nn.Module()
@@ -153,7 +158,7 @@ def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance) ->
         block._modules["experts"] = experts  # without parameters: it computes with the block's own
     _add(experts, num_experts=E, block=(block,), storage={}, **options)
     groups = next((g for m in (router, block) for n in _GROUPS if isinstance(g := getattr(m, n, None), int)), 1)
-    _add(router, num_experts=E, num_groups=groups, block=(block,), _read=None)
+    _add(router, num_experts=E, num_groups=groups, block=(block,), bias_update_rate=bias_update_rate, _read=None)
     _add(
         block,
         num_experts=E,
@@ -203,13 +208,36 @@ def _add(module: nn.Module, **values: Any) -> None:
             module.__dict__[name] = value
 
 
-def _note_padding(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Tell the adopted blocks of a model what of this call is padding; return the call without ``valid_BS``."""
-    valid_BS = kwargs.get("valid_BS")
-    takes_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    for name, block in model.__dict__["_adopted_blocks"].items():
-        mask = kwargs.get("decoder_attention_mask" if takes_two and "decoder" in name.split(".") else "attention_mask")
-        mask = mask if valid_BS is None else valid_BS
-        context = RoutingContext(valid_BS=mask.bool()) if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        block.__dict__["context"] = context
+def _watch_padding(model: nn.Module, blocks: dict[str, nn.Module]) -> list[RemovableHandle]:
+    """Put hooks on a model, and on each module in it that is given a mask, which tell the blocks inside what of a call
+    is padding."""
+    handles = []
+    for name, module in model.named_modules():
+        inside = {n: b for n, b in blocks.items() if n != name and f".{n}".startswith(f".{name}." if name else ".")}
+        places = tuple(inspect.signature(module.forward).parameters)
+        if inside and (module is model or "attention_mask" in places):
+            before = functools.partial(_note_padding, inside, places)
+            handles += [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(functools.partial(_forget_padding, inside), always_call=True),
+            ]
+    return handles
+
+
+def _note_padding(
+    blocks: dict[str, nn.Module], places: tuple[str, ...], module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Tell blocks what of this call is padding, if no module around has; return the call without ``valid_BS``."""
+    given = {**dict(zip(places, args, strict=False)), **kwargs}
+    for name, block in blocks.items():
+        is_second = "decoder_attention_mask" in places and "decoder" in name.split(".")
+        mask = given.get("valid_BS")
+        mask = given.get("decoder_attention_mask" if is_second else "attention_mask") if mask is None else mask
+        if block.__dict__["context"] is None and isinstance(mask, Tensor) and mask.ndim == 2:
+            block.__dict__["context"] = RoutingContext(valid_BS=mask.bool())
     return args, {name: value for name, value in kwargs.items() if name != "valid_BS"}
+
+
+def _forget_padding(blocks: dict[str, nn.Module], module: nn.Module, args: Any, out: Any) -> None:
+    for block in blocks.values():
+        block.__dict__["context"] = None

@@ -23,6 +23,7 @@ from ..experts.ffn import FFNExperts
 from ..experts.matrices import QuantizedMatrices
 from ..kernels import SCORE_FUNCS, QuantizedWeight, count_experts
 from ..layers import MoE
+from ..routing.balance.balance import expert_bias_step
 from ..routing.balance.terms import CHOICE_TERMS, SCORE_TERMS
 from ..routing.router import Router
 from .layouts import Layout
@@ -66,6 +67,12 @@ class AdoptedRouter(Adopted, Router):
         except AttributeError:
             return None  # the model's options leave it out
         return bias
+
+    @torch.no_grad()
+    def update_expert_bias(self, chosen_per_expert_E: Tensor) -> None:
+        bias, rate = self.expert_bias, self.__dict__["bias_update_rate"]
+        if bias is not None and rate:
+            bias += expert_bias_step(chosen_per_expert_E, rate).view_as(bias)
 
 
 class _Together(torch.autograd.Function):
@@ -279,8 +286,7 @@ class AdoptedMoE(Adopted, MoE):
         T, K = expert_ids_TK.shape
         logits_TE = self.router.__dict__.pop("logits_TE", None)
         evidence, leading = Evidence(), self.__dict__["leading"]
-        # Where an activation checkpoint repeats the pass nothing records, and as many tensors have to be saved.
-        if logits_TE is not None and (self.is_recorded or torch.is_grad_enabled()):
+        if logits_TE is not None and self.keeps_evidence:
             logits_TE = logits_TE.float().reshape(T, -1)
             evidence = Evidence(SCORE_FUNCS[self.layout.score](logits_TE), logits_TE)
         ids_N, E, valid_T = expert_ids_TK.reshape(-1), self.num_experts, self.valid_T

@@ -119,7 +119,8 @@ def facts_of(name: str, layer: MoELayer, router: Router | None) -> Facts:
         layer=name,
         by_data=not has_gate or bool(needs),
         reads_position=bool(getattr(config, "reads_position", False)),
-        is_balanced=is_balanced or getattr(router, "expert_bias", None) is not None,
+        is_balanced=is_balanced
+        or (getattr(router, "expert_bias", None) is not None and getattr(router, "bias_update_rate", 1.0) > 0),
         capacity=capacity,
     )
 

@@ -318,6 +318,54 @@ def test_balance_losses_reach_the_routers():
         assert layer.experts.down_proj.grad is None or float(layer.experts.down_proj.grad.abs().sum()) >= 0
 
 
+class Wrapped(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch):
+        return self.net(**batch)
+
+
+def test_padding_is_known_however_the_mask_is_given_and_forgotten_afterwards():
+    net, wrapper = adopt(model("Mixtral")), adopt(Wrapped(model("Mixtral")))
+    # 14 tokens, 3 of them padding; each takes 2 experts.
+    for layers, run, tokens in (
+        (net, lambda: net(IDS, MASK), 11),
+        (wrapper, lambda: wrapper({"input_ids": IDS, "attention_mask": MASK}), 11),
+        (net, lambda: net.model(IDS, attention_mask=MASK), 11),
+        (net, lambda: net.model(IDS[:1]), 7),
+    ):
+        with core.record(layers) as tape:
+            run()
+        assert [int(e.routing.chosen_per_expert_E.sum()) for e in tape.entries] == [2 * tokens] * 2
+
+
+def test_two_passes_before_one_backward_may_be_checkpointed():
+    nets = [adopt(model("Mixtral")).train() for _ in range(2)]
+    nets[1].gradient_checkpointing_enable({"use_reentrant": False})
+    grads = []
+    for net in nets:
+        torch.manual_seed(1)
+        first = net(input_ids=IDS, attention_mask=MASK, labels=IDS).loss
+        (first + net(input_ids=IDS[:, :4], attention_mask=torch.ones(2, 4), labels=IDS[:, :4]).loss).backward()
+        grads.append({n: p.grad for n, p in net.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+def test_a_bias_moves_by_the_loads_if_it_is_given_a_rate():
+    for rate in (0.0, 0.25):
+        net = adopt(model("DeepseekV3"), bias_update_rate=rate).train()
+        bias = net.model.layers[1].mlp.gate.e_score_correction_bias
+        before = bias.clone()
+        with core.record(net) as tape:
+            net(IDS)
+        core.update_expert_bias(net, tape)
+        load = tape.entries[0].routing.chosen_per_expert_E.float()
+        assert torch.equal(bias, before + rate * torch.sign(load.mean() - load))
+
+
 def test_a_block_that_is_not_known_is_rejected_by_name():
     class Odd(nn.Module):
         def __init__(self):
