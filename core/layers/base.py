@@ -124,8 +124,14 @@ class MoELayer(nn.Module):
 
     @property
     def is_recorded(self) -> bool:
-        """True while a tape listens. Without one, values that only a tape reads can be left out."""
+        """True while a tape listens."""
         return len(self._tapes) > 0  # of a tuple, which torch 2.10 does not trace as bool
+
+    @property
+    def keeps_evidence(self) -> bool:
+        """False if values that only a tape reads can be left out. With gradients they cannot: an activation checkpoint
+        repeats the forward after the tape is closed, and has to save as many tensors."""
+        return self.is_recorded or torch.is_grad_enabled()
 
     def record_pass(
         self,
@@ -155,12 +161,12 @@ class MoELayer(nn.Module):
         given = self.__dict__.get("_given")
         if given is not None:
             given.check(routing)
+        if not torch.compiler.is_compiling() and in_backward():
+            return  # an activation checkpoint repeats the forward inside the backward: counted already
         if not self._tapes:
             if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._count_unrecorded()
             return
-        if not torch.compiler.is_compiling() and in_backward():
-            return  # an activation checkpoint repeats the forward inside the backward: counted already
         router = self.router if router is None else router
         terms = router.terms | self.own_terms if terms is None else terms
         pulled = list(router.parameters())

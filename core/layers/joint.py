@@ -80,7 +80,7 @@ class JointMultiGateMoE(MultiGateLayer):
                 used_TtK = logits_TtK.masked_fill(is_dropped_TtK, -torch.inf).softmax(-1)
                 used = [replace(r, gates_N=g.flatten()) for r, g in zip(choices, used_TtK.unbind(1), strict=True)]
         computed = each_once(self, examples.x_TD, used)
-        if self.is_recorded:
+        if self.keeps_evidence:
             self._record(examples, choices, scores_TtE.mean(1), computed)
         return computed.y_tTH
 

@@ -165,7 +165,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
         prior_N = routing.gates_N.masked_fill(is_left_out_N, 0.0).to(logits_Nt.dtype)
         dropout = self.expert_dropout if self.training else 0.0
         weights = selected_softmax(logits_Nt, prior_N, example_N, T, dropout)
-        if self.is_recorded:
+        if self.keeps_evidence:
             # The gates of all experts are only for the tape.
             gates_TEt = weights.clean_Rt.new_zeros(T, E, self.num_tasks)
             gates_TEt = gates_TEt.index_put((example_N, index_N), weights.clean_Rt, accumulate=True)

@@ -89,7 +89,7 @@ class ExpertChoiceRouter(Router):
         falling_TE = logits_TE.detach().sigmoid().masked_fill(~tokens.real_T[:, None], 0.0).sort(0, descending=True)[0]
         last_1E = (routing.tokens_per_expert_E - 1).clamp(0, max(T - 1, 0))[None]
         at_last_E = falling_TE.gather(0, last_1E)[0] if T else falling_TE.new_zeros(E)
-        counts = torch.cat((at_last_E, at_last_E.new_full((1,), float(T > 0)))).float()
+        counts = torch.cat((at_last_E, tokens.real_T.any().to(at_last_E.dtype).reshape(1))).float()
         extra = {"capacity_predictor": loss_T}
         return replace(routing, evidence=replace(routing.evidence, extra=extra, counts=counts))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 
@@ -12,8 +13,9 @@ import torch._dynamo
 from gated import ALL, DOMAIN, TASKS, D, build, context, examples
 from stepped import assert_same, step
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from core import MLP, MMoE, RoutingContext, TokenChoice, record
+from core import MLP, MMoE, RoutingContext, TokenChoice, aux_loss, record
 
 # Fast paths, sizes, dtypes.
 
@@ -153,6 +155,24 @@ def test_copies_pickles_and_states_are_the_same_layer(name):
     fresh = build(name, seed=1).eval()
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(fresh(x, known), y)
+    with torch.device("meta"):
+        empty, bare = build(name).eval(), build(name).eval()
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    bare.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    assert torch.equal(empty(x, known), y)
+    assert torch.equal(bare(x, known), y)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_recorded_layer_may_be_repeated_by_a_checkpoint_after_the_tape(name):
+    layer, x = build(name), examples(6).requires_grad_()
+    other, known = copy.deepcopy(layer), context(name, 6)
+    for net, run in ((layer, layer), (other, functools.partial(checkpoint, other, use_reentrant=False))):
+        with record(net) as tape:
+            y = run(x, known)
+        (y.square().mean() + aux_loss(tape)).backward()
+    grads, others = ({n: p.grad for n, p in net.named_parameters()} for net in (layer, other))
+    assert_same(others, grads)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import core
 from core.layers.base import UNRECORDED_PASSES
@@ -44,7 +45,7 @@ def test_a_training_without_a_tape_is_warned_once_for_a_model():
     assert len(warned(lambda: step(other))) == 1
 
 
-@pytest.mark.parametrize("how", ["recorded", "evaluation", "no_grad", "weights of 0", "frozen router"])
+@pytest.mark.parametrize("how", ["recorded", "evaluation", "no_grad", "weights of 0", "frozen router", "checkpoint"])
 def test_nothing_is_said_where_no_balance_loss_is_lost(how):
     net = model(balance=core.Balance(load_balancing_loss=0.0, router_z_loss=0.0)) if how == "weights of 0" else model()
     net.train(how != "evaluation")
@@ -52,6 +53,11 @@ def test_nothing_is_said_where_no_balance_loss_is_lost(how):
         layer.router.requires_grad_(False)
 
     def run() -> None:
+        if how == "checkpoint":
+            with core.record(net[0]):
+                y = checkpoint(net[0], torch.ones(3, D), use_reentrant=False)
+            y.sum().backward()  # repeats the pass without the tape
+            return
         with core.record(net[0]) if how == "recorded" else torch.set_grad_enabled(how != "no_grad"):
             (net[:1] if how == "recorded" else net)(torch.ones(3, D))
 

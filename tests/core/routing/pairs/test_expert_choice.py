@@ -337,6 +337,11 @@ def test_a_predictor_learns_what_the_experts_took():
     assert made.threshold.tolist() == pytest.approx([0.95 * 0.5 + 0.05 * last] * 2)
 
 
+def test_a_pass_of_padding_moves_no_threshold():
+    counts = foreseeing().train()(torch.ones(1, 4, 2), RoutingContext(valid_BS=torch.zeros(1, 4, dtype=torch.bool)))
+    assert counts.evidence.counts.tolist() == [0.0, 0.0, 0.0]
+
+
 def test_in_evaluation_thresholds_decide_and_no_token_another():
     made = foreseeing().eval()
     made.threshold.copy_(torch.tensor([0.9, 0.4]))
