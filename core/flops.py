@@ -1,4 +1,5 @@
-"""FLOP formulas for ``torch.utils.flop_counter``, which counts 0 for custom ops, ``grouped_mm`` and attention on CPU.
+"""FLOP formulas for ``torch.utils.flop_counter``, which counts 0 for custom ops, ``grouped_mm``, attention on CPU,
+fused recurrent layers and matrix-vector products.
 
 Two FLOPs per multiply-add, matmuls only. Rows are those really computed, read from the offsets; if offsets are fake
 (tracing) every routed pair counts. The formulas are registered with the first layer that is built, so that a counter of
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu, grouped, triton_ops  # noqa: F401  their custom ops are registered on import
-from .torch_internals import FakeTensor, fused_attention, onednn
+from .torch_internals import FakeTensor, fused_attention, fused_recurrent, onednn
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -53,6 +54,11 @@ def register_formulas() -> None:
         register_flop_formula(fused_linear)(_linear)
     register_flop_formula(fused_attention("flash_attention_for_cpu"))(_attention)
     register_flop_formula(fused_attention("flash_attention_for_cpu_backward"))(_attention_backward)
+    aten = torch.ops.aten
+    register_flop_formula(aten.mkldnn_rnn_layer)(lambda x, *weights, **_: _recurrent(x, weights[:2]))
+    register_flop_formula(fused_recurrent())(lambda x, weights, *_, **__: _recurrent(x, weights))
+    register_flop_formula(aten.mv)(lambda matrix, *_, **__: 2 * math.prod(matrix))
+    register_flop_formula(aten.addmv)(lambda _, matrix, *__, **___: 2 * math.prod(matrix))
 
 
 def _rows(offsets_E: Tensor, upper: int) -> int:
@@ -76,6 +82,11 @@ def _expert_ffn_backward(
 
 def _linear(x_shape, weight_shape, *args, out_shape=None, **kwargs):
     return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+def _recurrent(x_shape, weight_shapes):
+    # Each step multiplies an input or a state by every matrix.
+    return 2 * math.prod(x_shape[:-1]) * sum(math.prod(shape) for shape in weight_shapes if len(shape) == 2)
 
 
 def _grouped(x_R, w, offsets_E, *args, out_val=None, **kwargs):

@@ -92,6 +92,11 @@ def fused_attention(kind: str) -> Any:
     return getattr(torch.ops.aten, f"_scaled_dot_product_{kind}")
 
 
+def fused_recurrent() -> Any:
+    """Return cuDNN's operation behind ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, which choose by themselves."""
+    return torch.ops.aten._cudnn_rnn
+
+
 # ---- processes; these imports take long
 
 

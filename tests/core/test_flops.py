@@ -92,6 +92,20 @@ def test_attention_equals_its_two_products_written_out():
     assert count_flops(F.scaled_dot_product_attention, q, k, v) == written_out
 
 
+@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_a_recurrent_layer_multiplies_each_step_by_its_matrices(kind, gates):
+    # 4 x 10 steps, each by matrices of 16 and 32 rows with ``gates`` times 32 columns.
+    layer = getattr(torch.nn, kind)(16, 32, batch_first=True)
+    assert count_flops(layer, torch.randn(4, 10, 16)) == 2 * 40 * gates * 32 * (16 + 32)
+    with torch.no_grad():
+        assert count_flops(layer.eval(), torch.randn(4, 10, 16)) == 2 * 40 * gates * 32 * (16 + 32)
+
+
+def test_a_matrix_by_a_vector():
+    matrix, vector = torch.randn(5, 7), torch.randn(7)
+    assert count_flops(torch.mv, matrix, vector) == count_flops(torch.addmv, torch.randn(5), matrix, vector) == 70
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_an_encoder_layer_of_torch_is_counted_in_evaluation_too(training):
     # T = 6 tokens, D = 8, F = 16: four projections 8 T D^2, two products of attention 4 T T D, the network 4 T D F.

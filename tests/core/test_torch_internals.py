@@ -112,6 +112,11 @@ def test_the_fused_attention_is_attention_and_has_a_backward():
     assert backward._qualified_op_name in {event.name for event in seen.events()}
 
 
+def test_the_fused_recurrent_layer_is_given_inputs_and_weights_first():
+    first = internals.fused_recurrent().default._schema.arguments[:2]
+    assert [(a.name, str(a.type)) for a in first] == [("input", "Tensor"), ("weight", "List[Tensor]")]
+
+
 def test_the_other_fused_attention_differentiates_its_mask():
     q, k, v = torch.empty(3, 1, 2, 4, 8, device="meta").unbind()
     mask = torch.empty(1, 2, 4, 4, device="meta", requires_grad=True)
