@@ -177,6 +177,12 @@ class Trial:
         return self._doctor.doctor.layers
 
     @property
+    def by_data(self) -> frozenset[str]:
+        """Those of them whose experts the data decide."""
+        assert self._doctor.doctor is not None
+        return self._doctor.doctor.by_data
+
+    @property
     def warnings(self) -> list[str]:
         """Lines on what the data's table may do to the model."""
         lines = getattr(getattr(self._cli.datamodule, "findings", None), "warnings", ())
@@ -239,6 +245,7 @@ def run(options: Options) -> int:
             of_model = trial.findings()
             further = [*(trial.ablation() if options.ablate else ()), *trial.warnings]
         # The model itself knows more than its log.
+        findings = {at: f for at, f in findings.items() if f.layer not in trial.by_data}
         findings |= {(f.name, f.layer): f for f in of_model}
         routers = f"{counted(len(trial.layers), 'router')}"
         looked_at.append(f"{routers} on at most {options.batches} validation batches of {checkpoint}")

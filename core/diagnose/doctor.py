@@ -138,6 +138,11 @@ class Doctor:
         """The names of the layers that were seen since the last ``begin``; after ``findings``, by any rank."""
         return tuple(self._of_ranks or self._figures)
 
+    @property
+    def by_data(self) -> frozenset[str]:
+        """Those of ``layers`` whose experts the data decide, so that their loads are no fault."""
+        return frozenset(name for name, figures in (self._of_ranks or self._figures).items() if figures.facts.by_data)
+
     def findings(self) -> list[Finding]:
         """Return the findings so far, errors first, in the order of the layers."""
         every: list[Finding] = []

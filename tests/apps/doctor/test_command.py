@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from commands import fails
 from converted import DIGITS, MOE, classifier, write_run
 
+import core
 from apps.cli import main
 
 LOG = "step,val/routing/model.blocks.1.mlp/load_entropy,val/routing/model.blocks.1.mlp/load_imbalance\n"
@@ -41,6 +43,13 @@ def doctor(capsys, code, *argv):
 def test_a_healthy_run(runs, capsys):
     (line,) = doctor(capsys, 0, "--ckpt_path", runs / "healthy")
     assert line == f"healthy: 1 router on at most 8 validation batches of {runs}/healthy/checkpoints/best.ckpt"
+
+
+def test_loads_that_the_data_decide_are_no_fault_in_the_log_either(runs, tmp_path, capsys):
+    write_run(tmp_path, classifier(replace(MOE, router=core.Random(1))), DIGITS)
+    shutil.copy(runs / "log" / "metrics.csv", tmp_path)
+    (line,) = doctor(capsys, 0, "--ckpt_path", tmp_path)
+    assert line.startswith(f"healthy: 2 rows of {tmp_path}/metrics.csv, 1 router on")
 
 
 def test_equal_experts_and_the_score_without_each(runs, capsys):
