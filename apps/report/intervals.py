@@ -38,8 +38,9 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Tell whether 0 lies outside; width 0 excludes nothing, since equal values do not show a spread."""
-        return bool(self.half_width) and not self.low <= 0 <= self.high
+        """Tell whether 0 lies outside; width 0 excludes nothing, since equal values do not show a spread, nor does
+        NaN."""
+        return bool(self.half_width) and (self.low > 0 or self.high < 0)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -129,6 +130,23 @@ def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
         example_variance=max(ms_example - ms_rest, 0.0) / S,
         rest_variance=ms_rest,
     )
+
+
+def by_group(values_SN: np.ndarray, group_N: np.ndarray | None) -> np.ndarray:
+    """Return one value for each group of examples, such as the rows of a user, with the same mean over all.
+
+    Rows of one user are alike, and as single examples they would make an interval too narrow.
+
+    Args:
+        values_SN: values of each seed and example.
+        group_N: int64, the group of each example, negative for one by itself; None: all are by themselves.
+    """
+    if group_N is None:
+        return values_SN
+    own_N = np.where(group_N < 0, -1 - np.arange(len(group_N)), group_N)
+    place_N = np.unique(own_N, return_inverse=True)[1]
+    sums_SU = np.stack([np.bincount(place_N, values_N) for values_N in values_SN])
+    return sums_SU * (sums_SU.shape[1] / len(group_N))
 
 
 def _half_width(ms_seed: Any, ms_example: Any, ms_rest: Any, S: int, N: int) -> Any:

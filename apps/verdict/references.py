@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
 from apps.compare.systems import SPARSE, label
 from apps.equal_cost.comparable import Search
-from apps.report.intervals import crossed_interval, mean_interval
+from apps.report.intervals import by_group, crossed_interval, mean_interval
 from apps.verdict.work import Finished
 
 TREES = ("lightgbm", "hist_gradient_boosting")
@@ -130,12 +130,13 @@ def by_task(finished: Sequence[Finished], references: Sequence[OfTask], dense: s
         dense: name of the dense network.
     """
     models: dict[str, dict[str, OfTask]] = {}
+    group_N = finished[0].group_N
     for place, name in enumerate((SPARSE, dense)):
         for task in finished[0].tasks[place]:
-            values_SN = np.stack([f.tasks[place][task][1] for f in finished])
+            values_SN = by_group(np.stack([f.tasks[place][task][1] for f in finished]), group_N)
             models.setdefault(task, {})[name] = OfTask(task, name, finished[0].tasks[place][task][0], values_SN)
     for own in references:
-        models[own.task][own.model] = own
+        models[own.task][own.model] = replace(own, values_SN=by_group(own.values_SN, group_N))
     return models
 
 

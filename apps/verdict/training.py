@@ -6,6 +6,7 @@ the test. An unfinished one is done again: runs are short.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import move_data_to_device
 from torch.utils.data import DataLoader
 
@@ -38,6 +39,9 @@ from core.convert.read.calls import evaluating
 TASKS = "tasks.npy"
 """Keeps the test values of each task."""
 
+GROUPS = "groups.npy"
+"""Keeps the user of each test row."""
+
 BLOCKS = 16
 """Parts of the test split that stand for its examples where a module tells its quality of whole passes alone."""
 
@@ -52,6 +56,7 @@ class Evaluated:
         higher_is_better: True where a larger quality is better.
         routing: figures of the routing, means over the layers; empty without experts.
         tasks: metric and values (N,) of each task of a table; empty for other models.
+        group_N: int64 (N,), the user of each row of a table that names one.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Evaluated:
     higher_is_better: bool
     routing: Mapping[str, float] = field(default_factory=dict)
     tasks: Mapping[str, tuple[str, np.ndarray]] = field(default_factory=dict)
+    group_N: np.ndarray | None = None
 
     @property
     def quality(self) -> float:
@@ -112,7 +118,9 @@ def _by_example(model: Any, trainer: Trainer, batches: Iterator[Any], budget: Bu
     figures = {name.partition("/")[2]: float(value) for name, value in routing_metrics(stats).items()}
     means = {name: value for name, value in figures.items() if "/" not in name}
     by_task = model.task_values(outs) if hasattr(model, "task_values") else {}
-    return Evaluated(values.name, values.values_N.numpy(), values.higher_is_better, means, by_task)
+    users = [out.groups for out in outs if out.groups is not None]
+    group_N = torch.cat(users).cpu().numpy() if users else None
+    return Evaluated(values.name, values.values_N.numpy(), values.higher_is_better, means, by_task, group_N)
 
 
 def _by_block(model: Any, trainer: Trainer, batches: list[Any], budget: Budget, stage: str) -> Evaluated:
@@ -127,7 +135,8 @@ def _by_block(model: Any, trainer: Trainer, batches: list[Any], budget: Budget, 
         # Every count-th batch, so that blocks differ by at most one batch in size.
         parts: Any = batches[block::count]
         loader: DataLoader[Any] = DataLoader(parts, batch_size=None, collate_fn=as_it_is)
-        logged = run(model.module, dataloaders=loader, verbose=False)[0]
+        with _batch_hooks(trainer.datamodule, model.module):  # type: ignore[attr-defined]
+            logged = run(model.module, dataloaders=loader, verbose=False)[0]
         if name not in logged:
             raise ValueError(f"{stage} of {type(model.module).__name__} logs no {name!r}: it logs {', '.join(logged)}")
         values.append(float(logged[name]))
@@ -137,6 +146,20 @@ def _by_block(model: Any, trainer: Trainer, batches: list[Any], budget: Budget, 
     means = {k: sum(own[k] for own in figures) / count for k in figures[0] if "/" not in k}
     is_better = model.monitor_mode == "max"
     return Evaluated(name.rpartition("/")[2], np.array(values, np.float64), is_better, means)
+
+
+@contextlib.contextmanager
+def _batch_hooks(data: LightningDataModule, module: LightningModule) -> Iterator[None]:
+    """Lend ``module`` the batch hooks of ``data``: of loaders without a data module Lightning asks the module alone."""
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    own = [name for name in hooks if getattr(type(data), name) is not getattr(LightningDataModule, name)]
+    for name in own:
+        setattr(module, name, getattr(data, name))
+    try:
+        yield
+    finally:
+        for name in own:
+            delattr(module, name)
 
 
 # Trainer options that a verdict sets itself, in addition to the ones that every comparison sets.
@@ -178,6 +201,11 @@ class Run(Unit):
         names = (self.read(output) or {}).get("tasks", {})
         values_tN = np.load(self.folder(output) / TASKS, allow_pickle=False) if names else ()
         return {task: (metric, own_N) for (task, metric), own_N in zip(names.items(), values_tN, strict=True)}
+
+    def group_N(self, output: Path) -> np.ndarray | None:
+        """Return the user of each test row of a final run, if the rows have users."""
+        path = self.folder(output) / GROUPS
+        return np.load(path, allow_pickle=False) if path.exists() else None
 
     def values(self, output: Path) -> np.ndarray:
         """Return the values by example that a finished run has kept; none of one that diverged.
@@ -336,6 +364,9 @@ def do(
             if tested.tasks:
                 with replacing(run.folder(output) / TASKS, "wb") as file:
                     np.save(file, np.stack([own_N for _, own_N in tested.tasks.values()]))
+            if tested.group_N is not None:
+                with replacing(run.folder(output) / GROUPS, "wb") as file:
+                    np.save(file, tested.group_N)
         with replacing(run.folder(output) / "values.npy", "wb") as file:
             np.save(file, values_N)
         return {"steps": pace.steps, "seconds_per_step": pace.seconds_per_step, **result}

@@ -17,7 +17,7 @@ from apps.base.progress import Bar, say
 from apps.compare.experiment import Experiment
 from apps.compare.systems import SPARSE
 from apps.compare.work import SEARCH_SEED
-from apps.report.intervals import crossed_interval, nearest_first
+from apps.report.intervals import by_group, crossed_interval, nearest_first
 from apps.runner.runner import Budget, BudgetOver, Runner
 from apps.runner.unit import RESULT
 from apps.runner.workers import Progress
@@ -87,12 +87,14 @@ class Finished:
         results: results of sparse and of dense at equal steps, and of sparse at equal time.
         values: test values of the same runs, each (N,).
         tasks: metric and test values of each task of the same runs; empty for other models than of tables.
+        group_N: the user of each value, if they have one.
     """
 
     seed: int
     results: Sequence[Mapping[str, Any]]
     values: Sequence[np.ndarray]
     tasks: Sequence[Mapping[str, tuple[str, np.ndarray]]] = ()
+    group_N: np.ndarray | None = None
 
 
 class Work(Runner[Run, Mapping[str, Any]]):
@@ -203,7 +205,8 @@ class Work(Runner[Run, Mapping[str, Any]]):
                 counts = "{}, {} and {}".format(*sizes)
                 raise ValueError(f"the runs of seed {seed} have {counts} test values: the data have changed")
             tasks = [run.task_values(self.output) for run in runs]
-            self.finished.append(Finished(seed, [done[run] for run in runs], values, tasks))
+            users = runs[0].group_N(self.output)
+            self.finished.append(Finished(seed, [done[run] for run in runs], values, tasks, users))
             seconds.append(sum(own["wall_seconds"] for own in done.values()))
 
     def work(self, unit: Run, progress: Progress) -> Mapping[str, Any]:
@@ -270,7 +273,7 @@ def answers(finished: Sequence[Finished]) -> tuple[Answer, Answer]:
         largest = max(float(np.abs(values).max()) for f in finished for values in f.values)
         if np.ptp(gains_SN) <= _ROUNDING * largest:
             gains_SN = np.full_like(gains_SN, gains_SN.mean())
-        gain = crossed_interval(gains_SN)
+        gain = crossed_interval(by_group(gains_SN, finished[0].group_N))
         return Answer(where, decide(gain), gain)
 
     return answer("equal FLOPs", 0), answer("equal time", 2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from apps.report.intervals import _half_width, crossed_interval, mean_interval
+from apps.report.intervals import _half_width, by_group, crossed_interval, mean_interval, verdict
 
 
 def test_seeds_and_examples_that_count_alike():
@@ -38,8 +38,30 @@ def test_one_seed_has_no_interval_and_equal_values_none_that_excludes_zero():
     assert crossed_interval(np.ones((1, 5))).half_width is None
     assert crossed_interval(np.full((3, 41), 0.1)).half_width == 0.0
     assert not crossed_interval(np.ones((3, 5))).excludes_zero
+    assert verdict(mean_interval([0.1, 0.1, math.nan])) == "no difference shown"
     with pytest.raises(ValueError, match="needs at least one value"):
         crossed_interval(np.ones((2, 0)))
+
+
+def test_rows_of_one_user_are_one_example():
+    values = np.array([[1.0, 3.0, 2.0, 6.0]])
+    # Users 7 and 7, 4, and one that has no user: sums 4, 2 and 6 times 3 groups / 4 rows.
+    alone = np.array([7, 7, 4, np.iinfo(np.int64).min])
+    assert sorted(by_group(values, alone)[0].tolist()) == [1.5, 3.0, 4.5]
+    assert by_group(values, None) is values
+
+
+def test_users_that_differ_widen_the_interval_as_they_should():
+    rng, held = np.random.default_rng(0), {"rows": 0, "users": 0}
+    users = np.repeat(np.arange(40), 50)
+    for _ in range(200):
+        gain = 0.2 * rng.standard_normal(40)[users] + 0.3 * rng.standard_normal(2000)
+        values = gain + 0.2 * rng.standard_normal((5, 2000))
+        for name, groups in (("rows", None), ("users", users)):
+            interval = crossed_interval(by_group(values, groups))
+            held[name] += interval.low <= 0 <= interval.high
+    assert held["rows"] < 130
+    assert 180 <= held["users"] <= 199
 
 
 def test_the_width_at_other_numbers_is_that_of_the_parts():

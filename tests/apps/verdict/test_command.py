@@ -113,7 +113,7 @@ def test_a_second_label_among_the_columns_is_left_out_and_named_before_the_train
 
 def test_a_module_of_the_user_s_own(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "FACTORS", (1.0,))
-    verdict = give_verdict(asked(tmp_path, OWN + SPARSIFY), "", clock=Ticks())
+    verdict = give_verdict(asked(tmp_path, OWN.replace("Points", "Stored") + SPARSIFY), "", clock=Ticks())
     assert verdict.quality == "test_acc"
     assert verdict.systems["dense, equal FLOPs"]["steps"] == 6
     assert 0 <= verdict.systems["sparse"]["train_quality"] <= 1
