@@ -63,7 +63,7 @@ class OwnModel(Comparable):
         if not isinstance(monitor, str):
             raise ValueError("sparsify.metric is missing: the name under which validation logs it")
         self.monitor = monitor
-        self.monitor_mode: Literal["min", "max"] = getattr(module, "monitor_mode", self.section.mode)
+        self.monitor_mode: Literal["min", "max"] = module.monitor_mode  # type: ignore[assignment]
 
     @property
     def test_monitor(self) -> str:

@@ -42,7 +42,7 @@ class SparsifyConfig(Checked):
         seed: of gates, random experts and noise; None: it follows from ``seed_everything``.
         metric: name under which the module logs its quality in validation, such as ``val_acc``: it decides which
             checkpoint is the best, and a comparison compares it. None: the module's attribute ``monitor``.
-        mode: whether a larger ("max") or a smaller ("min") metric is better.
+        mode: whether a larger ("max") or a smaller ("min") metric is better; None: the module's ``monitor_mode``.
         test_metric: name of that metric in a test; None: the name in validation, with "test" for a "val" at its start.
         learning_rate: argument of the model's constructor that a comparison searches; None: ``lr`` or
             ``learning_rate``, whichever the constructor has.
@@ -63,7 +63,7 @@ class SparsifyConfig(Checked):
     causal: bool = False
     seed: int | None = None
     metric: str | None = None
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] | None = None
     test_metric: str | None = None
     learning_rate: str | None = None
     examples: str | int | None = None
@@ -205,7 +205,8 @@ def adopt(module: LightningModule, config: SparsifyConfig) -> SparsifiedModule:
     The new class has the name of the old one, and is its subclass, as with ``torch.distributed.fsdp.fully_shard``.
 
     Raises:
-        ValueError: the module has an attribute with the name of one that is added.
+        ValueError: the module has an attribute with the name of one that is added, or nothing says whether more of the
+            metric is better.
     """
     kind = type(module)
     for name in _added_names():
@@ -213,6 +214,10 @@ def adopt(module: LightningModule, config: SparsifyConfig) -> SparsifiedModule:
             raise ValueError(
                 f"sparsify adds {name!r} to {kind.__name__}, which has an attribute of that name: rename it"
             )
+    metric = config.metric or getattr(module, "monitor", None)
+    mode = config.mode or getattr(module, "monitor_mode", None)
+    if metric is not None and mode is None:
+        raise ValueError(f"sparsify.mode is missing: max or min, whichever {metric} is best at")
     steps = {
         name: wrap(getattr(kind, name))
         for name, wrap in _WRAPPERS.items()
@@ -222,8 +227,8 @@ def adopt(module: LightningModule, config: SparsifyConfig) -> SparsifiedModule:
     module.__class__ = type(kind.__name__, (SparsifiedModule, kind), {**names, **steps})
     assert isinstance(module, SparsifiedModule)
     module.sparsify_config = config
-    if config.metric is not None:
-        module.monitor, module.monitor_mode = config.metric, config.mode  # type: ignore[assignment]
+    if metric is not None:
+        module.monitor, module.monitor_mode = metric, mode  # type: ignore[assignment]
     return module
 
 

@@ -19,7 +19,7 @@ from apps.train.sparsified import SparsifyConfig
 # 2 * 8 * 4 = 64 FLOPs and K = 2 experts of 512: 1088. The network costs 32 F FLOPs, so the twin has F = 34.
 # Parameters: 8 * 4 of the router and 4 * (2 * 8 * 16 + 16 + 8) of the experts: 1152. The network has 17 F + 8, and
 # F = 67 gives 1147.
-SECTION = SparsifyConfig("blocks.*", core.MoEConfig(4, core.TokenChoice(2)), metric="val_acc")
+SECTION = SparsifyConfig("blocks.*", core.MoEConfig(4, core.TokenChoice(2)), metric="val_acc", mode="max")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from core.convert import SplitStart
 LAYERS = core.MoEConfig(
     4, core.TokenChoice(2, expert_bias=True), balance=core.Balance(load_balancing_loss=0.5, router_z_loss=0.0)
 )
-CONFIG = SparsifyConfig("blocks.*", LAYERS, metric="val_acc")
+CONFIG = SparsifyConfig("blocks.*", LAYERS, metric="val_acc", mode="max")
 
 
 def written_out(sparse: LightningModule, batch, lr: float) -> None:
@@ -90,6 +90,21 @@ def test_the_checkpoint_names_the_metrics_best_epoch_and_the_section(tmp_path: P
     kept = load(tmp_path / "last.ckpt")["sparsify"]
     assert kept["moe"]["num_experts"] == 4
     assert kept["modules"] == "blocks.*"
+
+
+def test_the_metric_is_best_where_the_module_or_the_section_says() -> None:
+    class Judged(Net):
+        monitor, monitor_mode = "val_loss", "min"
+
+    def direction(module: LightningModule, **section: str) -> tuple[str, str]:
+        sparse = sparsified(module, SparsifyConfig("blocks.*", LAYERS, **section))
+        return sparse.monitor, sparse.monitor_mode
+
+    assert direction(Judged()) == ("val_loss", "min")
+    assert direction(Judged(), metric="val_other") == ("val_other", "min")
+    assert direction(Judged(), mode="max") == ("val_loss", "max")
+    with pytest.raises(ValueError, match=r"sparsify.mode is missing: max or min, whichever val_f1 is best at"):
+        direction(Net(), metric="val_f1")
 
 
 def test_gates_follow_the_seed_of_the_run_unless_the_section_has_one() -> None:
