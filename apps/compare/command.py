@@ -21,7 +21,7 @@ from apps.compare.page import comparison_page, cost_charts
 from apps.compare.summary import ExamplePair, Results, Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
 from apps.compare.training import interruptible
-from apps.compare.work import Plan, Work, result_files, sections_of_use
+from apps.compare.work import Plan, Work, result_files, sections_of_use, tell_changed
 from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
 from apps.report.page import FILE, Page, Section, open_page, save_charts, show_page, write_page
@@ -90,6 +90,7 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     with at_work(output, "comparison", title or "") as whole:
         systems = find_all(experiment, asked)
         plan.claim(output)  # after what may be wrong with the systems, which can then be asked for again
+        tell_changed(experiment.modules, output)
         write_json(output / "systems.json", [asdict(s) for s in systems])
         _tell_left_out(systems, output)
         work = Work(experiment, plan, systems, output, whole, asked.jobs)

@@ -243,7 +243,7 @@ class Experiment:
 
 
 def validation_batch(data: Any, need: str) -> Any:
-    """Prepare data for training and return their first validation batch.
+    """Prepare data for training and return their first validation batch, as a model gets it.
 
     Args:
         data: the data module.
@@ -256,7 +256,9 @@ def validation_batch(data: Any, need: str) -> Any:
     data.setup("fit")
     loader = data.val_dataloader()
     check_validation(len(loader), need)
-    return next(iter(loader))
+    # A hook may ask whether its trainer trains.
+    data.trainer = data.trainer or Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    return data.on_after_batch_transfer(data.on_before_batch_transfer(next(iter(loader)), 0), 0)
 
 
 def check_validation(num_batches: float, need: str) -> None:

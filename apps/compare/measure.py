@@ -126,8 +126,10 @@ class _Bench:
         data = experiment.data()
         data.prepare_data()
         data.setup("fit")
+        data.trainer = trainer
         batches = [*itertools.islice(data.train_dataloader(), 8), next(iter(data.val_dataloader()))]
-        moved: list[Any] = [data.on_after_batch_transfer(b, 0) for b in move_data_to_device(batches, self.device)]
+        moved = move_data_to_device([data.on_before_batch_transfer(batch, 0) for batch in batches], self.device)
+        moved = [data.on_after_batch_transfer(batch, 0) for batch in moved]
         *self.train_batches, self.eval_batch = moved
         _release()
         base = used_memory(self.device, peak=False)

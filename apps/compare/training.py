@@ -29,6 +29,7 @@ from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.checkpoint.resume import GeneratorState
 from apps.train.checkpoint.stopping import on_signal
 from apps.train.optim.averaging import AVERAGE, FOLDER
+from apps.train.step.finite import NonFiniteError
 from apps.train.step.module import SparseModule
 from apps.train.watch.logs import MetricsCSV
 from apps.train.watch.progress import PassBar, routing_figures
@@ -277,6 +278,8 @@ def _fit(
         if name not in result["test"]:
             raise ValueError(f"{type(module).__name__} monitors {model.monitor!r}, but a test logs no {name!r}")
         result["test_quality"] = result["test"][name]
+        if not math.isfinite(result["test_quality"]):
+            raise NonFiniteError(f"{name} is {result['test_quality']}, which compares with nothing")
         if blocks:
             result["blocks"] = blocks[0].merged()
         examples = model.examples_of_test()

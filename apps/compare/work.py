@@ -6,9 +6,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 
 from apps.base.files import read_json, write_json
 from apps.base.machine import moment
-from apps.base.progress import Bar
+from apps.base.progress import Bar, say
 from apps.base.quiet import quiet
 from apps.cli.classes import with_short_names
 from apps.compare.experiment import Experiment
@@ -110,6 +112,18 @@ class Plan:
             overlays = {**(saved["options"]["routers"] or {}), **self.overlays}
             wanted = {**wanted, "options": {**wanted["options"], "routers": overlays}}
         write_json(path, wanted)
+
+
+def tell_changed(modules: Iterable[str], output: Path) -> None:
+    """Name the user's own ``modules`` that are not as they were when the comparison in ``output`` began."""
+    path = output / "sources.json"
+    own = (m for m in modules if m.partition(".")[0] not in ("apps", "core"))
+    files = {m: file for m in own if (file := getattr(sys.modules[m], "__file__", None))}
+    now = {m: hashlib.sha256(Path(file).read_bytes()).hexdigest() for m, file in files.items()}
+    before = {**now, **(read_json(path) or {})}
+    for module in (m for m in now if now[m] != before[m]):
+        say(f"check: {module} has changed since this comparison began; its finished runs are of the code before")
+    write_json(path, before)
 
 
 _FREE = ("baselines", "rounds", "baseline_minutes")

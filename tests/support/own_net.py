@@ -20,6 +20,7 @@ sparsify:
     router: {class_path: core.TokenChoice, init_args: {top_k: 2, expert_bias: true}}
     balance: {load_balancing_loss: 0.5}
   metric: val_acc
+  mode: max
 """
 
 
@@ -31,14 +32,20 @@ class Net(LightningModule):
         returns: what ``training_step`` returns: "tensor", "dict", or "none" on every second batch.
         by_hand: the step optimizes by itself.
         asks_trainer: ``validation_step`` asks the trainer.
+        answers_nan: the test's metric is NaN.
     """
 
     def __init__(
-        self, lr: float = 0.1, returns: str = "tensor", by_hand: bool = False, asks_trainer: bool = False
+        self,
+        lr: float = 0.1,
+        returns: str = "tensor",
+        by_hand: bool = False,
+        asks_trainer: bool = False,
+        answers_nan: bool = False,
     ) -> None:
         super().__init__()
         self.lr, self.returns, self.automatic_optimization = lr, returns, not by_hand
-        self.asks_trainer = asks_trainer
+        self.asks_trainer, self.answers_nan = asks_trainer, answers_nan
         self.embed = nn.Linear(2, 8)
         self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))])
         self.head = nn.Linear(8, 3)
@@ -62,7 +69,8 @@ class Net(LightningModule):
         self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def test_step(self, batch):
-        self.log("test_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+        acc = (self(batch[0]).argmax(1) == batch[1]).float().mean()
+        self.log("test_acc", acc * torch.nan if self.answers_nan else acc)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), self.lr)
@@ -112,3 +120,15 @@ class Points(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(self.points(2), 24)
+
+
+class Stored(Points):
+    """The points as integers, which a batch hook reads, as it would images of bytes."""
+
+    def points(self, seed: int) -> TensorDataset:
+        x, y = super().points(seed).tensors
+        return TensorDataset((1000 * x).int(), y)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        x = batch[0] / 1000
+        return [x + 0.01 * torch.randn_like(x) if self.trainer.training else x, batch[1]]

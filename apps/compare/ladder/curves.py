@@ -205,13 +205,19 @@ class Fit:
         return np.minimum(self.noise * np.sqrt(self.freedom / generator.chisquare(self.freedom, self.draws)), 5.0)
 
     def _of_other_examples(self, generator: np.random.Generator) -> np.ndarray:
-        """Return the relative change of each point's loss with as many other blocks of examples; 0 with one block."""
-        first = self.rungs[0][self.kinds[0]].weight_B
-        times = generator.multinomial(len(first), np.full(len(first), 1 / len(first)), self.draws)
+        """Return the relative change of each point's loss with as many other blocks of examples; 0 with one block.
+
+        Points with the same blocks take the same ones; rungs may have others, as with another length of their rows.
+        """
+        drawn: dict[bytes, np.ndarray] = {}
         change = np.zeros((self.draws, *self.loss_KR.shape))
         for k, kind in enumerate(self.kinds):
             for r, rung in enumerate(self.rungs):
-                weight_DB = times * rung[kind].weight_B
+                weight_B = rung[kind].weight_B
+                key, B = weight_B.round(9).tobytes(), len(weight_B)
+                if key not in drawn:
+                    drawn[key] = generator.multinomial(B, np.full(B, 1 / B), self.draws)
+                weight_DB = drawn[key] * weight_B
                 loss_D = weight_DB @ rung[kind].loss_SB.mean(0) / weight_DB.sum(1)
                 change[:, k, r] = np.log(loss_D / self.loss_KR[k, r])
         return change

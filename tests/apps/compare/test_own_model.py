@@ -22,7 +22,7 @@ FEW = ("--seeds", "1", "--rounds", "0", "--trainer.max_epochs", "1")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("own") / "own.yaml"
-    path.write_text(CONFIG + SPARSIFY)
+    path.write_text(CONFIG.replace("Points", "Stored") + SPARSIFY)
     return path
 
 
@@ -70,6 +70,20 @@ def test_speed_is_that_of_the_modules_own_steps(whole, config) -> None:
     assert bench.train() > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, bench.module.parameters(), strict=True))
     assert bench.inference() > 0
+
+
+def test_code_that_has_changed_since_is_named(whole, config, capsys) -> None:
+    sources = whole / "sources.json"
+    assert list(json.loads(sources.read_text())) == ["own_net"]
+    sources.write_text('{"own_net": "of other code"}')
+    again = ["compare", str(config), "--output", str(whole), *FEW, "--learning_rates", "0.2"]
+    assert main(again) == main(again) == 0
+    assert capsys.readouterr().out.count("check: own_net has changed since this comparison began") == 2
+
+
+def test_a_test_metric_that_is_no_number_is_an_error(config, tmp_path, capsys) -> None:
+    own = (str(config), "--output", str(tmp_path), *FEW, "--learning_rates", "0.2", "--model.answers_nan", "true")
+    assert "test_acc is nan, which compares with nothing" in fails(capsys, 1, "compare", *own)
 
 
 def test_without_the_name_of_a_learning_rate_none_is_searched(config) -> None:

@@ -103,3 +103,10 @@ def test_intervals_of_500_made_ladders_hold_what_comes(places, floor, of_rung):
         held[2] += fit.cheaper("sparse", "dense", top * 1e12).holds(cheaper)
     assert (held / 500 >= 0.9).all(), held / 500
     assert (held / 500 <= 0.99).all(), held / 500
+
+
+def test_a_rung_may_be_tested_in_other_blocks():
+    own = rungs((1, 3, 9), 1.0, {"sparse": 2.0, "dense": 2.2}, {"sparse": 0.3, "dense": 0.3}, noise=0.01)
+    other = [*own[:2], {kind: measured(m.loss_S, m.flops, 7) for kind, m in own[2].items()}]
+    # Blocks of equal losses change nothing, however many.
+    assert Fit(other).predicted("sparse", 3e13) == Fit(own).predicted("sparse", 3e13)
