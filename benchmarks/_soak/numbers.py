@@ -35,7 +35,8 @@ LAYERS, TRIES, DRAWS = 100, 200, 4000
 BOUNDS = {torch.float64: 1e-12, torch.float32: 4 * FLOAT32, torch.bfloat16: 32 * 2**-8}
 """Bounds of an error over the largest element; of bfloat16 some roundings of 2^-8, of terms that may cancel."""
 SMALL = 0.1
-"""Gradients whose largest element is below this share of a step's largest are judged as if it were that share."""
+"""Gradients and outputs whose largest element is below this share of the step's largest gradient, since their terms
+cancel, are judged as if it were that share."""
 
 
 # ---- random layers
@@ -137,7 +138,7 @@ def against_the_oracle(rng: np.random.Generator) -> str:
         if name.startswith("gradient") and dtype is torch.bfloat16:
             continue  # a unit of ReLU near 0 turns with the order of sums
         largest, error = value.abs().max().item(), (steps[1][name].to_dense() - value).abs().max().item()
-        small = SMALL * max(gradients) if name.startswith("gradient") else 0.0  # sums whose terms cancel
+        small = SMALL * max(gradients, default=0.0) if name.startswith(("gradient", "output")) else 0.0  # terms cancel
         is_close = error <= BOUNDS[dtype] * max(largest, small)
         assert is_close, f"{what}: {name} is off by {error:.2e}, its largest element is {largest:.2e}"
     return what
