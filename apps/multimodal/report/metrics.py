@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassStatScores
 
 from apps.train.step.synced import SyncedMetric, joined
 
@@ -193,53 +192,54 @@ class RetrievalMetrics(SyncedMetric):
         return {**means, **values}
 
 
-class AttributeMetrics(Metric):
-    """Accuracy and macro-F1 of each attribute.
+class AttributeMetrics(SyncedMetric):
+    """Accuracy and macro-F1 of each attribute, over all images of a split; an image in several pairs counts once.
 
     ``compute`` returns ``accuracy_<attribute>``, ``macro_f1_<attribute>`` and ``macro_f1``, the mean over the
-    attributes that have one. Examples of an unknown class are left out. A class that is neither the class nor the
-    answer of any example has no F1 and is left out of the mean, as scikit-learn does it; one that is only one of them
+    attributes that have one. Images of an unknown class are left out. A class that is neither the class nor the
+    answer of any image has no F1 and is left out of the mean, as scikit-learn does it; one that is only one of them
     has 0. An attribute without a known class is NaN.
 
     Args:
         attributes: number of classes by the attribute's name.
     """
 
-    full_state_update = False
     higher_is_better = True
 
     def __init__(self, attributes: Mapping[str, int]) -> None:
         super().__init__()
-        self.names = tuple(attributes)
-        own = (MulticlassStatScores(max(count, 2), average=None, ignore_index=-1) for count in attributes.values())
-        self.scores: Any = torch.nn.ModuleList(own)
+        self.counts = dict(attributes)
+        for name in self._empty():
+            self.add_state(name, [], "cat")
 
-    def update(self, logits: Sequence[Tensor], label_BA: Tensor) -> None:
-        """Add a batch: the (B, C) logits of each attribute, and int64 (B, A), -1 if a class is not known.
+    def _empty(self) -> Mapping[str, Tensor]:
+        rows = torch.zeros(0, len(self.counts), dtype=torch.int64)
+        return {"numbers": rows.new_zeros(0), "answers": rows, "labels": rows}
 
-        Raises:
-            ValueError: another number of attributes.
-        """
-        for scores, logits_BC, label_B in zip(self.scores, logits, label_BA.T, strict=True):
-            scores.update(logits_BC.detach().argmax(1), label_B)
+    def update(self, image_B: Tensor, logits: Sequence[Tensor], label_BA: Tensor) -> None:
+        """Add a batch: the images' numbers, int64 (B,), the (B, C) logits of each attribute, and int64 (B, A), -1 if a
+        class is not known."""
+        answer_BA = torch.stack([logits_BC.detach().argmax(1) for logits_BC in logits], 1)
+        for name, values in zip(self._empty(), (image_B, answer_BA, label_BA), strict=True):
+            getattr(self, name).append(values.to("cpu", torch.int64))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the metrics of all examples so far, float64 scalars."""
+        """Return the metrics of all images so far, float64 scalars."""
+        state = {name: joined(getattr(self, name), empty).to(self.device) for name, empty in self._empty().items()}
+        first_I, _ = _first_of_each(state["numbers"])
+        columns = (state[name][first_I].T for name in ("answers", "labels"))
         values: dict[str, Tensor] = {}
         f1: list[Tensor] = []
-        for name, scores in zip(self.names, self.scores, strict=True):
-            right_C, wrong_C, _, missed_C, size_C = scores.compute().double().unbind(1)
+        for (name, count), answer_I, label_I in zip(self.counts.items(), *columns, strict=True):
+            known_I = label_I >= 0
+            answer_I, label_I = answer_I[known_I], label_I[known_I]
+            found = (label_I[answer_I == label_I], answer_I, label_I)
+            right_C, told_C, size_C = (classes.bincount(minlength=count).double() for classes in found)
             values[f"accuracy_{name}"] = right_C.sum() / size_C.sum()
-            f1_C = 2 * right_C / (2 * right_C + wrong_C + missed_C)  # NaN if a class never came
+            f1_C = 2 * right_C / (told_C + size_C)  # NaN if a class never came
             values[f"macro_f1_{name}"] = f1_C.nanmean()
             f1.append(values[f"macro_f1_{name}"])
         return {"macro_f1": torch.stack(f1).nanmean(), **values} if f1 else {}
-
-    def reset(self) -> None:
-        """Forget the examples."""
-        super().reset()
-        for scores in self.scores:
-            scores.reset()
 
 
 class PairMetrics(Metric):
@@ -263,7 +263,7 @@ class PairMetrics(Metric):
         self.retrieval.update(outputs, targets)
         if self.attributes is not None:
             assert targets.label_BA is not None
-            self.attributes.update(outputs.logits, targets.label_BA)
+            self.attributes.update(targets.image_B, outputs.logits, targets.label_BA)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics of both."""

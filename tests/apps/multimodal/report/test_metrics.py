@@ -132,23 +132,35 @@ def test_macro_f1_by_hand():
     metric = AttributeMetrics({"colour": 3, "size": 2})
     colour, size = torch.eye(3)[[0, 1, 1, 1, 2]], torch.eye(2)[[0, 1, 0, 1, 0]]
     label_BA = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 0], [-1, -1]])
-    metric.update([colour[:3], size[:3]], label_BA[:3])
-    metric.update([colour[3:], size[3:]], label_BA[3:])
+    image_B = torch.arange(5)
+    metric.update(image_B[:3], [colour[:3], size[:3]], label_BA[:3])
+    metric.update(image_B[3:], [colour[3:], size[3:]], label_BA[3:])
     values = values_of(metric)
     # Size: classes 0 1 0 0, answers 0 1 0 1: F1 of 0 is 4/5, of 1 is 2/3.
     assert values["macro_f1_colour"] == values["macro_f1_size"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert values["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert values["accuracy_colour"] == values["accuracy_size"] == 3 / 4
     metric.reset()
-    metric.update([colour[4:], size[4:]], label_BA[4:])
+    metric.update(image_B[4:], [colour[4:], size[4:]], label_BA[4:])
     assert all(math.isnan(value) for value in values_of(metric).values())
+
+
+def test_an_image_of_many_pairs_is_classified_once():
+    # Image 0 is right in four pairs of two batches, image 1 is wrong in one: half of the images. Class 0 has two
+    # answers and one image, F1 2/3; class 1 has 0.
+    metric = AttributeMetrics({"colour": 2})
+    for images in ([0, 0, 1], [0, 0]):
+        image_B = torch.tensor(images)
+        metric.update(image_B, [torch.eye(2)[[0] * len(images)]], image_B[:, None])
+    values = values_of(metric)
+    assert (values["accuracy_colour"], values["macro_f1"]) == pytest.approx((1 / 2, 1 / 3))
 
 
 def test_macro_f1_is_that_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     logits, label_B = torch.randn(40, 30, generator=generator), torch.randint(30, (40,), generator=generator)
     metric = AttributeMetrics({"type": 30})
-    metric.update([logits], label_B[:, None])
+    metric.update(torch.arange(40), [logits], label_B[:, None])
     values, answer_B = values_of(metric), logits.argmax(1)
     assert values["macro_f1_type"] == pytest.approx(f1_score(label_B, answer_B, average="macro"), rel=1e-12)
     assert values["accuracy_type"] == pytest.approx(accuracy_score(label_B, answer_B), rel=1e-12)
@@ -158,14 +170,12 @@ def made_batches() -> list[tuple[PairOutputs, PairTargets]]:
     """Return five batches in which images and texts come again."""
     generator = torch.Generator().manual_seed(1)
     image_ND, text_ND = torch.randn(2, 12, 4, generator=generator)
+    logits_NC, label_NA = torch.randn(12, 3, generator=generator), torch.randint(-1, 3, (12, 1), generator=generator)
     batches = []
     for size in (3, 2, 4, 3, 5):
         image_B, caption_B = torch.randint(12, (2, size), generator=generator)
-        logits = (torch.randn(size, 3, generator=generator),)
-        label_BA = torch.randint(-1, 3, (size, 1), generator=generator)
-        batches.append(
-            (PairOutputs(image_ND[image_B], text_ND[caption_B], logits), PairTargets(image_B, caption_B, label_BA))
-        )
+        outputs = PairOutputs(image_ND[image_B], text_ND[caption_B], (logits_NC[image_B],))
+        batches.append((outputs, PairTargets(image_B, caption_B, label_NA[image_B])))
     return batches
 
 
@@ -176,7 +186,7 @@ def of_rank(rank: int) -> dict[str, dict[str, float]]:
         metric = PairMetrics((1, 3), {"colour": 3})
         for batch in own:
             metric.update(*batch)
-        for part in (metric, metric.retrieval, metric.attributes, *metric.attributes.scores):
+        for part in (metric, metric.retrieval, metric.attributes):
             part._update_count = max(part._update_count, 1)  # without: a warning that nothing was updated
         values[name] = values_of(metric)
     assert dist.get_world_size() == 2
