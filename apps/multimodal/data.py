@@ -38,7 +38,7 @@ from apps.multimodal.pairs.pairs import (
     lacking,
     numbered,
 )
-from apps.multimodal.pairs.splits import num_trained, split_images
+from apps.multimodal.pairs.splits import key_of, num_trained, split_images
 from apps.multimodal.search.vectors import OnBadImage
 from apps.vision.batch import Augment, Collate
 from apps.vision.encoding import evaluation_transform
@@ -213,7 +213,7 @@ class ImageTextData(ImageData):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The captions by their number, which is ``caption_B`` of a batch."""
+        """The captions by their number, which is ``caption_B`` of a batch, in the first of their spellings."""
         return self.opened.texts
 
     def image_name(self, number: int) -> str:
@@ -265,9 +265,6 @@ class ImageTextData(ImageData):
         split_N = splits[pairs.image_N]
         index = {split: torch.from_numpy(np.flatnonzero(split_N == split)) for split in SPLITS}
         index["train"] = self._subset(index["train"])
-        texts = tuple(dict.fromkeys(pairs.texts))
-        number = {text: i for i, text in enumerate(texts)}
-        caption_N = torch.tensor([number[text] for text in pairs.texts])
         encoding = self._adopted
         if encoding is None:
             in_training = [pairs.texts[i] for i in index["train"].tolist()]
@@ -276,13 +273,18 @@ class ImageTextData(ImageData):
                 text=self._text_options.encoding(in_training, self.cache),
                 attributes=classes_of(pairs, splits == "train"),
             )
+        # Texts that the model cannot tell apart have one number: they are neither negatives nor rivals of each other.
+        number: dict[str, int] = {}
+        lowers = encoding.text.lower_case
+        caption_N = np.array([number.setdefault(key_of(text, lowers), len(number)) for text in pairs.texts])
+        texts = tuple(pairs.texts[i] for i in np.unique(caption_N, return_index=True)[1])
         for split in ("val", "test"):
             if shared := num_trained(pairs.texts, split_N, split):
                 _note(f"{shared:,} of {len(index[split]):,} {split} captions are captions of training images too")
         labels = numbered(pairs, encoding.attributes or {})
         encode = EncodedTexts(texts, encoding.text)
         image_N = torch.from_numpy(pairs.image_N)
-        return _Opened(pairs, read, texts, caption_N, labels, image_N, index, encoding, encode)
+        return _Opened(pairs, read, texts, torch.from_numpy(caption_N), labels, image_N, index, encoding, encode)
 
     def _pixels(self, pairs: RawPairs) -> tuple[Callable[[Tensor], Tensor], RawPairs]:
         """Return the reader of scaled images, and the pairs without those whose image cannot be read."""

@@ -31,7 +31,7 @@ class PairBatch(NamedTuple):
         image: float32 (B, C, H, W), normalized by the encoding's constants.
         text_BL: int64 (B, L), token ids of the texts, 0 for padding, which comes after them.
         image_B: int64 (B,), numbers of the images in the data; pairs of one image have one number.
-        caption_B: int64 (B,), numbers of the texts; equal texts have one number.
+        caption_B: int64 (B,), numbers of the texts; texts that are equal to the model have one number.
         label_BA: int64 (B, A), the class of each attribute, -1 if it is unknown.
         index_B: int64 (B,), places of the pairs in the data.
     """

@@ -74,9 +74,9 @@ def num_trained(texts: Sequence[str], split_N: NDArray[Any], split: Split) -> in
     return sum(own == split and key_of(text) in trained for text, own in zip(texts, split_N, strict=True))
 
 
-def key_of(text: str) -> str:
-    """Return what two captions have in common that count as one: letter case and spaces aside."""
-    return " ".join(text.lower().split())
+def key_of(text: str, lower_case: bool = True) -> str:
+    """Return what two captions have in common that count as one: spaces and, unless told otherwise, case aside."""
+    return " ".join((text.lower() if lower_case else text).split())
 
 
 def groups_of(image_N: NDArray[np.int64], texts: Sequence[str], num_images: int) -> NDArray[np.int64]:

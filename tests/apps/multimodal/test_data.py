@@ -68,6 +68,19 @@ def test_equal_captions_have_one_number_and_so_do_pairs_of_one_image(tmp_path):
     assert (whole.index_B // 2 == whole.image_B).all()
 
 
+@pytest.mark.parametrize(("lower_case", "count"), [(None, 5), (False, 15)])
+def test_captions_that_are_one_to_the_model_have_one_number(tmp_path, lower_case, count):
+    # Five captions, each in four spellings, of which two differ by a space alone.
+    write_pictures(tmp_path / "own", 20)
+    texts = [(f"pair {k}", f"Pair {k}", f"pair  {k}", f"PAIR {k}") for k in range(5)]
+    table = [{"image": f"{n}.png", "caption": texts[n // 4][n % 4]} for n in range(20)]
+    write_csv(tmp_path / "own" / "t.csv", table)
+    data = data_of(tmp_path / "own", lower_case=lower_case, test_size=4, val_size=4)
+    assert len(data.texts) == count
+    caption_N = data.opened.caption_N
+    assert [data.texts[i] for i in caption_N[::4]] == [data.texts[i] for i in caption_N[2::4]] == [t[0] for t in texts]
+
+
 def test_a_label_that_training_lacks_is_none(tmp_path):
     titles = [f"title {n}" for n in range(40)]
     kinds = ["shirt", "shoe"] * 19 + ["", "shirt"]
