@@ -49,9 +49,9 @@ def num_references(images: Sequence[CaptionedImage]) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def signatures(tokenize: str, references: int | None) -> Mapping[str, str]:
+def signatures(tokenize: str, references: int | None, lowercase: bool = False) -> Mapping[str, str]:
     """Return how each score is made, as sacrebleu writes it, by its name."""
-    return {score: signature(score, tokenize, references) for score in SCORES}
+    return {score: signature(score, tokenize, references, lowercase) for score in SCORES}
 
 
 class CaptionMetrics(PieceMetrics[Judged]):

@@ -218,7 +218,8 @@ class ImageCaptioner(JudgedModule):
 
     @property
     def metric_signatures(self) -> Mapping[str, str]:
-        return signatures(self.bleu_tokenize, num_references(by_image(self._tested)))
+        references = num_references(by_image(self._tested))
+        return signatures(self.bleu_tokenize, references, self.encoding.text.lower_case)
 
     # ---- prediction
 

@@ -97,7 +97,8 @@ class CaptionReport(WrittenReport):
 
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
         config, module, metrics = self.config, collected.module, collected.metrics
-        sections = [write_scores(metrics, collected.values, collected.data, folder)]
+        lowers = module.encoding.text.lower_case
+        sections = [write_scores(metrics, collected.values, collected.data, folder, lowers)]
         pictures = _Pictures(collected.batches, collected.data)
         chosen = [metrics.images[place] for place in spread_places(len(metrics.images), config.samples)]
         if gallery := pictures.gallery(chosen):
@@ -115,7 +116,9 @@ class CaptionReport(WrittenReport):
         return sections
 
 
-def write_scores(metrics: CaptionMetrics, values: dict[str, float], data: Any, folder: Path) -> Section:
+def write_scores(
+    metrics: CaptionMetrics, values: dict[str, float], data: Any, folder: Path, lowercase: bool = False
+) -> Section:
     """Write ``captions.jsonl`` and ``signatures.txt``; return the table of the scores.
 
     Args:
@@ -123,9 +126,10 @@ def write_scores(metrics: CaptionMetrics, values: dict[str, float], data: Any, f
         values: their outputs.
         data: names the images, if it can.
         folder: folder of the files.
+        lowercase: whether the texts were lowered.
     """
     images = metrics.images
-    signed = signatures(metrics.tokenize, num_references(images))
+    signed = signatures(metrics.tokenize, num_references(images), lowercase)
     with replacing(folder / "signatures.txt") as file:
         file.writelines(f"{name} {text}\n" for name, text in signed.items())
     write_captions(folder / "captions.jsonl", images, data)

@@ -17,12 +17,13 @@ References = Sequence[str] | Sequence[Sequence[str]]
 """The right text of each text, or its several right ones."""
 
 
-def scorer(score: Score, tokenize: str = "13a") -> Any:
-    """Return sacrebleu's metric of a name: BLEU cased, or chrF++ (chrF with word bigrams).
+def scorer(score: Score, tokenize: str = "13a", lowercase: bool = False) -> Any:
+    """Return sacrebleu's metric of a name: BLEU, or chrF++ (chrF with word bigrams).
 
     Args:
         score: "bleu" or "chrf".
         tokenize: of BLEU, a name of sacrebleu's.
+        lowercase: whether letter case does not count.
 
     Raises:
         ValueError: sacrebleu has no such tokenizer, or lacks the package that it needs.
@@ -30,11 +31,13 @@ def scorer(score: Score, tokenize: str = "13a") -> Any:
     from sacrebleu.metrics import BLEU, CHRF
 
     if score == "chrf":
-        return CHRF(word_order=2)
+        return CHRF(word_order=2, lowercase=lowercase)
     if tokenize not in BLEU.TOKENIZERS:
         raise ValueError(f"bleu_tokenize={tokenize!r} is not one of {', '.join(sorted(BLEU.TOKENIZERS))}")
     try:
-        return BLEU(tokenize=tokenize, force=True)  # else each validation may warn that the corpus is tokenized
+        return BLEU(
+            lowercase, tokenize=tokenize, force=True
+        )  # else each validation may warn that the corpus is tokenized
     except RuntimeError as error:  # a package that it needs
         raise ValueError(f"bleu_tokenize={tokenize!r}: {one_line(str(error))}") from error
 
@@ -68,15 +71,16 @@ def streams(references: References) -> list[list[str | None]]:
     return [[row[place] if place < len(row) else None for row in rows] for place in range(max(map(len, rows)))]
 
 
-def signature(score: Score, tokenize: str = "13a", references: int | None = 1) -> str:
+def signature(score: Score, tokenize: str = "13a", references: int | None = 1, lowercase: bool = False) -> str:
     """Return how a score is made, as sacrebleu writes it.
 
     Args:
         score: "bleu" or "chrf".
         tokenize: of BLEU, a name of sacrebleu's.
         references: number of references of a text; None if texts have different numbers.
+        lowercase: whether letter case does not count.
     """
-    metric = scorer(score, tokenize)
+    metric = scorer(score, tokenize, lowercase)
     # Before it has scored something, it does not know how many references there are.
     metric.corpus_score(["a", "a"], streams([["a"], ["a", "a"]] if references is None else [["a"] * references] * 2))
     return str(metric.get_signature())

@@ -82,9 +82,11 @@ def test_a_training_is_tested_with_all_texts_of_an_image(tmp_path):
     assert 0 <= float(trainer.callback_metrics["val/bleu"]) <= 100
     (values,) = trainer.test(module, data, verbose=False)
     assert {"test/bleu", "test/chrf", "test/token_accuracy", "test/perplexity", "test/loss"} <= set(values)
-    # Three images with two texts each.
-    assert module.metric_signatures["bleu"].startswith("nrefs:2|")
+    # Three images with two texts each, in lower case as the model reads them.
+    signatures = module.metric_signatures
+    assert signatures["bleu"].startswith("nrefs:2|case:lc|")
     report = tmp_path / "report"
+    assert (report / "signatures.txt").read_text() == f"bleu {signatures['bleu']}\nchrf {signatures['chrf']}\n"
     captions = [json.loads(line) for line in (report / "captions.jsonl").read_text().splitlines()]
     assert len(captions) == 3
     assert all(len(row["references"]) == 2 and row["image"].endswith(".png") for row in captions)

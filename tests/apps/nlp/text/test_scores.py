@@ -36,4 +36,4 @@ def test_a_text_needs_a_reference():
 def test_the_signature_has_the_number_of_references():
     assert signature("bleu", references=2).startswith("nrefs:2|")
     assert signature("bleu", references=None).startswith("nrefs:var|")
-    assert signature("chrf").startswith("nrefs:1|")
+    assert signature("chrf").startswith("nrefs:1|case:mixed|")
