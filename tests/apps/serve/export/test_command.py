@@ -12,7 +12,7 @@ import torch
 from commands import fails
 from converted import DIGITS, MOE, classifier, write_run
 from doc_scripts import output, script
-from PIL import Image
+from PIL import ExifTags, Image
 
 from apps import registry
 from apps.cli import main
@@ -21,6 +21,8 @@ from apps.train.checkpoint.loading import load
 from apps.train.publish.exported import Description, ExportedModel
 from apps.train.publish.exporting import Graph
 from apps.vision.data import VisionData
+
+SCRIPTS = "docs/reference/onnx_scripts.md"
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +82,30 @@ def test_the_file_alone_makes_the_module_and_its_answers(run):
     assert not model.training
 
 
-def test_the_documented_script_says_what_the_checkpoint_says(run, tmp_path):
-    path = tmp_path / "three.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    printed = output(script("docs/reference/onnx_scripts.md", "classify.py"), str(run / "digits.onnx"), str(path))
+@pytest.mark.parametrize("kind", ["as it is", "turned", "16 bits", "side 49"])
+def test_the_documented_script_says_what_the_checkpoint_says(run, tmp_path, kind):
+    path, turned = tmp_path / "three.png", Image.Exif()
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    turned[ExifTags.Base.Orientation] = 6
+    if kind == "side 49":  # in floating point, 49 * (8 / 49) is below 8
+        Image.new("L", (60, 49), 255).save(path)
+    else:
+        pixels = noise.astype(np.uint16) << 8 if kind == "16 bits" else noise
+        Image.fromarray(pixels).save(path, exif=turned if kind == "turned" else None)
+    printed = output(script(SCRIPTS, "classify.py"), str(run / "digits.onnx"), str(path))
     (expected,) = load(run).predict([path])
     lines = [line.split() for line in printed.splitlines()]
     assert [label for label, _ in lines] == list(expected.top)
     assert [float(share) for _, share in lines] == pytest.approx(list(expected.top.values()), abs=2e-6)
+
+
+@pytest.mark.parametrize("call", ["match.py", "python caption.py"])
+def test_the_documented_scripts_read_images_alike(call):
+    own, expected = (
+        code.replace("encoding[", "given[").partition("ImageOps.exif_transpose")[2].partition("np.float32)")[0]
+        for code in (script(SCRIPTS, call), script(SCRIPTS, "classify.py"))
+    )
+    assert own == expected != ""
 
 
 def test_an_output_that_exists_stays_and_overwrite_replaces_it(run, copies, tmp_path, capsys):
