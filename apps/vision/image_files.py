@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from apps.base.messages import one_line
 from apps.vision.image_set import ImageSet
 
-ENDINGS = (*IMG_EXTENSIONS, ".gif")
+ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe")
 """Endings of image files."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Pillow's names of the formats that are read from a request; bytes from a stranger are not tried as any other."""

@@ -132,7 +132,8 @@ def test_links_in_a_folder_of_images_are_followed_once(tmp_path: Path) -> None:
     (photos / "train/.ipynb_checkpoints").mkdir()
     for hidden in ("train/a/.git/x.png", "train/a/._0.png", "train/.ipynb_checkpoints/0.png"):
         (photos / hidden).write_bytes(b"none of the images")
-    Image.new("RGB", (8, 8)).save(photos / "train/b/3.gif")
+    for ending in ("gif", "jfif", "jpe"):
+        Image.new("RGB", (8, 8)).save(photos / f"train/b/3.{ending}")
     (elsewhere / "more/back").symlink_to(elsewhere)  # a cycle outside, and three to folders above the class
     for name, target in (("up", photos), ("self", photos / "train/a"), ("split", photos / "train"), ("out", elsewhere)):
         (photos / "train/a" / name).symlink_to(target)
@@ -146,12 +147,12 @@ def test_links_in_a_folder_of_images_are_followed_once(tmp_path: Path) -> None:
     train = [str(Path(path).relative_to(photos / "train")) for path in listed(data, "train")]
     assert train == [
         *("a/0.png", "a/1.png", "a/2.png", "a/out/more/0.png", "a/out/more/1.png"),
-        *("b/0.png", "b/1.png", "b/2.png", "b/3.gif"),
+        *("b/0.png", "b/1.png", "b/2.png", "b/3.gif", "b/3.jfif", "b/3.jpe"),
     ]
     with pytest.raises(ValueError, match=r"cannot be read: (No such|Too many) .*on_bad_image=skip leaves"):
         list(ready("image_folder", photos, image_size=8, val_size=0).train_dataloader())
     data = VisionData("digits", predict_folder=str(photos / "train"), on_bad_image="skip")
-    assert len(data.predict_dataloader().dataset) == 10  # the link again.png has a row of its own
+    assert len(data.predict_dataloader().dataset) == 12  # the link again.png has a row of its own
 
 
 @pytest.mark.parametrize("link", ["train/b/same.png", "test/a/same.png", "val/a/same.png"])
