@@ -248,7 +248,8 @@ def class_names(trainer: Trainer, num_classes: int) -> list[str]:
 def displayed(images: np.ndarray, trainer: Trainer) -> np.ndarray:
     """Return normalized (N, H, W, C) images as values in 0..1, by the data's mean and std, else by their own range."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
+    encoding = getattr(data, "encoding", data)
+    mean, std = getattr(encoding, "mean", None), getattr(encoding, "std", None)
     if mean is not None and std is not None:
         return np.clip(images * np.asarray(std, dtype=np.float32) + np.asarray(mean, dtype=np.float32), 0.0, 1.0)
     low, high = images.min(), images.max()

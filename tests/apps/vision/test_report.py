@@ -18,7 +18,7 @@ from apps.report.page import HeatmapChart, load_sections
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
-from apps.vision.report import VisionReport, VisionReportConfig
+from apps.vision.report import VisionReport, VisionReportConfig, displayed
 
 
 def test_report_writes_tables_and_pictures(tmp_path, capsys):
@@ -66,6 +66,14 @@ def test_a_class_without_test_images_is_in_no_chart(tmp_path):
     (chart,) = (part for part in parts if isinstance(part, HeatmapChart) and part.row_title == "class")
     assert [row.split()[0] for row in chart.rows] == ["0", "1", "2", "4", "5", "6", "7", "8", "9", "all"]
     assert np.sum(chart.values, axis=1) == pytest.approx(np.full(10, 100))
+
+
+def test_a_shown_image_has_its_own_colors():
+    # An image of one shade has no range to be stretched over.
+    data = VisionData("digits")
+    data.setup("test")
+    images = data.encoding.normalized(torch.full((1, 1, 8, 8), 51, dtype=torch.uint8), "cpu").numpy()[:, 0, ..., None]
+    np.testing.assert_allclose(displayed(images, SimpleNamespace(datamodule=data)), 0.2, atol=1e-6)
 
 
 def test_the_command_says_where_the_report_is_and_what_it_leaves_out(tmp_path, capsys):
