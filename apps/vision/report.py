@@ -193,8 +193,8 @@ class VisionReport(Report):
             return {}
         features, labels = extract_features(pl_module.model, support, pl_module.device)
         test_features, test_labels = extract_features(pl_module.model, batches_of_test(trainer), pl_module.device)
-        counts = np.bincount(labels)
-        most = int(counts[counts > 0].min()) if np.count_nonzero(counts) > 1 else 0
+        classes = np.union1d(labels, test_labels)  # one that only the test has cannot be told
+        most = int(np.bincount(labels, minlength=classes[-1] + 1)[classes].min()) if len(classes) > 1 else 0
         shots = [k for k in self.config.few_shot if k <= most]
         if len(shots) < len(self.config.few_shot):
             left = ", ".join(f"{k}-shot" for k in self.config.few_shot if k > most)

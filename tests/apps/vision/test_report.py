@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,6 +67,19 @@ def test_a_class_without_test_images_is_in_no_chart(tmp_path):
     (chart,) = (part for part in parts if isinstance(part, HeatmapChart) and part.row_title == "class")
     assert [row.split()[0] for row in chart.rows] == ["0", "1", "2", "4", "5", "6", "7", "8", "9", "all"]
     assert np.sum(chart.values, axis=1) == pytest.approx(np.full(10, 100))
+
+
+def test_a_class_that_only_the_test_has_leaves_few_shot_out(tmp_path, caplog):
+    vit = ViTConfig(patch_size=4, embed_dim=8, depth=1, num_heads=2)
+    module = VisionClassifier(vit=vit, image_size=8, report=VisionReportConfig(few_shot=(1,)))
+    data = VisionData("digits")
+    data.setup("validate")
+    val = data._opened.val
+    data._opened = data._opened._replace(val=val.subset((val.labels[val.index] != 3).nonzero().squeeze(1)))
+    with caplog.at_level(logging.INFO):
+        (metrics,) = quiet_trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    assert "test/few_shot_1" not in metrics
+    assert "1-shot left out: a class has only 0 images to draw from" in caplog.messages
 
 
 def test_a_shown_image_has_its_own_colors():
