@@ -11,13 +11,14 @@ from pathlib import Path
 from PIL import Image
 
 from apps.base.files import delete, temporary_path
-from apps.base.messages import counted, one_line
+from apps.base.messages import counted, one_line, some
 from apps.data.given import EXPERTS, GivenConfig, GivenData
 from apps.vision.image_folders import class_folders, class_images, images_below
 
 LEAST_IMAGES = 8
 """Least number of images of a class: a quarter of them are two to test on, and one of the rest validates."""
 
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 _EPOCHS = 30
 _LOOKED_AT = 20
 
@@ -30,14 +31,18 @@ def config_for(given: GivenData) -> GivenConfig | None:
     split, below ``given.folder``.
 
     Raises:
-        ValueError: images outside of classes, a single class, a class of too few images, or an image that cannot be
-            read.
+        ValueError: splits of other names, images outside of classes, a single class, a class of too few images, or an
+            image that cannot be read.
     """
     if len(given.paths) != 1 or not given.paths[0].is_dir():
         return None
     root = given.paths[0]
     if next(images_in(root), None) is None:
         return None
+    splits = class_folders(root)
+    is_known = {"train"} <= set(splits) <= {"train", "val", "test"}
+    if splits and not is_known and all(s.lower() in _SPLITS and class_folders(root / s) for s in splits):
+        raise ValueError(f"{root} holds {some(splits)}, which are no classes: rename these folders to train, val, test")
     train = root / "train" if (root / "train").is_dir() else root
     classes = _classes(train)
     notes: tuple[str, ...] = ()

@@ -47,6 +47,20 @@ def test_a_test_split_of_its_own_is_taken(tmp_path):
     assert made.config["data"]["init_args"]["image_size"] == 64
 
 
+@pytest.mark.parametrize("splits", [("Test", "Train"), ("test", "train", "validation"), ("test", "val")])
+def test_splits_of_other_names_are_no_classes(tmp_path, splits):
+    for split in splits:
+        for name in ("cat", "dog"):
+            write(tmp_path / "photos" / split / name, 8)
+    with pytest.raises(
+        ValueError, match=f"holds {', '.join(splits)}, which are no classes: rename .* train, val, test"
+    ):
+        config_for(given(tmp_path / "photos", tmp_path))
+    # With a folder of another name, or with images of their own, they may be classes.
+    write(tmp_path / "photos" / "third", 8)
+    assert config_for(given(tmp_path / "photos", tmp_path)) is not None
+
+
 def test_other_folders_are_not_images_and_wrong_ones_are_refused(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
