@@ -165,7 +165,10 @@ def decoder_graph(
 
 def _asked_for(stack: nn.Module) -> tuple[str, ...]:
     """Return which of "task_ids" and "domain_ids" the routers of a stack ask for."""
-    needs = {need for layer in core.moe_layers(stack).values() for need in layer.router.needs}
+    routers = [layer.router for layer in core.moe_layers(stack).values()]
+    needs = {need for router in routers for need in router.needs}
+    if any(isinstance(router, core.Domain.router_class) for router in routers):
+        needs.add("domain_ids_B")  # in evaluation it can do without, as another model
     return tuple(name for name in _IDS if f"{name}_B" in needs)
 
 

@@ -122,9 +122,13 @@ class Continuation(TextTask):
         ``EOS_ID``.
 
         Raises:
-            ValueError: a router cannot decide step by step.
+            ValueError: a router cannot decide step by step, or asks for a domain.
         """
-        return exported_writer(self.app, self.model, (decoder_graph(self.model.model, "model"),), {})
+        graph = decoder_graph(self.model.model, "model")
+        if "domain_ids" in graph.inputs:
+            why = "a prompt's domain is guessed by further passes over it"
+            raise ValueError(f"a language model whose routers ask for a domain is not exported: {why}")
+        return exported_writer(self.app, self.model, (graph,), {})
 
     # ---- without a trained model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,9 +43,9 @@ def strong(module):
     return module.eval()
 
 
-def sparse_translator(data):
+def sparse_translator(data, moe=MOE):
     search = DecodeConfig("beam", num_beams=2, max_length_ratio=1.0, max_length_extra=2, min_new_tokens=2)
-    return strong(translator(data, MOE, transformer=TRANSFORMER, decoder_moe_blocks=[0], decode=search))
+    return strong(translator(data, moe, transformer=TRANSFORMER, decoder_moe_blocks=[0], decode=search))
 
 
 def lines(capsys, *argv):
@@ -56,8 +57,9 @@ def lines(capsys, *argv):
 # ---- the scripts
 
 
-def test_the_script_translates_as_the_model_does_greedily(data, tmp_path):
-    module = sparse_translator(data)
+@pytest.mark.parametrize("router", [core.Task(num_tasks=2, top_k=1), core.Domain(num_domains=2)])
+def test_the_script_translates_as_the_model_does_greedily(router, data, tmp_path):
+    module = sparse_translator(data, replace(MOE, router=router))
     exported = Translation(module).exported()
     assert exported.preprocessing["pairs"]["en-fr"] == {
         "prefix": [module.subwords.tag_id("fr")], "task_ids": 1, "domain_ids": 1
@@ -85,6 +87,12 @@ def test_the_script_goes_on_as_the_model_does_greedily(positions, data, tmp_path
     assert [output_in_torch(CONTINUE, exported, folder, text) for text in TEXTS] == module.predict(TEXTS)
 
 
+def test_a_language_model_that_guesses_the_domain_is_not_exported(data):
+    module = LanguageModeler(data.subwords, TRANSFORMER, replace(MOE, router=core.Domain(num_domains=2)))
+    with pytest.raises(ValueError, match="whose routers ask for a domain is not exported"):
+        Continuation(module).exported()
+
+
 # ---- onnxruntime
 
 
@@ -106,8 +114,13 @@ def test_continuations_of_predict_and_of_the_script_are_those_of_the_checkpoint(
 
 
 @pytest.mark.slow
-def test_translations_of_predict_and_of_the_script_are_those_of_the_checkpoint(data, tmp_path, capsys):
-    module, run, exported = sparse_translator(data), tmp_path / "run", tmp_path / "exported"
+@pytest.mark.parametrize("router", [core.Task(num_tasks=2, top_k=1), core.Domain(num_domains=2)])
+def test_translations_of_predict_and_of_the_script_are_those_of_the_checkpoint(router, data, tmp_path, capsys):
+    module, run, exported = (
+        sparse_translator(data, replace(MOE, router=router)),
+        tmp_path / "run",
+        tmp_path / "exported",
+    )
     options = {"dataset": "moses", "pairs": list(data.pairs), "root": data.root, "train_files": "train"}
     write_run(run, module, {"class_path": "TranslationData", "init_args": options})
     assert main(["export", "--ckpt_path", str(run), "--output", str(exported)]) == 0
