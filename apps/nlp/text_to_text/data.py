@@ -161,9 +161,13 @@ class TextToTextData(PairData):
         """Return the files of a split; of lines, each source is followed by its target."""
         if self.dataset != "lines":
             return named_files(self.root, names)
-        listed = [names] if isinstance(names, str) else names
-        sides = [f"{name}.{self.columns[side]}" for name in listed for side in ("source", "target")]
-        return [path for side in sides for path in named_files(self.root, side)]
+        endings, found = [f".{self.columns[side]}" for side in ("source", "target")], list[Path]()
+        for name in [names] if isinstance(names, str) else names:
+            sides = [{str(p).rpartition(end)[0]: p for p in named_files(self.root, name + end)} for end in endings]
+            if alone := sorted(sides[0].keys() ^ sides[1].keys()):
+                raise ValueError(f"{alone[0]} must have both files, {' and '.join(endings)}: it has one")
+            found += [side[stem] for stem in sides[0] for side in sides]
+        return found
 
     def _numbered(self, split: str, rows: Iterable[Row]) -> Located:
         return ((f"{self.dataset} ({split}), row {number}", row) for number, row in enumerate(rows, 1))

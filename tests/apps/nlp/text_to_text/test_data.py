@@ -69,6 +69,21 @@ def test_tables_and_two_files_of_lines_hold_the_same_texts(tmp_path):
     assert made["csv"].rows("val")[0]["note"] == 'a, "b"\nc'
 
 
+def test_a_pattern_of_files_of_lines_pairs_each_source_with_its_target(tmp_path):
+    for i, name in enumerate("ab"):
+        own = some(40)[20 * i : 20 * i + 20]
+        for side in ("source", "target"):
+            (tmp_path / f"part-{name}.{side}").write_text("".join(f"{row[side]}\n" for row in own))
+    data = make(tmp_path, "lines", train_files="part-*", val_size=30, test_size=0)
+    assert dict(zip(data.sources("val"), data.references("val"), strict=True)).items() <= {
+        (row["source"], row["target"]) for row in some(40)
+    }
+    assert (len(data.examples("train")), len(data.sources("val"))) == (10, 30)
+    (tmp_path / "part-b.target").rename(tmp_path / "part-c.target")
+    with pytest.raises(ValueError, match=r"part-b must have both files, .source and .target: it has one"):
+        _ = make(tmp_path, "lines", train_files="part-*").opened
+
+
 def test_several_right_texts_are_kept_and_the_first_is_trained_on(tmp_path):
     rows = [{**row, "target": [row["target"], "other"]} for row in some(40)]
     data = make(tmp_path, "jsonl", train_files=json_file(tmp_path, "rows.jsonl", rows), val_size=4, test_size=0)
