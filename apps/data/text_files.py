@@ -163,10 +163,10 @@ def named_files(root: str | None, names: list[str] | str | None) -> list[Path]:
     """Return the files of one name or pattern, or of several, each once.
 
     Raises:
-        ValueError: there are names, and no file of theirs.
+        ValueError: a name without a file.
     """
     folder, listed = Path(root or ".").expanduser(), [names] if isinstance(names, str) else names or []
-    found = list(dict.fromkeys(path for name in listed for path in expand(folder, name)))
-    if listed and not found:
-        raise ValueError(f"{folder / listed[0]} is missing")
-    return found
+    found = {name: expand(folder, name) for name in listed}
+    if lacking := next((name for name, paths in found.items() if not paths), None):
+        raise ValueError(f"{folder / lacking} is missing")
+    return list(dict.fromkeys(path for paths in found.values() for path in paths))

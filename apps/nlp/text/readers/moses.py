@@ -21,7 +21,7 @@ def find(root: Path, name: str, pairs: Sequence[str]) -> list[dict[str, Path]]:
         pairs: such as ``en-de``.
 
     Raises:
-        ValueError: fewer than two languages have a file.
+        ValueError: fewer than two languages have a file, or one has several.
     """
     pattern = name if "{lang}" in name else f"{name}.{{lang}}"
     if "{pair}" in pattern:
@@ -44,6 +44,8 @@ def find(root: Path, name: str, pairs: Sequence[str]) -> list[dict[str, Path]]:
 
 def _files(root: Path, pattern: str, languages: Sequence[str]) -> dict[str, Path]:
     files = {language: expand(root, pattern.replace("{lang}", language)) for language in languages}
+    if several := next((paths for paths in files.values() if len(paths) > 1), None):
+        raise ValueError(f"{pattern!r} names {several[0]} and {several[1]}: of each language it must name one file")
     return {language: paths[0] for language, paths in files.items() if paths}
 
 

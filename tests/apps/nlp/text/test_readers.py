@@ -6,6 +6,7 @@ import bz2
 import functools
 import gzip
 import lzma
+import re
 import sqlite3
 import struct
 import tracemalloc
@@ -15,7 +16,7 @@ import pytest
 
 from apps.base.inflate import Inflated
 from apps.data import text_files
-from apps.data.text_files import Rows, clean, expand, read_lines, text_lines
+from apps.data.text_files import Rows, clean, expand, named_files, read_lines, text_lines
 from apps.nlp.text.readers import bible, catalogs, moses, tsv
 
 
@@ -58,6 +59,15 @@ def test_a_missing_or_truncated_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"a\.gz is corrupt: it is truncated or no gzip file"):
         read_lines(path)
+
+
+def test_each_name_of_a_list_must_be_a_file(tmp_path):
+    for name in ("a-0.en", "a-1.en"):
+        write(tmp_path / name, "x\n")
+    assert named_files(str(tmp_path), ["a-1.en", "a-*"]) == [tmp_path / "a-1.en", tmp_path / "a-0.en"]
+    for typo in ("b-0.en", "b-*"):
+        with pytest.raises(ValueError, match=rf"{re.escape(typo)} is missing"):
+            named_files(str(tmp_path), ["a-*", typo])
 
 
 @pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
@@ -118,6 +128,16 @@ def test_moses_files_by_stem_by_language_and_by_pair(tmp_path):
     write(tmp_path / "en-fr/a.fr", "trois\n")
     texts = [moses.read(files).text for files in moses.find(tmp_path, "{pair}/a", pairs)]
     assert texts == [{"de": ["eins", "zwei"], "en": ["one", "two"]}, {"en": ["three"], "fr": ["trois"]}]
+
+
+def test_a_pattern_of_several_moses_files_is_refused(tmp_path):
+    for name in ("a-0.en", "a-0.de", "a-1.en", "a-1.de"):
+        write(tmp_path / name, "x\n")
+    assert moses.find(tmp_path, "a*1", ["en-de"]) == [{"en": tmp_path / "a-1.en", "de": tmp_path / "a-1.de"}]
+    with pytest.raises(
+        ValueError, match=r"'a-\*.\{lang\}' names .*a-0.en and .*a-1.en: of each language it must name one"
+    ):
+        moses.find(tmp_path, "a-*", ["en-de"])
 
 
 def test_unequal_line_counts_name_both_files_and_counts(tmp_path):
