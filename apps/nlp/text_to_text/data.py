@@ -43,7 +43,8 @@ class TextToTextData(PairData):
         cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
         train_files: of yours, also compressed. jsonl: a name or a pattern of files with a JSON object a line. csv: of
             tables with a header, by commas, or in a ``.tsv`` by tabs. lines: ``train`` for ``train.source`` and
-            ``train.target``, of which line i of one belongs to line i of the other.
+            ``train.target``, of which line i of one belongs to line i of the other. Rows of validation or test are
+            left out.
         val_files: likewise; None: rows of train_files are held out, and those of equal sources, or of an equal column
             ``group``, stay together.
         test_files: likewise.
@@ -221,7 +222,13 @@ class TextToTextData(PairData):
         if lacking := {*tasks} - {row["task"] for row in splits["train"]}:
             known = ", ".join(sorted({row["task"] for row in train}))
             raise ValueError(f"task {min(lacking)!r} has no training rows: there are {known}")
-        splits = self._held(splits)
+        given = [row for split in splits.keys() - {"train"} for row in splits[split]]
+        held = {(row["task"], row["source"], text) for row in given for text in row["references"]}
+        train = [row for row in splits["train"] if (row["task"], row["source"], row["references"][0]) not in held]
+        if not train:
+            raise ValueError(f"{self.dataset}: all training rows are in validation or test, and none is left")
+        left_out["of validation or test (train)"] = len(splits["train"]) - len(train)
+        splits = self._held({**splits, "train": train})
         if self.subset is not None:
             splits["train"] = [splits["train"][i] for i in self._drawn(len(splits["train"]))]
         pairs = {split: _pairs(splits[split], tasks) for split in SPLITS}

@@ -101,6 +101,24 @@ def test_rows_of_one_source_are_never_in_two_splits(tmp_path):
     assert len(data.examples("train")) == 160
 
 
+def test_rows_of_given_validation_and_test_files_do_not_train(tmp_path):
+    rows = some(60)
+    other = [{**rows[0], "target": "other"}, {**rows[1], "target": ["other", rows[1]["target"]]}]
+    train = json_file(tmp_path, "train.jsonl", rows)
+    files = {
+        "val_files": json_file(tmp_path, "v.jsonl", other),
+        "test_files": json_file(tmp_path, "t.jsonl", rows[50:]),
+    }
+    data = make(tmp_path, "jsonl", train_files=train, **files)
+    # Row 1 and ten of test go; row 0 has another right text.
+    assert (len(data.examples("train")), len(data.rows("val")), len(data.rows("test"))) == (49, 2, 10)
+    assert "left out: 11 of validation or test (train)" in data.describe()
+    drawn = make(tmp_path, "jsonl", train_files=train, test_files=files["test_files"], val_size=49)
+    assert not {*drawn.sources("val")} & {*drawn.sources("test")}
+    with pytest.raises(ValueError, match="jsonl: all training rows are in validation or test, and none is left"):
+        _ = make(tmp_path, "jsonl", train_files=train, test_files=train, val_size=0).opened
+
+
 def test_long_sides_are_cut_and_counted(tmp_path):
     rows = [{"source": " ".join(WORDS * 9) + f" {i}", "target": "red"} for i in range(20)] + some(20)
     file = json_file(tmp_path, "rows.jsonl", rows)
