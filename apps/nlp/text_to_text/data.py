@@ -199,12 +199,13 @@ class TextToTextData(PairData):
         Raises:
             ValueError: a side is empty or no text, or the task's name cannot be one.
         """
-        source, target, task = row.pop("source"), row.pop("target"), str(row.pop("task", None) or self.dataset)
+        source, target, task = row.pop("source"), row.pop("target"), row.pop("task", None)
+        task = self.dataset if task in (None, "") else str(task)
         references = target if isinstance(target, list) else [target]
         for side, texts in (("source", [source]), ("target", references)):
-            if odd := next((text for text in texts if not isinstance(text, str | int | float)), None):
-                raise ValueError(f"{where}: the {side} is a {type(odd).__name__}, and not a text")
-            if not texts or not all(clean(str(text or "")) for text in texts):
+            if odd := [text for text in texts if not isinstance(text, str | int | float | None)]:
+                raise ValueError(f"{where}: the {side} is a {type(odd[0]).__name__}, and not a text")
+            if not texts or not all(text is not None and clean(str(text)) for text in texts):
                 raise ValueError(f"{where}: the {side} is empty")
         if not re.fullmatch(r"[^<>\s]+", task):
             raise ValueError(f"{where}: task={task!r} has spaces or angle brackets")

@@ -91,6 +91,14 @@ def test_several_right_texts_are_kept_and_the_first_is_trained_on(tmp_path):
     assert data.rows("test") == []
 
 
+def test_zero_is_a_text_and_the_name_of_a_task(tmp_path):
+    rows = [{**row, "target": 0, "task": task} for row, task in zip(some(40), (0, 1, None, "") * 10, strict=True)]
+    files = [json_file(tmp_path, f"{len(own)}.jsonl", own) for own in (rows[:36], rows[36:])]
+    data = make(tmp_path, "jsonl", train_files=files[0], val_files=files[1], test_size=0)
+    assert [row["task"] for row in data.rows("val")] == ["0", "1", "jsonl", "jsonl"]
+    assert data.references("val") == ["0"] * 4
+
+
 def test_rows_of_one_source_are_never_in_two_splits(tmp_path):
     rows = [row for row in some(100) for _ in range(2)]
     data = make(tmp_path, "jsonl", train_files=json_file(tmp_path, "r.jsonl", rows), val_size=20, test_size=0.1)
@@ -136,6 +144,7 @@ BAD = [
     ('{"source": null, "target": "b"}', r"rows.jsonl, line 2: the source is empty"),
     ('{"source": "a", "target": []}', r"rows.jsonl, line 2: the target is empty"),
     ('{"source": "a", "target": {"b": 1}}', r"rows.jsonl, line 2: the target is a dict, and not a text"),
+    ('{"source": "a", "target": {}}', r"rows.jsonl, line 2: the target is a dict, and not a text"),
     ('{"source": "a"}', r"rows.jsonl, line 2: no column 'target' \(target\), only source"),
     ('{"source": "a", "target": "b", "task": "x y"}', r"line 2: task='x y' has spaces or angle brackets"),
     ('["a", "b"]', r"rows.jsonl, line 2 is \[.a., .b.\], not an object"),
