@@ -106,12 +106,8 @@ class TextCorpus:
             splits[split] = [documents[i] for i in chosen]
         held = {_key(document) for split in lacking for document in splits[split]}
         splits["train"] = [document for document in documents if _key(document) not in held]
-        learned = {_key(document) for document in splits["train"]}
-        for split in {"val", "test"} - set(lacking):
-            known = sum(_key(document) in learned for document in splits[split])
-            if known:
-                shared = f"{known:,} of {len(splits[split]):,} documents of {split}_files are in train_files too"
-                log.warning("%s: what is measured on them is memory", shared)
+        given = {"val", "test"} - set(lacking)
+        warn_of_learned(splits["train"], {f"{split}_files are in train_files": splits[split] for split in given})
         return splits
 
     def _read_corpus(self, parts: Mapping[str, Sequence[Rows]], seed: int) -> Documents:
@@ -132,6 +128,15 @@ class TextCorpus:
         left_out = f"{lines - kept:,} lines that are empty or come again, {len(splits['train']) - len(train):,}"
         log.info("%s in %s: left out: %s of validation or test (train)", self.dataset, language, left_out)
         return {split: [[line] for line in (train if split == "train" else lines)] for split, lines in splits.items()}
+
+
+def warn_of_learned(train: list[list[str]], held: Mapping[str, list[list[str]]]) -> None:
+    """Warn of held-out documents, each list by words that say where they are, that are in training too."""
+    learned = {_key(document) for document in train}
+    for where, documents in held.items():
+        if known := sum(_key(document) in learned for document in documents):
+            shared = f"{known:,} of {len(documents):,} documents of {where} too"
+            log.warning("%s: what is measured on them is memory", shared)
 
 
 def _key(document: list[str]) -> str:

@@ -22,7 +22,7 @@ from apps.data.loader import as_it_is, in_order
 from apps.data.splits import SPLITS, Split
 from apps.data.subwords import EOS_ID, PAD_ID, Subwords, train_subwords
 from apps.data.text_files import num_words
-from apps.nlp.language.corpora import Documents, TextCorpus
+from apps.nlp.language.corpora import Documents, TextCorpus, warn_of_learned
 from apps.nlp.predict import given_lines
 from apps.nlp.text.batches import WholeBatches, endless, evenly
 from apps.nlp.text.data import SubwordData
@@ -268,6 +268,9 @@ class TextData(SubwordData):
             if not texts[name]["train"]:
                 source = self.corpora[name].train_files or self.corpora[name].dataset
                 raise ValueError(f"{name}: there is no text to train on in {source}")
+        for name in self._trained if len(texts) > 1 else ():  # each corpus is split by itself
+            held = ((f"{o} ({split})", texts[o][split]) for o in texts if o != name for split in ("val", "test"))
+            warn_of_learned(texts[name]["train"], {f"{own} are in {name} (train)": rows for own, rows in held})
         train = (line for name in self._trained for document in texts[name]["train"] for line in document)
         subwords = self._given or train_subwords((), train, self.tokenizer, (), self.cache)
         sizes: dict[str, list[TextSize]] = {}

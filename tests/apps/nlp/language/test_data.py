@@ -331,6 +331,20 @@ def test_impossible_domains_are_refused(root, options, message):
         several(root, **options)
 
 
+def test_documents_that_train_in_another_domain_are_told(root, caplog):
+    data = several(root)
+    data.setup()
+    assert not caplog.text
+    all_of_sea = TextCorpus(root=str(root), train_files="sea.txt", val_size=0, test_size=0)
+    twice = {"sea": data.domains["sea"], "all": all_of_sea}
+    several(root, domains=twice, weights={"sea": 1, "all": 0}).setup()
+    assert not caplog.text
+    several(root, domains=twice).setup()
+    assert "4 of 4 documents of sea (val) are in all (train) too: what is measured" in caplog.text
+    assert "9 of 9 documents of sea (test) are in all (train) too" in caplog.text
+    assert "of all (" not in caplog.text
+
+
 def test_a_domain_without_text_is_named(root):
     data = several(root)
     (root / "law.txt").write_text("\n")
