@@ -53,7 +53,7 @@ class TextSize(NamedTuple):
         documents: number of documents.
         tokens: number of tokens to predict: subwords, and ``EOS_ID`` after each document.
         words: number of words, cut at spaces; for scripts without spaces, number of characters.
-        bytes: number of UTF-8 bytes, without line ends.
+        bytes: number of UTF-8 bytes of what is encoded, without line ends.
     """
 
     documents: int
@@ -282,7 +282,9 @@ class TextData(SubwordData):
                 stream = np.full(len(ids) + len(text) + 1, EOS_ID, np.int32)
                 # document i comes after the i + 1 ends before it
                 stream[np.arange(len(ids)) + 1 + np.repeat(np.arange(len(text)), np.diff(bounds))] = ids
-                words, size = sum(map(num_words, text)), sum(len(line.encode()) for line in text)
+                # What is encoded: sentencepiece writes a run of spaces as one, and one before the text.
+                encoded = (line.replace("\u2581", " ") for line in subwords.processor("target").normalize(text))
+                words, size = sum(map(num_words, text)), sum(len(t.removeprefix(" ").encode()) for t in encoded)
                 sizes[split].append(TextSize(len(text), len(stream) - 1, words, size))
                 streams.append(stream)
             writer.save(f"{split}_ids", np.concatenate(streams))

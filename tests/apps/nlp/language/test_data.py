@@ -57,6 +57,11 @@ def test_each_token_is_said_once_and_documents_end(root, size, workers):
     assert data.size("val") == (2, data.size("val").tokens, 5, len("the bird runs") + len("the Ж".encode()))
 
 
+def test_a_run_of_spaces_that_is_read_as_one_is_one_byte(root):
+    (root / "val.txt").write_text(" a    dog\t \tЖ\n")
+    assert make(root).size("val")[2:] == (3, len("a dog Ж".encode()))
+
+
 def test_subwords_are_learned_from_the_training_text_and_may_be_given(root):
     data = make(root)
     assert "Ж" not in "".join(data.subwords.pieces(range(data.subwords.size("target")), "target"))
