@@ -57,12 +57,13 @@ def clean(line: str) -> str:
 _UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
-_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+"""A word between spaces; in scripts without spaces between words a character."""
 
 
 def num_words(line: str) -> int:
     """Count the words between spaces; in scripts without spaces between words each character counts as one."""
-    return len(_WORD.findall(line))
+    return len(WORD.findall(line))
 
 
 def read_lines(path: Path) -> list[str]:

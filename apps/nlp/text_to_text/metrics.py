@@ -7,10 +7,11 @@ and the row that ``TextToTextData.rows`` has of it. ``model.metrics`` then names
 from __future__ import annotations
 
 import functools
-import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from apps.data.text_files import WORD
 from apps.nlp.sql.execution import execution_match, query_match, valid
 from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.scores import scorer
@@ -23,16 +24,23 @@ Metric = Callable[[str, Mapping[str, Any]], float]
 def rouge(key: str) -> Metric:
     """Return the F1 of ROUGE-1, -2 or -L (Lin 2004) as rouge-score has it without stemming.
 
-    Letters of every script count, where rouge-score knows those of English.
+    Letters of every script count, with their marks, where rouge-score knows those of English. In scripts without spaces
+    between words each character is one.
     """
 
     def value(prediction: str, row: Mapping[str, Any]) -> float:
         from torchmetrics.functional.text import rouge_score
 
-        options: dict[str, Any] = {"rouge_keys": key, "normalizer": lambda text: re.sub(r"[\W_]+", " ", text.lower())}
+        options: dict[str, Any] = {"rouge_keys": key, "normalizer": str.lower, "tokenizer": _words}
         return max(float(rouge_score(prediction, r, **options)[f"{key}_fmeasure"]) for r in row["references"])
 
     return value
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of letters, digits and their marks, such as vowels of Hindi, but not the marks of emoji."""
+    marks = {c for c in text if unicodedata.category(c) in ("Mn", "Mc") and not "\ufe00" <= c <= "\ufe0f"}
+    return WORD.findall("".join(c if c.isalnum() or c in marks else " " for c in text))
 
 
 def squad(key: str) -> Metric:

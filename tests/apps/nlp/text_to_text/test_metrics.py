@@ -32,6 +32,16 @@ def test_letters_of_every_script_count():
     assert value("rouge_1", "словарь русский", "русский") == pytest.approx(2 / 3)
 
 
+def test_marks_belong_to_their_letters_and_unspaced_scripts_are_split():
+    # Two words of equal consonants and other vowels; accents as marks of their own; and of emoji no word is made.
+    assert value("rouge_1", "हिन्दी", "हान्दा") == value("rouge_1", "cafe\u0301", "cafe\u0300") == 0
+    assert value("rouge_1", "हिन्दी भाषा", "हिन्दी") == pytest.approx(2 / 3)
+    assert value("rouge_1", "i ❤\ufe0f 1\ufe0f\u20e3_cat", "i 1 cat") == 1
+    # Of five and five characters four are common, in the same order.
+    assert value("rouge_1", "我喜欢猫，red", "我喜欢狗 red") == pytest.approx(4 / 5)
+    assert value("rouge_2", "我喜欢猫", "我喜欢狗") == pytest.approx(2 / 3)
+
+
 def test_answers_by_hand():
     assert value("exact_match", "The Cat!", "cat") == 1
     assert value("exact_match", "cats", "cat") == 0
