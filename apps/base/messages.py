@@ -14,6 +14,10 @@ _CAUGHT = re.compile(
 )
 
 
+class EveryProcessError(OSError):
+    """An error that every process of a run raises, so that it is enough if the first one says it."""
+
+
 def message(error: BaseException) -> str:
     """Return the message of ``error``, without the traceback that a DataLoader's worker puts into it."""
     text = str(error)

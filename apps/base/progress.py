@@ -213,5 +213,10 @@ def _rows(console: Console | None, hides: bool = False) -> Progress:
     """Return the rows of a terminal, without any yet; only the first process shows them, and only on a terminal."""
     from apps.base.rows import rows
 
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
-    return rows(console, hides or rank != "0")
+    return rows(console, hides or not is_first_process())
+
+
+def is_first_process() -> bool:
+    """Return whether this is the first, or only, process of a run."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(rank == "0" for rank in ranks)

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from apps import registry
-from apps.base.messages import message, one_line
+from apps.base.messages import EveryProcessError, message, one_line
+from apps.base.progress import is_first_process
 from apps.cli.classes import load_class
 
 _NOISE = re.compile(
@@ -52,7 +53,8 @@ def failed(error: Exception, show_traceback: bool) -> int:
     if show_traceback:
         traceback.print_exception(error)
     line, code = describe(error)
-    print(f"error: {line}", file=sys.stderr)
+    if is_first_process() or not isinstance(error, EveryProcessError):
+        print(f"error: {line}", file=sys.stderr)
     return code
 
 

@@ -6,7 +6,6 @@ Modules that import torch are imported after the checks that need none, so that 
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from apps.base.files import naming
+from apps.base.progress import is_first_process
 from apps.cli.classes import find_class, load_class, with_long_names
 from apps.cli.configs import at, merge, own_classes, read_config
 from apps.cli.errors import UsageError, unknown_option
@@ -212,8 +212,7 @@ class Request:
 
 def _announce(command: str, line: str) -> None:
     """Announce the command, before the seconds that torch takes. The stdout of predict is for its predictions."""
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    if all(rank == "0" for rank in ranks):  # the processes of a distributed run have one command line
+    if is_first_process():  # the processes of a distributed run have one command line
         print(line, file=sys.stderr if command == "predict" else None, flush=True)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
 
+from apps.base.files import os_error
 from apps.base.messages import one_line
 
 _SAFE = {
@@ -134,4 +135,7 @@ def reason_of(error: BaseException) -> str:
     inner: BaseException = error
     if isinstance(error, dcp.api.CheckpointException):
         inner = next(iter(error.failures.values()))[0]
-    return getattr(inner, "strerror", None) or one_line(str(inner))[:200]
+    cause = os_error(inner)
+    if cause is None and "inline_container" in str(inner):  # torch names its zip file, and no reason
+        return "the disk may be full"
+    return (cause and cause.strerror) or one_line(str(inner))[:200]

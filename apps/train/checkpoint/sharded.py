@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from apps.base.files import replacing, temporary_path
+from apps.base.messages import EveryProcessError
 from apps.train.checkpoint.paths import SHARDED_PART, is_sharded
 from apps.train.checkpoint.readable import SafeReader, readable, reason_of
 
@@ -95,7 +96,7 @@ class Writing:
         """Write the checkpoint.
 
         Raises:
-            OSError: on every process: it cannot be written; the earlier one is intact.
+            EveryProcessError: it cannot be written; the earlier one is intact.
         """
         shards = self.folder / self.name
         try:
@@ -108,7 +109,7 @@ class Writing:
             if dist.get_rank() == 0:
                 shutil.rmtree(shards if self.folder == self.path else self.folder, ignore_errors=True)
             kept = "; the earlier one is intact" if self.path.is_file() or is_sharded(self.path) else ""
-            raise OSError(f"cannot write the checkpoint {self.path}: {reason_of(error)}{kept}") from error
+            raise EveryProcessError(f"cannot write the checkpoint {self.path}: {reason_of(error)}{kept}") from error
 
     def _finish(self) -> str | None:
         """Make the folder the checkpoint, and return why that failed, or None."""

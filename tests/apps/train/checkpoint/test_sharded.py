@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from apps.cli.errors import failed
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.sharded import BackgroundWriter
 
@@ -117,6 +118,19 @@ def test_the_file_of_one_process_stays_until_the_folder_is_whole(tmp_path):
 
 def full_disk() -> Any:
     return mock.patch.object(sharded, "replacing", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
+def test_what_every_process_raises_the_first_one_says(tmp_path, monkeypatch, capsys):
+    torn = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    with mock.patch.object(sharded, "replacing", side_effect=torn), pytest.raises(OSError) as caught:
+        sharded.write(tmp_path / "last.ckpt", contents(1), {})
+    for rank, lines in (
+        ("1", ""),
+        ("0", f"error: cannot write the checkpoint {tmp_path}/last.ckpt: the disk may be full"),
+    ):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert failed(caught.value, False) == 1
+        assert capsys.readouterr().err.strip() == lines
 
 
 def test_a_failure_is_raised_by_the_next_call_and_once(tmp_path):
