@@ -104,6 +104,10 @@ class ConstantExperts(Experts):
     def biases(self) -> list[Tensor]:
         return [self.v]
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the vectors, which are biases."""
+        return {"v"}
+
     def compute_rows(self, rows: Rows) -> Rows:
         expert_R = expert_of_rows(rows.gates_R, rows.offsets_E)
         live_R1 = (expert_R < rows.offsets_E.shape[0])[:, None]

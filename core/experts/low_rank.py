@@ -135,6 +135,10 @@ class IA3Experts(Experts):
         """Start at one: if a token's gates sum to 1, the token comes out as it went in."""
         nn.init.ones_(self.v)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the vectors, which do not decay: a factor would go to 0 where it starts at 1."""
+        return {"v"}
+
     def compute_rows(self, rows: Rows) -> Rows:
         v = local_tensor(self.v)
         expert_R = expert_of_rows(rows.gates_R, rows.offsets_E)

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from tiny_app import TinyModule
 from trainings import MOE, fit
 
+import core
 from apps.train.optim import optimizers
 from apps.train.optim.optimizers import OptimizerConfig, parameter_groups
 
@@ -116,6 +117,14 @@ def test_a_frozen_parameter_and_a_model_s_own_exemptions_are_honored():
     module.net.no_weight_decay = lambda: {"3.weight"}
     groups = {g["name"]: len(g["params"]) for g in parameter_groups(module, OptimizerConfig())}
     assert groups == {"rest_no_decay": 5}
+
+
+@pytest.mark.parametrize("expert", [core.IA3(), core.Constant(mix=True)])
+def test_vectors_of_experts_do_not_decay(expert):
+    layer = core.MoEConfig(4, expert=expert).build(8)
+    decays = {id(p): g["weight_decay"] for g in parameter_groups(layer, OptimizerConfig("muon")) for p in g["params"]}
+    names = {name: decays[id(p)] for name, p in layer.experts.named_parameters()}
+    assert names == {"v": 0.0} | ({"w_mix": 0.05} if isinstance(expert, core.Constant) else {})
 
 
 @pytest.mark.parametrize(
