@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from apps.base.files import delete, delete_leftovers, os_error, replacing
+from apps.base.messages import warn_once
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.checkpoint.paths import NAMES, is_pretrained
@@ -23,6 +25,8 @@ from apps.train.lightning_internals import is_accumulating, rewind_validation, v
 from apps.train.step.finite import check_weights
 from apps.train.watch.logs import MetricsCSV
 from core.fields import Count, OneOf, Positive, check_values
+
+_logger = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -60,19 +64,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class BestAndLast(Checkpoint):
     """Keeps ``best.ckpt`` and ``last.ckpt`` in a folder.
 
-    Both are written at the end of an epoch, after its validation; ``last.ckpt`` also between two steps of an epoch,
-    every ``every_n_minutes`` or ``every_n_steps``, and when SIGTERM or Ctrl-C has come, in a validation too. A model
-    with a weight that is not finite is never written.
+    Both are written at the end of an epoch, after its validation; ``best.ckpt`` also after a validation within it, and
+    ``last.ckpt`` between two steps of it, every ``every_n_minutes`` or ``every_n_steps``, and when SIGTERM or Ctrl-C
+    has come, in a validation too. A model with a weight that is not finite is never written.
 
     Args:
         dirpath: the folder; None takes ``checkpoints`` in the trainer's ``default_root_dir``.
-        monitor: the logged value that decides the best; None takes the module's ``monitor``, else "val/loss".
-        mode: "min" or "max"; None takes the module's ``monitor_mode``, else "min".
+        monitor: the logged value that decides the best; "-": none; None: the module's ``monitor``, else "val/loss".
+        mode: "min" or "max"; None takes that of the module's value, ``monitor_mode``, else "min".
         every_n_minutes: minutes of training between two writings of ``last.ckpt`` within an epoch; None for no limit.
         every_n_steps: steps between them; None for no limit.
 
     Raises:
-        ValueError: a mode that is neither, or an interval that is not positive.
+        ValueError: a mode that is neither, or none for another value than the module's; or an interval that is not
+            positive.
     """
 
     writes_when_stopped = True
@@ -101,7 +106,10 @@ class BestAndLast(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
-        self.monitor = self.monitor or getattr(pl_module, "monitor", "val/loss")
+        own = getattr(pl_module, "monitor", None) or "val/loss"
+        self.monitor = self.monitor or own
+        if self.mode is None and self.monitor not in (own, "-"):
+            raise ValueError(f"BestAndLast: monitor={self.monitor!r} is not the model's, {own}: give mode, min or max")
         self.mode = self.mode or getattr(pl_module, "monitor_mode", "min")
         if stage == "fit" and trainer.is_global_zero:
             for name in ("best.ckpt", "last.ckpt"):  # a run that was killed while it wrote has left them
@@ -148,20 +156,31 @@ class BestAndLast(Checkpoint):
             return bool(trainer.strategy.broadcast(by_step or by_time))
         return by_step or by_time or StopsSoon.of(trainer) is not None
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
+            return
+        if self.monitor not in (*trainer.callback_metrics, "-") and trainer.is_global_zero:
+            what = f"validation logs no {self.monitor}, so there is no best.ckpt"
+            warn_once(_logger, f"{what}: give the model, or BestAndLast, another monitor")
+        if not trainer.is_last_batch:  # the checkpoint of an epoch's end comes after all its hooks
+            self._judge(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:
             return
-        assert self.monitor is not None
-        value = trainer.callback_metrics.get(self.monitor)
-        every = trainer.check_val_every_n_epoch or 1
-        if value is not None and trainer.enable_validation and not (trainer.current_epoch + 1) % every:
-            score = float(value)
-            sign = 1 if self.mode == "max" else -1
-            if math.isfinite(score) and (self.best_score is None or sign * score > sign * self.best_score):
-                self.best_score = score
-                self._save(trainer, pl_module, "best.ckpt")
+        if trainer.enable_validation:  # a score from within the epoch has been judged, and is not better than itself
+            self._judge(trainer, pl_module)
         # The last one remembers the score of the best.
         self._save(trainer, pl_module, "last.ckpt")
+
+    def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``best.ckpt`` if the logged score is the best so far."""
+        assert self.monitor is not None
+        score = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        sign = 1 if self.mode == "max" else -1
+        if math.isfinite(score) and (self.best_score is None or sign * score > sign * self.best_score):
+            self.best_score = score
+            self._save(trainer, pl_module, "best.ckpt")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if (stops := StopsSoon.of(trainer)) is not None and stops.validates:
@@ -175,7 +194,8 @@ class BestAndLast(Checkpoint):
             logger.save()
         # weights_only=False is the default, but Lightning prints a note where it is not given.
         trainer.save_checkpoint(os.path.join(self.dirpath or "", name), weights_only=False)
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        if name == "last.ckpt":
+            self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score, "monitor": self.monitor}

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from resuming import differences
 from tiny_app import TinyModule
 from trainings import fit, load
 
-from apps.train.checkpoint.checkpoints import AtomicCheckpointIO
+from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
@@ -46,8 +47,8 @@ def test_checkpoints_of_an_earlier_run_are_put_aside_before_the_first_step(tmp_p
     assert [load(tmp_path / "earlier" / number / "last.ckpt")["epoch"] for number in ("1", "2")] == [0, 1]
 
 
-def fit_with_scores(folder: Path, scores: list[float]) -> Trainer:
-    """An epoch for each validation score, of which the highest is the best."""
+def fit_with_scores(folder: Path, scores: list[float], **options) -> Trainer:
+    """An epoch for each validation score, of which the highest is the best, or as ``options`` say."""
     rest = iter(scores)
 
     class Score(Callback):
@@ -56,7 +57,7 @@ def fit_with_scores(folder: Path, scores: list[float]) -> Trainer:
 
     module = TinyModule(3)
     module.monitor, module.monitor_mode = "val/score", "max"
-    return fit(module, folder, Score(), max_epochs=len(scores))
+    return fit(module, folder, Score(), **{"max_epochs": len(scores)} | options)
 
 
 def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
@@ -70,6 +71,52 @@ def test_the_best_is_the_best_and_the_last_is_the_last(tmp_path):
     assert load(tmp_path / "best.ckpt")["epoch"] == 1
     assert load(tmp_path / "last.ckpt")["epoch"] == 2
     assert made.checkpoint_callback.best_score == pytest.approx(0.9)
+
+
+def test_validations_within_an_epoch_choose_the_best(tmp_path):
+    # 9 steps, validated after steps 2, 4, 6 and 8; the epoch's end has no score of its own.
+    made = fit_with_scores(tmp_path, [0.5, 0.9, 0.7, 0.8], max_epochs=1, val_check_interval=2)
+    assert made.checkpoint_callback.best_score == pytest.approx(0.9)
+    assert load(tmp_path / "best.ckpt")["global_step"] == 4
+    assert load(tmp_path / "last.ckpt")["global_step"] == 9
+    # The next run's epoch ends with the best validation.
+    made = fit_with_scores(tmp_path, [0.5, 0.4, 0.9], max_epochs=1, val_check_interval=3)
+    assert (made.checkpoint_callback.best_score, load(tmp_path / "best.ckpt")["global_step"]) == (pytest.approx(0.9), 9)
+
+
+def test_a_best_within_an_epoch_resumes_exactly(tmp_path):
+    within = {"max_epochs": 1, "val_check_interval": 2}
+    fit_with_scores(tmp_path / "one", [0.9, 0.5, 0.7, 0.8], **within)
+    fit_with_scores(tmp_path / "two", [0.5, 0.7, 0.8], ckpt_path=str(tmp_path / "one" / "best.ckpt"), **within)
+    one, two = (load(tmp_path / name / "last.ckpt") for name in ("one", "two"))
+    assert one["global_step"] == 9
+    for saved in (one, two):  # not counted from the run's start on resuming
+        del saved["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    assert differences(one, two) == []
+
+
+def test_another_value_than_the_model_s_needs_a_mode():
+    module = TinyModule(3)
+    module.monitor, module.monitor_mode = "val/score", "max"
+    for monitor in (None, "val/score"):
+        saves = BestAndLast("kept", monitor)
+        saves.setup(None, module, "validate")
+        assert (saves.monitor, saves.mode) == ("val/score", "max")
+    saves = BestAndLast("kept", "val/loss", "min")
+    saves.setup(None, module, "validate")
+    assert (saves.monitor, saves.mode) == ("val/loss", "min")
+    with pytest.raises(ValueError, match="monitor='val/loss' is not the model's, val/score: give mode, min or max"):
+        BestAndLast("kept", "val/loss").setup(None, module, "validate")
+
+
+def test_a_value_that_no_validation_logs_is_named_once(tmp_path, caplog):
+    module = TinyModule(3)
+    module.monitor = "val_acc"
+    fit(module, tmp_path, max_epochs=2)
+    assert [r.getMessage() for r in caplog.records if "val_acc" in r.getMessage()] == [
+        "validation logs no val_acc, so there is no best.ckpt: give the model, or BestAndLast, another monitor"
+    ]
+    assert not (tmp_path / "best.ckpt").exists()
 
 
 def test_what_a_kill_in_the_middle_of_a_write_left_is_removed(tmp_path):
