@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ from apps.train.checkpoint.paths import NAMES, is_pretrained
 from apps.train.checkpoint.run_folder import put_aside
 from apps.train.checkpoint.stopping import StopsSoon
 from apps.train.lightning_internals import is_accumulating, rewind_validation, validates_next
+from apps.train.optim.averaging import AVERAGE
 from apps.train.step.finite import check_weights
 from apps.train.watch.logs import MetricsCSV
 from core.fields import Count, OneOf, Positive, check_values
@@ -117,12 +119,28 @@ class BestAndLast(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        if trainer.is_global_zero and not trainer.ckpt_path and not trainer.fast_dev_run:
+        folder = Path(self.dirpath or "")
+        if trainer.is_global_zero and trainer.ckpt_path and not trainer.fast_dev_run:
+            if Path(trainer.ckpt_path).name != AVERAGE:  # the same command again must find it
+                delete(folder / AVERAGE)  # of the training's former end
+            self._bring_best(Path(trainer.ckpt_path).with_name("best.ckpt"), folder / "best.ckpt")
+        elif trainer.is_global_zero and not trainer.fast_dev_run:
             # "last" must not mean an earlier run's checkpoint.
-            folder = Path(self.dirpath or "")
             earlier = [path for path in (folder / f"{name}.ckpt" for name in NAMES) if path.exists()]
             if earlier:
                 print(f"{folder} held checkpoints of an earlier run: they are in {put_aside(folder, earlier)} now")
+        self.best_score = trainer.strategy.broadcast(self.best_score)
+
+    def _bring_best(self, there: Path, here: Path) -> None:
+        """Copy the best checkpoint from beside the one that is resumed, or forget its score."""
+        if self.best_score is None or here.exists():
+            return
+        if there.exists():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if there.is_dir() else shutil.copy)(there, here)
+        else:
+            _logger.warning("there is no %s, so its %s of %.4g is forgotten", there, self.monitor, self.best_score)
+            self.best_score = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not self._due(trainer):

@@ -93,6 +93,18 @@ def test_a_best_within_an_epoch_resumes_exactly(tmp_path):
     for saved in (one, two):  # not counted from the run's start on resuming
         del saved["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
     assert differences(one, two) == []
+    # No later score was better: the copy is the best of the new folder too.
+    assert differences(*(load(tmp_path / name / "best.ckpt") for name in ("one", "two"))) == []
+
+
+def test_the_score_of_a_best_that_is_not_there_is_forgotten(tmp_path, caplog):
+    fit_with_scores(tmp_path / "one", [0.9])
+    best, last = (tmp_path / "one" / f"{name}.ckpt" for name in ("best", "last"))
+    best.unlink()
+    made = fit_with_scores(tmp_path / "two", [0.5], ckpt_path=str(last), max_epochs=2)
+    assert f"there is no {best}, so its val/score of 0.9 is forgotten" in caplog.messages
+    assert made.checkpoint_callback.best_score == pytest.approx(0.5)
+    assert load(tmp_path / "two" / "best.ckpt")["epoch"] == 1
 
 
 def test_another_value_than_the_model_s_needs_a_mode():

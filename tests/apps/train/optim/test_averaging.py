@@ -14,6 +14,7 @@ from resuming import CONFIG, Stop, checkpoint, differences, fit
 from tiny_app import TinyData, TinyModule
 
 from apps.cli import main as moesaic
+from apps.train.checkpoint.paths import find_checkpoint
 from apps.train.optim.averaging import WeightEMA, mean_weights
 from apps.train.optim.optimizers import OptimizerConfig
 
@@ -127,6 +128,13 @@ def test_a_longer_run_goes_on_from_the_trained_weights(config, tmp_path):
         fit(config, tmp_path / start, *steady, "--trainer.max_epochs", "4", "--ckpt_path", start)
         for name in ("last", "average"):
             assert differences(weights(tmp_path / "long", name), weights(tmp_path / start, name)) == []
+
+
+@pytest.mark.parametrize(("start", "then"), [("last", "best"), ("average", "average")])
+def test_a_longer_run_has_no_average_of_the_shorter_one(config, run, start, then):
+    with pytest.raises(Stop):
+        fit(config, run, "--trainer.max_epochs", "5", "--ckpt_path", start, stop_at=5)
+    assert find_checkpoint(run).name == f"{then}.ckpt"
 
 
 def test_the_epochs_are_found_beside_the_checkpoint_that_is_resumed(config, tmp_path, caplog):
