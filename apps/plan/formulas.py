@@ -17,6 +17,7 @@ class Gpu:
     Attributes:
         memory: bytes.
         half: FLOP/s of dense matmuls in bfloat16.
+        tf32: FLOP/s of dense matmuls of float32 numbers in TF32.
         single: FLOP/s of dense matmuls in float32, without TF32.
         within: bytes per second that leave it for GPUs of its node.
         between: bytes per second that leave it for other nodes.
@@ -24,6 +25,7 @@ class Gpu:
 
     memory: float
     half: float
+    tf32: float
     single: float
     within: float
     between: float
@@ -33,11 +35,11 @@ class Gpu:
 # without sparsity. A link's figure there counts both directions: NVLink 600, 900, 900 and 1800 GB/s, Infinity Fabric
 # 896 GB/s. Between nodes a network port of each GPU: 200 Gb/s in DGX A100, 400 Gb/s in the others' reference machines.
 GPUS = {
-    "a100": Gpu(80e9, 312e12, 19.5e12, 300e9, 25e9),
-    "h100": Gpu(80e9, 989e12, 67e12, 450e9, 50e9),
-    "h200": Gpu(141e9, 989e12, 67e12, 450e9, 50e9),
-    "b200": Gpu(180e9, 2250e12, 75e12, 900e9, 50e9),
-    "mi300x": Gpu(192e9, 1307e12, 163.4e12, 448e9, 50e9),
+    "a100": Gpu(80e9, 312e12, 156e12, 19.5e12, 300e9, 25e9),
+    "h100": Gpu(80e9, 989e12, 494.5e12, 67e12, 450e9, 50e9),
+    "h200": Gpu(141e9, 989e12, 494.5e12, 67e12, 450e9, 50e9),
+    "b200": Gpu(180e9, 2250e12, 1125e12, 75e12, 900e9, 50e9),
+    "mi300x": Gpu(192e9, 1307e12, 653.5e12, 163.4e12, 448e9, 50e9),
 }
 
 

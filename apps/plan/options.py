@@ -19,7 +19,8 @@ from apps.cli.flags import with_flags
 from apps.cli.parser import CommandLine, Configs, Folder, Shown
 from apps.plan.formulas import GPUS, Gpu
 
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+PRECISIONS = ("bf16-mixed", "32-true", "bf16-true")
+"""The first is that of a GPU's training which names none."""
 _STRATEGY = ("trainer", "strategy")
 _Kind = Annotated[str, Shown("NAME", f"their kind: {', '.join(GPUS)}; figures below go before its own", ("--gpu",))]
 _Rows = Annotated[int, Shown("ROWS")]
@@ -43,7 +44,7 @@ class Options(CommandLine):
         tokens_per_gpu: tokens of a GPU in a step (default: by the configuration)
         batch: examples of a GPU in a step (default: the configuration's)
         length: tokens of an example, if the configuration does not say
-        given_precision: 32-true, bf16-mixed, bf16-true (default: the configuration's, else 32-true)
+        given_precision: bf16-mixed, 32-true, bf16-true (default: the configuration's, else bf16-mixed)
         given_dtype: FSDP2's mixed precision: products and gathered parameters
         activation_checkpointing: blocks compute their activations again
         static_all_to_all: every place of the capacity is sent (capacity_factor)
@@ -70,7 +71,7 @@ class Options(CommandLine):
     """
 
     prog: ClassVar[str] = "moesaic plan"
-    sections: ClassVar[tuple[str, ...]] = ("model", "data", "trainer")
+    sections: ClassVar[tuple[str, ...]] = ("model", "data", "trainer", "float32_matmul_precision")
     renamed: ClassVar[Mapping[str, str]] = {"--static_exchange": "--static_all_to_all"}
 
     files: Configs
@@ -143,7 +144,7 @@ class Options(CommandLine):
         """Memory, rates and bandwidths of a GPU: those that are given, and for others its published peaks."""
         given = {"memory": self.memory, "within": self.node_bandwidth, "between": self.network_bandwidth}
         figures = {name: 1e9 * value for name, value in given.items() if value is not None}
-        figures |= {} if self.tflops is None else dict.fromkeys(("half", "single"), 1e12 * self.tflops)
+        figures |= {} if self.tflops is None else dict.fromkeys(("half", "tf32", "single"), 1e12 * self.tflops)
         if self.kind is not None:
             check_name("gpu", self.kind, list(GPUS))
             return dataclasses.replace(GPUS[self.kind], **figures)
@@ -191,7 +192,9 @@ class Options(CommandLine):
     @property
     def rate(self) -> float:
         """Peak FLOP/s of matmuls in their dtype."""
-        return self.gpu.single if self.dtype_bytes == 4 else self.gpu.half
+        if self.dtype_bytes != 4:
+            return self.gpu.half
+        return self.gpu.single if self.config.get("float32_matmul_precision") == "highest" else self.gpu.tf32
 
     @property
     def stored_bytes(self) -> int:

@@ -98,6 +98,21 @@ def test_checkpointing_and_half_precision_keep_less():
     assert seconds["again"] == pytest.approx(4 / 3 * seconds["full"])
 
 
+@pytest.mark.parametrize(
+    "more, precision, peak",
+    [
+        ((), "bf16-mixed", 989),
+        (("--precision", "32-true"), "32-true", 494.5),
+        (("--trainer.precision", "32", "--float32_matmul_precision", "highest"), "32-true", 67),
+        (("--precision", "32-true", "--param_dtype", "bfloat16"), "32-true", 989),
+        (("--precision", "32-true", "--tflops", "50"), "32-true", 50),
+    ],
+)
+def test_the_peak_is_that_of_the_products_as_fit_computes_them(more, precision, peak):
+    given = options(*DIGITS, "--gpus", "8", *more)
+    assert (given.precision, given.rate / 1e12) == (precision, pytest.approx(peak))
+
+
 def test_autocast_keeps_a_copy_of_the_experts_that_are_here():
     given = options(*TEXT, "--gpus", "16", "--precision", "bf16-mixed")
     outline = outlined(given)
