@@ -20,8 +20,10 @@ from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, ModelCheckp
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from apps.base.messages import excerpt
 from apps.cli.checkpoint import check_fits
 from apps.cli.classes import with_short_names
+from apps.cli.configs import at, read_config
 from apps.cli.errors import UsageError, reduce_message
 from apps.cli.experts import ChangesExperts
 from apps.cli.flags import asks, given
@@ -144,6 +146,8 @@ class RunSetup(WaitingCLI, LightningCLI):
             self.request.exported.attach(self.model)
         elif self.ckpt_path is not None and self.request.loaded is not None:
             self._check_fits(self.request.loaded, self.ckpt_path)
+            if self.request.command == "fit":
+                self._check_optimizer(self.ckpt_path)
             self.model.starts_afresh = False  # Lightning loads the checkpoint only after the model's setup
         elif self.request.weights is not None:
             self._begin_with(self.request.weights)
@@ -153,6 +157,24 @@ class RunSetup(WaitingCLI, LightningCLI):
         if isinstance(self.model, SparseModule):
             take_form(self.model, checkpoint)
         check_fits(checkpoint, self.model, path)
+
+    def _check_optimizer(self, path: Path) -> None:
+        """Raise a ``UsageError`` for values of an optimizer or a scheduler that the loaded states would override.
+
+        Without a scheduler of torch's, a ``SparseModule`` takes its own values when it resumes.
+        """
+        beside = path.parent.parent / "config.yaml"
+        there, here = read_config(beside) if beside.is_file() else None, yaml.safe_load(self.plain_config())
+        scheduled = there is not None and (there.get("lr_scheduler") or here.get("lr_scheduler"))
+        if there is None or (isinstance(self.model, SparseModule) and not scheduled):
+            return
+        for name in ("model.optimizer", *SECTIONS_OF_OPTIMIZER):
+            keys = name.split(".")
+            for option, former, value in differences(at(there, keys), at(here, keys), name):
+                raise UsageError(
+                    f"{option}={excerpt(value)} is {excerpt(former)} in {beside}, which a resumed run keeps: give it, "
+                    "or start a new run with --weights"
+                )
 
     def _begin_with(self, path: Path) -> None:
         """Load the weights of a checkpoint, from which a new training starts."""

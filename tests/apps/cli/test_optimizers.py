@@ -73,9 +73,27 @@ def test_a_resumed_run_is_the_unbroken_one_and_its_folder_says_how_it_trains(con
     assert rates[0][0] == pytest.approx(0.05)
     assert main(["test", "--run_dir", "cut"]) == 0
     line = fails(
-        capsys, 1, "fit", "--config", config, "--run_dir", "cut", "--ckpt_path", "last", "--trainer.max_epochs", "3"
+        capsys, 2, "fit", "--config", config, "--run_dir", "cut", "--ckpt_path", "last", "--trainer.max_epochs", "3"
     )
-    assert "was trained by torch.optim.SGD, not by model.optimizer" in line
+    assert "optimizer=None is {'class_path': 'torch.optim.SGD'" in line
+    # What a scheduler's state would hide: of the optimizer, the scheduler and the model's own groups.
+    longer = ["fit", "--run_dir", "cut", "--ckpt_path", "last", "--trainer.max_epochs", "3"]
+    for option, value, former in (
+        ("optimizer.weight_decay", "0.5", "0.0"),
+        ("lr_scheduler.T_max", "8", "4"),
+        ("lr_scheduler_interval", "step", "None"),
+        ("model.optimizer.router_lr_scale", "0.5", "1.0"),
+    ):
+        assert main([*longer, f"--{option}", value]) == 2
+        assert f"{option}={value} is {former} in cut/config.yaml" in capsys.readouterr().err.replace("'", "")
+
+
+def test_without_a_scheduler_a_resumed_run_takes_its_own_values(config):
+    resumed = ["fit", "--config", config, "--run_dir", "run", *SGD]
+    assert main(resumed) == 0
+    assert main([*resumed, "--optimizer.lr", "0.2", "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
+    last = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert [group["lr"] for group in last["optimizer_states"][0]["param_groups"]] == [0.2] * 4
 
 
 def test_a_file_beside_a_checkpoint_names_no_optimizer_but_torchs(config, capsys):
@@ -101,6 +119,11 @@ def test_a_module_of_the_users_own_trains_as_under_lightnings_command_line(tmp_p
         "momentum_buffer"
         in torch.load("run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["state"][0]
     )
+    resumed = ["fit", "--config", "own.yaml", "--run_dir", "run", "--ckpt_path", "last", *SGD, *COSINE]
+    assert main([*resumed, "--optimizer.lr", "0.2"]) == 2
+    assert "error: optimizer.lr=0.2 is 0.1 in run/config.yaml, which a resumed run keeps" in capsys.readouterr().err
+    assert main([*resumed, "--trainer.max_epochs", "3"]) == 0
+    capsys.readouterr()
     assert "Net has its own" in fails(capsys, 1, "fit", "--config", "own.yaml", *COSINE)
 
 
