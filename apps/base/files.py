@@ -39,6 +39,14 @@ def folder_beside(path: Path) -> Iterator[Path]:
             delete(folder)
 
 
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy a file or a folder; a kill or a full disk leaves nothing at ``path``."""
+    with folder_beside(path) as folder:
+        part = folder / path.name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, part)
+        os.replace(part, path)
+
+
 def put_folder(folder: Path, path: Path) -> None:
     """Move a folder to ``path`` and replace the one there; an error leaves that as it was."""
     earlier = path.with_name(f".{path.name}.earlier")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from apps.base.files import delete, delete_leftovers, os_error, replacing
+from apps.base.files import copy_whole, delete, delete_leftovers, os_error, replacing
 from apps.base.messages import warn_once
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.contents import read_checkpoint
@@ -136,8 +135,7 @@ class BestAndLast(Checkpoint):
         if self.best_score is None or here.exists():
             return
         if there.exists():
-            here.parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if there.is_dir() else shutil.copy)(there, here)
+            copy_whole(there, here)
         else:
             _logger.warning("there is no %s, so its %s of %.4g is forgotten", there, self.monitor, self.best_score)
             self.best_score = None

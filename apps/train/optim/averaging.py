@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from apps.base.files import replacing
+from apps.base.files import copy_whole, replacing
 from core.parallel import local_part, part_of, whole_of
 
 _logger = logging.getLogger(__name__)
@@ -126,8 +125,7 @@ class WeightAverage(Callback):
         for epoch in self.kept:
             here = _file(folder, epoch)
             if came_from is not None and came_from != folder and _file(came_from, epoch).exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.copy(_file(came_from, epoch), here)
+                copy_whole(_file(came_from, epoch), here)
         missing = [epoch for epoch in self.kept if not _file(folder, epoch).exists()]
         if missing:
             _logger.warning(
