@@ -177,7 +177,9 @@ class _Build(ColumnWriter):
         if self.given is not None:
             own, features = features, self.given.features
             if self.extends:
-                features = replace(features, categorical=own.categorical, num_domains=num_domains)
+                features = replace(
+                    features, categorical=own.categorical, sequences=own.sequences, num_domains=num_domains
+                )
         self.writer.finish(
             {
                 "features": asdict(features),

@@ -35,11 +35,12 @@ def widened(model: nn.Module, checkpoint: Mapping[str, Any], encoding_state: Map
     if "encoding" not in checkpoint:
         return checkpoint
     old, new = Encoding.from_state(checkpoint["encoding"]), Encoding.from_state(encoding_state)
-    if old == new:
-        return checkpoint
+    if old == new:  # what differs encodes no row: profiles, and a retriever's catalog
+        return {**checkpoint, "encoding": encoding_state}
     state, fused = dict(checkpoint["state_dict"]), list(checkpoint.get("fused_embeddings", []))
     sparse = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseArch)]
     rows_of = {f.name: f.num_rows for f in old.features.categorical}
+    rows_of |= {f.name: f.num_rows for f in old.features.sequences}
     for member, (name, arch) in enumerate(sparse):
         before = [replace(f, num_rows=rows_of.get(f.name, f.num_rows)) for f in arch.features]
         _extend_tables(state, f"{name}.", arch, before)

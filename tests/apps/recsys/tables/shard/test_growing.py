@@ -10,11 +10,12 @@ import pyarrow.csv
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from own_table import CONFIG, TRAIN, write
+from own_table import CONFIG, TRAIN, config_of, write
 
 import apps
 import core
 from apps.cli import main
+from apps.recsys.schema import SequenceConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 
@@ -112,13 +113,31 @@ def test_only_values_that_are_frequent_enough_get_a_row(own, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_without_new_values_a_checkpoint_stays_as_it_is(own, tmp_path):
+def test_without_new_values_a_checkpoint_has_only_the_profiles_of_the_new_rows(own, tmp_path):
     data = own()
     checkpoint = trained(data, tmp_path, KINDS["joined"])
+    write(tmp_path, train={**TRAIN, "city": ["Rome", "Oslo", "NA", "Oslo", "", "Oslo"]})
     same = own()
     same.extend(checkpoint["encoding"])
     assert same.encoding == data.encoding
-    assert model_of(same, KINDS["joined"]).widened(checkpoint, same.encoding_state) is checkpoint
+    wide = model_of(same, KINDS["joined"]).widened(checkpoint, same.encoding_state)
+    assert wide["state_dict"] is checkpoint["state_dict"]
+    city, now = (own["encoding"]["profiles"]["city"] for own in (checkpoint, wide))
+    assert dict(zip(city["rows"], city["shares"], strict=False)) == {1: 0.6, 2: 0.2, 3: 0.2}  # Rome, NA, Oslo
+    assert dict(zip(now["rows"], now["shares"], strict=False)) == {1: 0.2, 2: 0.2, 3: 0.6}
+
+
+def test_the_table_of_a_sequence_grows(own, tmp_path):
+    config = config_of(sequences={"tags": SequenceConfig(length=3)})
+    first = own(config)
+    old = model_of(first, KINDS["joined"])
+    write(tmp_path, train=MORE)
+    checkpoint = {"encoding": first.encoding_state, "state_dict": old.state_dict()}
+    data, model = grown(lambda: own(config), checkpoint, KINDS["joined"])
+    assert [f.num_rows for f in (*first.features.sequences, *data.features.sequences)] == [4, 5]
+    tags, before = model.members[0].sparse.tables()["tags"], old.members[0].sparse.tables()["tags"]
+    assert torch.equal(tags, before[[0, 1, 2, 3, 0]])
+    assert model(data.rows("train")[:]).shape == (6, 1)
 
 
 @pytest.mark.filterwarnings("ignore")
