@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apps.data.array_files import ArraysInMemory
 from apps.recsys.encoding.features import Features
+from apps.recsys.retrieval.columns import arrays_of
 from apps.recsys.tables.rows.batch import TableBatch
 from apps.recsys.tables.rows.rows import TableRows
 
@@ -40,6 +41,10 @@ class Seen:
         pair = torch.unique(user_N[known] * width + item_N[known])
         ends = torch.bincount(pair // width, minlength=num_users).cumsum(0)
         return cls(torch.cat((ends.new_zeros(1), ends)), (pair % width).int())
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Return the user and the item of each, int64 (N,)."""
+        return torch.arange(len(self.offsets) - 1).repeat_interleave(self.offsets.diff()), self.items.long()
 
     def by_user(self, user_B: Tensor) -> Tensor:
         """Return the items of each user as int64 (B, H), padded with 0 to the longest, at least one column."""
@@ -82,6 +87,34 @@ class Catalog:
         """Yield all items, ``size`` at a time."""
         rows = self.rows(features)
         return (rows[begin : begin + size] for begin in range(0, len(self), size))
+
+    def after(self, earlier: Catalog, has_I: Tensor, features: Features) -> Catalog:
+        """Return this catalog with the columns of an earlier one, whose items come first, for the items that it lacks.
+
+        What users had is that of both.
+
+        Args:
+            earlier: the catalog of a checkpoint with which a training began.
+            has_I: whether this one has an item's columns.
+            features: description of the columns.
+
+        Raises:
+            ValueError: the two have other columns.
+        """
+        here, there = ({name: a.shape[1:] for name, a in c.arrays.items()} for c in (self, earlier))
+        if here != there:
+            raise ValueError("item_columns are not those of the checkpoint, whose catalog has others")
+        arrays = {}
+        for name, old in earlier.arrays.items():
+            new = self.arrays[name]
+            arrays[name] = torch.cat((old, new[1:] + old[-1] if name.endswith("_offsets") else new))
+        place_I = torch.arange(len(self)) + has_I * len(earlier)
+        rows = Catalog(arrays, torch.cat((earlier.count_I, self.count_I))).rows(features)
+        seen = self.seen
+        if seen is not None and earlier.seen is not None:
+            user_N, item_N = map(torch.cat, zip(seen.pairs(), earlier.seen.pairs(), strict=True))
+            seen = Seen.of(user_N, item_N, len(seen.offsets) - 1)
+        return Catalog(arrays_of(rows.__getitems__(place_I), features), self.count_I, seen)
 
     def state(self) -> dict[str, Any]:
         """Return the catalog as plain values and tensors, for a checkpoint."""

@@ -184,6 +184,7 @@ class RetrievalData(TableData):
         self.num_uniform = num_uniform
         self._given_catalog: Catalog | None = None
         self._own_catalog: Catalog | None = None
+        self._earlier_catalog: Catalog | None = None
 
     # ---- for models and readers of results
 
@@ -245,6 +246,10 @@ class RetrievalData(TableData):
     def adopt(self, encoding_state: Mapping[str, Any]) -> None:
         super().adopt(encoding_state)
         self._given_catalog = Catalog.from_state(encoding_state["catalogue"])
+
+    def extend(self, encoding_state: Mapping[str, Any]) -> None:
+        super().extend(encoding_state)
+        self._earlier_catalog = Catalog.from_state(encoding_state["catalogue"])
 
     def forget(self) -> None:
         super().forget()
@@ -350,8 +355,8 @@ class RetrievalData(TableData):
         train = self.opened["train"]
         item_N = self._column(self.item_column)
         of_train = item_N.index_select(0, train).long()
-        index = train[last_rows(of_train, self.num_items)]
-        batch = TableRows(self.opened, self.features, index)[:]
+        last_I = last_rows(of_train, self.num_items)  # -1: only the checkpoint has the item
+        batch = TableRows(self.opened, self.features, train[last_I])[:]
         arrays = arrays_of(take_columns(batch, self.features, item_features), item_features)
         taken = item_N.index_select(0, self._pairs("train")).long()
         if not len(taken):
@@ -362,4 +367,5 @@ class RetrievalData(TableData):
             assert self.user_column is not None
             user_N = self._column(self.user_column).index_select(0, train).long()
             seen = Seen.of(user_N, of_train, id_feature(self.features, self.user_column).num_rows)
-        return Catalog(arrays, count_I, seen)
+        own, earlier = Catalog(arrays, count_I, seen), self._earlier_catalog
+        return own if earlier is None else own.after(earlier, last_I >= 0, item_features)

@@ -31,6 +31,7 @@ from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig
 from apps.recsys.tables.rows.batch import TableBatch
 from apps.recsys.tables.rows.scoring import encoding_of
+from apps.recsys.tables.shard import growing
 from apps.train.checkpoint.contents import fingerprint
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.balanced import Stage
@@ -332,6 +333,9 @@ class TwoTowerRetriever(SparseModule, Comparable):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._index = None
         return super().load_state_dict(*args, **kwargs)
+
+    def widened(self, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return growing.widened(self, checkpoint, encoding_state)
 
     # ---- comparisons
 

@@ -162,6 +162,51 @@ def test_a_user_s_last_items_are_columns_of_its_tower(tmp_path):
     assert (vectors_BD[0] - vectors_BD[1]).norm() > 1e-3  # ann of 30 without a film, and after Alien
 
 
+# A later table: ann's Dune and Gattaca train, which she likes, and dan's Fargo.
+LATER = [
+    ("ann", 32, "Dune", "sci-fi", 1990, 5),
+    ("ann", 32, "Gattaca", "sci-fi|drama", 1997, 5),
+    ("ann", 32, "Brazil", "sci-fi", 1985, 5),
+    ("ann", 32, "Alien", "sci-fi|horror", 1979, 5),
+    ("dan", 20, "Fargo", "drama", 1996, 2),
+    ("dan", 20, "Dune", "sci-fi", 1990, 4),
+    ("dan", 20, "Gattaca", "sci-fi", 1997, 4),
+]
+
+
+@torch.no_grad()
+def test_a_catalog_grows_and_takes_what_the_new_rows_lack_from_the_checkpoint(data, tmp_path):
+    before = retriever(data).eval()
+    checkpoint = {"encoding": data.encoding_state, "state_dict": before.state_dict()}
+    before.adopt_encoding(checkpoint)
+    pa.csv.write_csv(pa.table(made_columns(LATER)), tmp_path / "later.csv")
+    options = {"train_file": str(tmp_path / "later.csv"), "user_column": "user", "exclude_seen": True}
+    later = made_pairs(tmp_path, **options)
+    later.extend(checkpoint["encoding"])
+    assert later.item_values == ("", *FILMS, "Gattaca")
+    (items,) = later.catalog.batches(later.item_features)
+    part = encoding_of_part(later.encoding, names_of(later.item_features))
+    assert raw_columns(items, part).to_pydict() == {
+        "film": [*FILMS, "Gattaca"],
+        "genres": [["sci-fi", "horror"], ["sci-fi"], ["drama"], ["sci-fi"], ["drama"], ["sci-fi", "drama"]],
+        "year": [1979, 1985, 1943, 1990, 1996, 1997],
+    }
+    assert later.catalog.count_I.tolist() == [0, 0, 0, 1, 0, 1]
+    # ann, bob, cy and dan had films of both tables
+    seen = later.catalog.seen.by_user(torch.arange(1, 5)).tolist()
+    assert seen == [[1, 2, 3, 4, 6], [1, 2, 4, 0, 0], [3, 4, 5, 0, 0], [5, 0, 0, 0, 0]]
+    after = retriever(later).eval()
+    wide = after.widened(checkpoint, later.encoding_state)
+    after.adopt_encoding(wide)
+    after.load_state_dict(wide["state_dict"])
+    assert_close(after.index().vectors_ID[:3], before.index().vectors_ID[:3])
+    assert after.predict({"user": ["ann", "dan"], "age": [32, 20]})["film"].tolist()[:1] == ["Fargo"]
+    other = made_pairs(tmp_path, **options, item_columns=["film", "year"], user_columns=["user", "age"])
+    other.extend(checkpoint["encoding"])
+    with pytest.raises(ValueError, match="item_columns are not those of the checkpoint, whose catalog has others"):
+        _ = other.catalog
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
