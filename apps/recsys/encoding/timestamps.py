@@ -115,24 +115,27 @@ def is_far(days_N: NDArray[np.float64], known: TimeRange) -> NDArray[np.bool_]:
 def seconds_of_numbers(numbers: Any, known: TimeRange = None) -> NDArray[np.float64]:
     """Return numbers (N,) as seconds since 1970, NaN if missing.
 
-    They are dates where all of them can be, such as 20240531, and else seconds, or milliseconds from 1e11 on. Numbers
-    that can be both are seconds where these are near the times of training, and the dates are not.
+    Numbers such as 20240531 are dates where half of all can be. Others are seconds, or milliseconds from 1e11 on.
 
     Args:
         numbers: array of NumPy or Arrow.
-        known: as for ``to_seconds``.
+        known: as for ``to_seconds``. Then each number that can be a date is one by itself, unless the seconds are near
+            these times, and the date is not.
     """
     number_N = np.asarray(numbers, dtype=np.float64)
-    if (number_N > 21_001_231).any():  # most seconds are: casts of a million take a second
-        return np.where(number_N >= _LEAST_MILLISECONDS, number_N / 1000, number_N)
-    try:
-        text = pa.array(number_N, from_pandas=True).cast(pa.int64()).cast(pa.string())
-        iso = pc.replace_substring_regex(text, r"^(19[5-9]\d|20\d\d|2100)(\d\d)(\d\d)$", r"\1-\2-\3")
-        date_N = np.asarray(iso.cast(pa.timestamp("s")).cast(pa.int64()), dtype=np.float64)
-    except pa.ArrowInvalid:  # a fraction, or a number that is not a date
-        return number_N
-    is_near_as_number = not is_far(number_N / _DAY, known).any()
-    return number_N if is_near_as_number and is_far(date_N / _DAY, known).all() else date_N
+    seconds_N = np.where(number_N >= _LEAST_MILLISECONDS, number_N / 1000, number_N)
+    has_eight_N = (number_N >= 19_500_101) & (number_N <= 21_001_231) & (number_N % 1 == 0)
+    whole_n = number_N[has_eight_N].astype(np.int64)
+    month_n = whole_n // 100 % 100 - 1
+    first_n = (12 * (whole_n // 10_000 - 1970) + month_n).astype("M8[M]")
+    date_n = first_n.astype("M8[D]") + (whole_n % 100 - 1)
+    is_date_n = (month_n // 12 == 0) & (date_n.astype("M8[M]") == first_n)  # neither month 13 nor 31 February
+    if known is None and 2 * is_date_n.sum() < (~np.isnan(number_N)).sum():
+        return seconds_N
+    days_N = np.full(number_N.shape, np.nan)
+    days_N[has_eight_N] = np.where(is_date_n, date_n.astype(np.float64), np.nan)
+    is_date_N = ~np.isnan(days_N) & (is_far(number_N / _DAY, known) | ~is_far(days_N, known))
+    return np.where(is_date_N, days_N * _DAY, seconds_N)
 
 
 def _of_text(data: pa.ChunkedArray, column: str, where: str, first_row: int, known: TimeRange) -> pa.ChunkedArray:

@@ -104,17 +104,23 @@ def test_the_parts_of_a_timestamp():
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.string()])
-def test_numbers_are_dates_where_all_of_them_can_be(kind):
+def test_numbers_are_dates_where_half_of_them_can_be(kind):
     dates = pa.array([20240531, None, 20231231]).cast(kind)  # 2023-12-31 is 152 days before 2024-05-31
     np.testing.assert_array_equal(seconds(dates), [MIDNIGHT, np.nan, MIDNIGHT - 152 * 86_400])
-    for odd in (20230230, 20231301, 19491231, 21010101):
-        assert seconds(pa.array([20240531, odd]).cast(kind)) == [20240531, odd]
+    for odd in (20230229, 20230100, 20230001, 20231301, 19491231, 21010101, 99991231, 100_000):
+        assert seconds(pa.array([20240531, odd]).cast(kind)) == [MIDNIGHT, odd]
+        if odd < 90_000_000:
+            log_of_seconds = [20240531, odd, 1_000_000]
+            assert seconds(pa.array(log_of_seconds).cast(kind)) == log_of_seconds
 
 
 def test_training_says_how_numbers_are_read():
     # The first half year from a start of 0, as in a log that counts its seconds: the dates would be in 2024.
     assert seconds([20240531], known=(0, 182)) == [20240531]
     assert seconds([20240531], known=(9_800, 9_900)) == [MIDNIGHT]  # 1996 and 1997: neither is near
+    # Each by itself, whatever is beside it.
+    assert seconds([20240531, SECONDS, 0, 99991231], known=(19_800, 19_900)) == [MIDNIGHT, SECONDS, 0, 99991231]
+    assert seconds(["20240531", str(SECONDS)], known=(19_800, 19_900)) == [MIDNIGHT, SECONDS]
     born = [-1_000_000_000, -1_100_000_000]  # 1938, 1935
     with pytest.raises(ValueError, match=r"which is read as 1938-"):
         seconds(born)
