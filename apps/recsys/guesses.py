@@ -157,7 +157,7 @@ def words_of(name: str) -> list[str]:
 
 def _epoch(number_n: np.ndarray, low: float, high: float, is_count: bool) -> str:
     """Return the form of numbers that are times; empty for other numbers."""
-    for scale, unit in ((1, "seconds"), (1000, "milliseconds")):
+    for scale, unit in ((1, "seconds"), (1e3, "milliseconds"), (1e6, "microseconds"), (1e9, "nanoseconds")):
         if not is_count and low >= scale * _FIRST_SECOND and high < scale * _LAST_SECOND:
             return f"{unit} since 1970"
     if 19_500_101 <= low and high <= 21_001_231:

@@ -23,11 +23,11 @@ WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", 
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 and 9999
 _FIRST_DAY, _LAST_DAY = -7_305, 47_847  # of the years 1950 and 2101
 _DAY = 86_400
-_LEAST_MILLISECONDS = 1e11
-"""Seconds would be after the year 5000; milliseconds are after 1973."""
+_LEAST_OF_UNITS = (1e11, 1e14, 1e17)
+"""Least milli-, micro- and nanoseconds, after 1973; in the unit before, each would be after the year 5000."""
 _HAS_ZONE = r":\d\d(?:\.\d+)?\s*(?:[Zz]|[+-]\d\d(?::?\d\d)?)$"
 _RULE = (
-    "a timestamp is seconds or milliseconds since 1970, a date, or text such as 2024-05-31 12:00:00, 31.05.2024, "
+    "a timestamp is seconds to nanoseconds since 1970, a date, or text such as 2024-05-31 12:00:00, 31.05.2024, "
     "5/31/2024 or 20240531"
 )
 
@@ -115,7 +115,8 @@ def is_far(days_N: NDArray[np.float64], known: TimeRange) -> NDArray[np.bool_]:
 def seconds_of_numbers(numbers: Any, known: TimeRange = None) -> NDArray[np.float64]:
     """Return numbers (N,) as seconds since 1970, NaN if missing.
 
-    Numbers such as 20240531 are dates where half of all can be. Others are seconds, or milliseconds from 1e11 on.
+    Numbers such as 20240531 are dates where half of all can be. Others are seconds, or from 1e11, 1e14 and 1e17 on
+    milli-, micro- and nanoseconds.
 
     Args:
         numbers: array of NumPy or Arrow.
@@ -123,7 +124,7 @@ def seconds_of_numbers(numbers: Any, known: TimeRange = None) -> NDArray[np.floa
             these times, and the date is not.
     """
     number_N = np.asarray(numbers, dtype=np.float64)
-    seconds_N = np.where(number_N >= _LEAST_MILLISECONDS, number_N / 1000, number_N)
+    seconds_N = number_N / 1000.0 ** sum(number_N >= least for least in _LEAST_OF_UNITS)
     has_eight_N = (number_N >= 19_500_101) & (number_N <= 21_001_231) & (number_N % 1 == 0)
     whole_n = number_N[has_eight_N].astype(np.int64)
     month_n = whole_n // 100 % 100 - 1

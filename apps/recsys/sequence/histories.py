@@ -118,7 +118,7 @@ def read(files: ArrayFiles) -> Histories:
 def whole_seconds(order_N: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.int64]:
     """Return times, as ``encoding.numbers.to_order`` gives them, in whole seconds: int64 (N,), rounded down.
 
-    Dates are int64 microseconds there. Numbers are float64, and dates or seconds as for ``seconds_of_numbers``; those
+    Dates are int64 microseconds there. Numbers are float64, and dates or times as for ``seconds_of_numbers``; those
     beyond 2^62 become 2^62.
     """
     if order_N.dtype == np.int64:

@@ -64,6 +64,7 @@ def test_roles_and_reasons(name, values, role, reason):
         [20240600 + day for day in DAYS],
         [86_400 + second for second in SECONDS],
         [1000 * (86_400 + second) for second in SECONDS],
+        [10**9 * (86_400 + second) for second in SECONDS],
     ],
 )
 def test_dates_of_every_form(values):

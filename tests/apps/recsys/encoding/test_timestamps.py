@@ -44,6 +44,7 @@ def seconds(values, kind=None, known=None):
         ([1000 * SECONDS], pa.int64()),
         ([str(1000 * SECONDS)], None),
         ([SECONDS, 1000 * SECONDS], None),
+        ([10**6 * SECONDS, 10**9 * SECONDS], None),
         ([" 2024-05-31T13:30:15Z"], None),
         (["2024-05-31T15:30:15+02:00"], None),
         (["2024-05-31 15:30:15.000+0200"], None),

@@ -135,6 +135,9 @@ def test_times_of_the_items(tmp_path: Path) -> None:
     (batch,) = ready(write(tmp_path, time=dates)).predict_dataloader()
     noon = int(datetime.datetime(2024, 5, 31, 12, tzinfo=datetime.UTC).timestamp())
     assert (batch.seconds_BS[0, :3] - noon).tolist() == [9, 9, 10]
+    for unit in (10**3, 10**6, 10**9):
+        (batch,) = ready(write(tmp_path, time=[(noon + t) * unit for t in ROWS["time"]])).predict_dataloader()
+        assert (batch.seconds_BS[0, :3] - noon).tolist() == [9, 9, 10]
 
 
 def test_windows_by_hand(tmp_path: Path) -> None:

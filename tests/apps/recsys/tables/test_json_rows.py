@@ -94,5 +94,5 @@ def test_rows_become_a_table_whatever_the_types_of_their_values():
 
 
 def test_a_time_that_is_none():
-    with pytest.raises(ValueError, match=r"^at='noon': a timestamp is seconds or milliseconds since 1970, a date, or"):
+    with pytest.raises(ValueError, match=r"^at='noon': a timestamp is seconds to nanoseconds since 1970, a date, or"):
         read_item(ROWS.columns, {**ROW, "at": "noon"})

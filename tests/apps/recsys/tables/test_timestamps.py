@@ -137,6 +137,6 @@ def test_dates_as_numbers_are_dates_in_training_predictions_and_the_service(tmp_
     with pytest.raises(ValueError, match=r"holds 45444 in row 0, which is read as 1970-01-01T12:37:24"):
         model.predict({"city": ["Rome"], "at": [45444]})  # Excel's number of 2024-06-01
     with pytest.raises(
-        ValueError, match=r"^at='45444': a timestamp is seconds or milliseconds since 1970, .* days or years"
+        ValueError, match=r"^at='45444': a timestamp is seconds to nanoseconds since 1970, .* days or years"
     ):
         answers.read({"city": "Rome", "at": 45444})
