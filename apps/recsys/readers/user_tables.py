@@ -71,7 +71,9 @@ def source_of(
     """
     files = {option: find_files(root, name, option) for option, name in named.items() if name is not None}
     roles = {**dict.fromkeys(kept, "predict_columns"), **config.roles}
-    numbers, time = {*config.continuous} - {*kept}, None if config.time in kept else config.time
+    # With another role it is text, as in rows to predict.
+    is_inferred = config.roles.get(config.time or "") in ("time", "timestamps") and config.time not in kept
+    numbers, time = {*config.continuous} - {*kept}, config.time if is_inferred else None
 
     def read() -> RawTables:
         train, val, test = (read_files(files[o], roles, numbers, time) if o in files else None for o in named)

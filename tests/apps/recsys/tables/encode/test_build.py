@@ -37,6 +37,15 @@ def test_a_split_by_user_keeps_users_together_and_reports_those_of_given_files(o
     assert "1 of 2 users of test" in caplog.text
 
 
+def test_a_time_that_is_a_category_too_is_read_as_text_like_rows_to_predict(own, tmp_path):
+    months = {"month": ["02", "01", "01", "02", "03", "02"], "click": [0, 1, 0, 1, 0, 1]}
+    pa.csv.write_csv(pa.table(months), tmp_path / "train.csv")
+    config = config_of(categorical=("month",), time="month", split=SplitConfig("time", val=0, test=0.2))
+    data = own(config, test_file=None)
+    assert data.vocabulary("month") == (None, "02", "01")
+    assert data.opened["test"].tolist() == [4]
+
+
 def test_an_id_of_the_rows_is_one_warning_of_the_training(own, tmp_path, caplog):
     # 200 orders, of which the last row repeats the first; 180 train by time. Of 180 prices 180 are distinct as well.
     rows = {
