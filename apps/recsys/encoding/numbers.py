@@ -68,13 +68,14 @@ def known_text(data: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def plain(data: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column by its values where it is stored as places in a dictionary."""
-    return data.cast(data.type.value_type) if pa.types.is_dictionary(data.type) else data
+    """Return a column by its values where it is stored as places in a dictionary, or its text as views."""
+    data = data.cast(data.type.value_type) if pa.types.is_dictionary(data.type) else data
+    return data.cast(pa.string()) if pa.types.is_string_view(data.type) else data
 
 
 def is_text(kind: pa.DataType) -> bool:
     """Return whether a column of this type holds text."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def first_failing(data: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:

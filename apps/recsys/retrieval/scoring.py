@@ -128,7 +128,7 @@ class Ranking:
         import pyarrow as pa
 
         user_N, item_N = pa.array(retrieved.user_N), pa.array(retrieved.item_N - 1)
-        columns = {name: users[name].take(user_N) for name in self.user_roles}
+        columns = {name: plain(users[name]).take(user_N) for name in self.user_roles}
         columns |= {name: self.items[name].take(item_N) for name in self.items.column_names}
         predicted = self.model.predict(pa.table(columns))
         # A stable order: items of one prediction stay in the order in which they were retrieved.

@@ -50,7 +50,7 @@ def predict(model: Any, histories: Any, top: int, include_seen: bool, batch_size
     code_N, id_N, first_U, second_N = _ordered(table, columns, encoding.get("min_rating"), items.ids)
     user_X, item_X, score_X = _best(model, id_N, code_N, len(first_U), top, include_seen, batch_size, second_N)
     result = {
-        user: plain(table[user].take(first_U[user_X])),
+        user: plain(table[user]).take(first_U[user_X]),
         item: _like_items([items.values[i] for i in item_X.tolist()], table[item].type),
     }
     if items.names != items.values:

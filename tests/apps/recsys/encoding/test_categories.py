@@ -53,6 +53,7 @@ DAY = datetime.datetime(2024, 5, 3)
         ([True, False, None], None, ["true", "false", None]),
         ([datetime.date(2024, 5, 31)], None, ["2024-05-31"]),
         (["x", None, "x"], pa.dictionary(pa.int8(), pa.string()), ["x", None, "x"]),
+        ([" a ", "5.0", "True", None], pa.string_view(), ["a", "5", "true", None]),
         ([None, None], pa.null(), [None, None]),
         ([], pa.string(), []),
     ],

@@ -81,6 +81,7 @@ def test_times_and_dates_sort_as_they_should():
     days = [datetime.datetime(2024, 5, 2), datetime.datetime(1969, 1, 1), datetime.datetime(2024, 5, 1)]
     assert np.argsort(to_order([part(days)], "t")).tolist() == [1, 2, 0]
     assert to_order([part(["10", "9.5"])], "t").tolist() == [10, 9.5]
+    assert to_order([part(["10", "9.5"], pa.string_view())], "t").tolist() == [10, 9.5]
     for zone in ("", "Z"):  # as text they would sort alike, as numbers they are none
         times = [f"2024-05-02T00:00:01{zone}", f"2024-05-02T00:00:00{zone}"]
         assert np.diff(to_order([part(times)], "t")).tolist() == [-1_000_000]

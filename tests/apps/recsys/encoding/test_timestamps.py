@@ -28,6 +28,7 @@ def seconds(values, kind=None, known=None):
         ([float(SECONDS)], pa.float64()),
         ([Decimal(SECONDS)], None),
         ([str(SECONDS)], None),
+        ([str(SECONDS)], pa.string_view()),
         ([dt.datetime(2024, 5, 31, 13, 30, 15)], pa.timestamp("s")),
         ([dt.datetime(2024, 5, 31, 13, 30, 15)], pa.timestamp("ns")),
         ([dt.datetime(2024, 5, 31, 11, 30, 15, tzinfo=dt.timezone(-dt.timedelta(hours=2)))], None),

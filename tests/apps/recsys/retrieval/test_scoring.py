@@ -67,7 +67,8 @@ def test_users_come_in_many_kinds(model, tmp_path):
     pa.csv.write_csv(pa.table(USERS), tmp_path / "users.csv")
     frame = model.predict(pandas.DataFrame(USERS, index=[7, 8, 9]), top=3, batch_size=2)
     want = {name: list(values) for name, values in frame.items()}
-    for users in (USERS, pa.table(USERS), tmp_path / "users.csv"):
+    views = pa.table({**USERS, "user": pa.array(USERS["user"], pa.string_view())})
+    for users in (USERS, pa.table(USERS), views, tmp_path / "users.csv"):
         given = model.predict(users, top=3)
         got = given.to_pydict() if isinstance(given, pa.Table) else {name: list(v) for name, v in given.items()}
         assert got.pop("score") == pytest.approx(want["score"], rel=1e-5)

@@ -79,7 +79,8 @@ def test_events_have_the_same_in_every_form(tmp_path: Path) -> None:
         strict=True,
     )
     pa.csv.write_csv(pa.table(EVENTS), tmp_path / "new.csv")
-    for rows in (EVENTS, pa.table(EVENTS), tmp_path / "new.csv"):
+    views = {"who": pa.array(EVENTS["who"], pa.string_view())}
+    for rows in (EVENTS, pa.table(EVENTS), pa.table({**EVENTS, **views}), tmp_path / "new.csv"):
         result = model.predict(rows, top=3)
         columns = result.column_names if isinstance(result, pa.Table) else list(result)
         assert columns == ["who", "what", "score"]
