@@ -32,7 +32,7 @@ class MultiTaskMetrics(SyncedMetric):
     ``compute`` returns ``auc_<task>``, ``pr_auc_<task>``, ``log_loss_<task>``, ``ece_<task>``, where users are known
     ``gauc_<task>``, and ``auc`` (and ``gauc``), the mean over the tasks that have one. Tasks that are not binary have
     those of ``ValueMetrics``, such as ``rmse_<task>``, and ``r2`` is the mean over those that have one. Where
-    the tasks' main metrics differ, ``quality`` is their mean.
+    the tasks' main metrics differ, ``quality`` is their mean. ``loss`` is the sum of the means of ``add_losses``.
 
     Predictions are kept in float32 on the CPU until the end, 8 bytes per row and task, and are gathered by every rank.
     Where some users or items have no row in training, there are ``<part>_rows`` of the parts "warm", "cold_user" and
@@ -56,6 +56,7 @@ class MultiTaskMetrics(SyncedMetric):
     """
 
     higher_is_better = True
+    has_loss = True
 
     def __init__(
         self,
@@ -76,6 +77,8 @@ class MultiTaskMetrics(SyncedMetric):
         self.task_names, self.grouped, self.score_bins = names, grouped, score_bins
         self.by_task: dict[str, Metrics] = {}
         self.by_part: dict[str, tuple[int, dict[str, Metrics]]] = {}
+        self.add_state("part_sums", torch.zeros(len(names) + 1), "sum")
+        self.add_state("part_rows", torch.zeros(len(names) + 1, dtype=torch.int64), "sum")
         if score_bins is None:
             self.add_state("scores", [], "cat")
             self.add_state("labels", [], "cat")
@@ -97,6 +100,11 @@ class MultiTaskMetrics(SyncedMetric):
             "cold": torch.zeros(0, dtype=torch.uint8),
         }
         return {**empty, "groups": torch.zeros(0, dtype=torch.int64)} if self.grouped else empty
+
+    def add_losses(self, loss_p: Tensor, rows_p: Tensor) -> None:
+        """Add a batch's parts of the loss, the weighted losses of the tasks and the rest, and the rows of each mean."""
+        self.part_sums += loss_p * rows_p
+        self.part_rows += rows_p
 
     def update(
         self, outputs: Tensor, targets: Tensor, groups: Tensor | None = None, cold: Tensor | None = None
@@ -148,6 +156,8 @@ class MultiTaskMetrics(SyncedMetric):
                 values[f"{name}_{task}"] = value
                 by_metric.setdefault(name, []).append(value)
         means: dict[str, float] = {name: _mean(by_metric[name]) for name in ("auc", "gauc", "r2") if name in by_metric}
+        if self.part_rows.any():
+            means["loss"] = float((self.part_sums / self.part_rows.clamp_min(1)).sum())
         if self.outputs.main_metric is None:
             kinds = zip(self.task_names, self.outputs.kinds, strict=True)
             means["quality"] = _mean([values.get(f"{kind.main_metric}_{task}", math.nan) for task, kind in kinds])

@@ -207,6 +207,13 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return TaskOutput(loss, outputs, label_Bt, len(batch), terms, batch.group_B, distribution=predicted)
 
     def judged(self, batch: TableBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
+        if isinstance(metrics := self.stage_metrics(stage), MultiTaskMetrics):
+            # A task's mean over all its labels is not that of the batches' means.
+            loss_t = torch.stack([out.terms[f"loss_{name}"] for name in self.features.tasks])
+            loss_t, _ = self.weighting(loss_t.diag())
+            rows_t = (out.targets == out.targets).sum(0)
+            loss_p = torch.cat((loss_t, (out.loss - loss_t.sum())[None]))
+            metrics.add_losses(loss_p, torch.cat((rows_t, rows_t.new_tensor([len(batch)]))))
         return dataclasses.replace(out, cold=batch.cold_B) if stage == "test" else out
 
     def distribution(self, batch: TableBatch) -> TaskOutputs:

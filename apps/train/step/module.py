@@ -297,7 +297,7 @@ class SparseModule(BalancedModule, HubModule):
         if metrics is None or hasattr(metrics, "items"):
             return
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
-        on_bar = {self.monitor, *(f"val/{name}" for name in self.shown_metrics)}
+        on_bar = {self.monitor, "val/loss", *(f"val/{name}" for name in self.shown_metrics)}
         # Every rank has the same values already; with sync_dist Lightning does not warn that they might differ.
         for shown in (True, False):
             part = {k: v for k, v in values.items() if (k in on_bar) == shown}

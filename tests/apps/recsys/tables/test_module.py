@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from made_table import MadeTable, batch, features
 from taught import divergence, saved, taught
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 import core
 from apps.compare.systems import check_equal, measure_cost
@@ -415,6 +416,16 @@ def test_it_trains_tests_and_predicts(kind, tmp_path):
     predicted = run.predict(module, datamodule=data)[0]
     assert predicted.keys() == {"index", "probability_click", "probability_buy", "label_click", "label_buy"}
     assert_close(predicted["probability_buy"], module.eval()(batch(16, seed=200))[:, 1].sigmoid())
+
+
+def test_the_loss_of_an_evaluation_is_the_sum_of_means_over_all_labels(tmp_path):
+    module = build(head=HeadConfig("aitm", calibrator_weight=2.0), weighting=WeightingConfig(weights={"buy": 3.0}))
+    batches = rows([[1.0, NAN]] * 4), rows([[1.0, NAN], [1.0, 1.0]])
+    with torch.no_grad():
+        first, last = (module.eval().task_loss(own).terms for own in batches)
+    click, hinge = ((4 * first[name] + 2 * last[name]) / 6 for name in ("loss_click", "calibrator"))
+    (logged,) = trainer(tmp_path).validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    assert logged["val/loss"] == pytest.approx(float(click + 3 * last["loss_buy"] + hinge), rel=1e-6)
 
 
 class SaveInBetween(Callback):
