@@ -201,6 +201,8 @@ class RetrievalData(TableData):
     @property
     def _sides(self) -> tuple[Features, Features]:
         user, item = divide(self.features, self.user_columns, self.item_columns, self.item_column)
+        if self.item_column not in self.encoding.vocabularies:
+            raise ValueError(f"item_column={self.item_column!r} is in table.num_rows, which keeps no values")
         if self.user_column is not None:
             id_feature(user, self.user_column, "user_column")
         return user, item

@@ -230,12 +230,15 @@ def test_bad_options_are_refused(tmp_path, changed, message):
         made_pairs(tmp_path, **changed).setup("fit")
 
 
-def test_tasks_of_numbers_and_hashed_items_are_refused(tmp_path):
+def test_tasks_of_numbers_and_items_without_values_are_refused(tmp_path):
     stars = {**TABLE, "tasks": {"stars": {"column": "stars", "kind": "ordinal"}}}
     with pytest.raises(ValueError, match="positive='stars' is a task of kind 'ordinal': it must be 'binary'"):
         made_pairs(tmp_path, table=stars, positive="stars").setup("fit")
     with pytest.raises(ValueError, match="item_column='film' is hashed: it must have a row for each value"):
         made_pairs(tmp_path, table={**TABLE, "hash_rows": {"film": 9}}).setup("fit")
+    numbered = {**TABLE, "categorical": ["user", "year"], "continuous": ["age"], "num_rows": {"year": 2000}}
+    with pytest.raises(ValueError, match=r"item_column='year' is in table\.num_rows, which keeps no values"):
+        made_pairs(tmp_path, table=numbered, item_column="year", item_columns=["year"]).setup("fit")
     rare = made_pairs(tmp_path, table={**TABLE, "min_count": 2})  # Fargo is rated once
     assert rare.item_values == ("", *FILMS[:4])
     assert rare.sizes() == {"train": 6, "val": 2, "test": 3}
