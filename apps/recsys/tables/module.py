@@ -288,7 +288,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         Returns:
             columns ``probability_<task>`` of binary tasks and ``value_<task>`` of the others, float32; a multiclass
             task has the likeliest class as text, and its probability. They are a DataFrame with the index of ``rows``
-            for pandas, a ``pyarrow.Table`` for a table, and a dict of numpy arrays (N,) for a dict and for files.
+            for pandas, a ``pyarrow.Table`` for a table or a list, and a dict of numpy arrays (N,) for a dict and
+            for files.
 
         Raises:
             ValueError: a column is missing or doubled, a value has the wrong type, a domain that training lacked, a

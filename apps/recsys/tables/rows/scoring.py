@@ -132,7 +132,7 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
     from apps.recsys.readers import user_tables
 
     if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
-        rows = pa.Table.from_pylist(rows)
+        rows = {name: [row.get(name) for row in rows] for name in dict.fromkeys(itertools.chain(*rows))}
     if isinstance(rows, (str, Path)):
         yield from pieces_of_files(user_tables.find_files(None, str(rows), "rows"), roles, numbers, size)
     elif is_frame(rows):
@@ -170,7 +170,7 @@ def pieces_of_files(
 
 
 def like(rows: Any, columns: Mapping[str, Any]) -> Any:
-    """Return columns in the kind of ``rows``: a DataFrame, an arrow table, else a dict of arrays."""
+    """Return columns in the kind of ``rows``: a DataFrame, a dict of arrays (for files too), else an arrow table."""
     import pyarrow as pa
 
     plain = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in columns.items()}

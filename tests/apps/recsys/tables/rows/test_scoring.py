@@ -91,6 +91,20 @@ def test_every_form_of_the_rows_has_the_same_scores(loaded, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_dicts_may_lack_values_and_have_others(loaded):
+    dicts = pa.table(NEW).to_pylist()
+    del dicts[0]["city"]  # the first one does not say which columns there are
+    dicts[1]["tags"] = float("nan")
+    ignored = [{**row, "other": value} for row, value in zip(dicts, (1, "a", None, {}, []), strict=True)]
+    scores = loaded.predict(ignored)
+    assert isinstance(scores, pa.Table)
+    tags = [NEW["tags"][0], None, *NEW["tags"][2:]]
+    expected = loaded.predict({**NEW, "city": [None, *NEW["city"][1:]], "tags": tags})
+    for name in NAMES:
+        np.testing.assert_array_equal(scores[name], expected[name])
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_frame_keeps_its_index(loaded):
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(NEW, index=["v", "w", "x", "y", "z"]).sample(frac=1, random_state=0)
