@@ -26,11 +26,15 @@ class IndexBuffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
+        self.fill_indices()
+        return self
+
+    def fill_indices(self) -> None:
+        """Write the numbers again, unless there is no memory for them."""
         for name, numbers in self.__dict__["_indices"].items():
             buffer = self.get_buffer(name)
             if not buffer.is_meta:
                 buffer.copy_(torch.tensor(numbers, device="cpu"))
-        return self
 
 
 def _place(module: IndexBuffers, keys: Any) -> None:

@@ -66,6 +66,10 @@ class HoMELayer(IndexBuffers, DenseGatesLayer):
         self.keep_indices(_ids_tV=ids_tV, _categories_t=list(groups.categories))
         self.reset_parameters()
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.fill_indices()
+
     def _compute(self, examples: Examples) -> Tensor:
         feature_gates: Any = self.feature_gates or (None, None)
         meta_gates, gates = (cast(DenseGates, router) for router in (self.router[0], self.router[1]))

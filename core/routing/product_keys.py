@@ -60,6 +60,7 @@ class ProductKeysRouter(IndexBuffers, PairRouter):
     def reset_parameters(self) -> None:
         """Start queries and keys as normal, so that a score has variance 1 where a token's numbers have."""
         super().reset_parameters()
+        self.fill_indices()
         nn.init.normal_(self.w_query, std=self.w_query.shape[1] ** -0.5)
         nn.init.normal_(self.keys, std=(2 * self.keys.shape[-1]) ** -0.5)
         for name, start in (("norm_weight", 1.0), ("norm_bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):

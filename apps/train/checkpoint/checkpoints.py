@@ -175,15 +175,17 @@ class BestAndLast(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
             return
-        if self.monitor not in (*trainer.callback_metrics, "-") and trainer.is_global_zero:
-            what = f"validation logs no {self.monitor}, so there is no best.ckpt"
-            warn_once(_logger, f"{what}: give the model, or BestAndLast, another monitor")
         if not trainer.is_last_batch:  # the checkpoint of an epoch's end comes after all its hooks
             self._judge(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:
             return
+        every, known = trainer.check_val_every_n_epoch or 1, (*trainer.callback_metrics, "-")
+        is_validated = trainer.enable_validation and not (trainer.current_epoch + 1) % every
+        if is_validated and trainer.is_global_zero and self.monitor not in known:
+            what = f"validation logs no {self.monitor}, so there is no best.ckpt"
+            warn_once(_logger, f"{what}: give the model, or BestAndLast, another monitor")
         if trainer.enable_validation:  # a score from within the epoch has been judged, and is not better than itself
             self._judge(trainer, pl_module)
         # The last one remembers the score of the best.

@@ -97,6 +97,7 @@ def normed(*dims: int) -> nn.Sequential:
     return model
 
 
+torch.manual_seed(0)
 # Networks of 4 numbers a token, and the shape of an input.
 NETWORKS = {
     "biases": (ffn(), (3, 4)),

@@ -256,7 +256,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(folder, tmp_path, alone):
     before = sorted(path.rglob("*"))
     with mock.patch.object(sharded, "replacing", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
         message = runs.complaint(lambda: fitter.save_checkpoint(path))
-    assert message == f"OSError: cannot write the checkpoint {path}: No space left on device; the earlier one is intact"
+    said = f"cannot write the checkpoint {path}: No space left on device; the earlier one is intact"
+    assert message == f"EveryProcessError: {said}"
     assert sorted(path.rglob("*")) == before
     assert len(weights(folder / "full")) == len(weights(folder / "two row_wise"))
 
