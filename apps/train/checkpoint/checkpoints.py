@@ -194,7 +194,8 @@ class BestAndLast(Checkpoint):
     def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``best.ckpt`` if the logged score is the best so far."""
         assert self.monitor is not None
-        score = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        # Where a module logs without sync_dist each rank has a value of its own, and all of them write, or none.
+        score = float(trainer.strategy.broadcast(float(trainer.callback_metrics.get(self.monitor, math.nan))))
         sign = 1 if self.mode == "max" else -1
         if math.isfinite(score) and (self.best_score is None or sign * score > sign * self.best_score):
             self.best_score = score

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -136,3 +138,15 @@ def test_what_a_kill_in_the_middle_of_a_write_left_is_removed(tmp_path):
     (tmp_path / ".last.ckpt.tmp").mkdir()  # of shards
     fit(TinyModule(3), tmp_path, limit_train_batches=1, limit_val_batches=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "metrics.csv"]
+
+
+def test_the_first_rank_decides_what_all_write(tmp_path):
+    own = BestAndLast(dirpath=str(tmp_path), monitor="acc", mode="max")
+    trainer = SimpleNamespace(
+        callback_metrics={"acc": torch.tensor(0.1)}, strategy=SimpleNamespace(broadcast=lambda score: 0.7)
+    )
+    with mock.patch.object(own, "_save") as saved:
+        own._judge(trainer, None)
+        own._judge(trainer, None)
+    assert own.best_score == 0.7
+    saved.assert_called_once_with(trainer, None, "best.ckpt")
