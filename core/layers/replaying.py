@@ -45,8 +45,10 @@ def replay(model: nn.Module, choices: Choices | Tape) -> Iterator[None]:
         missing = next((name for name in names if name not in others), None)
         if missing is not None:
             raise ValueError(f"layer {missing!r} is not {where}")
-    given = [_Given(name, layer, choices.experts[name]) for name, layer in layers.items()]
+    given: list[_Given] = []
     try:
+        for name, layer in layers.items():
+            given.append(_Given(name, layer, choices.experts[name]))
         yield
     finally:
         for of_layer in given:

@@ -35,9 +35,8 @@ def scorer(score: Score, tokenize: str = "13a", lowercase: bool = False) -> Any:
     if tokenize not in BLEU.TOKENIZERS:
         raise ValueError(f"bleu_tokenize={tokenize!r} is not one of {', '.join(sorted(BLEU.TOKENIZERS))}")
     try:
-        return BLEU(
-            lowercase, tokenize=tokenize, force=True
-        )  # else each validation may warn that the corpus is tokenized
+        # Without force each validation may warn that the corpus is tokenized.
+        return BLEU(lowercase, tokenize=tokenize, force=True)
     except RuntimeError as error:  # a package that it needs
         raise ValueError(f"bleu_tokenize={tokenize!r}: {one_line(str(error))}") from error
 

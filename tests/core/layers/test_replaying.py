@@ -114,6 +114,15 @@ def test_a_checkpoint_of_equal_passes_with_other_choices_is_no_guess():
     again = pytest.raises(ValueError, match="layer 'first' is inside another")
     with core.replay(net, tape), again, core.replay(net, tape):
         pass
+    # Where a later layer is the one inside another block, the earlier ones are let go too.
+    half = nn.ModuleDict({"second": net.second})
+    of_second = core.Choices({"second": core.Choices.of(tape).experts["second"]})
+    second = pytest.raises(ValueError, match="layer 'second' is inside another")
+    with core.replay(half, of_second), second, core.replay(net, tape):
+        pass
+    for _ in range(2):
+        net(X), net(X)
+    assert "_given" not in net.first.__dict__
 
 
 def test_several_passes_are_taken_in_their_order():
