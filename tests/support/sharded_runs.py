@@ -173,6 +173,13 @@ class Norms(Callback):
         net.log("train/norm", norm)
 
 
+class Importances(Callback):
+    """The callback keeps what a test's report says of the columns, as ``found``."""
+
+    def on_test_epoch_end(self, trainer: Trainer, net: Any) -> None:
+        self.found = net.importances(trainer.datamodule)  # type: ignore[attr-defined]
+
+
 class LastStep(Callback):
     """The losses before the last step of the first epoch: ``mean`` of its batch, ``first`` of the epoch's first row."""
 
@@ -278,9 +285,11 @@ def _tested(root: Path) -> dict[str, Any]:
     for name, path in (("shards", root / "two row_wise" / "last.ckpt"), ("file", root / "fused one" / "last.ckpt")):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tester = trainer(root, TorchRecStrategy(sharding="table_wise"), WORLD)
+            columns = Importances()
+            tester = trainer(root, TorchRecStrategy(sharding="table_wise"), WORLD, callbacks=[columns])
             tester.test(module(root), datamodule=data(root, WORLD), ckpt_path=path, weights_only=True, verbose=False)
         metrics[f"test {name}"] = {k: float(v) for k, v in tester.callback_metrics.items() if "routing" not in k}
+        metrics[f"columns {name}"] = columns.found
     return metrics
 
 

@@ -59,7 +59,7 @@ def importances(model: Any, data: Any, most: int = SAMPLE) -> list[Importance]:
     rows = data.examples("test")
     places = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
     batch = rows.__getitems__(places.tolist()).to(model.device)
-    with torch.inference_mode(), evaluating(model):
+    with torch.no_grad(), evaluating(model):  # the kernels of sharded tables have no inference mode
         return shuffled_importances(model, batch, columns_of(model.encoding))
 
 

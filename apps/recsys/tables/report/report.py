@@ -130,7 +130,7 @@ class RecommenderReport(Report):
             batches.append(batch)
         arrays = join(batches, model.features, "test") if batches else None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        num_rows = self.config.importance_rows if trainer.world_size == 1 and hasattr(data, "examples") else 0
+        num_rows = self.config.importance_rows if hasattr(data, "examples") else 0
         with trainer.precision_plugin.forward_context():
             columns = importances(model, data, num_rows) if num_rows else []
         return _Collected(metrics.by_task, metrics.by_part, reader, arrays, data, columns)

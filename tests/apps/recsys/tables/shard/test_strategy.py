@@ -223,12 +223,16 @@ def test_columns_under_rowwise_adagrad_stay_with_their_number_of_processes(folde
 @pytest.mark.parametrize("name", ["shards", "file"])
 def test_two_processes_test_any_checkpoint(folder, ranks, name):
     path = folder / {"shards": "two row_wise", "file": "fused one"}[name] / "last.ckpt"
-    tester = runs.trainer(folder)
+    columns = runs.Importances()
+    tester = runs.trainer(folder, callbacks=[columns])
     net = module(folder, "collection" if name == "shards" else "fused")
     tester.test(net, datamodule=runs.data(folder), ckpt_path=path, weights_only=True, verbose=False)
+    assert len(columns.found) > 3
     for rank in ranks:
         for key, value in rank[f"test {name}"].items():
             assert float(tester.callback_metrics[key]) == pytest.approx(value, abs=TOLERANCE), key
+        for there, here in zip(rank[f"columns {name}"], columns.found, strict=True):
+            assert there == pytest.approx(here, abs=TOLERANCE)
 
 
 def test_a_module_is_built_from_a_sharded_checkpoint(folder):
