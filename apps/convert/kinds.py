@@ -107,8 +107,6 @@ def fewer_experts(request: Request) -> Callable[[str, core.MoE], Tensors]:
     constants, merged = bool(getattr(options, "constants", False)), bool(getattr(options, "merge", False))
     if statistics is None and not getattr(options, "without", ()):
         raise ValueError("--batches 0 leaves out the statistics that say which experts stay")
-    if constants and merged:
-        raise ValueError("--constants with --merge: an expert that goes is merged or becomes a constant")
 
     def fewer(name: str, layer: core.MoE) -> Tensors:
         if statistics is None:  # experts are named

@@ -111,6 +111,8 @@ class Prune(Options):
         super().__post_init__()
         if (self.keep is None) == (not self.without):
             raise UsageError("one of --keep and --without says which experts stay")
+        if self.constants and self.merge:
+            raise UsageError("--constants with --merge: an expert that goes is merged or becomes a constant")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ from apps.hub.packing import packed, pieces
 STORE = EncodedStore("hub_text", ("hub/data.py", "data/splits.py", "data/documents.py", "data/text_files.py"))
 IGNORED = -100
 """The label of a token without a loss, as transformers has it."""
+_TOKENIZERS = ("*token*", "chat_template*", "vocab*", "merges*", "*.model", "*.tiktoken")
+"""Files of a folder that decide which tokens a text has."""
 _TWENTIETH = 0.05
 
 
@@ -152,8 +154,8 @@ class HubTextData(SuiteData):
             raise ValueError("train_files is missing (--data.train_files): a name or pattern of text or .jsonl files")
         files = {split: named_files(self.root, getattr(self, f"{split}_files")) for split in SPLITS}
         folder = Path(self.folder)
-        tokenizer = sorted(folder.glob("*token*")) + sorted(folder.glob("chat_template*"))
-        digest = hashlib.sha256(b"".join(path.read_bytes() for path in tokenizer if path.is_file())).hexdigest()
+        tokenizer = sorted({path for pattern in _TOKENIZERS for path in folder.glob(pattern) if path.is_file()})
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in tokenizer)).hexdigest()
         made_from = [
             {split: identity(paths) for split, paths in files.items()},
             [digest, self.document, self.val_size, self.split_seed],

@@ -31,6 +31,7 @@ from apps.train.step.module import SparseModule, TaskOutput
 from apps.train.step.pieces import Block, PieceMetrics, ratio_values, token_metrics
 from core.adopted import is_sparse
 from core.config.plain import from_plain
+from core.convert.read.calls import evaluating
 from core.fields import Checked, Count, CountOrZero, NotNegative, Positive, PositiveShare
 from core.parallel import needs_all_ranks
 
@@ -319,7 +320,7 @@ class HubCausalLM(SparseModule, Comparable):
         found = []
         for prompt in prompts:
             tokens_1S = torch.tensor([self.ids_of(prompt)], device=self.device)
-            with torch.random.fork_rng(devices=cuda_devices(self.model)):
+            with evaluating(self.model), torch.random.fork_rng(devices=cuda_devices(self.model)):
                 torch.manual_seed(config.seed)
                 out = self.model.generate(
                     tokens_1S, max_new_tokens=config.max_new_tokens, do_sample=bool(drawn),

@@ -48,7 +48,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architectu
         positions="rotary",
         rotary_base=float(rope.get("rope_theta", config.get("rope_theta", 1e6 if model_type == "mixtral" else 1e4))),
         norm="rms",
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm_eps=config.get("rms_norm_eps", 1e-5 if model_type in ("mixtral", "olmoe", "glm4_moe") else 1e-6),
         activation=activation(config.get("hidden_act", "silu")),
         gated=True,
         bias=False,
@@ -79,10 +79,11 @@ def _check_attention(config: Mapping[str, Any]) -> None:
     window = config.get("sliding_window", 4096 if config["model_type"] == "mistral" else None)
     if window and config.get("use_sliding_window", True):
         raise ValueError(f"sliding_window={window}: attention to the last tokens alone is not in our models")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope_type={kind!r}: rotary positions are 'default' in our models")
+    ropes = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]  # transformers heeds both
+    for kind in (rope.get("rope_type", rope.get("type", "default")) for rope in ropes):
+        if kind != "default":
+            raise ValueError(f"rope_type={kind!r}: rotary positions are 'default' in our models")
+    rope = ropes[0] or ropes[1]
     if config["model_type"] == "glm4_moe":
         part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
         if part != 1.0:

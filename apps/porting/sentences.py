@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
+from apps.base.files import read_json
 from apps.nets.blocks import FFNConfig, MoEs
 from apps.porting import files
 from apps.porting.encoder import TextEncoder, init_encoder
@@ -54,7 +55,8 @@ class WordPieces:
     def of(cls, folder: Path) -> WordPieces:
         """Return the tokens of ``vocab.txt``, and the case of ``tokenizer_config.json`` if there is one."""
         try:
-            pieces = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            with open(folder / "vocab.txt", encoding="utf-8") as file:  # a piece may be a separator of lines of Unicode
+                pieces = [line.removesuffix("\n") for line in file]
         except OSError as error:
             raise ValueError(f"{folder / 'vocab.txt'} cannot be read: {error.strerror}") from error
         options = folder / "tokenizer_config.json"
@@ -129,7 +131,7 @@ class BertConfig(Checked):
         """Return the sizes in ``config.json`` of a published folder.
 
         Raises:
-            ValueError: the file is missing or of another kind of model.
+            ValueError: the file is missing or of another kind of model, or a text's vector is no mean of its tokens.
         """
         config = files.read_config(folder)
         if config["model_type"] != "bert" or config.get("hidden_act", "gelu") != "gelu":
@@ -137,6 +139,10 @@ class BertConfig(Checked):
                 f"{folder} holds a model of type {config['model_type']!r} ({config.get('hidden_act')}): a sentence "
                 "encoder is read where it is of type 'bert' with gelu"
             )
+        pooling = read_json(folder / "1_Pooling" / "config.json") or {}
+        pooled = [name for name, value in pooling.items() if name.startswith("pooling_mode_") and value is True]
+        if pooled not in ([], ["pooling_mode_mean_tokens"]):
+            raise ValueError(f"{folder} takes {', '.join(pooled)}: a text's vector is the mean of its tokens here")
         files.check_config(config, folder / files.CONFIG, *_SIZES.values())
         sizes = {ours: config[theirs] for ours, theirs in _SIZES.items()}
         return cls(**sizes, eps=float(config.get("layer_norm_eps", 1e-12)))

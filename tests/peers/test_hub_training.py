@@ -252,6 +252,30 @@ def test_a_continuation_is_drawn_from_all_tokens_unless_the_folder_says_otherwis
     assert (rank_S.max() < 3) if top_k else (rank_S >= 50).sum() > 20
 
 
+def test_a_continuation_is_of_the_model_in_evaluation(folder):
+    module = HubCausalLM(str(folder / "model"))  # in training, as it is made
+    module.model.model.layers[0].self_attn.attention_dropout = 0.9
+    answers = module.continued(["What comes"], max_new_tokens=12)
+    assert module.model.training
+    assert answers == module.eval().continued(["What comes"], max_new_tokens=12)
+
+
+def test_another_vocabulary_makes_other_tokens(tmp_path):
+    (tmp_path / "text.txt").write_text("ab ba\n" * 4)
+    made = {"train_files": "text.txt", "val_files": "text.txt", "cache_dir": str(tmp_path / "cache"), "block_size": 16}
+    for name, order in (("one", ("<|endoftext|>", "a", "b")), ("two", ("<|endoftext|>", "b", "a"))):
+        (tmp_path / name).mkdir()
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+        options = {"tokenizer_class": "GPT2Tokenizer", **special}
+        contents = {"tokenizer_config": options, "vocab": {token: i for i, token in enumerate(order)}}
+        for file, content in {**contents, "config": {"model_type": "gpt2", "vocab_size": 3}}.items():
+            (tmp_path / name / f"{file}.json").write_text(json.dumps(content))
+        (tmp_path / name / "merges.txt").write_text("#version: 0.2\n")
+        own = HubTextData(str(tmp_path / name), root=str(tmp_path), **made)
+        first = own.examples("val")[0].tokens_BL[0].tolist()
+        assert [i for i in first if i][:2] == [order.index("a"), order.index("b")]
+
+
 @pytest.mark.parametrize("config", ["lora", "qlora", "finetune"])
 def test_fit_test_predict(config, folder, tmp_path, capsys):
     assert fit(folder, tmp_path, "--trainer.max_epochs", "3", config=config) == 0

@@ -136,6 +136,7 @@ def test_an_expert_is_opted_out_and_all_else_stays(runs, tmp_path, capsys):
     assert "--without='7' is not one of 0, 1, 2, 3" in fails(capsys, 1, *argv, "--without", "7")
     assert "one of --keep and --without says which experts stay" in fails(capsys, 2, *argv)
     assert "one of --keep and --without" in fails(capsys, 2, *argv, "--without", "1", "--keep", "2")
+    assert "is merged or becomes a constant" in fails(capsys, 2, *argv, "--keep", "2", "--constants", "--merge")
     assert not (tmp_path / "no").exists()
 
 

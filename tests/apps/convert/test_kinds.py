@@ -71,7 +71,6 @@ def test_like_experts_are_merged(runs):
     [
         ({"keep": 5}, "keep=5 exceeds num_experts=4"),
         ({"keep": 1.5}, "keep=1.5 is neither an integer nor a share between 0 and 1"),
-        ({"constants": True, "merge": True}, "an expert that goes is merged or becomes a constant"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(runs, options, message):

@@ -162,6 +162,7 @@ def test_what_published_architectures_lack_is_named(build, message):
     [
         ("mistral", {"sliding_window": 4096}, "sliding_window=4096: attention to the last tokens alone"),
         ("mistral", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn': rotary positions are 'default'"),
+        ("mistral", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear': rotary positions are"),
         ("mistral", {"hidden_act": "quick_gelu"}, "activation='quick_gelu' is not one of relu, gelu"),
         ("mistral", {"hidden_size": None}, "config.json of a mistral says no hidden_size"),
         ("mixtral", {"num_experts_per_tok": 1}, "normalize=True with top_k=1 makes every gate 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 
@@ -93,6 +94,23 @@ def test_another_model_is_refused(tmp_path, changed, match):
     (folder / "config.json").write_text(json.dumps({**config, **changed}))
     with pytest.raises(ValueError, match=match):
         SentenceEncoder(folder)
+
+
+def test_another_pooling_is_refused(tmp_path):
+    folder = write_encoder(tmp_path)
+    (folder / "1_Pooling").mkdir()
+    for name in ("mean_tokens", "cls_token"):
+        modes = {f"pooling_mode_{mode}": mode == name for mode in ("cls_token", "mean_tokens")}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+        refused = pytest.raises(ValueError, match="takes pooling_mode_cls_token: a text's vector is the mean")
+        with contextlib.nullcontext() if name == "mean_tokens" else refused:
+            SentenceEncoder(folder)
+
+
+def test_a_piece_may_be_a_separator_of_lines(tmp_path):
+    pieces = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "\u2028", "\x85", "red")
+    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\r\n" for piece in pieces), encoding="utf-8")
+    assert WordPieces.of(tmp_path).encode("red", 9) == [2, 6, 3]
 
 
 def test_a_tower_for_training_is_the_frozen_encoder(tmp_path):
