@@ -70,6 +70,8 @@ def _decoded(file: str | Tensor, image: Image.Image, name: str) -> Tensor:
     """Return the pixels of a file, given by its path or its bytes, which Pillow has opened."""
     if image.format == "WEBP" and ExifTags.Base.Orientation in image.getexif():
         return _of_pillow(image, name)  # torchvision turns JPEG and PNG only
+    if image.format == "GIF" and "transparency" in image.info:
+        return _of_pillow(image, name)  # torchvision paints a background
     with contextlib.suppress(RuntimeError):
         # This takes a third of Pillow's time, but reads a few formats only.
         pixels = decode_image(file, ImageReadMode.RGB, apply_exif_orientation=True)

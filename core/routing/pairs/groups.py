@@ -187,8 +187,8 @@ class Ensemble(TopKConfig, LinearGateConfig):
     """A sparse ensemble in one layer (E3, arXiv 2110.03360): the experts are split into equal groups, one per member,
     and a token sees only its member's.
 
-    Sequence ``b`` of a call belongs to member ``b % num_members``. The app repeats each input for all members before
-    the first such layer and averages their predictions at the end::
+    Sequence ``b`` of a call belongs to member ``b % num_members``. Your model repeats each input for all members
+    before the first such layer and averages their predictions at the end; else inputs take turns::
 
         x = x.repeat_interleave(num_members, 0)              # (B * M, S, D); valid_BS and the other fields as well
         p = logits.unflatten(0, (-1, num_members)).softmax(-1).mean(1)  # (B, classes)

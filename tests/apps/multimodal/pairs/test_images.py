@@ -27,7 +27,7 @@ def write_modes(folder: Path) -> dict[str, Path]:
         name: folder / name
         for name in (
             "rgb.png", "wide.png", "one.png", "alpha.png", "palette.png", "cmyk.jpg", "animated.gif", "animated.png",
-            "animated.webp", "grey.png", "grey16.png", "bits.png",
+            "animated.webp", "grey.png", "grey16.png", "bits.png", "clear.gif",
         )
     }  # fmt: skip
     red.save(paths["rgb.png"])
@@ -43,6 +43,9 @@ def write_modes(folder: Path) -> dict[str, Path]:
     Image.fromarray(grey).save(paths["grey.png"])
     Image.fromarray(grey.astype(np.uint16) * 257).save(paths["grey16.png"])
     Image.fromarray(grey > 0).save(paths["bits.png"])
+    clear = Image.new("P", (20, 12))
+    clear.putpalette([*RED.tolist(), 0, 255, 0])
+    clear.save(paths["clear.gif"], transparency=0, background=1)
     return paths
 
 
