@@ -88,6 +88,7 @@ def put_layer(model: nn.Module, name: str, part: FeedForwardPart, layer: nn.Modu
     for child in part.emptied:
         _set_child(module, child, nn.Identity())
     for attribute, value in part.settings.items():
+        module._modules.pop(attribute, None)  # torch lets no function take a child's place
         setattr(module, attribute, value)
     place = ".".join(filter(None, (name, part.at)))
     if not place:

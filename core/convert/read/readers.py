@@ -277,11 +277,17 @@ def _read_torch_layer(module: nn.TransformerEncoderLayer | nn.TransformerDecoder
         activation=module.activation,
         hidden_dropout=_rate(module.dropout),
         at="linear1",
-        emptied=("activation", "dropout", "linear2"),
-        settings=fused,  # torch's fused block reads the weights instead of calling the layers
+        emptied=("dropout", "linear2"),
+        # A copy of a decoder layer gets a ReLU if its activation is a child; torch's fused block calls no layers.
+        settings={"activation": unchanged, **fused},
         layout="tokens" if module.self_attn.batch_first else "sequence_first",
         dense=lambda x: feed_forward(module, x),
     )
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """Return ``x``: the activation of a block whose experts apply their own."""
+    return x
 
 
 def _read_own(module: FeedForward) -> FeedForwardPart:

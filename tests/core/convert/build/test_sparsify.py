@@ -29,6 +29,7 @@ from core import (
     SwiGLU,
     TokenChoice,
     aux_loss,
+    average_models,
     moe_layers,
     record,
     sparsify,
@@ -142,6 +143,15 @@ def test_a_transformer_of_torch_with_its_decoder():
     sparse = sparsify(dense, MOE, ["encoder.layers.*", "decoder.layers.*"])
     check_same(sparse, dense, torch.randn(2, 4, 8), torch.randn(2, 3, 8))
     assert len(moe_layers(sparse)) == 3
+
+
+@pytest.mark.parametrize("activation", [F.gelu, nn.GELU()])
+def test_a_copy_of_a_sparse_decoder_layer_computes_the_same(activation):
+    """torch gives a decoder layer without an activation of its own a ReLU where it is copied or unpickled."""
+    sparse = sparsify(nn.TransformerDecoderLayer(8, 2, 12, 0.0, activation), MOE, "")
+    x, memory = torch.randn(5, 2, 8), torch.randn(4, 2, 8)
+    for copied in (copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse)), average_models([sparse])):
+        assert torch.equal(copied(x, memory), sparse(x, memory))
 
 
 def test_a_block_like_bert_s_keeps_residual_norm_and_dropout():

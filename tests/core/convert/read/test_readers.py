@@ -133,7 +133,7 @@ def test_blocks_of_torch_s_transformer_are_read_whole():
     encoder, decoder = nn.TransformerEncoderLayer(8, 2, 12, 0.1), nn.TransformerDecoderLayer(8, 2, 12, 0.0, F.gelu)
     part = named_part("net", encoder)
     assert (part.expert, part.layout) == (GeneralFFN(12, "relu", dropout=0.1), "sequence_first")
-    assert (part.at, part.emptied) == ("linear1", ("activation", "dropout", "linear2"))
+    assert (part.at, part.emptied) == ("linear1", ("dropout", "linear2"))
     assert named_part("net", decoder).expert == FFN(12, bias=True)
 
 
