@@ -23,8 +23,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     Each ``AdaptedLinear`` becomes one ``nn.Linear`` with its outputs in evaluation, by the name that it had before
     ``core.add_adapters``. This needs gates that are the same for every token: of one expert, or of ``Random`` in
     evaluation. Updates of a task's or domain's own are first taken out by ``core.cut_out``, and others may be averaged
-    by ``core.densify``. The linear layers have copies of the weights, which are frozen as the base was. Sums are taken
-    in float32 at least.
+    by ``core.densify``. The linear layers have copies of the weights, which are frozen as the base was, and a layer
+    whose weight was tied to another module's has one of its own. Sums are taken in float32 at least.
 
     Args:
         model: any module with adapted layers, changed in place, or one ``AdaptedLinear``.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -87,6 +88,7 @@ def merge_low_rank(model: nn.Module) -> bool:
     frozen = next((path for path, owner, _ in places if isinstance(owner, Experts) and owner.is_quantized), None)
     if frozen is not None:
         raise ValueError(f"{frozen!r} is quantized: adapters are merged into floating-point weights")
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for _, owner, adapters in places:
         if isinstance(owner, Experts):
             for key in owner.adapter_shapes():
@@ -94,7 +96,10 @@ def merge_low_rank(model: nn.Module) -> bool:
                     owner.add_to(key, scale * (a @ b))
         else:
             weight: Any = owner.weight
-            for a, b, scale in updates_of(owner, _WEIGHT):
+            updates = updates_of(owner, _WEIGHT)
+            if updates and owners[id(weight)] > 1:  # the other modules compute without the updates
+                owner.weight = weight = nn.Parameter(weight.clone(), requires_grad=False)
+            for a, b, scale in updates:
                 weight.add_(scale * (a @ b).t())
         for handle in adapters.__dict__.pop("hooks", ()):
             handle.remove()

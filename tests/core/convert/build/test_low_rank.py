@@ -147,6 +147,37 @@ def test_bad_input_leaves_the_model_as_it_was(lora, modules, rule):
     assert not any(".lora" in name for name in model.state_dict())
 
 
+class Tied(nn.Module):
+    """``out(embed(ids))`` with one weight for both."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.out(self.embed(ids))
+
+
+def test_merging_into_a_tied_weight_leaves_its_other_module_as_it_was():
+    model = fill(core.add_adapters(Tied(), core.LoRA(2), modules="out"))
+    before, ids = model.embed.weight.detach().clone(), torch.arange(5)
+    expected = model(ids)
+    merged = core.merge_adapters(model)
+    assert torch.equal(merged.embed.weight, before)
+    assert not merged.out.weight.requires_grad
+    assert relative(merged(ids), expected) < 1e-6
+
+
+def test_two_layers_of_one_weight_are_merged_each_with_its_own_update():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    fill(core.add_adapters(model, core.LoRA(2), modules=["0", "1"]))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    assert relative(core.merge_adapters(model)(x), expected) < 1e-6
+
+
 def test_what_cannot_be_merged_or_added_twice():
     model = core.add_adapters(core.quantize_experts(net(EXPERTS[0])), core.LoRA(2), modules="experts")
     with pytest.raises(ValueError, match=r"'moe\.experts' is quantized: adapters are merged into floating-point"):
