@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import AdaptedWeight
-from .base import local_tensor
+from .base import CHILD as CHILD, local_tensor
 from .products import init_linear_
-
-CHILD = "lora"
-"""The name under which a module has its adapters."""
 
 
 class LowRankUpdate(nn.Module):
@@ -27,8 +24,13 @@ class LowRankUpdate(nn.Module):
         *stacked, K, N = shape
         self.scale = scale
         self.a = nn.Parameter(torch.empty(*stacked, K, rank))
-        self.b = nn.Parameter(torch.zeros(*stacked, rank, N))
-        init_linear_(self.a if stacked else self.a[None])
+        self.b = nn.Parameter(torch.empty(*stacked, rank, N))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start ``a`` as a linear layer, and ``b`` at zero."""
+        init_linear_(self.a if self.a.ndim == 3 else self.a[None])
+        nn.init.zeros_(self.b)
 
     @property
     def rank(self) -> int:

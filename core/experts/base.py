@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
@@ -17,6 +17,8 @@ from .matrices import QuantizedMatrices
 
 HIDDEN = "hidden"
 """Name of the axis of a mesh along which the hidden units of each expert are sharded."""
+CHILD = "lora"
+"""The name under which a module has its low-rank adapters."""
 Way = Literal["rows", "dense", "each", "merged", "queries", "outputs"]
 
 
@@ -196,7 +198,7 @@ class Experts(nn.Module):
         """Start every local expert's matrices by ``fn``, each by itself, and its biases at zero.
 
         Matrices are called for in the order of the parameters, each for all experts in turn: ``w_in`` of expert 0, of
-        expert 1, ..., then ``w_out`` of expert 0, and so on. Weights and statistics of norms stay as they are.
+        expert 1, ..., then ``w_out`` of expert 0, and so on. Norms and adapters stay as they are.
 
         Args:
             fn: fills one (in, out) matrix in place, as ``nn.init.xavier_uniform_`` does; gradients are off. That layout
@@ -215,12 +217,16 @@ class Experts(nn.Module):
         if self.is_quantized:
             raise ValueError(f"{type(self).__name__} are quantized and cannot be initialized: fill them before")
         with torch.no_grad():
-            for parameter in self.parameters():
+            for parameter in self._without_adapters():
                 if parameter.ndim >= 3 and not parameter.is_meta:
                     for matrix in local_tensor(parameter):
                         fn(matrix)
             for bias in self.biases():
                 local_tensor(bias).zero_()
+
+    def _without_adapters(self) -> Iterator[nn.Parameter]:
+        """Yield the experts' parameters but for those of their adapters."""
+        return (p for name, p in self.named_parameters() if not name.startswith(f"{CHILD}."))
 
     def biases(self) -> list[Tensor]:
         """Return the stacked parameters that ``init_each`` sets to zero: none, unless a subclass says so."""
@@ -382,9 +388,16 @@ def num_params(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters()) + sum(m.numel() for m in matrices)
 
 
+def check_no_adapters(experts: Experts) -> None:
+    """Raise a ``ValueError`` if experts have low-rank adapters, whose factors are no matrices to convert."""
+    if any(CHILD in module._modules for module in experts.modules()):
+        raise ValueError(f"{type(experts).__name__} have adapters: core.merge_adapters merges them before")
+
+
 def check_merges(experts: Experts) -> None:
-    """Raise a ``ValueError`` if no expert can have the mean parameters: no ``compute_merged``, or statistics."""
+    """Raise a ``ValueError`` if no expert can have the mean parameters: no ``compute_merged``, adapters, statistics."""
     name = type(experts).__name__
+    check_no_adapters(experts)
     if type(experts).compute_merged is Experts.compute_merged:
         raise ValueError(f"{name} cannot be merged: it has no method compute_merged")
     if any(True for _ in experts.buffers()):

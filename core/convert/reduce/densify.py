@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...adopted.shrink import set_counts
 from ...experts import Experts
+from ...experts.base import check_no_adapters
 from ...fields import OneOf, check_values
 from ...layers import MoE, MoELayer
 from ..read.parts import check_all_here, like, replace_layers, value_of_layer, weighted_rows
@@ -52,8 +53,8 @@ def densify(model: nn.Module, how: str = "average", loads: Mapping[str, Loads] |
         ``model``, or the dense layer in the place of a layer.
 
     Raises:
-        ValueError: there is no MoE layer, its experts cannot be merged so or are split over ranks, or loads are
-            missing, negative, all 0 or of another number.
+        ValueError: there is no MoE layer, its experts cannot be merged so, have adapters or are split over ranks, or
+            loads are missing, negative, all 0 or of another number.
 
     Example::
 
@@ -119,6 +120,7 @@ def _loads(loads: Any, E: int, name: str) -> Tensor:
 def _largest_units(experts: Experts) -> Experts:
     """Return one expert of the largest hidden units of all, as many as one expert has."""
     axes, E = experts.hidden_axes, experts.num_experts
+    check_no_adapters(experts)
     if not axes:
         raise ValueError(f"{type(experts).__name__} have no hidden units that stand side by side: not for how='top_k'")
     tensors = dict(experts.named_parameters())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...config.dense import DenseFFN
 from ...contract import RoutingContext
 from ...experts import Experts, FFNExperts, check_merges
+from ...experts.base import check_no_adapters
 from ...experts.mixed import MixedExperts
 from ...layers import AttentionMoE, FeedForward, MoE, NeuronMoE, PatchMoE, SharedGate
 from ...layers.base import nothing
@@ -68,7 +69,7 @@ class OneExpert(nn.Module):
         """Return one dense FFN that computes the same, the shared experts in its hidden layer; its weights are copies.
 
         Raises:
-            ValueError: the experts are not FFNs of one activation, or have a gate or a bias.
+            ValueError: the experts are not FFNs of one activation, or have adapters, a gate or a bias.
         """
         if self.shared_gate is not None:
             raise ValueError("a shared_gate weights the experts token by token: no dense FFN does")
@@ -78,6 +79,7 @@ class OneExpert(nn.Module):
         for experts in (self.expert, self.shared_experts):
             if experts is None:
                 continue
+            check_no_adapters(experts)
             if type(experts) is not FFNExperts:
                 raise ValueError(f"{type(experts).__name__} are no dense FFN: those of FFN, SwiGLU and GEGLU are")
             one = joined(experts, range(experts.num_experts), torch.ones(experts.num_experts)).weights_of(0)
@@ -119,7 +121,7 @@ def average_experts(layer: MoE, weights_E: Tensor | Sequence[float] | None = Non
         weights_E: (E,), weights of the experts' parameters, taken as they are; None: 1 / E each.
 
     Raises:
-        ValueError: another module, experts that cannot be merged, or that are split over ranks.
+        ValueError: another module, experts that cannot be merged or have adapters, or that are split over ranks.
 
     Example::
 

@@ -213,6 +213,17 @@ def test_batch_statistics_and_half_precision_grow():
     assert layer(tokens().bfloat16()).isfinite().all()
 
 
+@pytest.mark.parametrize("init", [None, nn.init.ones_])
+def test_a_fresh_expert_has_an_adapter_that_changes_nothing(init):
+    layer = core.add_adapters(built(MoEConfig(2, TokenChoice(1), core.FFN(6))), core.LoRA(2), modules="experts")
+    update = layer.experts.lora["default"]["w_in"]
+    nn.init.ones_(update.a)
+    nn.init.ones_(update.b)
+    core.grow_experts(layer, 1, init=init)
+    assert update.b.amax((1, 2)).tolist() == [1.0, 1.0, 0.0]
+    assert 0 < update.a[2].abs().max() <= D**-0.5  # U(-1/sqrt(D), 1/sqrt(D))
+
+
 def test_experts_without_parameters_grow():
     layer = built(MoEConfig(2, TokenChoice(1), core.Identity()))
     core.grow_experts(layer, 2)

@@ -147,6 +147,32 @@ def test_bad_input_leaves_the_model_as_it_was(lora, modules, rule):
     assert not any(".lora" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("how", ["average", "use", "sum", "top_k", "svd"])
+def test_means_of_experts_are_taken_after_their_adapters_are_merged(how):
+    """Two equal experts, of factors a, b and -a, -b: the means of the factors are 0, and the mean of a b is not."""
+    model = core.MoEConfig(2, core.TokenChoice(2), core.FFN(24)).build(16).eval()
+    for p in model.experts.parameters():
+        p.data[1] = p.data[0]
+    fill(core.add_adapters(model, core.LoRA(2), modules="experts"))
+    for update in (m for m in model.modules() if isinstance(m, LowRankUpdate)):
+        update.a.data[1], update.b.data[1] = -update.a.data[0], -update.b.data[0]
+    expected, loads = model(X), [1.0, 1.0] if how == "use" else None
+    with pytest.raises(ValueError, match=r"^FFNExperts have adapters: core\.merge_adapters merges them before$"):
+        core.densify(model, how, loads)
+    assert torch.equal(model(X), expected)
+    if how in ("average", "use"):
+        assert relative(core.densify(core.merge_adapters(model), how, loads)(X), expected) < 1e-5
+
+
+def test_one_of_adapted_experts_keeps_its_update_and_is_no_feed_forward_network():
+    model = fill(core.add_adapters(core.MoEConfig(3, core.TokenChoice(1)).build(16), core.LoRA(2), modules="experts"))
+    one = core.densify(copy.deepcopy(model), "most_used", [0.0, 0.0, 1.0])
+    core.merge_adapters(model)
+    assert relative(one(X), core.densify(model, "most_used", [0.0, 0.0, 1.0])(X)) < 1e-5
+    with pytest.raises(ValueError, match="FFNExperts have adapters"):
+        one.feed_forward()
+
+
 class Tied(nn.Module):
     """``out(embed(ids))`` with one weight for both."""
 

@@ -241,6 +241,8 @@ def test_other_refusals():
         merge_experts(built(MoEConfig(4)), given([1, 1, 1, 0]), 2)
     with pytest.raises(ValueError, match="IdentityExperts cannot be merged"):
         merge_experts(built(MoEConfig(4, expert=core.Identity())), given([1] * 4), 2)
+    with pytest.raises(ValueError, match=r"FFNExperts have adapters: core\.merge_adapters merges them before"):
+        merge_experts(core.add_adapters(built(MoEConfig(4)), core.LoRA(2), modules="experts"), given([1] * 4), 2)
     with pytest.raises(ValueError, match=r"expert 4 is not in range\(4\)"):
         keep_experts(built(MoEConfig(4)), [4])
     with pytest.raises(ValueError, match="a layer keeps at least one expert"):
