@@ -12,7 +12,7 @@ from ...experts import LoRA
 from ...fields import check_values
 from ...layers import AdaptedLinear, MoE
 from ..read.names import matching_names
-from .low_rank import ATTENTION, EXPERTS, put_adapters
+from .low_rank import ATTENTION, EXPERTS, place_of, put_adapters
 
 
 def add_adapters(
@@ -70,7 +70,7 @@ def add_adapters(
     linear_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name in filter(None, matching_names(model, modules, linear_layers, "linear layers", fnmatchcase)):
         linear = _linear(f"module {name!r}", model.get_submodule(name))
-        places.append((*_place(model, name), linear))
+        places.append((*place_of(model, name), linear))
         if linear not in updates:
             updates[linear] = _updates(linear, moe)
     model.requires_grad_(False)
@@ -78,17 +78,6 @@ def add_adapters(
     for parent, child, linear in places:
         setattr(parent, child, adapted[linear])
     return model
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the parent of a module and its name there."""
-    path, _, child = name.rpartition(".")
-    parent = model.get_submodule(path)
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"module {name!r} is part of an nn.MultiheadAttention, which reads its weight and never calls it"
-        )
-    return parent, child
 
 
 def _linear(name: str, module: nn.Module) -> nn.Linear:

@@ -143,6 +143,7 @@ def _places(model: nn.Module, modules: Sequence[str]) -> Iterator[tuple[nn.Modul
                 if name not in linear:
                     kind = type(model.get_submodule(name)).__name__
                     raise ValueError(f"module {name!r} is a {kind}: low-rank adapters are for an nn.Linear")
+                place_of(model, name)
                 found.append((linear[name], _WEIGHT, (linear[name].in_features, linear[name].out_features)))
         if not found:
             raise ValueError(f"modules={wanted!r}: a {type(model).__name__} has none")
@@ -152,6 +153,21 @@ def _places(model: nn.Module, modules: Sequence[str]) -> Iterator[tuple[nn.Modul
 def _is_gate(module: nn.Module) -> bool:
     weight = module._parameters.get(_WEIGHT)
     return weight is not None and weight.ndim == 2
+
+
+def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the parent of a module and its name there.
+
+    Raises:
+        ValueError: the parent reads the module instead of calling it.
+    """
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"module {name!r} is part of an nn.MultiheadAttention, which reads its weight and never calls it"
+        )
+    return parent, child
 
 
 def _hook(owner: nn.Module, dropout: float) -> None:

@@ -204,6 +204,14 @@ def test_two_layers_of_one_weight_are_merged_each_with_its_own_update():
     assert relative(core.merge_adapters(model)(x), expected) < 1e-6
 
 
+@pytest.mark.parametrize("modules", [None, "attention", "*.out_proj"])
+def test_attention_that_reads_its_output_layer_is_refused(modules):
+    model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(8, 2, 16), "moe": core.MoEConfig(2).build(8)})
+    with pytest.raises(ValueError, match=r"'block\.self_attn\.out_proj' is part of an nn\.MultiheadAttention"):
+        core.add_adapters(model, core.LoRA(2), modules=modules)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_what_cannot_be_merged_or_added_twice():
     model = core.add_adapters(core.quantize_experts(net(EXPERTS[0])), core.LoRA(2), modules="experts")
     with pytest.raises(ValueError, match=r"'moe\.experts' is quantized: adapters are merged into floating-point"):
