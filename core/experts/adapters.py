@@ -16,13 +16,13 @@ class LowRankUpdate(nn.Module):
     """``scale * x a b``, of one matrix or of E stacked ones.
 
     Parameters: ``a`` (K, r) or (E, K, r), at U(-1/sqrt(K), 1/sqrt(K)), and ``b`` (r, N) or (E, r, N), at zero: the
-    adapted module starts with the outputs that it had.
+    adapted module starts with the outputs that it had. ``dropout``, of a linear layer alone, is on its way into ``a``.
     """
 
-    def __init__(self, shape: tuple[int, ...], rank: int, scale: float) -> None:
+    def __init__(self, shape: tuple[int, ...], rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         *stacked, K, N = shape
-        self.scale = scale
+        self.scale, self.dropout = scale, dropout
         self.a = nn.Parameter(torch.empty(*stacked, K, rank))
         self.b = nn.Parameter(torch.empty(*stacked, rank, N))
         self.reset_parameters()

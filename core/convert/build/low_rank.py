@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...experts import Experts, LoRA
 from ...experts.adapters import CHILD, Adapters, LowRankUpdate, updates_of
+from ...experts.base import local_tensor
 from ...kernels import Linear
 from ...layers.base import MoELayer
 from ..read.names import matching_names
@@ -30,15 +31,14 @@ def put_adapters(model: nn.Module, lora: LoRA, modules: str | Sequence[str], nam
     for owner, key, shape in _places(model, listed):
         if lora.rank > min(shape[-2:]):
             raise ValueError(f"rank={lora.rank} exceeds the smaller side of {key} of {shape[-2]}x{shape[-1]}")
-        if lora.dropout and isinstance(owner, Experts):
-            raise ValueError(f"dropout={lora.dropout} is for linear layers: experts get the tokens as they are")
-        updates.append((owner, key, LowRankUpdate(shape, lora.rank, lora.scale)))
-    attach(model, updates, name, lora.dropout)
+        if lora.dropout and not _is_linear(owner):
+            kind = type(owner).__name__
+            raise ValueError(f"dropout={lora.dropout} is for linear layers: {kind} gets the tokens as they are")
+        updates.append((owner, key, LowRankUpdate(shape, lora.rank, lora.scale, lora.dropout)))
+    attach(model, updates, name)
 
 
-def attach(
-    model: nn.Module, updates: Sequence[tuple[nn.Module, str, LowRankUpdate]], name: str, dropout: float = 0.0
-) -> None:
+def attach(model: nn.Module, updates: Sequence[tuple[nn.Module, str, LowRankUpdate]], name: str) -> None:
     """Add an adapter of these updates, each of a module of ``model`` and the key of a matrix of it, and freeze all
     else.
 
@@ -56,7 +56,7 @@ def attach(
         like = next(t for t in tensors if t.is_floating_point())
         if CHILD not in owner._modules:
             owner.add_module(CHILD, Adapters())
-            _hook(owner, dropout)
+            _hook(owner)
         dtype = torch.promote_types(like.dtype, torch.float32)  # half precision rounds small steps away
         owner.get_submodule(CHILD).put(name, key, update.to(like.device, dtype))  # type: ignore[operator]
     use_adapters(model, *dict.fromkeys((*_active(model), name)))
@@ -170,12 +170,16 @@ def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return parent, child
 
 
-def _hook(owner: nn.Module, dropout: float) -> None:
+def _is_linear(owner: nn.Module) -> bool:
+    return type(owner).forward in (nn.Linear.forward, Linear.forward)
+
+
+def _hook(owner: nn.Module) -> None:
     """Let a linear layer add its updates. Other owners of a weight compute with it updated; experts read theirs."""
     if isinstance(owner, Experts):
         return
-    if type(owner).forward in (nn.Linear.forward, Linear.forward):
-        hooks = [owner.register_forward_hook(_AddUpdates(dropout))]
+    if _is_linear(owner):
+        hooks = [owner.register_forward_hook(_add_updates)]
     else:
         hooks = [
             owner.register_forward_pre_hook(_put_updated_weight),
@@ -184,17 +188,12 @@ def _hook(owner: nn.Module, dropout: float) -> None:
     owner.get_submodule(CHILD).__dict__["hooks"] = hooks
 
 
-class _AddUpdates:
-    """A forward hook of a linear layer."""
-
-    def __init__(self, dropout: float) -> None:
-        self.dropout = dropout
-
-    def __call__(self, linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        for a, b, scale in updates_of(linear, _WEIGHT):
-            x = F.dropout(args[0], self.dropout, linear.training) if self.dropout else args[0]
-            y = y + x @ a.to(x.dtype) * scale @ b.to(x.dtype)
-        return y
+def _add_updates(linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    adapters: Any = linear.get_submodule(CHILD)
+    for update in adapters.of(_WEIGHT):
+        x = F.dropout(args[0], update.dropout, linear.training) if update.dropout else args[0]
+        y = y + x @ local_tensor(update.a).to(x.dtype) * update.scale @ local_tensor(update.b).to(x.dtype)
+    return y
 
 
 def _put_updated_weight(router: Any, args: Any) -> None:

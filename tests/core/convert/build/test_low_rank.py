@@ -137,6 +137,7 @@ def test_a_router_decides_by_the_updated_weight_and_learns():
         (core.LoRA(2), "attention_of", "modules='attention_of' names no module"),
         (core.LoRA(2), "moe", "module 'moe' is a MoE: low-rank adapters are for an nn.Linear"),
         (core.LoRA(2, dropout=0.1), "experts", "dropout=0.1 is for linear layers"),
+        (core.LoRA(2, dropout=0.1), "router", "dropout=0.1 is for linear layers: LinearGate gets the tokens"),
     ],
 )
 def test_bad_input_leaves_the_model_as_it_was(lora, modules, rule):
@@ -210,6 +211,18 @@ def test_attention_that_reads_its_output_layer_is_refused(modules):
     with pytest.raises(ValueError, match=r"'block\.self_attn\.out_proj' is part of an nn\.MultiheadAttention"):
         core.add_adapters(model, core.LoRA(2), modules=modules)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.9), (0.9, 0.0)])
+def test_each_adapter_has_its_own_dropout(rates):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8)}).train()
+    for name, rate in zip("12", rates, strict=True):
+        core.add_adapters(model, core.LoRA(2, dropout=rate), modules="a", name=name)
+    fill(model)
+    x = torch.randn(64, 8)
+    for name, rate in zip("12", rates, strict=True):
+        core.use_adapters(model, name)
+        assert torch.equal(model["a"](x), model["a"](x)) is (rate == 0.0)
 
 
 def test_what_cannot_be_merged_or_added_twice():
