@@ -179,7 +179,8 @@ class AdoptedExperts(Adopted, Experts):
             parent, _, leaf = path.rpartition(".")
             for holder in self.one_each() or [self if self.layout.experts else self.__dict__["block"][0]]:
                 holder.get_submodule(parent)._parameters[leaf] = None
-        self.requires_grad_(False)
+        for parameter in self._without_adapters():
+            parameter.requires_grad_(False)
 
     def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return ``b_in``, ``b_gate`` (E, F) and ``b_out`` (E, D_out), views of the parameters."""

@@ -189,10 +189,11 @@ class Experts(nn.Module):
         return {name: p for name, p in self._parameters.items() if p is not None and p.ndim == 3}
 
     def put_quantized(self, name: str, weight: QuantizedWeight) -> None:
-        """Replace one of ``quantizable``. The experts' other parameters train no more either."""
+        """Replace one of ``quantizable``. The experts' other parameters train no more either, but for adapters."""
         delattr(self, name)  # a parameter gives its name to no module
         self.register_module(name, QuantizedMatrices(weight))
-        self.requires_grad_(False)
+        for parameter in self._without_adapters():
+            parameter.requires_grad_(False)
 
     def init_each(self, fn: Callable[[Tensor], Any]) -> None:
         """Start every local expert's matrices by ``fn``, each by itself, and its biases at zero.

@@ -225,6 +225,15 @@ def test_each_adapter_has_its_own_dropout(rates):
         assert torch.equal(model["a"](x), model["a"](x)) is (rate == 0.0)
 
 
+def test_experts_quantized_after_their_adapters_leave_these_to_train():
+    model = core.quantize_experts(core.add_adapters(net(EXPERTS[0]), core.LoRA(2), modules="experts"))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".lora." in name}
+    assert len(trained) == 2 * 2 * 2  # routed and shared experts, w_in and w_out, a and b
+    model(X).square().sum().backward()
+    assert float(model.moe.experts.lora["default"]["w_in"].b.grad.abs().max()) > 0
+
+
 def test_what_cannot_be_merged_or_added_twice():
     model = core.add_adapters(core.quantize_experts(net(EXPERTS[0])), core.LoRA(2), modules="experts")
     with pytest.raises(ValueError, match=r"'moe\.experts' is quantized: adapters are merged into floating-point"):
