@@ -252,6 +252,11 @@ class Experts(nn.Module):
         """
         E = self.num_experts
         counts, x_GTD = (E,) if counts is None else counts, x if x.ndim == 3 else x.unsqueeze(0)
+        if real_T is not None and any(True for _ in self.buffers()):
+            # Padding is not there at all.
+            kept = real_T.nonzero()[:, 0]
+            y_TnD = Experts.compute_each(self, x_GTD.index_select(1, kept), counts)
+            return y_TnD.new_zeros(x_GTD.shape[1], *y_TnD.shape[1:]).index_copy(0, kept, y_TnD)
         T, n = x_GTD.shape[1], sum(counts)
         x_RD = torch.cat([x_TD.expand(count, -1, -1) for x_TD, count in zip(x_GTD, counts, strict=True)]).flatten(0, 1)
         rows = Rows(

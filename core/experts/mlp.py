@@ -84,12 +84,7 @@ class MLPExperts(Experts):
         counts = (self.num_experts,) if counts is None else counts
         n, h = sum(counts), x if x.ndim == 3 else x.unsqueeze(0)
         if self.backend == "eager":
-            if real_T is None:
-                return super().compute_each(h, counts)
-            # The oracle: padding is not there at all.
-            kept = real_T.nonzero()[:, 0]
-            y_TnF = super().compute_each(h.index_select(1, kept), counts)
-            return y_TnF.new_zeros(h.shape[1], *y_TnF.shape[1:]).index_copy(0, kept, y_TnF)
+            return super().compute_each(h, counts, real_T)
         for i in range(len(self.hidden_dims)):
             h, w, b = self._linear(h, i, n)
             h = first_linear(h, w, b, counts) if i == 0 else next_linear(h, w, b)

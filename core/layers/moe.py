@@ -124,12 +124,22 @@ class MoE(MoELayer):
         rows = shared = None
         if self.shared_experts is not None:
             rows = self._dispatched(x_BSD, routing, context) if self.dispatcher.travels else None
-            shared = self.shared_experts(x, "dense")
+            shared = self._shared(x, valid_BS)
         y_BSD = self._compute(x_BSD, routing, context) if rows is None else self._computed(rows, x_BSD)
         y = y_BSD.reshape(*x.shape[:-1], y_BSD.shape[-1])
         if shared is not None:
             y = y + shared if self.shared_gate is None or gate is None else self.shared_gate.combine(gate, y, shared)
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype)
+
+    def _shared(self, x: Tensor, valid_BS: Tensor | None) -> Tensor:
+        """Return the sum of the shared experts for every token, (..., D_out)."""
+        experts: Any = self.shared_experts
+        if valid_BS is None or not self.training or experts.is_quantized or not any(True for _ in experts.buffers()):
+            y: Tensor = experts(x, "dense")
+            return y
+        # Statistics are those of real tokens.
+        y_TnD: Tensor = experts(x.flatten(0, -2), "each", None, valid_BS.flatten())
+        return y_TnD.sum(1).unflatten(0, x.shape[:-1])
 
     def _sequences(self, x: Tensor, context: RoutingContext | None) -> Tensor:
         """Return the tokens as (B, S, D), checked with the padding's shape."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from core import (
     Balance,
     Hash,
     Merge,
+    Mixed,
     MoE,
     MoEConfig,
     RoutingContext,
@@ -210,6 +213,20 @@ def test_nan_in_padding_leaves_the_gradients_of_shared_experts_finite():
     valid = torch.tensor([[True, True, True, False]])
     layer(x, RoutingContext(valid_BS=valid))[valid].sum().backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_padding_is_not_in_the_statistics_of_shared_experts(backend, mixed):
+    shared = MLP((8,), norm="batch")
+    options = {"shared_expert": Mixed((shared, shared), (1, 1)) if mixed else shared, "num_shared_experts": 2}
+    padded = MoEConfig(4, backend=backend, **options).build(8)
+    alone, x = copy.deepcopy(padded), torch.randn(2, 6, 8)
+    valid = torch.arange(6) < torch.tensor([[4], [4]])
+    actual, expected = padded(x, RoutingContext(valid_BS=valid)), alone(x[:, :4])
+    torch.testing.assert_close(actual[:, :4], expected, rtol=1e-5, atol=1e-6)
+    for kept, other in zip(padded.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(kept, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
