@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...experts import ExpertConfig, expert_bytes, num_params
+from ...experts import Constant, ExpertConfig, Mixed, expert_bytes, num_params
+from ...experts.mixed import MixedExperts
 from ...flops import count_flops
 from ...layers import MoE, active_params
 from ..build.sparse_ffn import SparseFFN
@@ -117,8 +118,11 @@ def _replaced(name: str, layer: SparseFFN) -> Replaced:
     if not isinstance(layer.moe, MoE):  # ``densify`` has put one expert in its place
         flops = count_flops(layer.moe, layer.weight.new_zeros(1, 1, layer.dim))
         return Replaced(name, layer.replaced, "a dense network", layer.start, layer.dense_flops, flops, True)
-    # A layer that has grown or was pruned has another number of experts than it was built with.
-    config = replace(layer.config, num_experts=layer.moe.num_experts)
+    # A layer that has grown or was pruned has other experts than it was built with.
+    config = replace(layer.config.split(layer.dim), num_experts=layer.moe.num_experts)
+    if isinstance(layer.moe.experts, MixedExperts) and not isinstance(config.expert, Mixed):
+        kept = layer.moe.experts.bounds[1]
+        config = replace(config, expert=Mixed((config.expert, Constant()), (kept, config.num_experts - kept)))
     try:
         flops = config.flops_per_token(layer.dim, layer.out_dim)
     except ValueError:  # soft slots and merged experts cost so much a sequence

@@ -93,3 +93,20 @@ def test_a_layer_that_lost_experts_and_one_that_is_dense_again():
     after = summary(sparse)
     assert str(after).startswith("0 of 1 feed-forward networks are sparse")
     assert (after.replaced[0].flops_after, after.params_after) == (1024, after.params_before)
+
+
+def test_a_granularity_counts_once():
+    """8 experts of 3 hidden units, half the width: 4 of them are 4 * 48 = 192 FLOPs, the gate 2 * 4 * 8 = 64."""
+    sparse = sparsify(net(), MoEConfig(4, TokenChoice(2), granularity=2), "0", "random")
+    (layer,) = summary(sparse).replaced
+    assert layer.experts.startswith("8 FFN(hidden_dim=3, ")
+    assert layer.flops_after == 192 + 64 == count_flops(sparse[0].moe, torch.randn(1, 16, 4)) / 16
+
+
+def test_constants_in_the_place_of_experts_cost_nothing():
+    """At balance a token takes 2 of 4 experts, half of which are FFNs of 96 FLOPs; the gate has 2 * 4 * 4 = 32."""
+    sparse = sparsify(net(), MoEConfig(4, TokenChoice(2)), "0")
+    prune_experts(sparse, expert_statistics(sparse, [torch.randn(2, 6, 4)]), 2, constants=True)
+    (layer,) = summary(sparse).replaced
+    assert layer.experts.startswith("4 Mixed(experts=(FFN(hidden_dim=6, ")
+    assert layer.flops_after == 96 + 32
