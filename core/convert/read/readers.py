@@ -170,14 +170,16 @@ def _halves(packed: tuple[Tensor, Tensor | None], gate_first: bool) -> tuple[Any
 
 
 def _check_no_more(module: nn.Module, known: set[str]) -> None:
-    """Raise a ``ValueError`` if a module has children besides the known ones that do something, or a rate of dropout
-    that it applies itself."""
+    """Raise a ``ValueError`` if a module has children besides the known ones that do something, tensors of its own, or
+    a rate of dropout that it applies itself."""
     for name, child in module.named_children():
         idle = isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and not child.p)
         if name not in known and not idle:
             raise ValueError(
                 f"a {type(module).__name__} has a {type(child).__name__} as {name!r}, which no expert of one has"
             )
+    for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        raise ValueError(f"a {type(module).__name__} has {name!r} of its own, which no expert of one has")
     for name, value in vars(module).items():
         if "drop" in name and isinstance(value, float) and value > 0:
             raise ValueError(f"a {type(module).__name__} has {name}={value}, and no module that says where it applies")

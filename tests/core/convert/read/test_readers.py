@@ -60,6 +60,16 @@ class Block(Named):
         return x + self.fc2(F.dropout(self.activation_fn(self.fc1(x)), self.activation_dropout, self.training))
 
 
+def scaled(gamma: torch.Tensor) -> Named:
+    """Return a network with a factor that is 1 at its start, a parameter or a buffer."""
+    module = Named()
+    if isinstance(gamma, nn.Parameter):
+        module.gamma = gamma
+    else:
+        module.register_buffer("gamma", gamma)
+    return module
+
+
 def sequence(*middle: nn.Module, last: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), *middle, nn.Linear(6, 5), *([] if last is None else [last]))
 
@@ -189,6 +199,8 @@ def test_activations_are_recognized_by_what_they_compute(act, name):
     ("module", "message"),
     [
         (Named(norm=nn.LayerNorm(6)), r"module 'net': a Named has a LayerNorm as 'norm', which no expert of one has"),
+        (scaled(nn.Parameter(torch.ones(4))), "module 'net': a Named has 'gamma' of its own, which no expert"),
+        (scaled(torch.ones(4)), "module 'net': a Named has 'gamma' of its own"),
         (Named(drop2=nn.AlphaDropout(0.1)), r"a AlphaDropout stands where nn.Dropout is expected"),
         (Named(dropout=0.1), r"a Named has dropout=0.1, and no module that says where it applies"),
         (Named(act=nn.PReLU()), r"its activation PReLU is none of relu, gelu, silu"),
