@@ -412,3 +412,12 @@ def last_of(h_TD: Tensor, packing: Packing) -> Tensor:
         return h_TD.new_zeros(packing.num_rows, h_TD.shape[-1])
     last_BD = h_TD.index_select(0, packing.last_B.clamp_min(0))
     return last_BD.masked_fill((packing.last_B < 0)[:, None], 0.0)
+
+
+def best_items(scores_BI: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Return the ids of the k best items of each history, the best first, and their scores; fewer where fewer are
+    candidates, whose score is above -inf."""
+    best = scores_BI.topk(min(k, scores_BI.shape[1] - 1), dim=-1)
+    num_B = (best.values > -math.inf).sum(1).tolist()
+    ids, scores = ([row[:num] for row, num in zip(x.tolist(), num_B, strict=True)] for x in (best.indices, best.values))
+    return ids, scores

@@ -27,7 +27,7 @@ from apps.nets.packing import Packing
 from apps.nets.place import Place, check_fits, check_layers
 from apps.recsys.metrics import CUTOFF, RankingMetrics, target_ranks
 from apps.recsys.sequence import scoring
-from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_ids, last_of
+from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, best_items, check_ids, last_of
 from apps.recsys.sequence.report import NextItemReport, NextItemReportConfig
 from apps.recsys.sequence.semantic_ids import SemanticIdsConfig
 from apps.registry import RENAMED
@@ -48,9 +48,9 @@ class NextItems(NamedTuple):
         user: int64 (B,), the user's place among the data's ``user_names``.
         user_name: the user's name in the data, or the place where the data have no names.
         item: the k best next items of each history as they are in the file, best first, or their ids where the data
-            have no values.
+            have no values; fewer where fewer are candidates.
         name: the items' names; None if the data have no names for the items.
-        score: float32 (B, k), the items' logits; -inf if no candidate is left.
+        score: the items' logits.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
@@ -58,7 +58,7 @@ class NextItems(NamedTuple):
     user_name: list[str]
     item: list[list[str]]
     name: list[list[str]] | None
-    score: Tensor
+    score: list[list[float]]
 
 
 class NextItemRecommender(SparseModule, Comparable):
@@ -240,16 +240,16 @@ class NextItemRecommender(SparseModule, Comparable):
         """Return the ``top_k`` best next items of each history."""
         items_BS, *seconds = self.example_inputs(batch)
         scores_BI = self(items_BS, seconds[0] if seconds else None, self._left_out(batch))
-        best = scores_BI.topk(min(self.top_k, self.num_items), dim=-1)
+        id_B, score_B = best_items(scores_BI, self.top_k)
         items, names, users = (
             getattr(self._data(), attribute, None) for attribute in ("item_values", "item_names", "user_names")
         )
-        item_Bk = [[str(i) if items is None else items[i] for i in row] for row in best.indices.tolist()]
-        name_Bk = None
+        item_B = [[str(i) if items is None else items[i] for i in row] for row in id_B]
+        name_B = None
         if names is not None and names != items:
-            name_Bk = [[names[i] for i in row] for row in best.indices.tolist()]
+            name_B = [[names[i] for i in row] for row in id_B]
         user_name_B = [str(u) if users is None else users[u] for u in batch.user_B.tolist()]
-        return NextItems(batch.index_B, batch.user_B, user_name_B, item_Bk, name_Bk, best.values)
+        return NextItems(batch.index_B, batch.user_B, user_name_B, item_B, name_B, score_B)
 
     @torch.inference_mode()
     def predict(self, histories: Any, top: int = 10, include_seen: bool = False, batch_size: int = 256) -> Any:

@@ -15,6 +15,7 @@ import core
 from apps.data.loader import batches_of_test
 from apps.recsys.metrics import CUTOFF, target_ranks
 from apps.recsys.ranks import POPULARITY, QUARTERS, popularity_groups, rank_parts
+from apps.recsys.sequence.model import best_items
 from apps.report.base import Report, ReportConfig, first_batches, is_left_out, spread_places
 from apps.report.page import Part, Section, Table
 from apps.report.use import ExpertUse, Labels, check_bounds, load_parts, map_parts, range_names, ranges_of, tokens_of
@@ -94,9 +95,9 @@ class NextItemUse:
             out = module.task_loss(batch)
         kept_B = (batch.targets_BS > 0).any(1)
         rank_B = target_ranks(out.outputs, out.targets).tolist()
-        best_Bk = out.outputs.topk(min(_BEST_SHOWN, module.num_items), dim=-1).indices.tolist()
+        best_B, _ = best_items(out.outputs, _BEST_SHOWN)
         rows = zip(batch.user_B[kept_B].tolist(), batch.items_BS[kept_B].tolist(), strict=True)
-        for (user, items), target, rank, best in zip(rows, out.targets.tolist(), rank_B, best_Bk, strict=True):
+        for (user, items), target, rank, best in zip(rows, out.targets.tolist(), rank_B, best_B, strict=True):
             history = [item for item in items if item]
             self.length_N.append(len(history))
             self.users.append(User(user, tuple(history[-_LAST_SHOWN:]), target, rank, tuple(best)))

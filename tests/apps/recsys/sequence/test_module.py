@@ -1,9 +1,11 @@
 """NextItemRecommender: its loss, its ranks, its baselines, and a run through Lightning."""
 
 import dataclasses
+import json
 import math
 import pickle
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 import core
+from apps.cli.write.predictions import PredictionFile, columns_of
 from apps.compare.systems import find_systems
 from apps.recsys.sequence.data import HistoryBatch
 from apps.recsys.sequence.model import HistoryModelConfig
@@ -211,12 +214,31 @@ def test_prediction_names_the_best_items():
     predicted = module.predict_step(EVAL, 0)
     assert predicted.item == [["1", "2", "3"]] * 3
     assert predicted.name is None
-    assert_close(predicted.score[0], torch.tensor([0.9, 0.8, 0.7]))
+    assert predicted.score[0] == pytest.approx([0.9, 0.8, 0.7])
     assert predicted.index.tolist() == [0, 1, 2]
     assert predicted.user.tolist() == [100, 101, 102]
     unseen = ranking(build(top_k=3, exclude_seen=True), SCORES).predict_step(EVAL, 0)
     assert unseen.item == [["2", "6", "7"], ["1", "3", "4"], ["1", "2", "3"]]
     assert [len(items) for items in ranking(build(top_k=99), SCORES).predict_step(EVAL, 0).item] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_a_file_of_predictions_has_no_items_that_were_seen(tmp_path, ending):
+    module = ranking(build(top_k=3, exclude_seen=True), SCORES)
+    seen = [[*range(1, 10)], [*range(1, 9)], [1, 3, 4, 5, 6, 8, 9]]  # of nine items all, all but 9, all but 2 and 7
+    with PredictionFile(tmp_path / f"best.{ending}").open() as file:
+        for n in range(3):
+            one = batch(EVAL.items_BS[n : n + 1].tolist(), EVAL.targets_BS[n : n + 1].tolist(), seen[n : n + 1])
+            file.add_columns(columns_of(module.predict_step(one, n)))
+    if ending == "csv":
+        lines = [line.split(",") for line in (tmp_path / "best.csv").read_text().splitlines()]
+        assert lines[0] == ["index", "user", "user_name", "item_1", "score_1", "item_2", "score_2"]
+        assert [(row[3], row[5]) for row in lines[1:]] == [("", ""), ("9", ""), ("2", "7")]
+        return
+    lines = (tmp_path / "best.jsonl").read_text().splitlines() if ending == "jsonl" else []
+    rows = [json.loads(line) for line in lines] or pq.read_table(tmp_path / "best.parquet").to_pylist()
+    assert [row["item"] for row in rows] == [[], ["9"], ["2", "7"]]
+    assert [row["score"] for row in rows] == [[], pytest.approx([0.1]), pytest.approx([0.8, 0.3])]
 
 
 # ---- baselines

@@ -87,6 +87,14 @@ def test_each_expert_s_items_are_counted_by_popularity_and_by_place():
     assert [u.best[0] for u in use.users] == scores_BI.argmax(1).tolist()
 
 
+def test_a_user_is_shown_no_item_that_it_had():
+    module = recommender(exclude_seen=True).eval()
+    use = NextItemUse.of(module, None)
+    items, targets = torch.tensor([[3, 1, 4, 2, 5, 6]]), torch.tensor([[0, 0, 0, 0, 0, 9]])
+    use.add(module, HistoryBatch(items, targets, torch.tensor([0]), torch.tensor([0])))
+    assert sorted(use.users[0].best) == [7, 8, 9]
+
+
 def test_users_are_shown_by_the_names_of_the_data():
     class Named:
         item_names = ("", "tea", "rye", "fig")

@@ -44,7 +44,7 @@ def trained(
     predicted: Any = trainer.predict(model, datamodule=data)
     (folder / "clicks.csv").unlink()
     by_user = {
-        user: list(zip(items, scores.tolist(), strict=True))
+        user: list(zip(items, scores, strict=True))
         for batch in predicted
         for user, items, scores in zip(batch.user_name, batch.item, batch.score, strict=True)
     }
