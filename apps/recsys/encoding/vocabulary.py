@@ -5,9 +5,10 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -107,3 +108,10 @@ def utf8(values: pa.StringArray) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     _, ends, data = values.buffers()
     offsets = np.frombuffer(ends, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
     return offsets, np.empty(0, np.uint8) if data is None else np.frombuffer(data, dtype=np.uint8)
+
+
+def whole_numbers(values: Sequence[str]) -> tuple[Any, ...]:
+    """Return texts as integers where all of them are written as such ("7", not "007"), else as they are."""
+    if all(value.removeprefix("-").isdecimal() and str(int(value)) == value for value in values):
+        return tuple(map(int, values))
+    return tuple(values)

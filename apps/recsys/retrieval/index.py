@@ -13,7 +13,7 @@ from torch import Tensor
 from apps.base.files import replacing
 from apps.base.messages import first_line
 from apps.nets.exact_search import CHUNK_ELEMENTS, best_of, products
-from apps.recsys.encoding.vocabulary import Vocabulary
+from apps.recsys.encoding.vocabulary import Vocabulary, whole_numbers
 from apps.recsys.metrics import target_ranks
 
 FILE = "items.safetensors"
@@ -113,10 +113,3 @@ class ItemIndex:
             if seen_BH is not None:
                 score_bV.scatter_(1, seen_BH[chunk], -math.inf)
             yield score_bV, chunk
-
-
-def whole_numbers(values: Sequence[str]) -> tuple[Any, ...]:
-    """Return texts as integers where all of them are written as such ("7", not "007"), else as they are."""
-    if all(value.removeprefix("-").isdecimal() and str(int(value)) == value for value in values):
-        return tuple(map(int, values))
-    return tuple(values)

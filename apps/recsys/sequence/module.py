@@ -274,7 +274,7 @@ class NextItemRecommender(SparseModule, Comparable):
             recommendation, the best first, of users in the order in which they first occur: the columns of user and
             item, ``name`` if the items have names next to their values, and ``score``, the logit. They are a DataFrame
             for a DataFrame, a ``pyarrow.Table`` for a table, and a dict of numpy arrays for a dict and files. Items are
-            integers where those given are.
+            integers where those given are and all of the model's are written as such ("7", not "007").
 
         Raises:
             ValueError: a column is missing, a user or an item has no value, a time is neither a number nor a date, or

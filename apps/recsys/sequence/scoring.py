@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from apps.base.checks import check_at_least
 from apps.data.loader import in_order
 from apps.recsys.encoding.categories import MISSING, factorize
 from apps.recsys.encoding.numbers import Part, plain, to_numbers, to_order
+from apps.recsys.encoding.vocabulary import whole_numbers
 from apps.recsys.sequence.data import Examples
 from apps.recsys.sequence.histories import Items, whole_seconds
 from apps.recsys.tables.rows.scoring import encoding_of, like, pieces
@@ -39,10 +41,10 @@ def predict(model: Any, histories: Any, top: int, include_seen: bool, batch_size
         history_N = np.repeat(np.arange(len(lengths)), lengths)
         history_X, item_X, score_X = _best(model, id_N, history_N, len(lengths), top, include_seen, batch_size)
         whole = all(isinstance(v, (int, np.integer)) for history in histories for v in history)
-        own = _numbers_or_texts([items.values[i] for i in item_X.tolist()], whole)
+        values = whole_numbers(items.values[1:]) if whole else items.values[1:]
         by_history: list[list[tuple[Any, float]]] = [[] for _ in lengths]
-        for history, item, score in zip(history_X.tolist(), own, score_X.tolist(), strict=True):
-            by_history[history].append((item, score))
+        for history, item, score in zip(history_X.tolist(), item_X.tolist(), score_X.tolist(), strict=True):
+            by_history[history].append((values[item - 1], score))
         return by_history
     columns = {**_COLUMNS, **encoding.get("columns", {})}
     user, item = columns["user"], columns["item"]
@@ -51,7 +53,7 @@ def predict(model: Any, histories: Any, top: int, include_seen: bool, batch_size
     user_X, item_X, score_X = _best(model, id_N, code_N, len(first_U), top, include_seen, batch_size, second_N)
     result = {
         user: plain(table[user]).take(first_U[user_X]),
-        item: _like_items([items.values[i] for i in item_X.tolist()], table[item].type),
+        item: _like_items(items.values[1:], table[item].type).take(item_X - 1),
     }
     if items.names != items.values:
         result["name"] = [items.names[i] for i in item_X.tolist()]
@@ -134,11 +136,6 @@ def _flat(histories: Sequence[Any]) -> tuple[list[str], NDArray[np.int64]]:
     return [texts[code] for code in codes.codes.tolist()], lengths
 
 
-def _numbers_or_texts(texts: list[str], whole: bool) -> list[Any]:
-    """Return items as integers where ``whole`` asks for it and all of them are, else as text."""
-    return [int(t) for t in texts] if whole and all(t.lstrip("-").isdecimal() for t in texts) else list(texts)
-
-
 # ---- tables of events
 
 
@@ -187,10 +184,12 @@ def _ordered(
     return user.codes[order], id_V[item.codes[order]], first_U, None if second_N is None else second_N[order]
 
 
-def _like_items(texts: list[str], kind: pa.DataType) -> pa.Array:
-    """Return items as integers where the given column has them and all of them are, else as text."""
+def _like_items(values: Sequence[str], kind: pa.DataType) -> pa.Array:
+    """Return items as integers where the given column has them and all are written as such, else as text."""
     import pyarrow as pa
 
-    if pa.types.is_integer(kind):
-        return pa.array(_numbers_or_texts(texts, True), kind if all(t.isdecimal() for t in texts) else None)
-    return pa.array(texts, pa.string())
+    numbers = whole_numbers(values) if pa.types.is_integer(kind) else values
+    for dtype in (kind, pa.int64()) if numbers != values else ():
+        with contextlib.suppress(pa.ArrowInvalid, OverflowError):  # the type is too small for some item
+            return pa.array(numbers, dtype)
+    return pa.array(values, pa.string())

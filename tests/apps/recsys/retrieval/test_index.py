@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from apps.recsys.encoding.vocabulary import whole_numbers
 from apps.recsys.retrieval import index as module
-from apps.recsys.retrieval.index import ItemIndex, whole_numbers
+from apps.recsys.retrieval.index import ItemIndex
 from apps.recsys.retrieval.metrics import RetrievalMetrics
 
 USERS, ITEMS, DIM = 7, 23, 5

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from apps.recsys.sequence.data import HistoryData
+from apps.recsys.sequence.histories import Items
 from apps.recsys.sequence.model import HistoryModelConfig
 from apps.recsys.sequence.module import NextItemRecommender
 
@@ -92,6 +93,27 @@ def test_events_have_the_same_in_every_form(tmp_path: Path) -> None:
     frame = model.predict(pandas.DataFrame(EVENTS), top=3)
     assert frame["who"].tolist() == list(users)
     assert frame["what"].tolist() == list(items)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "of_lists", "of_events"),
+    [
+        (["0012", "12", "7"], pa.int16(), ["0012", "12", "7"], pa.array(["0012", "12", "7"])),  # not 12, 12, 7
+        (["12", "7", "x"], pa.int16(), ["12", "7", "x"], pa.array(["12", "7", "x"])),
+        (["12", "300", "7"], pa.int16(), [12, 300, 7], pa.array([12, 300, 7], pa.int16())),
+        (["-1", "300", "7"], pa.uint8(), [-1, 300, 7], pa.array([-1, 300, 7])),
+        (["12", "9" * 20, "7"], pa.int16(), [12, int("9" * 20), 7], pa.array(["12", "9" * 20, "7"])),
+    ],
+)
+def test_items_are_integers_where_all_of_the_model_s_are(
+    values: list[str], kind: pa.DataType, of_lists: list[Any], of_events: pa.Array
+) -> None:
+    model = NextItemRecommender(3, 4).eval()
+    model.adopt_encoding({"encoding": Items(("", *values), ("", *values)).state()})
+    model.model.forward = lambda *_: torch.tensor([[-torch.inf, 3.0, 2.0, 1.0]])  # the items in their order
+    assert model.predict([[7]], top=2, include_seen=True) == [list(zip(of_lists[:2], [3.0, 2.0], strict=True))]
+    events = pa.table({"user": [1], "item": pa.array([7], kind), "time": [0]})
+    assert model.predict(events, include_seen=True)["item"].combine_chunks() == of_events
 
 
 @pytest.mark.filterwarnings("ignore")
