@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from apps.recsys.tables.rows.streaming import FileRows
+
+log = logging.getLogger(__name__)
 
 
 class Pairs(Dataset[PairBatch]):
@@ -129,7 +132,8 @@ class RetrievalData(TableData):
         user_column: column that tells one user from another, of the users' tower: categorical, with a row for each
             value. Predictions repeat it. None: users have no name.
         exclude_seen: whether validation, test and prediction leave out the items of all the user's training rows,
-            whatever their label. It needs ``user_column``.
+            whatever their label; users with fewer rows than ``table.min_count`` share row 0, and keep theirs. It needs
+            ``user_column``.
         num_uniform: further negatives per training step and process, sampled from the whole catalog with all items
             equally likely; the pairs of the batch share them (mixed negative sampling).
         top_k: number of items that ``moesaic predict`` returns per user.
@@ -277,6 +281,21 @@ class RetrievalData(TableData):
             None if is_train else self._seen,
             self.user_column,
         )
+
+    def announce(self) -> None:
+        super().announce()
+        if not self.exclude_seen:
+            return
+        assert self.user_column is not None
+        user_N = self._column(self.user_column).index_select(0, self.opened["train"])
+        if shared := int((user_N == 0).sum()):
+            log.warning(
+                "exclude_seen: %s of %s training rows have row 0 of column %r (missing, or rarer than table.min_count)"
+                ": their items stay candidates",
+                f"{shared:,}",
+                f"{len(user_N):,}",
+                self.user_column,
+            )
 
     def batching(self, examples: Any) -> dict[str, Any]:
         return {**super().batching(examples), "draws": self.num_uniform > 0}

@@ -58,6 +58,19 @@ def test_the_items_of_all_training_rows_are_seen(data):
     assert data.examples("val").__getitems__([1]).seen_BH.tolist() == [[3, 4, 5]]  # cy, the second of two
 
 
+def test_rows_of_rare_users_whose_items_stay_candidates_are_counted(tmp_path, caplog):
+    dan = [("dan", 20, film, "sci-fi", 1985, 5) for film in ("Alien", "Dune", "Brazil")]  # one row trains
+    pa.csv.write_csv(pa.table(made_columns(ROWS + dan)), tmp_path / "more.csv")
+    more = {"train_file": str(tmp_path / "more.csv"), "user_column": "user", "exclude_seen": True}
+    for min_count, seen, count in ((1, [[1]], 0), (2, [[0]], 1)):
+        caplog.clear()
+        rare = made_pairs(tmp_path, table={**TABLE, "min_count": min_count}, **more)
+        rare.setup("fit")
+        assert rare.examples("test").__getitems__([3]).seen_BH.tolist() == seen
+        wanted = "exclude_seen: 1 of 10 training rows have row 0 of column 'user' (missing, or rarer than"
+        assert sum(line.startswith(wanted) for line in caplog.messages) == count
+
+
 def test_a_seen_list_by_hand():
     # user 1 has items 3 (twice) and 1, user 2 none, user 3 item 2; user or item 0 is unknown
     seen = Seen.of(torch.tensor([1, 1, 3, 1, 0, 3]), torch.tensor([3, 1, 2, 3, 1, 0]), num_users=4)
