@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from apps.recsys.encoding.features import CategoricalFeature, Features
+from apps.recsys.encoding.profiles import Profile
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.schema import nearest, timestamp_columns
@@ -132,6 +133,7 @@ def column_of(batch: TableBatch, features: Features, column: str) -> Tensor:
 def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
     """Return the columns of a batch as they are in a table; a value that has no row of its own is missing.
 
+    Row numbers that the table itself contains are kept as they are; 0 is missing where training rows have no value.
     Texts, whose vectors a batch has, and timestamps, which it has in parts, are not among them.
 
     Args:
@@ -150,8 +152,11 @@ def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
         if feature.hashed:
             raise ValueError(f"column {feature.name!r} is hashed: the model does not keep its values")
         known = encoding.vocabularies.get(items.get(feature.name, feature.name))
-        values = _values(own.values_N if isinstance(own, Ragged) else own, known, feature.num_rows)
-        columns[feature.name] = _lists(own, values) if isinstance(own, Ragged) else values
+        if isinstance(own, Ragged):
+            columns[feature.name] = _lists(own, _values(own.values_N, known, known is not None))
+        else:
+            profile = encoding.profiles.get(feature.name, Profile())
+            columns[feature.name] = _values(own, known, known is not None or bool(profile.missing))
     for number, values_B in zip(encoding.features.continuous, batch.dense_BC.t().cpu().numpy(), strict=True):
         columns[number.name] = pa.array(values_B, from_pandas=True)
     if encoding.features.vectors:
@@ -164,19 +169,21 @@ def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
     return pa.table({column: values for column, values in columns.items() if column not in made})
 
 
-def _values(row_N: Tensor, known: Vocabulary | None, num_rows: int) -> pa.Array:
-    """Return the values of rows, null for row 0. Row numbers that the table itself contains are kept as they are."""
+def _values(row_N: Tensor, known: Vocabulary | None, no_0: bool) -> pa.Array:
+    """Return the values of rows, which are the row numbers if none are known; ``no_0``: null for row 0."""
     import pyarrow as pa
 
-    own, place_N = pa.array(range(num_rows)) if known is None else pa.array(["", *known.texts()]), row_N.cpu().numpy()
-    return own.take(pa.array(place_N, mask=place_N == 0))
+    place_N = row_N.cpu().numpy()
+    places = pa.array(place_N, mask=place_N == 0 if no_0 else None)
+    return places if known is None else pa.array(["", *known.texts()]).take(places)
 
 
 def _lists(column: Ragged, values: pa.Array) -> pa.Array:
     """Return the values of each example as a list, without nulls."""
     import pyarrow as pa
 
-    ends = column.row_N[column.values_N > 0].bincount(minlength=len(column.length_B)).cumsum(0)
+    there_N = torch.tensor(values.is_valid().to_numpy(zero_copy_only=False))
+    ends = column.row_N.cpu()[there_N].bincount(minlength=len(column.length_B)).cumsum(0)
     return pa.ListArray.from_arrays(pa.array([0, *ends.tolist()], pa.int32()), values.drop_null())
 
 

@@ -151,6 +151,26 @@ def test_values_without_a_row_are_missing(tmp_path):
     assert raw.to_pydict() == {"film": [None] * 3, "genres": [["sci-fi"], ["sci-fi"], []]}
 
 
+def test_row_numbers_are_kept_and_0_is_missing_where_values_are(tmp_path):
+    columns = {
+        "kind": [FILMS.index(row[2]) if row[2] in FILMS else 9 for row in ROWS],  # Alien is 0
+        "part": [None if row[2] == "Alien" else 3 for row in ROWS],
+        "tags": ["0|2" if row[2] == "Alien" else "" if row[2] == "Dune" else "1|0" for row in ROWS],
+    }
+    pa.csv.write_csv(pa.table({**made_columns(), **columns}), tmp_path / "numbered.csv")
+    sizes = {"kind": 10, "part": 4, "tags": 3}
+    table = {**TABLE, "categorical": ["user", "film", "kind", "part"], "multi_valued": ["tags"], "num_rows": sizes}
+    file = str(tmp_path / "numbered.csv")
+    data = made_pairs(tmp_path, train_file=file, table=table, item_columns=["film", *columns])
+    (items,) = data.catalog.batches(data.item_features)
+    assert raw_columns(items, encoding_of_part(data.encoding, names_of(data.item_features))).to_pydict() == {
+        "film": list(FILMS),
+        "kind": [0, 1, 2, 3, 4],
+        "part": [None, 3, 3, 3, 3],
+        "tags": [[0, 2], [1, 0], [1, 0], [], [1, 0]],
+    }
+
+
 def test_a_user_s_last_items_are_columns_of_its_tower(tmp_path):
     last = ["", "Alien", "Alien|Brazil", "", "", "", "Alien", "Dune|Solaris|Alien", *[""] * 7]
     table = {**TABLE, "sequences": {"last": {"items": "film", "length": 2}}}
