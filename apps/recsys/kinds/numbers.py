@@ -198,7 +198,7 @@ class Revenue(Regression):
         p = chance.sigmoid()
         place = ((level - (1 - p)) / p).clamp(1e-6, 1 - 1e-6)
         amount = (self.target.log_mean + self.target.log_std * (mean + spread * torch.special.ndtri(place))).exp()
-        return torch.where(level > 1 - p, amount, 0.0)
+        return torch.where(level > 1 - p, self._at_most(amount), 0.0)
 
     def columns(self, name: str, z_Bw: Tensor) -> dict[str, Tensor | list[str]]:
         quantiles = {f"quantile_{100 * q:.0f}_{name}": self.quantile(z_Bw, q) for q in QUANTILES}
@@ -209,12 +209,15 @@ class Revenue(Regression):
         return {f"value_{name}": NUMBER, f"probability_{name}": SHARE, **quantiles}
 
     def outputs_of(self, value_N: np.ndarray) -> np.ndarray:
-        """Return outputs with the training's share of positive amounts, and the least spread."""
+        """Return outputs with the least spread, and a chance that rises with the value from the training's share of
+        positive amounts to 1 at the largest, so that no amount is above that."""
         spread, scale, share = 0.05, self.target.log_std, self.target.shares[1]
-        log_N = np.log(np.maximum(value_N, 1e-9) / share) - (spread * scale) ** 2 / 2
-        mean_N = (log_N - self.target.log_mean) / scale
+        most = math.inf if self.target.most is None else self.target.most
+        value_N = np.clip(value_N.astype(np.float64), 1e-9, most)
+        share_N = np.minimum(share + (1 - share) * value_N / most, 1 - 1e-9)
+        mean_N = (np.log(value_N / share_N) - (spread * scale) ** 2 / 2 - self.target.log_mean) / scale
         raw = math.log(math.expm1(spread)) - self._SHIFT
-        return np.column_stack((np.full(len(mean_N), logit(share)), mean_N, np.full(len(mean_N), raw)))
+        return np.column_stack((np.log(share_N / (1 - share_N)), mean_N, np.full(len(mean_N), raw)))
 
     def metrics(self, z_Nw: np.ndarray, label_N: np.ndarray, groups_N: np.ndarray | None = None) -> Metrics:
         value_N = self.value(torch.from_numpy(z_Nw)).numpy()

@@ -133,6 +133,17 @@ def test_no_amount_is_predicted_above_the_largest_of_the_training():
     assert float(kind_of(Target("tweedie", mean=2.0, std=1.0, **largest)).value(outputs(9.0))) == 20
     spent = Target("revenue", mean=5.7, std=7.5, shares=(0.5, 0.5), log_mean=2.0, log_std=1.0, **largest)
     assert float(kind_of(spent).value(outputs(0.0, 9.0, 0.0))) == 10
+    assert float(kind_of(spent).quantile(outputs(0.0, 9.0, 0.0), 0.9)) == 20
+
+
+@pytest.mark.parametrize("share", [0.1, 5e-5])
+def test_a_revenue_that_a_tree_predicts_is_kept_and_has_a_chance_that_rises_with_it(share):
+    kind = kind_of(Target("revenue", shares=(1 - share, share), least=0.0, most=100.0, log_mean=3.0, log_std=1.0))
+    predicted = np.array([0.5, 9.0, 20.0, 100.0, 130.0])
+    made = kind.columns("spent", torch.from_numpy(kind.outputs_of(predicted)))
+    assert made["value_spent"].tolist() == pytest.approx([0.5, 9, 20, 100, 100], rel=1e-6)
+    chances = [share + (1 - share) * part for part in (0.005, 0.09, 0.2, 1, 1)]
+    assert made["probability_spent"].tolist() == pytest.approx(chances, rel=1e-6)
 
 
 def test_what_cannot_be_negative_is_not_predicted_so():
