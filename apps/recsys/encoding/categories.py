@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from apps.recsys.encoding.numbers import Part, first_failing, is_text
-from apps.recsys.encoding.vocabulary import Vocabulary, utf8
+from apps.recsys.encoding.vocabulary import Vocabulary, short_decimals, utf8
 
 MISSING = -1
 """The code of a value that is missing."""
@@ -109,6 +109,8 @@ def to_text(values: pa.Array) -> pa.StringArray:
         text = pc.if_else(pa.array(whole), as_int, values.cast(pa.string()))
         return pc.if_else(pa.array(np.isnan(numbers)), pa.scalar(None, pa.string()), text)
     text = values.cast(pa.string())
+    if pa.types.is_decimal(kind):
+        text = short_decimals(text)
     if pa.types.is_temporal(kind):  # written to the unit of its type: 12:00:00.000000
         text = pc.replace_substring_regex(text, r"(:\d\d)\.0+($|[^0-9])", r"\1\2")
     if is_text(kind) or pa.types.is_binary(kind):

@@ -97,9 +97,9 @@ class Encoding:
         domains, timestamps = state["domains"], state.get("timestamps", {})
         return cls(
             from_plain(state["features"], Features, "features"),
-            {column: Vocabulary(**tensors) for column, tensors in state["vocabularies"].items()},
+            {column: Vocabulary.of_state(**tensors) for column, tensors in state["vocabularies"].items()},
             state["domain"],
-            None if domains is None else Vocabulary(**domains),
+            None if domains is None else Vocabulary.of_state(**domains),
             state["separator"],
             timestamps if isinstance(timestamps, Mapping) else dict.fromkeys(timestamps),  # names in an earlier version
             _by_column(state.get("texts", {}), TextEncoding, "texts"),

@@ -41,6 +41,18 @@ class Vocabulary:
         kept = content[offsets[0] : offsets[-1]]
         return cls(torch.from_numpy(offsets - offsets[0]), torch.from_numpy(kept.copy()))
 
+    @classmethod
+    def of_state(cls, offsets: Tensor, content: Tensor) -> Vocabulary:
+        """Return the vocabulary of a checkpoint. Earlier versions wrote decimals to the scale of their type, 5.00; no
+        text of another type ends so."""
+        own = cls(offsets, content)
+        if b".0" not in content.numpy().tobytes():
+            return own
+        import pyarrow.compute as pc
+
+        is_old = pc.match_substring_regex(own._arrow, r"^-?(?:0|[1-9][0-9]*)\.0+$")
+        return cls.of(short_decimals(own._arrow)) if pc.any(is_old).as_py() else own
+
     def extended(self, values: pa.StringArray) -> Vocabulary:
         """Return the vocabulary with further texts after its own, which it must lack."""
         added = Vocabulary.of(values)
@@ -96,6 +108,14 @@ class Vocabulary:
 
     def state(self) -> dict[str, Tensor]:
         return {"offsets": self.offsets, "content": self.content}
+
+
+def short_decimals(text: pa.StringArray) -> pa.StringArray:
+    """Return decimals without zeros at their end, as floats are written: 5 for 5.00, 5.5 for 5.50, 0 for 0E-10."""
+    import pyarrow.compute as pc
+
+    zeros = r"^(0)e-\d+$|\.0+($|e)|(\.\d*[1-9])0+($|e)"
+    return pc.replace_substring_regex(pc.utf8_lower(text), zeros, r"\1\2\3\4")
 
 
 def utf8(values: pa.StringArray) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +52,9 @@ DAY = datetime.datetime(2024, 5, 3)
         ([3, 3, None], pa.int64(), ["3", "3", None]),
         ([3.0, 2.5, float("nan"), 1e15, None], None, ["3", "2.5", None, "1000000000000000", None]),
         ([True, False, None], None, ["true", "false", None]),
+        ([Decimal(5), Decimal("-5.5"), Decimal(50), None], pa.decimal128(10, 2), ["5", "-5.5", "50", None]),
+        ([Decimal(0), Decimal(500), Decimal("0.05")], pa.decimal128(38, 18), ["0", "500", "0.05"]),
+        ([Decimal(0), Decimal(500)], pa.decimal128(38, 0), ["0", "500"]),
         ([datetime.date(2024, 5, 31)], None, ["2024-05-31"]),
         (["x", None, "x"], pa.dictionary(pa.int8(), pa.string()), ["x", None, "x"]),
         ([" a ", "5.0", "True", None], pa.string_view(), ["a", "5", "true", None]),

@@ -50,6 +50,12 @@ def test_a_vocabulary_finds_its_texts():
     assert vocabulary.digest != Vocabulary.of(pa.array(["", "b", "äö"])).digest
 
 
+def test_decimals_of_an_earlier_version_s_checkpoint_are_found_as_they_are_written_now():
+    for old, new in ((["5.00", "5.50", "-1.05"], ("5", "5.5", "-1.05")), (["1.10", "007.0", "v5.0"], None)):
+        state = Vocabulary.of(pa.array(old)).state()
+        assert Vocabulary.of_state(**state).texts() == (new or tuple(old))
+
+
 def test_a_table_is_encoded_by_what_another_one_taught(own, tmp_path):
     learned = own()
     state = learned.encoding_state
