@@ -215,7 +215,9 @@ class _Build(ColumnWriter):
         )
         self.tables = {s: with_vectors(table, self.texts, _WHERE[s]) for s, table in self.tables.items()}
         times = {column: self.times.get(column) for column in self.timestamps}
-        self.tables = {s: with_parts(table, times, _WHERE[s]) for s, table in self.tables.items()}
+        for split, table in self.tables.items():  # training comes first: its dates and seconds are those of all
+            self.tables[split] = own = with_parts(table, times, _WHERE[split])
+            times = {c: times[c] or _range(own[timestamp_columns(c)[2]].to_numpy()) for c in times}
         self.config = self.config.with_parts()
         for hour, weekday, _ in map(timestamp_columns, self.timestamps):
             self.fixed |= {hour: Vocabulary.of(pa.array(HOURS)), weekday: Vocabulary.of(pa.array(WEEKDAYS))}
@@ -267,8 +269,7 @@ class _Build(ColumnWriter):
         times: dict[str, TimeRange] = {}
         for column in self.timestamps:
             days_N = to_numbers(self.parts(timestamp_columns(column)[2]), column)[self.masks["train"]]
-            days_n = np.append(self.times.get(column) or [], days_N[~np.isnan(days_N)])
-            times[column] = [float(days_n.min()), float(days_n.max())] if len(days_n) else None
+            times[column] = _range(np.append(self.times.get(column) or [], days_N))
         return times
 
     def _write_weights(self) -> None:
@@ -385,6 +386,11 @@ class _Build(ColumnWriter):
         for column, vectors in self.write_vectors({c: known.get(c) for c in self.config.vectors}).items():
             self.notes.column(column, np.isnan(vectors[:, 0]))
             yield VectorFeature(column, vectors.shape[1], vector_scale(vectors[self.masks["train"]]))
+
+
+def _range(days_N: NDArray[np.float64]) -> TimeRange:
+    days_n = days_N[~np.isnan(days_N)]
+    return [float(days_n.min()), float(days_n.max())] if len(days_n) else None
 
 
 def _of_positives(raw: RawTables, config: TableConfig, drawn: NegativesConfig) -> tuple[RawTables, TableConfig]:

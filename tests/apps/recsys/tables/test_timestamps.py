@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet
 import pytest
 import torch
 from made_table import rows_of
@@ -140,3 +141,16 @@ def test_dates_as_numbers_are_dates_in_training_predictions_and_the_service(tmp_
         ValueError, match=r"^at='45444': a timestamp is seconds to nanoseconds since 1970, .* days or years"
     ):
         answers.read({"city": "Rome", "at": 45444})
+
+
+def test_numbers_that_are_dates_in_the_training_file_are_dates_in_the_others(tmp_path):
+    # 20240609 is a date among as many dates as others, of the 19,883rd day since 1970; else it is seconds of day 234.
+    others = [0, 0, 0, 20240609]
+    for name, at in (("train", [20240609, 20240608, 0, 20240601]), ("val", others), ("test", others)):
+        rows = {"city": ["Rome", "Oslo"] * 2, "at": at, "click": [0, 1, 1, 0]}
+        pa.parquet.write_table(pa.table(rows), tmp_path / f"{name}.parquet")
+    files = {f"{name}_file": f"{name}.parquet" for name in ("train", "val", "test")}
+    table = TableConfig(("city",), tasks=CONFIG.tasks, split=SplitConfig("given"), timestamps=("at",))
+    data = TableData("table", str(tmp_path), str(tmp_path / "cache"), table=table, **files)
+    for name in ("val", "test"):
+        assert data.rows(name)[:].dense_BC[:, 0].tolist() == [0, 0, 0, 19_883]
