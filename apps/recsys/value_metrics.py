@@ -130,17 +130,18 @@ def amount_metrics(value_N: np.ndarray, label_N: np.ndarray) -> dict[str, float]
 
     "gini" is twice the area between the share of all amounts that the rows with the highest predictions have and the
     share of rows; "normalized_gini" is that over the gini of perfect predictions. "decile_error" is the mean over ten
-    groups of equal size, by prediction, of the distance of mean prediction and mean label, over the mean label.
-    "tweedie_deviance" is of power 1.5.
+    groups of equal size, by prediction, of the distance of mean prediction and mean label, over the mean label; rows of
+    equal predictions share their labels. "tweedie_deviance" is of power 1.5.
     """
     from sklearn.metrics import mean_tweedie_deviance
 
     total = float(label_N.sum())
     if not total:
         return dict.fromkeys(AMOUNTS, math.nan)
-    order = np.argsort(value_N, kind="stable")
-    tenths = [part for part in np.array_split(order, 10) if len(part)]
-    apart = [abs(float(value_N[part].mean() - label_N[part].mean())) for part in tenths]
+    _, tie_N, counts = np.unique(value_N, return_inverse=True, return_counts=True)
+    label_of_tie_N = (np.bincount(tie_N, label_N) / counts)[tie_N]  # else the order of the rows would count
+    tenths = [part for part in np.array_split(np.argsort(value_N), 10) if len(part)]
+    apart = [abs(float(value_N[part].mean() - label_of_tie_N[part].mean())) for part in tenths]
     own, best = gini(value_N, label_N), gini(label_N, label_N)
     return {
         "gini": own,

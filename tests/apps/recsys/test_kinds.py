@@ -160,6 +160,9 @@ def test_metrics_of_amounts_by_hand():
     best = 0.25 * (0.375 + 0.875 + 1.0 + 1.0)
     assert of["normalized_gini"] == pytest.approx((2 * area - 1) / (2 * best - 1))
     assert of["decile_error"] == pytest.approx((0 + 1 + 2 + 3) / 4 / 2)  # four groups of a row, the mean label is 2
+    # Of ten rows, the five predictions of 1 have a mean label of 1, whatever their order, and those of 3 one of 3.
+    label, value = np.array([0.0, 0, 0, 0, 5, 1, 1, 1, 6, 6]), np.repeat([1.0, 3.0], 5)
+    assert amount_metrics(value, label)["decile_error"] == amount_metrics(np.full(10, 2.0), label)["decile_error"] == 0
     assert gini(np.ones(4), np.array([0.0, 2.0, 0.0, 6.0])) == pytest.approx(0)
     own = quantile_metrics(np.array([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]), np.array([1.0, 4.0]))
     assert own["coverage_80"] == 0.5
