@@ -29,6 +29,8 @@ def shrinking(layer: Any, num_experts: int, rows: Rows) -> Callable[[], None]:
             router's tensors have no row for each expert; or JetMoE, whose attention has as many experts.
     """
     E, K = layer.num_experts, int(layer.pairs_per_token)
+    if layer.experts.cache is not None:
+        raise ValueError(f"{type(layer.experts).__name__} are offloaded: a layer shrinks before core.offload_experts")
     if num_experts < K and num_experts != 1:
         raise ValueError(f"a token takes {K} experts, and {num_experts} would be left")
     if any(CHILD in module._modules for module in layer.modules()):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..contract import Rows
 from ..experts import Experts
+from ..experts.adapters import CHILD
 from ..kernels import accumulate_dtype
 from .prediction import Forecast, Scores
 from .slots import Expert, SlotPool
@@ -53,12 +54,11 @@ class Offloaded:
         self.inner.num_experts = pool.count
         self.inner._forward_pre_hooks.clear()
         self.inner._forward_hooks.clear()
-        self._tensors = [*stacked(self.experts).values()]
         self._state = self._look()
 
     def _look(self) -> list[tuple[int, int]]:
         """Return a value that changes with the stacked tensors; tensors of inference mode count no changes."""
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors]
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in stacked(self.experts).values()]
 
     def renew(self, number: int) -> None:
         """Empty the slots of this module, number ``number`` of the pool, if its tensors were changed in place.
@@ -69,7 +69,7 @@ class Offloaded:
         state = self._look()
         if state == self._state:
             return
-        if isinstance(self.store, FileStore) or any(a[0] != b[0] for a, b in zip(state, self._state, strict=True)):
+        if isinstance(self.store, FileStore) or [a for a, _ in state] != [b for b, _ in self._state]:
             raise ValueError(
                 f"the experts {self.name} were changed after they were stored: change them before core.offload_experts"
             )
@@ -164,6 +164,8 @@ class OffloadedExperts:
         if tokens.device != member.pool.device:
             raise ValueError(f"x is on {tokens.device}, the slots of offloaded experts on {member.pool.device}")
         member.inner.backend = experts.backend
+        if CHILD in experts._modules:
+            getattr(member.inner, CHILD).active = getattr(experts, CHILD).active
         with self._lock, torch.no_grad():
             member.renew(self._number[id(experts)])
             if isinstance(x, Rows):

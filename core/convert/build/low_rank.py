@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -43,8 +43,9 @@ def attach(model: nn.Module, updates: Sequence[tuple[nn.Module, str, LowRankUpda
     else.
 
     Raises:
-        ValueError: the name is empty, has a point or is taken.
+        ValueError: the name is empty, has a point or is taken, or experts are offloaded.
     """
+    _check_in_memory(owner for owner, _, _ in updates)
     if not name or "." in name:
         raise ValueError(f"name={name!r}: an adapter's name has no point, and is not empty")
     if any(name in adapters for _, adapters in adapted_modules(model)):
@@ -88,6 +89,7 @@ def merge_low_rank(model: nn.Module) -> bool:
     frozen = next((path for path, owner, _ in places if isinstance(owner, Experts) and owner.is_quantized), None)
     if frozen is not None:
         raise ValueError(f"{frozen!r} is quantized: adapters are merged into floating-point weights")
+    _check_in_memory(owner for _, owner, _ in places)
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for _, owner, adapters in places:
         if isinstance(owner, Experts):
@@ -113,6 +115,14 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapters]]:
         adapters = module._modules.get(CHILD)
         if isinstance(adapters, Adapters):
             yield path, adapters
+
+
+def _check_in_memory(owners: Iterable[nn.Module]) -> None:
+    """Raise a ``ValueError`` if an owner of adapters is offloaded experts, whose slots would stay as they are."""
+    for owner in owners:
+        if isinstance(owner, Experts) and owner.cache is not None:
+            kind = type(owner).__name__
+            raise ValueError(f"{kind} are offloaded: adapters are added and merged before core.offload_experts")
 
 
 def _active(model: nn.Module) -> tuple[str, ...]:

@@ -26,6 +26,8 @@ def parts_of(layer: nn.Module, verb: str) -> tuple[Any, Experts]:
     if not isinstance(layer, MoE):
         raise ValueError(f"a {type(layer).__name__} does not {verb}: core.MoE and its subclasses do")
     router, experts = layer.router, layer.experts
+    if experts.cache is not None:
+        raise ValueError(f"{type(experts).__name__} are offloaded: a layer {verb}s before core.offload_experts")
     if layer.is_adopted:
         if verb == "grow":
             raise ValueError(f"an adopted {type(layer).__name__} does not grow")

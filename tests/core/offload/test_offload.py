@@ -450,6 +450,7 @@ def test_experts_that_are_changed_beside_their_store_are_rejected(tmp_path: Path
     for change, path in (
         (lambda experts: experts.w_in.mul_(2), tmp_path / "experts.safetensors"),
         (lambda experts: setattr(experts.w_in, "data", torch.zeros(E, D, F)), None),
+        (lambda experts: setattr(experts, "w_in", nn.Parameter(torch.zeros(E, D, F), requires_grad=False)), None),
     ):
         layer = layer_of()
         core.offload_experts(layer, one_expert(layer), path)
@@ -457,6 +458,41 @@ def test_experts_that_are_changed_beside_their_store_are_rejected(tmp_path: Path
             change(layer.experts)
         with pytest.raises(ValueError, match=r"^the experts experts were changed after they were stored: change them"):
             layer(torch.randn(1, 4, D))
+
+
+def test_adapters_are_chosen_after_offloading_and_neither_added_nor_merged():
+    layer = core.add_adapters(layer_of(SwiGLU(F)), LoRA(2), "experts").requires_grad_(False)
+    for update in layer.experts.lora["default"].values():
+        nn.init.normal_(update.b)
+    x = torch.randn(2, 4, D)
+    wanted = {names: core.use_adapters(layer, *names)(x) for names in ((), ("default",))}
+    assert float((wanted[()] - wanted[("default",)]).abs().max()) > 0.1
+    core.offload_experts(layer, 2 * one_expert(layer))
+    for names in ((), ("default",), ()):
+        torch.testing.assert_close(core.use_adapters(layer, *names)(x), wanted[names], rtol=1e-5, atol=1e-5)
+    kind = "FFNExperts are offloaded: adapters are added and merged before core.offload_experts"
+    with pytest.raises(ValueError, match=kind):
+        core.add_adapters(layer, LoRA(2), "experts", name="second")
+    with pytest.raises(ValueError, match=kind):
+        core.merge_adapters(layer)
+    core.add_adapters(layer, LoRA(2), "router", name="second")  # starts at zero
+    torch.testing.assert_close(layer(x), wanted[()], rtol=1e-5, atol=1e-5)
+
+
+def test_offloaded_experts_become_neither_more_nor_fewer():
+    statistics = core.expert_statistics(layer_of(), [torch.randn(2, 4, D)], every_token=True)
+    for verb, change in (
+        ("shrinks", lambda layer: core.keep_experts(layer, [2, 3, 5])),
+        ("shrinks", lambda layer: core.prune_experts(layer, statistics, 4)),
+        ("shrinks", lambda layer: core.merge_experts(layer, statistics, 4)),
+        ("grows", lambda layer: core.grow_experts(layer, 2)),
+    ):
+        layer = layer_of()
+        expected = passes(layer)
+        core.offload_experts(layer, 3 * one_expert(layer))
+        with pytest.raises(ValueError, match=f"FFNExperts are offloaded: a layer {verb} before core.offload_experts"):
+            change(layer)
+        assert all(torch.equal(y, wanted) for y, wanted in zip(passes(layer), expected, strict=True))
 
 
 def test_a_budget_below_one_expert():
