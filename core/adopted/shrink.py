@@ -25,14 +25,18 @@ def shrinking(layer: Any, num_experts: int, rows: Rows) -> Callable[[], None]:
         rows: makes each stacked tensor of theirs, and the router's rows.
 
     Raises:
-        ValueError: a token takes more experts than would be left, but for one expert, which every token takes; or the
-            router's tensors have no row for each expert; or JetMoE, whose attention has as many experts.
+        ValueError: a token takes more experts than would be left, but for one expert, which every token takes; groups
+            of experts would be unequal; the router's tensors have no row for each expert; the experts are offloaded or
+            have adapters; or JetMoE, whose attention has as many experts.
     """
-    E, K = layer.num_experts, int(layer.pairs_per_token)
+    E, K, groups = layer.num_experts, int(layer.pairs_per_token), layer.router.num_groups
     if layer.experts.cache is not None:
         raise ValueError(f"{type(layer.experts).__name__} are offloaded: a layer shrinks before core.offload_experts")
-    if num_experts < K and num_experts != 1:
+    takes_two = layer.layout.fixed_top_k and layer.layout.way == "choice"  # PhiMoE's method has no case of one
+    if num_experts < K and (num_experts != 1 or takes_two):
         raise ValueError(f"a token takes {K} experts, and {num_experts} would be left")
+    if num_experts % groups:
+        raise ValueError(f"num_experts={num_experts} is not a multiple of the {groups} groups of experts")
     if any(CHILD in module._modules for module in layer.modules()):
         raise ValueError(f"{type(layer).__name__} has adapters: core.merge_adapters merges them before")
     if layer.layout.way == "sorted":
@@ -74,7 +78,7 @@ def set_counts(model: nn.Module) -> None:
         ValueError: the configuration has no number of experts.
     """
     counts = {layer.num_experts for layer in model.modules() if getattr(layer, "is_adopted", False)}
-    if len(counts) != 1:
+    if len(counts) != 1 or getattr(model, "is_adopted", False):  # a block by itself has no configuration
         return
     num_experts, config = counts.pop(), getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: config)()

@@ -213,6 +213,51 @@ def test_a_dense_model_of_equal_experts_computes_the_same(name, tmp_path):
         assert sum(p.numel() for p in again.parameters()) < 0.8 * sum(p.numel() for p in made(name).parameters())
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "GraniteMoe", "Dbrx", "Qwen2Moe", "Qwen3Next"])
+def test_a_block_that_is_cut_to_one_expert_computes_it_and_the_shared_one(name, tmp_path):
+    net = core.adopt(made(name).eval())
+    x_BSD = torch.randn(1, 5, 16)
+    with torch.no_grad():
+        expected = {}
+        for where, layer in core.moe_layers(net).items():
+            w_in, w_gate, w_out = (w[2] for w in layer.experts.matrices())
+            expected[where] = (nn.functional.silu(x_BSD @ w_gate) * (x_BSD @ w_in)) @ w_out
+            if name.startswith("Qwen"):
+                expected[where] += layer.shared_expert_gate(x_BSD).sigmoid() * layer.shared_expert(x_BSD)
+        assert core.cut_out(net, expert=2) is net
+        for where, layer in core.moe_layers(net).items():
+            assert layer.num_experts == 1
+            out = layer(x_BSD)
+            assert error(out[0] if isinstance(out, tuple) else out, expected[where]) < 1e-6
+        assert error(logits(saved_again(net, tmp_path)), logits(core.adopt(copy.deepcopy(net)))) < 1e-6
+
+
+def test_what_cannot_be_cut_to_one_expert():
+    for name, message in (
+        ("JetMoe", "one number for these experts and for those of attention"),
+        ("DeepseekV3", "num_experts=1 is not a multiple of the 2 groups of experts"),
+        ("Phimoe", "a token takes 2 experts, and 1 would be left"),
+    ):
+        net = core.adopt(model(name).eval())
+        with pytest.raises(ValueError, match=message):
+            core.cut_out(net, expert=0)
+    net = core.adopt(model("Mixtral").eval())
+    layer = next(iter(core.moe_layers(net).values()))
+    with pytest.raises(ValueError, match="an adopted MixtralSparseMoeBlock stays one: core"):
+        core.average_experts(layer)
+    with pytest.raises(ValueError, match=r"expert=4 is not in range\(4\)"):
+        core.cut_out(layer, expert=4)
+    assert core.cut_out(copy.deepcopy(layer), expert=3).num_experts == 1
+    core.offload_experts(net, 1 << 20)
+    for change in (core.densify, lambda net: core.cut_out(net, expert=0)):
+        with pytest.raises(ValueError, match="MixtralExperts are offloaded: a layer shrinks before"):
+            change(net)
+    assert layer.num_experts == 4
+    net = core.quantize_experts(core.adopt(model("Mixtral").eval()))
+    with pytest.raises(ValueError, match="MixtralExperts are quantized: an expert is taken out before"):
+        core.cut_out(net, expert=0)
+
+
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3", "Llama4"])
 def test_offloaded_experts_compute_the_same(name):
     net = core.adopt(model(name).eval())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from ...adopted.shrink import set_counts
 from ...layers import MoE, MoELayer
 from ...routing.given.per_sequence import DomainRouter, TaskRouter
 from ...routing.router import RouterConfig
-from ..read.parts import replace_layers
+from ..read.parts import check_all_here, replace_layers
 from .merge import OneExpert, joined
 
 
@@ -20,7 +23,8 @@ def cut_out(
 
     If the gate decides only by the task or the domain, the dense model's output equals the sparse one's for it, for any
     tokens (Task-MoE, arXiv 2110.03742; DEMix, arXiv 2108.05036). A task's K experts become one FFN that is K times as
-    wide, with the gates in its output's weights. ``expert`` takes one expert at a gate of 1, whatever the router is.
+    wide, with the gates in its output's weights. ``expert`` takes one expert at a gate of 1, whatever the router is. An
+    adopted block of transformers stays one, with that expert alone, at the gate that its router gives to it.
 
     Args:
         model: any module with MoE layers, changed in place, or one MoE layer. Copy it first to keep the sparse one.
@@ -29,7 +33,7 @@ def cut_out(
         expert: index of an expert of each layer.
 
     Returns:
-        ``model``, or the dense layer (``OneExpert``) in the place of a layer.
+        ``model``, or the dense layer (``OneExpert``) in the place of a layer that is not adopted.
 
     Raises:
         ValueError: not exactly one of task, domain and expert is given, or it is out of range; a router decides by
@@ -44,14 +48,25 @@ def cut_out(
     if len(given) != 1:
         raise ValueError(f"one of task, domain and expert is to be given, not {len(given)} of them")
     ((what, index),) = given.items()
+    changes: list[Callable[[], None]] = []
 
     def dense(name: str, layer: MoELayer) -> nn.Module:
         if not isinstance(layer, MoE):
             raise ValueError(f"layer {name!r} is a {type(layer).__name__}: core.MoE and its subclasses are cut out of")
         expert_ids_K, gates_K = _experts_of(layer, what, index)
+        if layer.is_adopted:
+            check_all_here(layer.experts, "an expert is taken out")
+            change = layer.shrunk(1, lambda stacked: stacked[[index]])
+            assert change is not None
+            changes.append(change)
+            return layer
         return OneExpert.in_place_of(layer, joined(layer.experts, expert_ids_K, gates_K))
 
-    return replace_layers(model, dense)
+    made = replace_layers(model, dense)
+    for change in changes:
+        change()
+    set_counts(made)
+    return made
 
 
 def _experts_of(layer: MoE, what: str, index: int) -> tuple[list[int], Tensor]:

@@ -49,10 +49,12 @@ class OneExpert(nn.Module):
         """Return the layer of ``expert`` with copies of the MoE layer's other parts, in its mode.
 
         Raises:
-            ValueError: the layer's experts take more than a row each, as attention and patches do.
+            ValueError: the layer's experts take more than a row each, as attention and patches do, or it is adopted.
         """
         if isinstance(layer, (AttentionMoE, NeuronMoE, PatchMoE)):
             raise ValueError(f"no layer of one expert takes the place of a {type(layer).__name__}")
+        if layer.is_adopted:
+            raise ValueError(f"an adopted {type(layer).__name__} stays one: core.densify gives it one expert in place")
         beside = copy.deepcopy((layer.shared_experts, layer.shared_gate, layer.output_bias))
         return cls(expert, *beside).train(layer.training)
 
@@ -121,7 +123,8 @@ def average_experts(layer: MoE, weights_E: Tensor | Sequence[float] | None = Non
         weights_E: (E,), weights of the experts' parameters, taken as they are; None: 1 / E each.
 
     Raises:
-        ValueError: another module, experts that cannot be merged or have adapters, or that are split over ranks.
+        ValueError: another module, an adopted block, experts that cannot be merged or have adapters, or that are split
+            over ranks.
 
     Example::
 
