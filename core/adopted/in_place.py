@@ -148,7 +148,7 @@ def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[Any, Any, Any
 def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance, bias_update_rate: float) -> None:
     layout: Layout = classes[0].layout
     router, holder = block.get_submodule(layout.router), _holder(block, layout)
-    experts: Any = block.get_submodule(layout.experts) if layout.experts else nn.Module()
+    experts: Any = block.get_submodule(layout.experts) if layout.experts else nn.Module().train(block.training)
     K: Any = getattr(router, layout.top_k, None) or getattr(block, layout.top_k, 1 if layout.way == "mask" else 2)
     is_counted = layout.flat or layout.way in ("mask", "gates")
     E = experts.num_experts if is_counted else attrgetter(layout.up)(holder).shape[0]

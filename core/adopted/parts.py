@@ -123,6 +123,36 @@ class AdoptedExperts(Adopted, Experts):
         together: Tensor = _Together.apply(whole, *parts)
         return together
 
+    @property
+    def is_stacked(self) -> bool:
+        layout = self.layout
+        if self.is_quantized:  # the matrices are stacked then, and biases of one module each are not
+            return not (layout.up_bias and self.one_each())
+        return bool(layout.experts) and not layout.flat and not self.one_each()
+
+    def weights_of(self, e: int) -> dict[str, Tensor]:
+        if self.is_stacked:
+            return super().weights_of(e)
+        if not 0 <= e < self.num_local_experts:
+            raise ValueError(f"expert {e} is not in range(num_local_experts={self.num_local_experts})")
+        if self.one_each():
+            own: dict[str, Tensor] = dict(self.one_each()[e].named_parameters())
+        else:
+            paths = filter(None, (self.layout.up, self.layout.gate, self.layout.down))
+            own = {path: self.stacked(path)[e] for path in paths}
+        added = (*self.named_parameters(), *self.named_buffers())
+        return own | {name: t[e] for name, t in added if name.partition(".")[0] in (CHILD, *_MATRICES)}
+
+    def init_each(self, fn: Callable[[Tensor], Any]) -> None:
+        if self.is_quantized:
+            super().init_each(fn)  # an error
+        with torch.no_grad():
+            for matrices in self.matrices():
+                for matrix in () if matrices is None else matrices:
+                    fn(matrix)
+            for bias in self.biases():
+                bias.zero_()
+
     def one_each(self) -> list[nn.Module]:
         """Return the modules of the experts, if each has its own."""
         return [m for name, m in self._modules.items() if m is not None and name.startswith("expert_")]
@@ -214,7 +244,7 @@ class AdoptedExperts(Adopted, Experts):
         return w_in, b_in, w_gate, b_gate, w_out, b_out
 
     def biases(self) -> list[Tensor]:
-        return [p for name, p in self.named_parameters() if p.ndim == 2]
+        return [bias for bias in self.vectors() if bias is not None]
 
 
 class AdoptedFFN(AdoptedExperts, FFNExperts):  # type: ignore[misc]
@@ -253,6 +283,11 @@ class AdoptedMoE(Adopted, MoE):
         ids_TK = logits_TE.topk(int(self.pairs_per_token), -1).indices
         out = self.shared_expert(x_TD)
         return out + self.compute_chosen(x_TD, ids_TK, scores_TE.gather(1, ids_TK)), logits_TE
+
+    def all_expert_params(self) -> int:
+        layout = self.layout
+        of_block = () if layout.experts or self.experts.is_quantized else (layout.up, layout.gate, layout.down)
+        return super().all_expert_params() + sum(attrgetter(path)(self).numel() for path in of_block if path)
 
     def reset_parameters(self) -> None:
         """Adopted blocks have weights to keep."""

@@ -158,6 +158,11 @@ class Experts(nn.Module):
         return next((matrices.shape[0] for matrices in self._quantized().values()), self.num_experts)
 
     @property
+    def is_stacked(self) -> bool:
+        """Whether the first axis of every parameter counts the experts; in some adopted blocks it does not."""
+        return True
+
+    @property
     def is_quantized(self) -> bool:
         """Whether ``core.quantize_experts`` has quantized the matrices. They are frozen, and pass gradients on."""
         return bool(self._quantized())

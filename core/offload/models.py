@@ -59,7 +59,7 @@ def offload_experts(
 
     Raises:
         ValueError: the model has no experts to offload, they are offloaded already or split over ranks, or the budget
-            is below one expert of each shape.
+            is below one expert of each shape; or an adopted block's, which are not stacked.
         OSError: the file cannot be written.
 
     Example::
@@ -180,6 +180,9 @@ def _places(model: nn.Module) -> tuple[dict[str, tuple[Experts, Scores | None]],
         parts = layer.experts.parts if isinstance(layer.experts, MixedExperts) else [layer.experts]
         for i, part in enumerate(parts):
             assert isinstance(part, Experts)
+            if not part.is_stacked:
+                kind = type(layer).__name__
+                raise ValueError(f"the experts {name} of a {kind} have no first axis that counts them: not offloaded")
             if stacked(part):
                 whole = part is layer.experts
                 places[name if whole else f"{name}.parts.{i}"] = part, _scores(layer, first, part.num_experts)

@@ -232,6 +232,65 @@ def test_a_block_that_is_cut_to_one_expert_computes_it_and_the_shared_one(name, 
         assert error(logits(saved_again(net, tmp_path)), logits(core.adopt(copy.deepcopy(net)))) < 1e-6
 
 
+UNSTACKED = ["Dbrx", "SwitchTransformers", "NllbMoe", "JetMoe"]
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", *UNSTACKED])
+def test_matrices_start_each_by_itself_and_weights_are_of_one_expert(name):
+    net = core.adopt(made(name))
+    experts = next(iter(core.moe_layers(net).values())).experts
+    shapes = []
+
+    def fill(matrix):
+        shapes.append(tuple(matrix.shape))
+        matrix.fill_(len(shapes))
+
+    def stacked():
+        return [t.detach() for t in (*experts.matrices(), *experts.vectors()) if t is not None]
+
+    experts.init_each(fill)
+    matrices, vectors = ([t for t in stacked() if t.ndim == n] for n in (3, 2))
+    F = matrices[-1].shape[1]
+    assert shapes == [(16, F)] * 4 * (len(matrices) - 1) + [(F, 16)] * 4
+    for i, w in enumerate(matrices):  # the experts 1 to 4, then 5 to 8, ...
+        assert torch.equal(w, torch.arange(4 * i + 1.0, 4 * i + 5)[:, None, None].expand_as(w))
+    assert not any(b.any() for b in vectors)
+    weights = experts.weights_of(2)
+    assert sum(w.numel() for w in weights.values()) == sum(t[2].numel() for t in stacked())
+    with torch.no_grad():
+        for w in weights.values():
+            w.fill_(-1.0)
+    for t in stacked():
+        assert [bool((own == -1).all()) for own in t] == [False, False, True, False]
+    with pytest.raises(ValueError, match="expert 4 is not in range"):
+        experts.weights_of(4)
+
+
+@pytest.mark.parametrize("name", UNSTACKED)
+def test_experts_that_are_not_stacked_are_offloaded_after_quantization_alone(name):
+    net = core.adopt(made(name).eval())
+    message = r"the experts .*experts of a \w+ have no first axis that counts them"
+    with pytest.raises(ValueError, match=message):
+        core.offload_experts(net, 1 << 20)
+    core.quantize_experts(net)
+    if name == "NllbMoe":  # its biases stay where they are
+        with pytest.raises(ValueError, match=message):
+            core.offload_experts(net, 1 << 20)
+        return
+    with torch.no_grad():
+        before = logits(net)
+        core.offload_experts(net, 1 << 20, prefetch=False)
+        assert error(logits(net), before) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Dbrx", "JetMoe"])
+def test_parameters_of_a_token_are_all_but_those_of_two_of_four_experts(name):
+    net = core.adopt(model(name))
+    matrices = [w for layer in core.moe_layers(net).values() for w in layer.experts.matrices()]
+    total = sum(p.numel() for p in net.parameters())
+    assert core.active_params(net) == total - sum(w.numel() for w in matrices) // 2
+
+
 def test_what_cannot_be_cut_to_one_expert():
     for name, message in (
         ("JetMoe", "one number for these experts and for those of attention"),
