@@ -18,6 +18,7 @@ from apps.report.exhibit import Gates, LayerPart, Patches, Pieces
 MOST_EXPERTS = 2
 """Experts of a token that are written."""
 _TOWERS = ("image", "text", "user", "item")
+_PARTS = {".mixing.heads": "attention", ".depth_gate": "depth gate"}
 
 
 def experts_of_token(routing: Any, most: int) -> Tensor:
@@ -83,8 +84,14 @@ def gate_weights(routing: Any) -> Tensor:
 
 
 def experts_by_layer(entries: Iterable[Any], most: int = MOST_EXPERTS) -> dict[str, list[list[int]]]:
-    """Return the first of ``experts_of_token`` for each entry of a tape, by its layer in words."""
-    return {layer_label(entry.name): experts_of_token(entry.routing, most).tolist() for entry in entries}
+    """Return the first of ``experts_of_token`` for each ``choosing`` entry of a tape, by its layer in words."""
+    return {layer_label(entry.name): experts_of_token(entry.routing, most).tolist() for entry in choosing(entries)}
+
+
+def choosing(entries: Iterable[Any]) -> list[Any]:
+    """Return the entries of a tape whose layers have several experts, else all: the gate of a block has one."""
+    every = list(entries)
+    return [entry for entry in every if len(entry.routing.tokens_per_expert_E) > 1] or every
 
 
 def largest_number(entries: Iterable[Any]) -> int:
@@ -100,6 +107,7 @@ def layer_label(layer: str) -> str:
         layer_label("blocks.3.mlp")                           # "block 3"
         layer_label("decoder.layers.3.ffn")                   # "decoder 3"
         layer_label("decoder.layers.3.mixing.heads")          # "decoder 3 attention"
+        layer_label("decoder.layers.3.depth_gate")            # "decoder 3 depth gate"
         layer_label("model.towers.image.blocks.1.mlp")        # "image block 1"
     """
     match = re.search(r"(?:^|\.)(?:(encoder|decoder)\.layers|blocks|towers\.[\w.]+?\.layers)\.(\d+)\.", layer)
@@ -107,7 +115,7 @@ def layer_label(layer: str) -> str:
         return layer.removeprefix("model.")
     words = re.split(r"[._]", layer[: match.start(2)])
     tower = "".join(f"{name} " for name in _TOWERS if name in words)
-    part = " attention" if layer.endswith(".mixing.heads") else ""
+    part = next((f" {part}" for end, part in _PARTS.items() if layer.endswith(end)), "")
     return f"{match[1] or f'{tower}block'} {match[2]}{part}"
 
 

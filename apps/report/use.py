@@ -16,7 +16,7 @@ import core
 from apps import registry
 from apps.report.base import spread_places
 from apps.report.page import BarChart, HeatmapChart, Table, save_charts
-from apps.report.routed import expert_label_counts, layer_label
+from apps.report.routed import choosing, expert_label_counts, layer_label, layer_names
 from apps.report.tables import write_csv
 
 QUARTERS = ("frequent", "2nd quarter", "3rd quarter", "rare")
@@ -171,7 +171,7 @@ class ExpertUse:
 
     Attributes:
         counts: computed pairs, int64 (labels, E), by the name of the labels and by layer in words.
-        stats: the loads of all layers.
+        stats: the loads of the layers.
     """
 
     def __init__(self, tokens: Tokens, labels: Mapping[str, Labels]) -> None:
@@ -182,7 +182,8 @@ class ExpertUse:
 
     @torch.no_grad()
     def add(self, tape: core.Tape, batch: Any) -> None:
-        """Add the passes of a batch; a layer that is used twice counts twice."""
+        """Add the ``choosing`` passes of a batch; a layer that is used twice counts twice."""
+        tape = core.Tape(tuple(choosing(tape.entries)))
         self.stats = self.stats + core.RoutingStats.from_tape(tape)
         seen = dict(self._seen)
         for entry in tape.entries:
@@ -245,7 +246,7 @@ def map_parts(
 
 def load_parts(stats: core.RoutingStats, path: Path | None = None) -> list[BarChart]:
     """Return a chart for each layer of the load of its experts, and plot all of them in the PNG file ``path``."""
-    layers = {layer_label(name): layer for name, layer in stats.layers.items()}
+    layers = dict(zip(layer_names(list(stats.layers)), stats.layers.values(), strict=True))
     loads = {name: layer.tokens_per_expert.double().cpu().numpy() for name, layer in layers.items()}
     drops = {name: layer.drop_rate for name, layer in layers.items()}
     charts = load_charts(loads, drops)

@@ -22,7 +22,7 @@ from apps.report.classified import Answers
 from apps.report.images import Tile, save_images, tinted
 from apps.report.intervals import Interval
 from apps.report.page import Part, Picture, Section, Table
-from apps.report.routed import experts_of_token, layer_label
+from apps.report.routed import choosing, experts_of_token, layer_label
 from apps.report.tables import write_csv
 from apps.report.use import ExpertUse, Labels, load_parts, map_parts, tokens_of
 from apps.vision.few_shot import extract_features, few_shot, hard_labels
@@ -70,7 +70,7 @@ class Shown:
         """Keep images of a batch until there are ``wanted``, classes that have none first."""
         label_B = hard_labels(batch.label)
         picks = _first_of_each_class(label_B, self.labels, wanted, model.num_classes)
-        for entry in tape.entries if picks else ():
+        for entry in choosing(tape.entries) if picks else ():
             ids_BHW1 = patch_experts(model, entry, len(label_B))
             if ids_BHW1 is not None:  # few tokens enter some blocks: they have no places in a picture
                 own = self.experts.setdefault(layer_label(entry.name), [])
@@ -86,7 +86,7 @@ class Shown:
         rows = patch_rows([(images[i], {n: own[i] for n, own in self.experts.items()}) for i in order], num_experts)
         save_images(rows, path, "Expert of each patch", titles, num_experts)
         seen = f"{len(order)} test images ({', '.join(dict.fromkeys(titles))}), and each again with its patches in the "
-        seen += f"color of their expert{', in ' if self.experts else ''}{', '.join(self.experts)}"
+        seen += f"color of their expert, in {', '.join(self.experts)}"
         return Picture(path.name, seen, "Patches and their experts, a column for each layer.")
 
 
@@ -176,7 +176,7 @@ class VisionReport(Report):
             counts = use.counts["class"]
             parts: list[Part] = [*map_parts([(counts, names)], "a class", "class", folder / "expert_class.png")]
             parts += load_parts(use.stats, folder / "load.png")
-            if shown.images:
+            if shown.experts:
                 most = max(counts_CE.shape[1] for counts_CE in counts.values())
                 parts.append(shown.draw(trainer, folder / "routing.png", names, most))
             sections.append(Section("What the experts are used for", tuple(parts)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from apps.base.machine import moment
 from apps.report.page import MOST_FIGURES, Entry, Page, Section, Table, how_to_repeat, shown
 from apps.report.page.training import training_section
-from apps.report.routed import layer_label
+from apps.report.routed import layer_names
 from apps.report.tables import is_share
 from apps.train.checkpoint.paths import run_title
 from apps.train.watch.logs import METRICS, read_rows, split_routing
@@ -100,8 +100,8 @@ def _routing(layers: Mapping[str, Mapping[str, float]]) -> Section:
     """Return the figures of each layer's routing in the test."""
     figures = list(dict.fromkeys(figure for values in layers.values() for figure in values))
     rows = tuple(
-        (layer_label(layer) if layer else "mean", *(shown(values.get(figure)) for figure in figures))
-        for layer, values in layers.items()
+        (layer or "mean", *(shown(values.get(figure)) for figure in figures))
+        for layer, values in zip(layer_names(list(layers)), layers.values(), strict=True)
     )
     table = Table("Routing in the test", ("layer", *(f.replace("_", " ") for f in figures)), rows)
     return Section("Routing in the test", (table,) if rows else ())

@@ -21,7 +21,7 @@ from apps.nlp.text.foreseen import per_sentence
 from apps.report.base import Report, ReportConfig, is_left_out, spread_places
 from apps.report.page import BarChart, Line, LineChart, Section, Table, Words
 from apps.report.page.parts import START
-from apps.report.routed import experts_by_layer, largest_number
+from apps.report.routed import choosing, experts_by_layer, largest_number
 from apps.report.tables import write_csv
 from apps.report.use import some_layers, tokens_of
 from apps.train.step.pieces import perplexity
@@ -165,7 +165,7 @@ class LanguageReport(Report):
             domain_B = torch.zeros_like(batch.index_B) if batch.domain_B is None else batch.domain_B
             for number, sums in zip(domain_B.tolist(), _domain_sums(module, batch, scores, real_BL), strict=True):
                 domains[names[number]] += sums
-            known = core.Tape(tuple(entry for entry in tape.entries if _is_of_all_tokens(entry, real_BL.numel())))
+            known = core.Tape(tuple(e for e in choosing(tape.entries) if _is_of_all_tokens(e, real_BL.numel())))
             use.add(known, domain_B)
             if place in shown:
                 nll_BL = torch.full(real_BL.shape, torch.nan, dtype=torch.float64, device=real_BL.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from apps.report.page.charts import Line, LineChart
 from apps.report.page.parts import Part, Section, Text
-from apps.report.routed import layer_label
+from apps.report.routed import layer_names
 from apps.report.tables import is_share
 from apps.train.watch.logs import read_rows
 
@@ -62,7 +62,8 @@ def _routing_parts(columns: Mapping[str, Sequence[tuple[int, float]]], prefix: s
         for name, points in columns.items():
             layer, _, last = name.removeprefix(f"{prefix}/").rpartition("/")
             if name.startswith(f"{prefix}/") and layer and last == figure:
-                by_layer[layer_label(layer)] = points
+                by_layer[layer] = points
+        by_layer = dict(zip(layer_names(list(by_layer)), by_layer.values(), strict=True))
         if by_layer and without and all(y == 0 for points in by_layer.values() for _, y in points):
             never.append(without)
         elif by_layer:

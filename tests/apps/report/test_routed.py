@@ -71,6 +71,8 @@ def test_layers_are_named_by_their_place():
     assert layer_label("blocks.3.mlp") == "block 3"
     assert layer_label("model.decoder.layers.3.mixing.heads") == "decoder 3 attention"
     assert layer_label("model.blocks.11.mlp") == "block 11"
+    assert layer_label("model.blocks.11.depth_gate") == "block 11 depth gate"
+    assert layer_label("decoder.layers.1.depth_gate") == "decoder 1 depth gate"
     assert layer_label("model.decoder.layers.3.ffn") == "decoder 3"
     assert layer_label("encoder.layers.0.ffn") == "encoder 0"
     assert layer_label("encoder.ffn") == "encoder.ffn"

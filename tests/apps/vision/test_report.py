@@ -15,11 +15,15 @@ from quiet_trainer import quiet_trainer
 import apps
 import core
 from apps.cli import main
+from apps.nets.depths import MixtureOfDepths
 from apps.report.page import HeatmapChart, load_sections
+from apps.report.use import ExpertUse, Labels, load_parts
 from apps.vision.data import VisionData
-from apps.vision.model import ViTConfig
+from apps.vision.model import ViTConfig, VMoE
 from apps.vision.module import VisionClassifier
-from apps.vision.report import VisionReport, VisionReportConfig, displayed
+from apps.vision.report import Shown, VisionReport, VisionReportConfig, displayed
+
+VIT = ViTConfig(patch_size=2, embed_dim=16, depth=2, num_heads=2)
 
 
 def test_report_writes_tables_and_pictures(tmp_path, capsys):
@@ -67,6 +71,42 @@ def test_a_class_without_test_images_is_in_no_chart(tmp_path):
     (chart,) = (part for part in parts if isinstance(part, HeatmapChart) and part.row_title == "class")
     assert [row.split()[0] for row in chart.rows] == ["0", "1", "2", "4", "5", "6", "7", "8", "9", "all"]
     assert np.sum(chart.values, axis=1) == pytest.approx(np.full(10, 100))
+
+
+def recorded(moe, count=6, **options):
+    """Return a model, the tape of a pass over images of classes 0, 1, 2, 0, ..., and their batch."""
+    torch.manual_seed(0)
+    network = VMoE(VIT, image_size=8, in_chans=1, num_classes=3, ffn=moe, moe_blocks="all", **options).eval()
+    batch = SimpleNamespace(image=torch.randn(count, 1, 8, 8), label=torch.arange(count) % 3)
+    with torch.no_grad(), core.record(network) as tape:
+        network(batch.image)
+    return network, tape, batch
+
+
+def test_the_gate_before_a_block_is_none_of_its_experts():
+    moe = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(hidden_dim=8))
+    network, tape, batch = recorded(moe, depths=MixtureOfDepths(0.5))
+    assert [entry.name for entry in tape.entries] == ["blocks.0.mlp", "blocks.1.depth_gate", "blocks.1.mlp"]
+    use = ExpertUse(lambda entry, batch: {"class": batch.label}, {"class": Labels("class", 3)})
+    use.add(tape, batch)
+    ids_BS = tape.entries[2].routing.expert_ids_N.view(6, 9)  # half of 16 patches and the class token enter
+    by_hand = [[int((ids_BS[c::3] == e).sum()) for e in range(4)] for c in range(3)]
+    assert use.counts["class"]["block 1"].tolist() == by_hand
+    assert list(use.counts["class"]) == ["block 0", "block 1"]
+    load = np.sum(by_hand, 0) / 54 * 100
+    assert [chart.title for chart in load_parts(use.stats)] == ["Load, block 0", "Load, block 1"]
+    assert load_parts(use.stats)[1].series["block 1"] == pytest.approx(tuple(load))
+    shown = Shown()
+    shown.add(network, tape, batch, 3)
+    assert list(shown.experts) == ["block 0"]  # the patches that enter block 1 have no places
+
+
+def test_no_picture_of_patches_where_few_enter_each_layer_of_experts(tmp_path):
+    options = {"moe_blocks": [1], "depths": MixtureOfDepths(0.5), "depth_blocks": [1], "image_size": 8}
+    report = VisionReportConfig(few_shot=(), images=1)
+    module = VisionClassifier(VIT, core.MoEConfig(4, expert=core.FFN(hidden_dim=8)), report=report, **options)
+    quiet_trainer(tmp_path).test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"expert_class.png", "load.png", "sections.json"}
 
 
 def test_a_class_that_only_the_test_has_leaves_few_shot_out(tmp_path, caplog):

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 
 import core
 from apps.data.subwords import PAD_ID, SubwordConfig
+from apps.nets.depths import MixtureOfDepths
 from apps.nlp.language.data import TextData
 from apps.nlp.language.module import LanguageModeler
 from apps.nlp.language.report import LanguageReportConfig, TokenLosses, excerpt
@@ -135,6 +136,13 @@ def test_a_test_leaves_losses_experts_and_pieces_of_text(data, tmp_path):
     piece = excerpt(1, ids, scores.nll_T[: real_BL.shape[1]].tolist(), tape, pieces_of(module))
     assert words.values["loss in nats"] == pytest.approx(piece.values["loss in nats"], rel=1e-5)
     assert words.labels == piece.labels
+
+
+def test_the_gates_before_blocks_are_not_shown_as_experts(data, tmp_path):
+    after_test(data, tmp_path, depths=MixtureOfDepths(0.5, predictor=True), depth_blocks="all")
+    shown = [part for section in load_sections(tmp_path / "report") for part in section.parts]
+    assert [part.labels for part in shown if isinstance(part, Words)] == [{}, {}]
+    assert "depth gate" not in repr(shown)
 
 
 def pieces_of(module) -> list[str]:

@@ -28,5 +28,13 @@ def test_losses_validation_and_layers(tmp_path):
     assert never == Text(("No routed pair was dropped.",))
 
 
+def test_each_layer_of_a_block_has_its_line(tmp_path):
+    names = ",".join(f"routing/model.blocks.0.{layer}/load_imbalance" for layer in ("mixing", "ffn", "depth_gate"))
+    (tmp_path / "metrics.csv").write_text(f"step,{names}\n9,1.5,2.0,1.0\n")
+    (chart,) = training_section(tmp_path / "metrics.csv").parts
+    lines = {line.label: line.y for line in chart.lines}
+    assert lines == {"block 0 mixing": (1.5,), "block 0 ffn": (2.0,), "block 0 depth gate": (1.0,)}
+
+
 def test_a_run_without_a_log_has_no_section(tmp_path):
     assert training_section(tmp_path / "metrics.csv") == Section("Training")
