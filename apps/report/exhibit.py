@@ -229,7 +229,7 @@ class Patches:
 
     Attributes:
         image: uint8 (H, W) or (H, W, 3), as the model sees it.
-        experts: int (h, w, K), the experts of each patch, best first; E if there is none.
+        experts: int (h, w, K), the experts of each patch, best first; -1 if there is none.
         names: the E experts' names.
     """
 
@@ -245,7 +245,7 @@ class Pieces:
     Attributes:
         title: title of the words.
         words: the tokens of each word.
-        experts: int (T, K), the experts of each of the T tokens, best first; E if there is none.
+        experts: int (T, K), the experts of each of the T tokens, best first; -1 if there is none.
         names: the E experts' names.
         unit: name of a token on the page.
 

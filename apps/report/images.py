@@ -59,7 +59,7 @@ def tinted(image: np.ndarray, ids: np.ndarray, num_experts: int, caption: str = 
 
     Args:
         image: as in ``Tile``.
-        ids: int (h, w), experts; ``num_experts`` where no expert computed the patch.
+        ids: int (h, w), experts; -1 where no expert computed the patch.
         num_experts: E.
         caption: as in ``Tile``.
     """

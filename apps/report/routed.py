@@ -22,16 +22,16 @@ _PARTS = {".mixing.heads": "attention", ".depth_gate": "depth gate"}
 
 
 def experts_of_token(routing: Any, most: int) -> Tensor:
-    """Return the experts that compute each token, best first, int64 (T, most); E if there are fewer.
+    """Return the experts that compute each token, best first, int64 (T, most); -1 if there are fewer.
 
     Among equal gates the lower expert goes first. With soft slots and merged experts these are the experts of the
-    largest shares, and E for padding.
+    largest shares, and -1 for padding.
     """
     E, T = len(routing.tokens_per_expert_E), routing.num_tokens
     if not isinstance(routing, core.Routing):
         ids_TK = routing.evidence.scores_TE.argsort(dim=-1, descending=True, stable=True)[:, :most]
-        ids_TK = torch.nn.functional.pad(ids_TK, (0, most - ids_TK.shape[1]), value=E)
-        return ids_TK if routing.valid_T is None else ids_TK.masked_fill(~routing.valid_T[:, None], E)
+        ids_TK = torch.nn.functional.pad(ids_TK, (0, most - ids_TK.shape[1]), value=-1)
+        return ids_TK if routing.valid_T is None else ids_TK.masked_fill(~routing.valid_T[:, None], -1)
     computed_N = routing.expert_ids_N < E
     token_N, expert_N = routing.token_index_N[computed_N], routing.expert_ids_N[computed_N]
     order_N = expert_N.argsort(stable=True)
@@ -41,7 +41,7 @@ def experts_of_token(routing: Any, most: int) -> Tensor:
     counts_T = torch.bincount(token_N, minlength=T)
     place_N = torch.arange(len(token_N), device=token_N.device) - (counts_T.cumsum(0) - counts_T)[token_N]
     kept_N = place_N < most
-    ids_TK = token_N.new_full((T, most), E)
+    ids_TK = token_N.new_full((T, most), -1)
     ids_TK[token_N[kept_N], place_N[kept_N]] = expert_N[kept_N]
     return ids_TK
 
@@ -69,7 +69,7 @@ def expert_label_counts(routing: Any, label: Tensor, num_labels: int) -> Tensor:
         token_index_N = torch.arange(routing.num_tokens, device=expert_ids_N.device)
     label_T = label.repeat_interleave(routing.num_tokens // len(label))
     label_N = label_T.to(token_index_N.device)[token_index_N]
-    cell_N = (label_N * E + expert_ids_N)[expert_ids_N < E]
+    cell_N = (label_N * E + expert_ids_N)[(expert_ids_N >= 0) & (expert_ids_N < E)]
     return torch.bincount(cell_N, minlength=num_labels * E).unflatten(0, (num_labels, E))
 
 

@@ -109,8 +109,8 @@ def patch_rows(
 
 
 def patch_experts(model: Any, entry: Any, num_images: int, most: int = 1) -> Tensor | None:
-    """Return the experts that computed each patch, best first, int64 (B, grid height, grid width, most); E if there are
-    fewer.
+    """Return the experts that computed each patch, best first, int64 (B, grid height, grid width, most); -1 if there
+    are fewer.
 
     Args:
         model: the ``VMoE`` that was recorded.

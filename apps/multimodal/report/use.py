@@ -67,7 +67,7 @@ class Rows(NamedTuple):
         return slice(self.tokens_of_image - num_patches, self.tokens_of_image) if has_all else None
 
     def patch_experts(self, routing: Any, num_patches: int, most: int) -> Tensor | None:
-        """Return the experts of each patch, best first, int64 (B, rows, columns, most); E if there are fewer."""
+        """Return the experts of each patch, best first, int64 (B, rows, columns, most); -1 if there are fewer."""
         places = self.patches(num_patches)
         if places is None:
             return None
@@ -75,7 +75,7 @@ class Rows(NamedTuple):
         return ids_RLK[self.images][:, places].unflatten(1, (math.isqrt(num_patches), -1)).cpu()
 
     def piece_experts(self, routing: Any, most: int) -> Tensor:
-        """Return the experts of each token, best first, int64 (U, L, most); E if there are fewer."""
+        """Return the experts of each token, best first, int64 (U, L, most); -1 if there are fewer."""
         return experts_of_token(routing, most).unflatten(0, self.modality_RL.shape)[self.texts].cpu()
 
 
@@ -107,7 +107,7 @@ class Shown:
         image: float32 (C, H, W), normalized.
         caption: number of the text.
         ids: the token ids of the text.
-        grids: the expert of each patch, int64 (rows, columns), by layer; E if there is none.
+        grids: the expert of each patch, int64 (rows, columns), by layer; -1 if there is none.
         pieces: the experts of each token, best first, by layer.
     """
 

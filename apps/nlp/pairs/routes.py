@@ -129,7 +129,7 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
     if not len(trace.tape):
         return [attention]
     num_experts = largest_number(trace.tape.entries)
-    several = any((experts_of_token(entry.routing, 2)[:, 1] < num_experts).any() for entry in trace.tape.entries)
+    several = any((experts_of_token(entry.routing, 2)[:, 1] >= 0).any() for entry in trace.tape.entries)
     what = "experts of each subword, by falling gate" if several else "expert of each subword"
     sides = {"source": ("source", trace.source), "target": ("translation as it is read", trace.read)}
     words, panels = [], []

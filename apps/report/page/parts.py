@@ -175,7 +175,7 @@ class Words:
         Args:
             title: their title.
             pieces: the tokens; ``START`` before one starts a word.
-            experts: numbers of each token's experts, by layer; E and above is none.
+            experts: numbers of each token's experts, by layer; -1 is none.
             num_experts: E.
             values: as in ``Words``.
             note: sentence below.
@@ -183,7 +183,7 @@ class Words:
         apart = [not i or piece.startswith((START, "<")) for i, piece in enumerate(pieces)]
         after_mark = [bool(i) and pieces[i - 1].startswith("<") for i in range(len(pieces))]
         labels = {
-            layer: tuple(" ".join(str(e) for e in own if e < num_experts) for own in of_layer)
+            layer: tuple(" ".join(str(e) for e in own if 0 <= e < num_experts) for own in of_layer)
             for layer, of_layer in experts.items()
         }
         return cls(

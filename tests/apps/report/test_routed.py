@@ -1,9 +1,19 @@
 """Who computes a token, from routings that are written down."""
 
+from types import SimpleNamespace
+
 import torch
 
 import core
-from apps.report.routed import expert_label_counts, expert_of_token, experts_of_token, gate_weights, layer_label
+from apps.report.page import Words
+from apps.report.routed import (
+    expert_label_counts,
+    expert_of_token,
+    experts_by_layer,
+    experts_of_token,
+    gate_weights,
+    layer_label,
+)
 
 
 def routing(token, expert, gate, num_tokens, num_experts):
@@ -19,12 +29,18 @@ PAIRS = routing([0, 0, 1, 1, 2, 2, 3, 3], [2, 0, 3, 1, 3, 3, 2, 1], [0.4, 0.6, 0
 
 
 def test_expert_of_a_token_is_that_of_its_highest_gate():
-    assert expert_of_token(PAIRS).tolist() == [0, 1, 3, 1, 3]
+    assert expert_of_token(PAIRS).tolist() == [0, 1, -1, 1, -1]
 
 
 def test_experts_of_a_token_come_by_falling_gate():
-    assert experts_of_token(PAIRS, 2).tolist() == [[0, 2], [1, 3], [3, 3], [1, 2], [3, 3]]
-    assert experts_of_token(PAIRS, 3)[0].tolist() == [0, 2, 3]
+    assert experts_of_token(PAIRS, 2).tolist() == [[0, 2], [1, -1], [-1, -1], [1, 2], [-1, -1]]
+    assert experts_of_token(PAIRS, 3)[0].tolist() == [0, 2, -1]
+
+
+def test_a_token_without_an_expert_has_none_on_a_page_of_layers_with_more_experts():
+    entries = [SimpleNamespace(name=f"decoder.layers.{i}.ffn", routing=PAIRS) for i in (0, 1)]
+    words = Words.of_pieces("A text", list("abcde"), experts_by_layer(entries), 8)
+    assert words.labels == dict.fromkeys(("decoder 0", "decoder 1"), ("0 2", "1", "", "1 2", ""))
 
 
 def test_the_order_of_the_pairs_does_not_matter():
@@ -38,8 +54,8 @@ def test_without_pairs_the_experts_of_a_token_are_those_of_the_largest_shares():
     weights = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
     tokens = torch.tensor([3, 3, 3])
     merged = core.contract.MergeRouting(weights, 2, 1, tokens, 4, valid_T=torch.tensor([True, True, True, False]))
-    assert expert_of_token(merged).tolist() == [1, 1, 0, 3]
-    assert experts_of_token(merged, 4).tolist() == [[1, 2, 0, 3], [1, 2, 0, 3], [0, 1, 2, 3], [3, 3, 3, 3]]
+    assert expert_of_token(merged).tolist() == [1, 1, 0, -1]
+    assert experts_of_token(merged, 4).tolist() == [[1, 2, 0, -1], [1, 2, 0, -1], [0, 1, 2, -1], [-1, -1, -1, -1]]
     assert expert_label_counts(merged, torch.tensor([0, 1, 1, 1]), 2).tolist() == [[0, 1, 0], [1, 1, 0]]
 
 

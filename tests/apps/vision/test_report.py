@@ -16,12 +16,13 @@ import apps
 import core
 from apps.cli import main
 from apps.nets.depths import MixtureOfDepths
+from apps.report.images import NO_EXPERT
 from apps.report.page import HeatmapChart, load_sections
 from apps.report.use import ExpertUse, Labels, load_parts
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig, VMoE
 from apps.vision.module import VisionClassifier
-from apps.vision.report import Shown, VisionReport, VisionReportConfig, displayed
+from apps.vision.report import Shown, VisionReport, VisionReportConfig, displayed, patch_rows
 
 VIT = ViTConfig(patch_size=2, embed_dim=16, depth=2, num_heads=2)
 
@@ -99,6 +100,20 @@ def test_the_gate_before_a_block_is_none_of_its_experts():
     shown = Shown()
     shown.add(network, tape, batch, 3)
     assert list(shown.experts) == ["block 0"]  # the patches that enter block 1 have no places
+
+
+def test_a_dropped_patch_is_no_expert_of_a_layer_with_more_experts():
+    # Room for ceil(0.25 * 102 / 4) = 7 tokens an expert.
+    few = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(hidden_dim=8), eval_capacity_factor=0.25)
+    network, tape, batch = recorded([few, core.MoEConfig(8, expert=core.FFN(hidden_dim=8))])
+    shown = Shown()
+    shown.add(network, tape, batch, 6)
+    images = [(np.zeros((8, 8)), {name: own[i] for name, own in shown.experts.items()}) for i in range(6)]
+    texts = [text for _, tile, _ in patch_rows(images, 8) for row in tile.texts for text in row]
+    computed_17 = (tape.entries[0].routing.expert_ids_N < 4).view(6, 17)
+    assert [text != NO_EXPERT for text in texts] == computed_17[:, 1:].flatten().tolist()
+    assert 68 <= texts.count(NO_EXPERT) < 96
+    assert set(texts) <= {"0", "1", "2", "3", NO_EXPERT}
 
 
 def test_no_picture_of_patches_where_few_enter_each_layer_of_experts(tmp_path):
