@@ -91,12 +91,17 @@ class BalancedModule(LightningModule):
 
 
 def routing_metrics(stats: core.RoutingStats, prefix: str = "routing", detailed: bool = False) -> dict[str, Tensor]:
-    """Return the figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``."""
+    """Return the figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``.
+
+    Layers of one expert, such as the gates of blocks, are in the means only if all layers are such.
+    """
     metrics: dict[str, Tensor] = {}
     figures: dict[str, list[float]] = {}
+    averaged = [name for name, own in stats.layers.items() if len(own.chosen_per_expert) > 1] or list(stats.layers)
     for layer, layer_stats in stats.layers.items():
         for name, value in layer_stats.figures(detailed).items():
             metrics[f"{prefix}/{layer}/{name}"] = torch.tensor(value)
-            figures.setdefault(name, []).append(value)
+            if layer in averaged:
+                figures.setdefault(name, []).append(value)
     metrics |= {f"{prefix}/{name}": torch.tensor(sum(v) / len(v)) for name, v in figures.items()}
     return metrics
