@@ -36,11 +36,12 @@ class WeightEMA(Callback):
         self._step, self._is_swapped = 0, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        state = _floating(pl_module)
-        if self.average:  # the checkpoint has brought it
-            self.average = {name: self.average[name].to(value.device) for name, value in state.items()}
-        else:
-            self.average = {name: value.detach().clone() for name, value in state.items()}
+        state, came = _floating(pl_module), self.average  # from the checkpoint, if there is one
+        own = {
+            id(value): came[name].to(value.device) if came else value.detach().clone()
+            for name, value in _distinct(state).items()
+        }
+        self.average = {name: own[id(value)] for name, value in state.items()}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == self._step:
@@ -48,7 +49,7 @@ class WeightEMA(Callback):
         self._step = trainer.global_step
         decay = min(self.decay, (1 + self._step) / (10 + self._step))
         with torch.no_grad():
-            state = _floating(pl_module)
+            state = _distinct(_floating(pl_module))
             own = [local_part(self.average[name]) for name in state]
             torch._foreach_lerp_(own, [local_part(value.detach()) for value in state.values()], 1 - decay)
 
@@ -71,7 +72,7 @@ class WeightEMA(Callback):
         if not self.average:  # without training, the checkpoint's weights are the average already
             return
         with torch.no_grad():
-            for name, value in _floating(pl_module).items():
+            for name, value in _distinct(_floating(pl_module)).items():
                 trained = value.detach().clone()
                 value.copy_(self.average[name])
                 self.average[name].copy_(trained)
@@ -223,3 +224,8 @@ def _floating(module: LightningModule) -> dict[str, Tensor]:
     """Return the tensors of floating point in the state dict, which are averaged."""
     values = module.state_dict(keep_vars=True).items()
     return {name: v for name, v in values if isinstance(v, Tensor) and v.is_floating_point()}
+
+
+def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each tensor once: of the names of a shared one the last, whose value ``load_state_dict`` leaves."""
+    return dict({id(value): (name, value) for name, value in state.items()}.values())

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,33 @@ def test_the_average_moves_as_the_formula_says():
     assert torch.allclose(average.average["net.0.weight"], before + 9 / 11)
     average.on_train_batch_end(AtStepOne, module, None, None, 1)  # a micro-batch of the same step
     assert torch.allclose(average.average["net.0.weight"], before + 9 / 11)
+
+
+def test_a_tensor_with_two_names_is_averaged_and_swapped_once():
+    module, average = TinyModule(3), WeightEMA(0.99)
+    module.again = module.net[0]
+    names, weight = ("net.0.weight", "again.weight"), module.net[0].weight
+    trainer = SimpleNamespace(global_step=1, state=SimpleNamespace(fn="fit"))
+    average.on_fit_start(trainer, module)
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1.0)
+    average.on_train_batch_end(trainer, module)
+    average.on_validation_epoch_start(trainer, module)
+    assert torch.allclose(weight, before + 9 / 11)
+    average.on_validation_epoch_end(trainer, module)
+    assert torch.equal(weight, before + 1.0)
+    saved = {"state_dict": module.state_dict()}
+    average.on_save_checkpoint(trainer, module, saved)
+    for name in names:
+        assert torch.allclose(saved["state_dict"][name], before + 9 / 11)
+    # Names that differ, as in older checkpoints: the last one's value, as load_state_dict takes it.
+    saved["state_dict"] |= {"net.0.weight": before, "again.weight": before + 2}
+    resumed = WeightEMA(0.99)
+    resumed.on_load_checkpoint(trainer, module, saved)
+    resumed.on_fit_start(trainer, module)
+    for name in names:
+        assert torch.equal(resumed.average[name], before + 2)
 
 
 def test_the_average_is_what_is_validated_saved_and_left(tmp_path):
