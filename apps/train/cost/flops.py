@@ -72,9 +72,12 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
     ]
     dropped = {} if as_evaluated else _shares_dropped(module)
     rows: list[tuple[str, Any]] = []
+    # Layers may share experts: then a call is of the one whose forward began last.
+    owner: dict[nn.Module, str] = {modules[name].experts: name for name in dropped}
+    hooks += [m.register_forward_pre_hook(lambda m, a: rows.append((owner[m], a))) for m in owner]
     hooks += [
-        modules[name].experts.register_forward_pre_hook(lambda _, a, name=name: rows.append((name, a)))
-        for name in dropped
+        layer.register_forward_pre_hook(lambda m, _, name=name: owner.update({m.experts: name}))
+        for name, layer in core.moe_layers(module).items()
     ]
     try:
         # A table on other ranks leaves an empty weight, whose empty rows need a gradient for the counter.
@@ -89,7 +92,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
                 hook.remove()
             inside: float = sum(core.count_flops(m, *args, **kwargs) for m, args, kwargs in calls)
             for name, args in rows:
-                share = _share_of_rule(modules[name], dropped[name], *args)
+                share = _share_of_rule(modules[name], dropped.get(name, 0.0), *args)
                 less = (1 - share) * core.count_flops(modules[name].experts, *args)
                 total -= less
                 inside -= less * any(f"{name}.".startswith(f"{block}.") for block in replaced)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,3 +138,13 @@ def test_tasks_count_as_independent_whatever_their_untrained_routers_agree_on(se
     # Two routers of 2 * 6*4; 4 (1 - 1/2 * 1/2) = 3 of 4 experts, each 2 * 6*8.
     assert counted.flops_per_example == counted.replaced_flops_per_example == 2 * 48 + 3 * 96
     assert measure_cost(Called(net), torch.randn(32, 6), as_evaluated=True).flops_per_example != 384
+
+
+# A token: 2 * 8*4 of a router, 2 * 2 * 2*8*8 of two experts, of which a capacity of 0.5 leaves half.
+@pytest.mark.parametrize("factor, second", [(0.5, 64 + 256), (None, 64 + 512)])
+def test_layers_that_share_experts_count_by_their_own_capacity(factor, second):
+    net = torch.nn.Sequential(replace(MOE, capacity_factor=0.5).build(8), replace(MOE, capacity_factor=factor).build(8))
+    net[1].experts = net[0].experts
+    counted = measure_cost(Called(net), torch.randn(4, 5, 8), ["1"])
+    assert counted.flops_per_example == 5 * (64 + 256 + second)
+    assert counted.replaced_flops_per_example == 5 * second
