@@ -385,16 +385,22 @@ class _Watch:
     ) -> None:
         self.module, self.blocks, self.layers, self.root = module, blocks, layers, root
         self.inside: list[Block | Layer] = [root]
+        self.owner: dict[nn.Module, Block | Layer] = {}
         self.kept: dict[int, Any] = {}
 
     def __enter__(self) -> _Watch:
         self.stack = ExitStack()
         modules = dict(self.module.named_modules())
         self.leave_out(self.module)
-        for name, block in self.blocks.items():
-            self._around(modules[name], block)
+        self.owner |= {modules[name]: block for name, block in self.blocks.items()}
         for layer in self.layers.values():
-            self._around(layer.module.experts, layer)
+            self.owner[layer.module.experts] = layer
+            # Layers may share experts: then a call is of the one whose forward began last.
+            begins = layer.module.register_forward_pre_hook(lambda m, _, of=layer: self.owner.update({m.experts: of}))
+            self.stack.callback(begins.remove)
+        for module in self.owner:
+            self.stack.callback(module.register_forward_pre_hook(self._before).remove)
+            self.stack.callback(module.register_forward_hook(self._after).remove)
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self.stack.enter_context(hooks)
         return self
@@ -407,24 +413,21 @@ class _Watch:
         for tensor in (*module.parameters(), *module.buffers()):
             self._note(tensor)
 
-    def _around(self, module: nn.Module, owner: Block | Layer) -> None:
-        def before(module: nn.Module, args: Any) -> None:
-            if isinstance(owner, Block):
-                owner.entering += sum(x.nbytes for x in args if isinstance(x, Tensor) and x.is_floating_point())
-            else:
-                rows = args[0]
-                tokens = getattr(rows, "x", rows)
-                owner.rows += len(rows.row_index_R) if hasattr(rows, "row_index_R") else len(tokens.flatten(0, -2))
-                owner.dim = tokens.shape[-1]
-            self.inside.append(owner)
+    def _before(self, module: nn.Module, args: Any) -> None:
+        owner = self.owner[module]
+        if isinstance(owner, Block):
+            owner.entering += sum(x.nbytes for x in args if isinstance(x, Tensor) and x.is_floating_point())
+        else:
+            rows = args[0]
+            tokens = getattr(rows, "x", rows)
+            owner.rows += len(rows.row_index_R) if hasattr(rows, "row_index_R") else len(tokens.flatten(0, -2))
+            owner.dim = tokens.shape[-1]
+        self.inside.append(owner)
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            self.inside.pop()
-            if isinstance(owner, Layer):
-                owner.out_dim = getattr(output, "x", output).shape[-1]
-
-        self.stack.callback(module.register_forward_pre_hook(before).remove)
-        self.stack.callback(module.register_forward_hook(after).remove)
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        owner = self.inside.pop()
+        if isinstance(owner, Layer):
+            owner.out_dim = getattr(output, "x", output).shape[-1]
 
     def _note(self, tensor: Tensor) -> float:
         """Return the bytes of a tensor's memory where it is seen for the first time, else 0."""

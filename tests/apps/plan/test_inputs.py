@@ -172,3 +172,16 @@ def test_wrong_columns_are_one_line(argv, line, capsys):
 )
 def test_a_wrong_value_is_one_line(argv, line, capsys):
     assert line in fails(capsys, 1, "plan", *argv)
+
+
+# ---- shared experts
+
+
+def test_layers_that_share_experts_have_rows_and_activations_of_their_own():
+    digits = ("--config", "configs/vision/digits.yaml", "--gpu", "h100", "--gpus", "8", "--batch", "64")
+    own, shared = (outlined(Options.read([*digits, "--model.share_experts", on])) for on in ("false", "true"))
+    facts = [[(x.rows, x.dim, x.out_dim, x.kept) for x in outline.layers.values()] for outline in (own, shared)]
+    assert facts[0] == facts[1]
+    # Two experts for each of 16 patches of 64 images.
+    assert [rows for rows, *_ in facts[1]] == [2 * 16 * 64] * 2
+    assert shared.num_params < own.num_params
