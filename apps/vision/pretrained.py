@@ -135,12 +135,15 @@ def _with_prefix_of(model: VMoE, weights: dict[str, Tensor]) -> dict[str, Tensor
         return weights
     tokens = [name for name in ("cls_token", "reg_token") if name in weights]
     counts = [weights[name].shape[1] for name in tokens]
-    # The patches of an image are a square: 196, and 197 with a class token.
-    embedded = 0 if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1] else sum(counts)
     wanted = 0 if model.no_embed_class else model.num_prefix_tokens
+    # The patches of an image are a square: 196, and 197 with a class token. 9 may also be 4 with five tokens: of two
+    # squares the model's own number of patches is taken, else what the model does with such tokens.
+    length, own = pos.shape[1], model.patch_embed.num_patches
+    squares = [n for n in (0, sum(counts)) if n < length and math.isqrt(length - n) ** 2 == length - n]
+    embedded = max(squares, key=lambda n: (length - n == own, model.no_embed_class == (n == 0)), default=sum(counts))
     if embedded == wanted:
         return weights
-    *prefix, patches = pos.split([*counts, pos.shape[1] - embedded] if embedded else [pos.shape[1]], dim=1)
+    *prefix, patches = pos.split([*counts, length - embedded] if embedded else [length], dim=1)
     moved: dict[str, Tensor] = {name: weights[name] + part for name, part in zip(tokens, prefix, strict=False)}
     return {**weights, **moved, "pos_embed": torch.cat((pos.new_zeros(1, wanted, pos.shape[2]), patches), dim=1)}
 

@@ -1,6 +1,7 @@
 """VMoE is timm's VisionTransformer wherever it is dense, and core's layer wherever it is not."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -385,6 +386,30 @@ def test_an_own_sparse_checkpoint_loads_whole(tmp_path):
     report = load_pretrained_weights(model, tmp_path / "w.pt")
     assert (report.replaced, report.missing, report.unexpected, report.skipped) == ((),) * 4
     assert_close(model(images()), trained(images()))
+
+
+# 9 embeddings: 2x2 patches with a class token and four registers, or 3x3 patches alone.
+@pytest.mark.parametrize(
+    "size, embeds",
+    [
+        *(((4, 4), (True, True)), ((4, 4), (True, False)), ((4, 8), (True, True))),
+        *(((6, 6), (False, False)), ((6, 6), (False, True)), ((6, 8), (False, False))),
+    ],
+)
+def test_as_many_embeddings_as_another_square_are_taken_apart_right(tmp_path, size, embeds):
+    source, model = (
+        build(dataclasses.replace(TINY, reg_tokens=4, no_embed_class=not e), image_size=n, seed=n).eval()
+        for e, n in zip(embeds, size, strict=True)
+    )
+    nn.init.normal_(source.cls_token)
+    assert source.pos_embed.shape[1] == 9
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    load_pretrained_weights(model, tmp_path / "w.pt")
+    tokens = [m.cls_token + (m.pos_embed[:, :1] if e else 0.0) for m, e in zip((source, model), embeds, strict=True)]
+    assert_close(*tokens)
+    if size[0] == size[1]:
+        x_BCHW = torch.randn(2, 1, size[0], size[0])
+        assert_close(model(x_BCHW), source(x_BCHW))
 
 
 def test_weights_that_cannot_be_read_are_one_line(tmp_path):
