@@ -130,6 +130,20 @@ def _level(router_z_loss: Sequence[float]) -> Iterator[core.Finding]:
         yield drift_finding("", first, last)
 
 
+def begins_elsewhere(arguments: Any) -> bool:
+    """Return whether a model's plain arguments name other weights that its training begins with, also a part's."""
+    if isinstance(arguments, (list, tuple)):
+        return any(map(begins_elsewhere, arguments))
+    if not isinstance(arguments, Mapping):
+        return False
+    distil = arguments.get("distil")
+    return (
+        any(arguments.get(name) is not None for name in ("pretrained", "encoder_from", "grow"))
+        or (isinstance(distil, Mapping) and bool(distil.get("copy")))
+        or any(map(begins_elsewhere, arguments.values()))
+    )
+
+
 class Trial:
     """A run on the first batches of its validation data, on the CPU.
 
@@ -149,9 +163,9 @@ class Trial:
         if not core.moe_layers(self._model):
             name = name_of(type(self._model))
             raise ValueError(f"{checkpoint}: its {name} has no MoE layers, and so no routing to look at")
-        # The seed of the configuration has made the weights that the training began with. Where it began with others,
-        # all weights are far from these, and no rule speaks.
-        start = core.TrainingStart(self._model)
+        # The seed of the configuration has made the weights that the training began with, unless it began with others.
+        elsewhere = begins_elsewhere(getattr(self._model, "hparams", {}))
+        start = None if elsewhere else core.TrainingStart(self._model)
         self._doctor = RoutingDoctor(options.batches, classes=True, start=start)
 
     def findings(self) -> list[core.Finding]:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from commands import fails
 from converted import DIGITS, MOE, classifier, write_run
 
 import core
 from apps.cli import main
+from apps.cli.trial import build_trial
+from apps.doctor.command import begins_elsewhere
 
 LOG = "step,val/routing/model.blocks.1.mlp/load_entropy,val/routing/model.blocks.1.mlp/load_imbalance\n"
 LAYER = "model.blocks.1.mlp"
@@ -79,6 +82,38 @@ def test_a_run_without_its_configuration_has_its_log(runs, tmp_path, capsys):
     note, line = doctor(capsys, 0, "--ckpt_path", run)
     assert note == f"no config.yaml lies beside {run}/checkpoints/best.ckpt: metrics.csv alone was read"
     assert line == f"healthy: 1 row of {run}/metrics.csv"
+
+
+@pytest.mark.parametrize("pretrained", [None, "w.pt"])
+def test_movement_is_from_the_seed_s_weights_unless_a_run_began_with_others(runs, tmp_path, capsys, pretrained):
+    config = yaml.safe_load((runs / "healthy" / "config.yaml").read_text()) | {"seed_everything": 3}
+    (tmp_path / "seed.yaml").write_text(yaml.safe_dump(config))
+    model = build_trial(runs / "healthy" / "checkpoints" / "best.ckpt", tmp_path / "seed.yaml", 1).model
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not name.startswith(LAYER):
+                p.add_(0.1)
+    model.keep_arguments({"pretrained": pretrained})
+    write_run(tmp_path / "run", model, DIGITS)
+    config["model"]["init_args"]["pretrained"] = pretrained
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = doctor(capsys, pretrained is None, "--ckpt_path", tmp_path / "run")
+    moved = [line.split(": the ")[1].split(" since")[0] for line in lines if "since the start" in line]
+    assert moved == ([] if pretrained else ["router has moved 0.0e+00", "experts have moved 0.0e+00"])
+
+
+@pytest.mark.parametrize(
+    "arguments, elsewhere",
+    [
+        ({"pretrained": None, "grow": None, "copy": True, "distil": {"teacher": "a", "copy": False}}, False),
+        ({"distil": {"teacher": "a", "copy": True}}, True),
+        ({"encoder_from": "a.ckpt"}, True),
+        ({"grow": {"from": "a"}}, True),
+        ({"tower": {"class_path": "TwoTowers", "init_args": {"text": {"init_args": {"pretrained": "minilm"}}}}}, True),
+    ],
+)
+def test_arguments_that_name_a_start(arguments, elsewhere):
+    assert begins_elsewhere(arguments) == elsewhere
 
 
 def test_bad_input(runs, tmp_path, capsys):
