@@ -32,6 +32,7 @@ class Layout:
         shift: what clamped experts add to the input's half.
         gated: whether experts have a gate's half.
         fixed_top_k: whether a token takes as many experts whatever ``top_k`` says.
+        min_experts: fewest experts of a block; with fewer, transformers makes a dense layer in its place.
         way: how the block asks its experts. "choice": ``experts(x_TD, expert_ids_TK, gates_TK)``. "mask":
             ``experts(x_TD, chosen_T1E, gates_T1)``, and "gates": ``experts(x_TD, chosen_TE, gates_TE)``; both have a
             dict of modules, one per expert, from which the paths of matrices and biases start. "input": the router
@@ -61,6 +62,7 @@ class Layout:
     shift: float = 0.0
     gated: bool = True
     fixed_top_k: bool = False
+    min_experts: int = 1
     way: Literal["choice", "mask", "gates", "input", "sorted"] = "choice"
 
 
@@ -96,9 +98,8 @@ LAYOUTS: dict[str, Layout] = {
         ),
         Layout(),
     ),
-    **dict.fromkeys(
-        ("GraniteMoeHybridMoE", "GraniteMoeMoE", "GraniteMoeSharedMoE", "JambaSparseMoeBlock"), Layout(router="router")
-    ),
+    **dict.fromkeys(("GraniteMoeHybridMoE", "GraniteMoeMoE", "GraniteMoeSharedMoE"), Layout(router="router")),
+    "JambaSparseMoeBlock": Layout(router="router", min_experts=2),
     "PhimoeSparseMoeBlock": Layout(router="router", fixed_top_k=True),
     **dict.fromkeys(
         (

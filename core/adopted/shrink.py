@@ -25,27 +25,32 @@ def shrinking(layer: Any, num_experts: int, rows: Rows) -> Callable[[], None]:
         rows: makes each stacked tensor of theirs, and the router's rows.
 
     Raises:
-        ValueError: a token takes more experts than would be left, but for one expert, which every token takes; groups
-            of experts would be unequal; the router's tensors have no row for each expert; the experts are offloaded or
-            have adapters; or JetMoE, whose attention has as many experts.
+        ValueError: a token takes more experts than would be left, but for one expert, which every token takes if the
+            router can choose one; its groups would be unequal, or have fewer than it scores them by; the router's
+            tensors have no row for each expert; the experts are offloaded or have adapters; Jamba with one; or JetMoE,
+            whose attention has as many experts.
     """
-    E, K, groups = layer.num_experts, int(layer.pairs_per_token), layer.router.num_groups
+    E, K, kind = layer.num_experts, int(layer.pairs_per_token), type(layer).__name__
+    router, fewest = layer.router, layer.layout.min_experts
     if layer.experts.cache is not None:
         raise ValueError(f"{type(layer.experts).__name__} are offloaded: a layer shrinks before core.offload_experts")
-    takes_two = layer.layout.fixed_top_k and layer.layout.way == "choice"  # PhiMoE's method has no case of one
-    if num_experts < K and (num_experts != 1 or takes_two):
+    if num_experts < K and (num_experts != 1 or not layer.can_take_fewer):
         raise ValueError(f"a token takes {K} experts, and {num_experts} would be left")
-    if num_experts % groups:
-        raise ValueError(f"num_experts={num_experts} is not a multiple of the {groups} groups of experts")
+    if num_experts < fewest:
+        raise ValueError(f"a saved {kind} has at least {fewest} experts, and {num_experts} would be left")
+    # DeepSeek-V2, which alone has several methods, scores a group by its best expert.
+    best = 2 if hasattr(router, "num_group") and not hasattr(router, "topk_method") else 1
+    if num_experts < (needed := router.num_groups * best):
+        raise ValueError(f"the groups of {kind}'s router need {needed} experts, and {num_experts} would be left")
+    if num_experts % router.num_groups:
+        raise ValueError(f"num_experts={num_experts} is not a multiple of the {router.num_groups} groups of experts")
     if any(CHILD in module._modules for module in layer.modules()):
-        raise ValueError(f"{type(layer).__name__} has adapters: core.merge_adapters merges them before")
+        raise ValueError(f"{kind} has adapters: core.merge_adapters merges them before")
     if layer.layout.way == "sorted":
-        raise ValueError(
-            f"{type(layer).__name__}: its configuration has one number for these experts and for those of attention"
-        )
+        raise ValueError(f"{kind}: its configuration has one number for these experts and for those of attention")
     seats = list(_seats(layer, E))
     if not any(name == "weight" for _, name, _ in seats):
-        raise ValueError(f"the router of {type(layer).__name__} has no row for each of the {E} experts")
+        raise ValueError(f"the router of {kind} has no row for each of the {E} experts")
 
     def carry_out() -> None:
         _restack(layer.experts, num_experts, rows)

@@ -294,7 +294,7 @@ def test_parameters_of_a_token_are_all_but_those_of_two_of_four_experts(name):
 def test_what_cannot_be_cut_to_one_expert():
     for name, message in (
         ("JetMoe", "one number for these experts and for those of attention"),
-        ("DeepseekV3", "num_experts=1 is not a multiple of the 2 groups of experts"),
+        ("DeepseekV3", "the groups of DeepseekV3MoE's router need 4 experts, and 1 would be left"),
         ("Phimoe", "a token takes 2 experts, and 1 would be left"),
     ):
         net = core.adopt(model(name).eval())
@@ -315,6 +315,33 @@ def test_what_cannot_be_cut_to_one_expert():
     net = core.quantize_experts(core.adopt(model("Mixtral").eval()))
     with pytest.raises(ValueError, match="MixtralExperts are quantized: an expert is taken out before"):
         core.cut_out(net, expert=0)
+
+
+NO_DENSE = {
+    "Phimoe": "a token takes 2 experts, and 1 would be left",
+    "NllbMoe": "a token takes 2 experts, and 1 would be left",
+    "DeepseekV4": "a token takes 2 experts, and 1 would be left",
+    "Jamba": "a saved JambaSparseMoeBlock has at least 2 experts, and 1 would be left",
+    "DeepseekV2": "the groups of DeepseekV2Moe's router need 2 experts, and 1 would be left",
+    "DeepseekV3": "the groups of DeepseekV3MoE's router need 4 experts, and 1 would be left",
+    "Glm4Moe": "the groups of Glm4MoeMoE's router need 4 experts, and 1 would be left",
+    "Dots1": "the groups of Dots1MoE's router need 4 experts, and 1 would be left",
+    "ExaoneMoe": "the groups of ExaoneMoeSparseMoEBlock's router need 2 experts, and 1 would be left",
+}
+
+
+@pytest.mark.parametrize("name", NO_DENSE)
+def test_a_block_that_cannot_choose_one_expert_or_be_saved_with_one_stays(name):
+    net = core.adopt(made(name).eval())
+    before, config = {key: t.clone() for key, t in net.state_dict().items()}, net.config.to_dict()
+    with pytest.raises(ValueError, match=NO_DENSE[name]):
+        core.densify(net, "average")
+    groups = next(iter(core.moe_layers(net).values())).router.num_groups
+    if name != "DeepseekV2":  # scores groups by one expert: two groups of one are enough
+        with pytest.raises(ValueError, match=NO_DENSE[name].replace("1 would", f"{groups} would")):
+            core.prune_experts(net, core.expert_statistics(net, [None], run), keep=groups)
+    assert net.config.to_dict() == config
+    assert all(torch.equal(t, before[key]) for key, t in net.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3", "Llama4"])
