@@ -53,11 +53,20 @@ def load_model(folder: str | Path, dtype: str | None = None) -> Any:
     for file in files:
         Safetensors(file)  # names a file that is cut, which transformers does not
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
         )
     except Exception as error:  # of transformers, of safetensors, of torch
         raise ValueError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    bad = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if bad:
+        raise ValueError(f"{folder} is damaged: {bad[0]} is missing or has another shape, the first of {len(bad)}")
     return model.eval()
 
 

@@ -14,12 +14,13 @@ import torch
 from chats import TEMPLATE, write
 from places import ROOT
 from pyarrow import parquet
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import apps
 import core
 from apps.cli import main
 from apps.hub.data import IGNORED, HubBatch, HubTextData
+from apps.hub.folders import load_model
 from apps.hub.module import HubCausalLM, LoRAConfig
 from apps.hub.packing import packed
 
@@ -412,6 +413,28 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
         HubCausalLM(model, quantize="int8")
     with pytest.raises(ValueError, match=r"freeze='\*\.nothing' names no parameter"):
         HubCausalLM(model, freeze=["*.nothing"])
+
+
+def test_a_folder_lacks_no_tensor_but_a_tied_one(folder, tmp_path):
+    def written(name, config, change):
+        shutil.copytree(folder / "model", tmp_path / name)
+        values = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(values | config))
+        tensors = load_file(folder / "model" / "model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path / name
+
+    q, k = (f"model.layers.1.self_attn.{letter}_proj.weight" for letter in "qk")
+    tied = load_model(written("tied", {"tie_word_embeddings": True}, lambda t: t.pop("lm_head.weight")))
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    for name, change, rule in (
+        ("head", lambda t: t.pop("lm_head.weight"), r"lm_head\.weight is missing or has another shape, the first of 1"),
+        ("two", lambda t: [t.pop(q), t.pop(k)], f"{k} is missing or has another shape, the first of 2"),
+        ("other", lambda t: t.update({q: t[q][1:]}), f"{q} is missing or has another shape, the first of 1"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is damaged: {rule}"):
+            load_model(written(name, {}, change))
 
 
 def test_a_comparison_has_the_other_ways_of_tuning(folder):
