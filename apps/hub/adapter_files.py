@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.base.files import write_json
@@ -49,9 +50,10 @@ def save_adapters(model: nn.Module, folder: str | Path, name: str = "default", o
     for path, adapters in adapted_modules(model):
         owner = model.get_submodule(path)
         own: Any = adapters[name] if name in adapters else {}  # noqa: SIM401 - a ModuleDict has no get
-        for place, found in own.items():
-            update = _Whole(whole_of(found.a), whole_of(found.b), found.rank, found.scale)
-            key = place.replace("/", ".")
+        updates = {
+            place.replace("/", "."): _Whole(whole_of(u.a), whole_of(u.b), u.rank, u.scale) for place, u in own.items()
+        }
+        for key, update in (updates if one_per_expert else _alike(updates)).items():
             for where, a, b in _as_peft(model, path, owner, key, update, one_per_expert):
                 tensors |= {f"{_PREFIX}{where}.lora_A.weight": a, f"{_PREFIX}{where}.lora_B.weight": b}
                 scales[where.replace(".base_layer", "")] = (update.rank, update.scale)
@@ -89,6 +91,17 @@ class _Whole(NamedTuple):
     b: Tensor
     rank: int
     scale: float
+
+
+def _alike(updates: dict[str, _Whole]) -> dict[str, _Whole]:
+    """Return updates of one rank and one scale, as a module of PEFT's files has them."""
+    if len({(u.rank, u.scale) for u in updates.values()}) < 2:
+        return updates
+    rank = max(u.rank for u in updates.values())
+    return {
+        key: _Whole(F.pad(u.a, (0, rank - u.rank)), F.pad(u.scale * u.b, (0, 0, 0, rank - u.rank)), rank, 1.0)
+        for key, u in updates.items()
+    }
 
 
 def load_adapters(model: nn.Module, folder: str | Path, name: str = "default") -> nn.Module:

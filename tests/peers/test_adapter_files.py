@@ -97,6 +97,24 @@ def test_ranks_of_gate_and_input_add_up(tmp_path):
     assert not added[[0, 1, 3]].any()
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "Olmoe", "DeepseekV3"])
+def test_an_adapter_of_one_expert_each_is_saved_for_all(name, tmp_path):
+    """Read, gate and input share one update of twice the rank, and the output's has the rank."""
+    plain = model(name).eval()
+    net = adapted(core.adopt(copy.deepcopy(plain)), "experts")
+    save_adapters(net, tmp_path / "each", one_per_expert=True)
+    read = load_adapters(core.adopt(copy.deepcopy(plain)), tmp_path / "each")
+    experts = next(iter(core.moe_layers(read).values())).experts
+    assert [experts.lora["default"][key].rank for key in ("gate_up_proj", "down_proj")] == [4, 2]
+    save_adapters(read, tmp_path / "all")
+    again = load_adapters(core.adopt(copy.deepcopy(plain)), tmp_path / "all")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "all").eval()
+    with torch.no_grad():
+        assert error(logits(net), logits(plain)) > 1e-2
+        assert error(logits(again), logits(net)) < 1e-5
+        assert error(theirs(input_ids=IDS, attention_mask=MASK).logits, logits(net)) < 1e-5
+
+
 def test_bad_files_are_rejected_and_the_model_stays(tmp_path):
     good = tmp_path / "good"
     save_adapters(adapted(core.adopt(model("Mixtral")), "experts", "router", "attention"), good)
