@@ -116,8 +116,8 @@ def load_adapters(model: nn.Module, folder: str | Path, name: str = "default") -
         ``model``.
 
     Raises:
-        ValueError: files that are missing or damaged, another kind of adapter, an adapter of another model, or a name
-            that is taken. The model is left as it was.
+        ValueError: files that are missing or damaged, another kind of adapter, tensors beside those of LoRA, an adapter
+            of another model, or a name that is taken. The model is left as it was.
     """
     config, tensors = _read(Path(folder))
     for option in ("use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out"):
@@ -125,6 +125,7 @@ def load_adapters(model: nn.Module, folder: str | Path, name: str = "default") -
             raise ValueError(f"{folder}: {option}={config[option]!r} is not LoRA as core.add_adapters has it")
     grouped: dict[tuple[str, str], dict[str, dict[int, Pair]]] = {}
     updates: list[tuple[nn.Module, str, LowRankUpdate]] = []
+    left = set(tensors)
     for key in sorted(tensors):
         where, found, rest = key.removeprefix(_PREFIX).partition(".lora_A")
         if not found:
@@ -132,6 +133,7 @@ def load_adapters(model: nn.Module, folder: str | Path, name: str = "default") -
         partner = key[: -len(rest) - 1] + "B" + rest
         if partner not in tensors:
             raise ValueError(f"{folder}: {key} has no lora_B beside it")
+        left -= {key, partner}
         a, b = tensors[key], tensors[partner]
         of_one = _of_one_expert(model, where)
         if of_one is None:
@@ -139,6 +141,11 @@ def load_adapters(model: nn.Module, folder: str | Path, name: str = "default") -
         else:
             path, matrix, role, e = of_one
             grouped.setdefault((path, matrix), {}).setdefault(role, {})[e] = (a, b, _scale(config, where, a.shape[0]))
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for key in sorted(left):  # PEFT writes embeddings and heads beside their updates
+        weight = own.get(key.removeprefix(_PREFIX).replace(".base_layer", ""))
+        if weight is None or not torch.equal(tensors[key].to(weight), whole_of(weight)):
+            raise ValueError(f"{folder} has {key}, which is no LoRA of a matrix")
     updates += [_joined(model, *place, each, folder) for place, each in grouped.items()]
     attach(model, updates, name)
     return model

@@ -71,6 +71,36 @@ def test_saved_adapters_come_back(name, one_per_expert, tmp_path):
     assert error(logits(again), logits(core.use_adapters(net))) > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.lora_embedding_A"),
+        ({"trainable_token_indices": {"embed_tokens": [4, 5]}}, "embed_tokens.token_adapter.trainable_tokens_delta"),
+        ({"bias": "lora_only"}, "layers.0.self_attn.q_proj.base_layer.bias"),
+        ({"bias": "all"}, "layers.0.self_attn.k_proj.bias"),
+        ({"target_modules": ["q_proj", "lm_head"]}, ""),
+    ],
+)
+def test_what_peft_trains_beside_lora_is_named(options, key, tmp_path):
+    plain = model("Qwen2Moe").eval()  # whose q_proj, k_proj and v_proj have biases
+    theirs = peft.get_peft_model(
+        copy.deepcopy(plain), peft.LoraConfig(r=2, **{"target_modules": ["q_proj"], **options})
+    )
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    net = core.adopt(plain)
+    if not key:  # the file has lm_head's own weight beside its update
+        assert any("lm_head.base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+        assert error(logits(load_adapters(net, tmp_path)), logits(theirs.eval())) < 1e-5
+        return
+    with pytest.raises(ValueError, match=f"has base_model.model.model.{key}.*, which is no LoRA of a matrix"):
+        load_adapters(net, tmp_path)
+    assert all(p.requires_grad for p in net.parameters())
+
+
 def test_names_of_one_expert_are_those_of_the_hub(tmp_path):
     for name, gate in (("Mixtral", "block_sparse_moe.experts.3.w1"), ("Olmoe", "mlp.experts.3.gate_proj")):
         save_adapters(adapted(core.adopt(model(name)), "experts"), tmp_path / name, one_per_expert=True)
