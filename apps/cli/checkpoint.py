@@ -16,7 +16,7 @@ from apps.cli.classes import find_class, named_class_path
 from apps.cli.configs import at, merge, read_config
 from apps.cli.errors import UsageError
 from apps.registry import differences, full_path, name_of
-from apps.train.checkpoint.contents import check_class, unlike
+from apps.train.checkpoint.contents import FOR_TRAINING, check_class, unlike
 from apps.train.checkpoint.loading import module_class
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, check_sparsified
 from core.config.plain import arguments_from_plain, to_plain
@@ -65,9 +65,7 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
         return
     own = getattr(model, "sparsify_arguments", None)
     there, here = checkpoint.get("hyper_parameters", {}), getattr(model, "hparams", {}) if own is None else own
-    shapeless = tuple(
-        f"model.{name}" for name in ("optimizer", "ema_decay", "average_last", "grow", "distil", "report")
-    )
+    shapeless = tuple(f"model.{name}" for name in FOR_TRAINING)
     differing = [row for row in differences(there, here, "model") if not row[0].startswith(shapeless)]
     if isinstance(model, SparsifiedModule):
         section = to_plain(model.sparsify_config, SparsifyConfig)

@@ -156,5 +156,6 @@ def _difference(known: Mapping[str, Any], made_of: Mapping[str, Any], harmless: 
     for name, a, b in differences(known, made_of):
         if name not in harmless or a != harmless[name]:
             part = name.partition(".")[0]
-            return f"{part} is not this one's" if part in ("weights", "input") else f"{name} is {a}, not {b}"
+            is_named_alone = part in ("weights", "model", "database", "input")
+            return f"{part} is not this one's" if is_named_alone else f"{name} is {a}, not {b}"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 import sys
@@ -22,7 +23,8 @@ from apps.base.progress import bar
 from apps.cli.write.partial import Partial
 from apps.cli.write.row_groups import RowGroups
 from apps.report.tables import csv_cell
-from apps.train.checkpoint.contents import fingerprint
+from apps.train.checkpoint.contents import FOR_TRAINING, fingerprint
+from apps.train.checkpoint.linked import LinkedModule
 from apps.train.publish.predicting import Prediction, PredictionStream
 
 _CHUNK = 8192
@@ -336,7 +338,10 @@ def write_stream(model: nn.Module, stream: PredictionStream, path: Path, **optio
         OSError: the file cannot be written.
         ValueError: lines of another run, or a run that writes them now.
     """
-    made_of = {"weights": fingerprint(model), **stream.made_of}
+    arguments = dict(model.hparams) if isinstance(model, LinkedModule) else {}  # others' need not be plain values
+    kept = {name: value for name, value in arguments.items() if name not in (*FOR_TRAINING, "decode")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    made_of = {"weights": fingerprint(model), "model": digest, **stream.made_of}
     with PredictionFile(path, made_of=made_of, harmless=stream.harmless, **options).open() as file:
         file.write(stream)
     return file

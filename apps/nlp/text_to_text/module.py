@@ -12,7 +12,7 @@ from apps.equal_cost.comparable import ExampleDifference
 from apps.nlp.decode.constraint import Constraint
 from apps.nlp.pairs.module import PairModule
 from apps.nlp.pairs.report import PairReportConfig
-from apps.nlp.sql.schema import sql_constraint
+from apps.nlp.sql.schema import read_schema, serialized, sql_constraint
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text_to_text.metrics import METRICS, TextMetrics
 from apps.nlp.text_to_text.report import TextToTextReport
@@ -99,6 +99,11 @@ class TextToText(PairModule):
             return None  # a validation while training is to be fast
         sources = self.subwords.decode(batch.source_BS.tolist(), "source")
         return [sql_constraint(source, self.subwords) for source in sources]
+
+    def made_from(self, data: Any) -> dict[str, Any]:
+        database = getattr(data, "database", None)
+        tables = None if database is None else serialized(read_schema(database))
+        return {**super().made_from(data), "database": tables}
 
     # ---- evaluation
 

@@ -21,6 +21,7 @@ from apps.cli.configs import read_config
 from apps.cli.errors import UsageError
 from apps.registry import name_of
 from apps.serve.export.options import ENDINGS, Options
+from apps.train.checkpoint.contents import FOR_TRAINING
 from apps.train.checkpoint.loading import check_beside, load
 from apps.train.checkpoint.paths import find_checkpoint
 from apps.train.cost.quantizing import quantize_model
@@ -86,9 +87,7 @@ def write(output: Path, exported: Exported, description: Description, write_grap
 
 TOLERANCE = 1e-4
 """Largest difference of a graph's outputs from the model's, relative to the largest of them."""
-_FOR_TRAINING = (
-    "optimizer", "ema_decay", "average_last", "grow", "distil", "report", "pretrained",
-)  # fmt: skip
+_FOR_TRAINING = (*FOR_TRAINING, "pretrained")
 """Arguments of a model that a prediction does not need, or that name files of the training's machine."""
 _PATHS = ("root", "cache_dir", "file", "images", "index", "predict_folder", "rank", "table")
 """Options of the apps' data that are paths, beside those that end in _file and _files."""

@@ -18,6 +18,9 @@ from apps.train.checkpoint import sharded
 from apps.train.checkpoint.paths import is_pretrained
 from apps.train.publish import pretrained
 
+FOR_TRAINING = ("optimizer", "ema_decay", "average_last", "grow", "distil", "report")
+"""Arguments of a model that change neither its shape nor its predictions."""
+
 
 def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, Any]:
     """Return a checkpoint's contents on the CPU, with the names that its classes have today.

@@ -20,6 +20,7 @@ from copying import copy_data, write_copies
 from places import environment
 from predicted import written
 
+import core
 from apps.cli import main
 from apps.cli.errors import UsageError
 from apps.cli.request import Request
@@ -29,6 +30,7 @@ from apps.cli.write.partial import Partial
 from apps.data.subwords import SubwordConfig
 from apps.nlp.translation.data import TranslationData
 from apps.nlp.translation.module import Translations, Translator
+from apps.train.optim.optimizers import OptimizerConfig
 
 CONFIG = """
 model:
@@ -258,6 +260,21 @@ def test_a_file_of_another_run_is_never_replaced_or_gone_on_with_in_silence(tmp_
     skipping = {"predict_file": "bad.txt", "predict_lines": 1, "bad_lines": "skip"}
     assert written(model, data_of(model, **skipping), path) == (4, 2)  # what came before the error is the same
     assert path.read_text().splitlines() == model.predict(["red", "blue", "", "green"], "en-de")
+
+
+def test_a_stopped_run_is_gone_on_with_only_by_a_model_of_the_same_options(tmp_path):
+    path, options = tmp_path / "out.txt", {"predict_file": "bad.txt", "predict_lines": 1}
+    Path("bad.txt").write_bytes(b"red\nblue\n\xff\ngreen\n")
+    model = load()
+    with pytest.raises(ValueError, match="line 3: byte 0xff"):
+        written(model, data_of(model, **options), path)
+    best = "runs/copies/checkpoints/best.ckpt"
+    other = Translator.load_from_checkpoint(best, moe=replace(model.moe, router=core.TokenChoice(top_k=1)))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"out\.txt\.partial is of another run, whose model is not this one's: take"):
+        written(other, data_of(other, **options, bad_lines="skip"), path)
+    same = Translator.load_from_checkpoint(best, optimizer=OptimizerConfig(lr=0.5), ema_decay=0.5)
+    assert written(same, data_of(same, **options, bad_lines="skip"), path) == (4, 2)
 
 
 def test_two_runs_do_not_write_one_file(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 import yaml
 from converted import write_run
 from lightning.pytorch import Trainer
+from predicted import written
 from tasked import TRANSFORMER, options_of, task_data, text_to_text
 from torch_graphs import TorchGraph
 
@@ -146,6 +149,24 @@ def test_two_tasks_are_learned_tested_and_used_by_the_command_line(folder, tmp_p
     assert capsys.readouterr().out == "green\n"
     assert main([*asked, "middle"]) == 1
     assert "middle" in capsys.readouterr().err
+
+
+def test_a_stopped_run_is_gone_on_with_only_for_a_database_of_the_same_tables(folder, data, tmp_path):
+    for name, column in (("one", "red"), ("same", "red"), ("other", "blue")):
+        with contextlib.closing(sqlite3.connect(tmp_path / f"{name}.sqlite")) as connection:
+            connection.execute(f"CREATE TABLE green ({column} TEXT)")
+    (tmp_path / "in.txt").write_bytes(b"red\n\xff\n")
+    module, path = text_to_text(data), tmp_path / "out.txt"
+
+    def ask(name, bad_lines):
+        given = {"database": str(tmp_path / f"{name}.sqlite"), "bad_lines": bad_lines, "predict_task": "first"}
+        return written(module, task_data(folder, predict_file=str(tmp_path / "in.txt"), predict_lines=1, **given), path)
+
+    with pytest.raises(ValueError, match="line 2: byte 0xff"):
+        ask("one", "error")
+    with pytest.raises(ValueError, match=r"out\.txt\.partial is of another run, whose database is not this one's"):
+        ask("other", "skip")
+    assert ask("same", "skip") == (2, 1)
 
 
 @pytest.mark.slow
