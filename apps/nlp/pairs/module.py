@@ -189,6 +189,8 @@ class PairModule(JudgedModule, TextModule):
         # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
             ids, model = self._ids(batch), model or self.model_in(config.dtype)
+            if batch.empty_B[:1].any():  # its text is empty, whatever the search finds
+                how["tell"] = None
             how = self.how_to_write(config, len(batch.source_BS), **how)
             if how["constraints"] is None:
                 how["constraints"] = self.constraints(batch)

@@ -124,6 +124,17 @@ def test_a_text_is_told_as_it_grows_and_the_answer_is_the_same(served, method):
         assert all(cut["text"].startswith(text) for text in heard)  # nothing of the stop string
 
 
+def test_nothing_is_told_of_what_an_empty_text_could_become(served, monkeypatch):
+    name, model, _ = served
+    if name not in ("translator", "tasks"):
+        pytest.skip("its empty text is a source like others, or there is none")
+    monkeypatch.setattr(model, "decode", replace(model.decode, method="greedy"))
+    service, told = service_of(model)(model), []
+    values = service.read({**service.item["examples"][0], "text": ""})
+    assert service.predict([service.listen(values, told.append)]) == [{"text": ""}]
+    assert told == [""]
+
+
 def test_what_is_told_waits_for_whole_characters(served):
     name, model, _ = served
     if name != "language":
