@@ -165,8 +165,8 @@ class WritingModule(SparseModule, Comparable):
         """
 
         def told(ids: list[int]) -> None:
-            text = self.subwords.processor(self.side).decode([*prompt, *ids])
-            tell(clean(text[: len(text) - num_begun(text, config.stop_strings)].rstrip("\ufffd")))  # type: ignore[misc]
+            text = self.subwords.processor(self.side).decode([*prompt, *ids]).rstrip("\ufffd")
+            tell(clean(text[: len(text) - num_begun(text, config.stop_strings)]))  # type: ignore[misc]
 
         return {
             "constraints": None if constraint is None else [constraint] * num_rows,

@@ -145,3 +145,9 @@ def test_what_is_told_waits_for_whole_characters(served):
     for end in (1, 2, 3):
         tell(ids[:end])
     assert told == ["", "é", "é!"]
+    ids[:0] = [processor.piece_to_id("<0x61>")]
+    told.clear()
+    tell = model.how_to_write(replace(model.decode, stop_strings=("aé",)), 1, tell=told.append)["tell"]
+    for end in (1, 2):
+        tell(ids[:end])
+    assert told == ["", ""]  # "a" and the first byte of "é" may become the stop string
