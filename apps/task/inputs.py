@@ -60,7 +60,7 @@ def choice(label: str | None, choices: Sequence[str], says: str, **more: Any) ->
 def number(
     label: str | None,
     sample: int,
-    default: int,
+    default: int | None,
     least: int,
     most: int,
     says: str = "",
@@ -72,12 +72,13 @@ def number(
     Args:
         label: name on a page.
         sample: the example of a schema, and the first value on a page.
-        default: the value if the input is missing.
+        default: the value if the input is missing; None: the task says.
         least, most: its bounds.
         says: description for the schema.
         shown: its upper bound on a page; None: ``most``.
         in_example: whether the example of a schema has it.
     """
-    schema = {"type": "integer", "minimum": least, "maximum": most, "default": default, "description": says}
+    schema = {"type": "integer", "minimum": least, "maximum": most, "description": says}
+    schema |= {} if default is None else {"default": default}
     field = None if label is None else NumberField(label, sample, whole=True, least=least, most=shown or most)
     return Input(schema, sample, field=field, is_required=False, default=default, is_shown=in_example)

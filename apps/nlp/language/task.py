@@ -60,10 +60,11 @@ class Continuation(TextTask):
         super().__init__(model)
         learned = model.transformer.positions == "learned"
         self.longest = min(_MOST_READ, model.transformer.max_length - 1) if learned else _MOST_READ
-        says, default = "Subwords to write, at most", min(_MOST_WRITTEN, model.decode.max_length(1))
+        label = "Subwords to write, at most"
+        says = f"{label}; by default as many as in a prediction, and at most {_MOST_WRITTEN}."
         self.inputs = {
             "text": text("Text", "And the king", may_be_empty=True, from_json=self._sent),
-            "subwords": number(says, _FIRST, default, 1, _MOST_WRITTEN, f"{says}.", shown=_MOST_SHOWN),
+            "subwords": number(label, _FIRST, None, 1, _MOST_WRITTEN, says, shown=_MOST_SHOWN),
         }
         if model.decode.method == "sample":
             seed = model.decode.seed
@@ -81,13 +82,15 @@ class Continuation(TextTask):
 
     @torch.no_grad()
     def answers(self, examples: Sequence[Mapping[str, Any]], most: int = 1) -> list[Continued]:
-        answers, model, decode = [], self.model, self.model.subwords.decode
+        answers, model, own, decode = [], self.model, self.model.decode, self.model.subwords.decode
         for example in examples:
-            limits, tell = {"num_return_sequences": 1, "max_new_tokens": example["subwords"]}, example.get("tell")
-            config = decoding(model.decode, {**limits, "seed": example.get("seed", model.decode.seed)})
             ((batch, _),) = prompt_batches(checked_texts([example["text"]]), model.subwords)
             batch = model.transfer_batch_to_device(batch, model.device, 0)
-            (given,), written = batch.tokens_BL.tolist(), model.hypotheses_of(batch, config, tell=tell).best[0]
+            (given,), tell = batch.tokens_BL.tolist(), example.get("tell")
+            longest = example["subwords"] or min(_MOST_WRITTEN, own.max_length(len(given)))
+            limits = {"max_new_tokens": longest, "min_new_tokens": min(own.min_new_tokens, longest)}
+            config = decoding(own, {**limits, "num_return_sequences": 1, "seed": example.get("seed", own.seed)})
+            written = model.hypotheses_of(batch, config, tell=tell).best[0]
             ids = [*given, *written]
             whole, begin = decode([ids, given], "target")
             if tell is not None:

@@ -50,11 +50,29 @@ def test_draws_have_a_seed_on_the_page_and_in_a_request(language, monkeypatch):
     assert (said.given + said.text).replace(" (the text ends here)", "") == texts[4]
 
 
+def test_as_much_is_written_as_by_predict_and_never_more_than_a_request_asks_for(language, monkeypatch):
+    model, _ = language
+    prompt = "the red fox runs"
+    ids = len(model.subwords.encode([prompt], "target")[0]) + 1
+
+    def written(decode, **sent):
+        monkeypatch.setattr(model, "decode", decode)
+        task = Continuation(model)
+        (answer,) = task.answers([task.read({"text": prompt, **sent})])
+        return answer.whole, len(answer.read) + 1 - ids  # the last one is not read
+
+    by_ratio = DecodeConfig("greedy", max_length_ratio=3.0, max_length_extra=2)
+    assert written(by_ratio) == (model.predict([prompt])[0], 3 * ids + 2)
+    at_least = DecodeConfig("greedy", max_length_ratio=0.0, min_new_tokens=20)
+    assert written(at_least) == (model.predict([prompt])[0], 20)
+    assert written(at_least, subwords=3)[1] == 3
+    assert written(replace(at_least, min_new_tokens=300))[1] == 256
+
+
 def test_a_beginning_is_at_most_as_long_as_learned_positions_are(language, monkeypatch):
     model, _ = language
     monkeypatch.setattr(model, "transformer", replace(model.transformer, positions="learned", max_length=6))
     task = Continuation(model)
-    assert task.read({"text": ""})["subwords"] == model.decode.max_length(1)
     ids = len(model.subwords.encode(["the red fox"], "target")[0]) + 1
     assert ids > 5
     with pytest.raises(ValueError, match=rf"^text has {ids} subwords with its mark: at most 5 are read$"):
