@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.base.checks import check_at_least
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -73,3 +76,24 @@ def hold_out(group_N: NDArray[np.int64], sizes: Sequence[int], seed: int) -> lis
         if not any(room):
             break
     return [np.flatnonzero(set_G[group_N] == number) for number in range(len(sizes))]
+
+
+def check_drawn(split: str, asked: int | float | None, wanted: int, drawn: int, of: str) -> None:
+    """Warn of a split for which fewer examples were held out than wanted.
+
+    Args:
+        split: its name.
+        asked: the size that was asked for; None: none was.
+        wanted: the number of examples that this means.
+        drawn: the number that was held out.
+        of: what they were held out from, and why there are no more.
+
+    Raises:
+        ValueError: none was held out although some were asked for.
+    """
+    if drawn == wanted:
+        return
+    message = f"{split}_size={wanted if asked is None else asked}: {drawn:,} of {of}"
+    if asked and not drawn:
+        raise ValueError(f"{message}; {split}_size=0 holds none out")
+    log.warning("%s", message)

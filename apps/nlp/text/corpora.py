@@ -5,7 +5,6 @@ Draws come from numpy's ``RandomState``, whose stream numpy guarantees to keep: 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,11 +14,9 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.data.splits import SPLITS, connected, count_of
+from apps.data.splits import SPLITS, check_drawn, connected, count_of
 from apps.data.text_files import Rows, num_words
 from core.fields import Bounds, Checked, Count
-
-log = logging.getLogger(__name__)
 
 LANGUAGE = r"[A-Za-z]{2,8}(?:[_@][A-Za-z0-9]+)*"
 
@@ -274,16 +271,11 @@ def _check_drawn(
         sum(any((language, _key(lines[i])) in known for language, lines in rows.text.items()) for i in range(len(rows)))
         for rows in others
     ]
-    size = f"{split}_size={wanted if asked is None else asked}"
-    message = (
-        f"{size}: {drawn:,} of {own.name}'s {len(own):,} rows can be held out: those that share sentences stay together"
-    )
+    of = f"{own.name}'s {len(own):,} rows can be held out: those that share sentences stay together"
     if any(counts):
         most = int(np.argmax(counts))
-        message += f", {counts[most]:,} of {others[most].name} too"
-    if asked and not drawn:
-        raise ValueError(f"{message}; {split}_size=0 holds none out")
-    log.warning("%s", message)
+        of += f", {counts[most]:,} of {others[most].name} too"
+    check_drawn(split, asked, wanted, drawn, of)
 
 
 def _filtered(rows: Rows, pairs: Sequence[tuple[str, str]], filters: Filters, left_out: Counter[str]) -> Rows:

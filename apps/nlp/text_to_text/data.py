@@ -15,7 +15,7 @@ from apps.base.checks import check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts, save_texts
 from apps.data.datasets import prepare
 from apps.data.documents import json_lines
-from apps.data.splits import SPLITS, check_size, connected, count_of, hold_out
+from apps.data.splits import SPLITS, check_drawn, check_size, connected, count_of, hold_out
 from apps.data.store import identity
 from apps.data.subwords import train_subwords
 from apps.data.text_files import clean, named_files, text_lines
@@ -257,6 +257,9 @@ class TextToTextData(PairData):
             asked = " and ".join(f"{split}_size={self.sizes_held[split]}" for split in lacking)
             raise ValueError(f"{asked} leave none of the {len(rows):,} rows to train on")
         places = hold_out(_groups(rows), sizes, self.split_seed)
+        of = f"{self.dataset}'s {len(rows):,} rows can be held out: those of one source or group stay together"
+        for split, wanted, own in zip(lacking, sizes, places, strict=True):
+            check_drawn(split, self.sizes_held[split], wanted, len(own), of)
         held |= {split: [rows[i] for i in own] for split, own in zip(lacking, places, strict=True)}
         out = {i for own in places for i in own.tolist()}
         return {**held, "train": [row for i, row in enumerate(rows) if i not in out]}
@@ -269,7 +272,7 @@ def _groups(rows: Sequence[Row]) -> np.ndarray:
         (i, keys.setdefault((name, str(row[name]).casefold()), len(keys)))
         for i, row in enumerate(rows)
         for name in ("source", "group")
-        if name in row
+        if row.get(name) not in (None, "")
     ]
     at_L, key_L = np.array(known, np.int64).reshape(-1, 2).T
     return connected(at_L, key_L, len(rows))

@@ -109,6 +109,23 @@ def test_rows_of_one_source_are_never_in_two_splits(tmp_path):
     assert len(data.examples("train")) == 160
 
 
+def test_rows_without_a_group_are_each_their_own_and_too_few_that_are_held_out_are_said(tmp_path, caplog):
+    groups = [*(None, "") * 20, *["a"] * 30, *["b"] * 30]
+    rows = [{**row, "group": group} for row, group in zip(some(100), groups, strict=True)]
+    file = json_file(tmp_path, "rows.jsonl", rows)
+    data = make(tmp_path, "jsonl", train_files=file, val_size=20, test_size=10)
+    held = [row["group"] for split in ("val", "test") for row in data.rows(split)]
+    assert (len(held), {*held}) == (30, {None, ""})  # no room for a group of 30
+    assert not caplog.text
+    file = json_file(tmp_path, "groups.jsonl", rows[40:])
+    data = make(tmp_path, "jsonl", train_files=file, val_size=29, test_size=0)
+    why = "val_size=29: 0 of jsonl's 60 rows can be held out: those of one source or group stay together; val_size=0"
+    with pytest.raises(ValueError, match=why):
+        _ = data.opened
+    assert len(make(tmp_path, "jsonl", train_files=file, val_size=31, test_size=0).rows("val")) == 30
+    assert "val_size=31: 30 of jsonl's 60 rows can be held out" in caplog.text
+
+
 def test_rows_of_given_validation_and_test_files_do_not_train(tmp_path):
     rows = some(60)
     other = [{**rows[0], "target": "other"}, {**rows[1], "target": ["other", rows[1]["target"]]}]
