@@ -27,8 +27,8 @@ def shrinking(layer: Any, num_experts: int, rows: Rows) -> Callable[[], None]:
     Raises:
         ValueError: a token takes more experts than would be left, but for one expert, which every token takes if the
             router can choose one; its groups would be unequal, or have fewer than it scores them by; the router's
-            tensors have no row for each expert; the experts are offloaded or have adapters; Jamba with one; or JetMoE,
-            whose attention has as many experts.
+            tensors have no row for each expert, or it has a table of token ids; the experts are offloaded or have
+            adapters; Jamba with one; or JetMoE, whose attention has as many experts.
     """
     E, K, kind = layer.num_experts, int(layer.pairs_per_token), type(layer).__name__
     router, fewest = layer.router, layer.layout.min_experts
@@ -46,6 +46,9 @@ def shrinking(layer: Any, num_experts: int, rows: Rows) -> Callable[[], None]:
         raise ValueError(f"num_experts={num_experts} is not a multiple of the {router.num_groups} groups of experts")
     if any(CHILD in module._modules for module in layer.modules()):
         raise ValueError(f"{kind} has adapters: core.merge_adapters merges them before")
+    table = getattr(router, "tid2eid", None)  # of DeepSeek-V4's first layers
+    if table is not None and table.any():
+        raise ValueError(f"the router of {kind} has a table of the experts of each token id: all of them stay")
     if layer.layout.way == "sorted":
         raise ValueError(f"{kind}: its configuration has one number for these experts and for those of attention")
     seats = list(_seats(layer, E))

@@ -367,6 +367,10 @@ def test_what_cannot_be_pruned():
     statistics = core.expert_statistics(net, [None], run)
     with pytest.raises(ValueError, match="keep=3 is not the same number for each of 2 groups"):
         core.prune_experts(net, statistics, keep=3)
+    net = core.adopt(model("DeepseekV4").eval())
+    next(module for module in net.modules() if hasattr(module, "tid2eid")).tid2eid.fill_(1)
+    with pytest.raises(ValueError, match="has a table of the experts of each token id: all of them stay"):
+        core.prune_experts(net, core.expert_statistics(net, [None], run), keep=3)
     net = core.adopt(model("JetMoe").eval())
     with pytest.raises(ValueError, match="one number for these experts and for those of attention"):
         core.prune_experts(net, core.expert_statistics(net, [None], run), keep=2)
