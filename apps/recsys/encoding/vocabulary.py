@@ -50,8 +50,12 @@ class Vocabulary:
             return own
         import pyarrow.compute as pc
 
-        is_old = pc.match_substring_regex(own._arrow, r"^-?(?:0|[1-9][0-9]*)\.0+$")
-        return cls.of(short_decimals(own._arrow)) if pc.any(is_old).as_py() else own
+        is_old, is_number = (
+            pc.match_substring_regex(own._arrow, rf"^-?(?:0|[1-9][0-9]*){end}$")
+            for end in (r"\.0+", r"(?:\.[0-9]+)?(?:E-[0-9]+)?")
+        )
+        has_old = pc.any(is_old).as_py() and pc.all(is_number).as_py()
+        return cls.of(short_decimals(own._arrow)) if has_old else own
 
     def extended(self, values: pa.StringArray) -> Vocabulary:
         """Return the vocabulary with further texts after its own, which it must lack."""
