@@ -218,6 +218,8 @@ class ImageCaptioner(JudgedModule):
 
     @property
     def metric_signatures(self) -> Mapping[str, str]:
+        if self.encoding_state is None:  # before the data are there nothing says whether letter case counts
+            return {}
         references = num_references(by_image(self._tested))
         return signatures(self.bleu_tokenize, references, self.encoding.text.lower_case)
 

@@ -14,6 +14,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 import core
+from apps.base.files import CONFIGS
+from apps.cli import main
 from apps.multimodal.captions.module import ImageCaptioner
 from apps.multimodal.pairs.encoding import PairEncoding, TextEncoding
 from apps.nets.config import TransformerConfig
@@ -255,6 +257,13 @@ def test_bad_images(trained, tmp_path):
 def test_a_model_without_a_checkpoint_does_not_know_its_words():
     with pytest.raises(ValueError, match="does not know its subwords"):
         ImageCaptioner(vit=VIT, transformer=DECODER, image_size=SIDE).predict([plain("red")])
+
+
+def test_a_training_begins_before_the_case_of_its_texts_is_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.accelerator", "cpu")
+    config = str(CONFIGS / "multimodal" / "shapes_captions.yaml")
+    assert main(["fit", "--config", config, *few, "--data.batch_size", "4"]) == 0
 
 
 def test_word_pieces_are_refused():
