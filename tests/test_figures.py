@@ -29,7 +29,7 @@ SETTINGS = (
     r"Python 3\.11 to 3\.14", r"Apache-2\.0", "95 % confidence interval", r"(?:more|More) than forty (?:routers|ways)",
     "four backends", "in five lines", "Five commands",
     "MovieLens-1M", "Multi30k", "MNIST-5k", r"recall@10", r"NDCG@10", r"0\.01 of top-1", "CIFAR-10", "four domains",
-    "[24] of 8 experts", "4 dense-gated experts", "one or two labels", "mean of two tasks", "20 minutes",
+    "[24] of 8 experts", "4 dense-gated experts", "one to three labels", "mean of two tasks", "20 minutes",
     "[23]00 steps", "at least three\nseeds", r"\(two seeds\)", r"\[two\n  processes\]",
 )  # fmt: skip
 """Numbers that are no figures: names, settings, and what other tests count."""
