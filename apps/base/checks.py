@@ -26,4 +26,9 @@ def check_installed(what: str, names: Sequence[str], extra: str) -> None:
     """Raise a ValueError that says how to install the first of the packages that is missing and ``what`` needs."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f'{what} needs {name}, which is not installed: pip install "moesaic[{extra}]"')
+            raise ValueError(f"{what} needs {name}, which is not installed: {how_to_install(extra)}")
+
+
+def how_to_install(extra: str) -> str:
+    """Return what to type for an extra of this package, which is on no index."""
+    return f'pip install -e ".[{extra}]" in the source tree of moesaic'

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apps import registry
+from apps.base.checks import how_to_install
 from apps.base.messages import first_line
 from apps.base.sealed import check_seal
 from apps.train.checkpoint.loading import check_beside, module_class
@@ -289,6 +290,6 @@ def onnxruntime() -> Any:
         import onnxruntime
     except ModuleNotFoundError:
         raise ValueError(
-            'an exported model needs onnxruntime, which is not installed: pip install "moesaic[export]"'
+            f"an exported model needs onnxruntime, which is not installed: {how_to_install('export')}"
         ) from None
     return onnxruntime
