@@ -25,18 +25,33 @@ def test_help_needs_no_torch_and_lists_what_there_is():
         assert f"  {command} " in done.stdout
 
 
-def test_another_package_core_is_named(tmp_path):
-    (tmp_path / "core").mkdir()
-    (tmp_path / "core" / "__init__.py").touch()
-    env = environment(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "apps.cli", "fit"], env=env, cwd="/", capture_output=True, text=True)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    other = tmp_path / "core" / "__init__.py"
-    assert (
-        line
-        == f"error: the package core must be {ROOT / 'core'}, and Python finds {other}: take that one off PYTHONPATH"
-    )
+# Our packages are found last, as in an editable install: a folder without an __init__.py goes before them too.
+LAST = f"""
+import importlib.machinery, runpy, sys
+class Ours:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.PathFinder.find_spec(name, ["/".join([{str(ROOT)!r}, *name.split(".")[:-1]])])
+sys.meta_path.insert(sys.meta_path.index(importlib.machinery.PathFinder) + 1, Ours())
+"""
+
+
+@pytest.mark.parametrize("file", ["__init__.py", "notes.txt"])
+@pytest.mark.parametrize("name", ["core", "apps"])
+def test_a_package_that_hides_one_of_ours_is_named_beside_ours(name, file, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).touch()
+    here = f"the package {name} must be {ROOT / name}, and Python finds {tmp_path / name}: "
+    scripts = ["import moesaic; moesaic.fit", "import moesaic; moesaic.TokenChoice"]
+    scripts += ["import apps; apps.load"] if name == "core" else []  # else it is the user's
+    scripts += ["from apps.cli import main; sys.exit(main(['fit']))"]
+    for script in scripts:
+        argv, env = [sys.executable, "-c", LAST + script], {**environment(), "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(argv, env=env, cwd="/", capture_output=True, text=True)
+        *before, line = done.stderr.splitlines()
+        is_command = "main" in script
+        assert line.startswith(f"{'error' if is_command else 'ImportError'}: {here}"), done.stderr
+        assert (before == []) == is_command
+        assert done.returncode == 1 + is_command
 
 
 DIGITS = ("--config", "configs/vision/digits.yaml")
