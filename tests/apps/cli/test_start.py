@@ -99,6 +99,22 @@ def test_an_error_of_usage_needs_no_heavy_import(tmp_path):
     assert (tmp_path / "here.csv").read_text() == "earlier predictions"
 
 
+def test_a_folder_whose_name_the_locale_cannot_encode_is_rejected_at_once(tmp_path):
+    """Python reads the bytes of UTF-8 as surrogates there, which TensorBoard would reject after the heavy imports."""
+    env = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    name = "l\u00e4uft".encode()  # l, two bytes, u, f, t
+    (tmp_path / "l\u00e4uft.yaml").write_text("{}")
+    argv = [["fit", *DIGITS, "--run_dir", name], ["fit", "--config", name + b".yaml"]]
+    script = WATCHED.replace("json.loads(sys.argv[1])", "[sys.argv[1:]]")
+    for words, value in zip(argv, (r"l\udcc3\udca4uft", r"runs/l\udcc3\udca4uft"), strict=True):
+        done = subprocess.run([sys.executable, "-c", script, *words], env=env, cwd=tmp_path, capture_output=True)
+        code, said, heavy = json.loads(done.stdout)
+        assert (code, heavy) == (2, [])
+        assert said == (
+            f"error: '{value}' is no name in ascii, the encoding of this locale: give another, or set LC_ALL=C.UTF-8\n"
+        )
+
+
 def test_the_first_line_says_what_starts_before_the_heavy_imports(config, capsys, monkeypatch):
     def stops(*_):
         raise RuntimeError("the imports begin")
