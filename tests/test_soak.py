@@ -97,7 +97,7 @@ def test_a_cut_file_is_broken_under_its_final_name_only(name, tmp_path):
 
 
 def test_a_part_that_takes_longer_takes_from_those_after_it_which_still_try_a_case(tmp_path, monkeypatch, capsys):
-    """Of 170 seconds numbers may take 30, its weight 3 of 17, and takes 100 with its set-up. History gets 5 of the rest,
+    """Of 170 seconds numbers may take 30, 3 of 17 parts, and takes 100 with its set-up. History gets 5 of the rest,
     and takes 65; load gets 1.5 of 5, inputs 1 of 3, kills and machine nothing: each of them tries one case.
     """
     clock, seen = [0.0], []

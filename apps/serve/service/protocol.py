@@ -6,21 +6,49 @@ The parser is httptools. h11, which bounds the bytes of a head, took 130 to 380 
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 from asyncio import TimerHandle, Transport
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from apps.base.ports import take_no_more
 from apps.serve.service.options import Limits
+
+_GRACE, _ON_ITS_WAY = 1.0, 0.1
+"""Seconds in which a connection without a request may still send one, and in which those that wait are let in."""
 
 
 def server_of(app: Any, limits: Limits) -> Any:
     """Return the uvicorn server of ``app``, which prints nothing but errors."""
     http = type("Protocol", (BoundedProtocol,), {"limits": limits})
     quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
-    return uvicorn.Server(uvicorn.Config(app, http=http, ws="none", lifespan="on", **quiet))
+    return EndingServer(uvicorn.Config(app, http=http, ws="none", lifespan="on", **quiet))
+
+
+class EndingServer(uvicorn.Server):
+    """uvicorn's server, which ends without a reset: who has connected is answered, who has not is refused.
+
+    uvicorn closes its socket with those that still wait there, and connections whose request is on its way.
+    """
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let no new connection in, answer the requests of those that are there, and close."""
+        state, protocol = self.server_state, self.config.http_protocol_class
+        protocol.ends = True  # type: ignore[union-attr]
+        for own in sockets or ():
+            take_no_more(own)
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        while (waited := loop.time() - begin) < _GRACE and not self.force_exit:
+            silent = any(own.cycle is None or own.cycle.response_complete for own in state.connections)  # type: ignore
+            if waited > _ON_ITS_WAY and not silent:
+                break
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -30,9 +58,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     Attributes:
         limits: of the service.
+        ends: whether the service is ending.
     """
 
     limits: Limits
+    ends = False
     _deadline: TimerHandle
     _unread = 0
 
@@ -57,6 +87,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread = 0
         self._deadline.cancel()
         super().on_headers_complete()
+        if self.ends:  # the answer says that it is the last one
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._unread = 0
