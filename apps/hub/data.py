@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ IGNORED = -100
 _TOKENIZERS = ("*token*", "chat_template*", "vocab*", "merges*", "*.model", "*.tiktoken")
 """Files of a folder that decide which tokens a text has."""
 _TWENTIETH = 0.05
+Document = tuple[str, Any]
+"""Where a document is, and its text, its messages, or its prompt and completion."""
 
 
 class HubBatch(NamedTuple):
@@ -55,20 +58,20 @@ class HubTextData(SuiteData):
     """Texts and chats in train, validation and test batches of ``HubBatch``, tokenized by a model's own tokenizer.
 
     Files are plain text (``.txt`` and others), JSON lines (``.jsonl``) or Parquet: each row has ``text``, or
-    ``messages`` with ``role`` and ``content``, or ``prompt`` and ``completion``, which are two messages. The
-    tokenizer's chat template is applied to messages; the loss is then on the assistant's answers. Documents are packed
+    ``messages`` with ``role`` and ``content``, or ``prompt`` and ``completion``, which are two messages, and one text
+    where the tokenizer has no chat template. The loss is then on the assistant's answers alone. Documents are packed
     into rows of ``block_size`` tokens, longest first, and do not see each other: a model that lets them is rejected
     before the training.
 
     Args:
         folder: local folder of a model in transformers' layout, which is trained and whose tokenizer reads the texts.
         train_files: a name or a pattern of files, or several.
-        val_files: likewise; None: documents of train_files are held out.
+        val_files: likewise; None: documents of train_files are held out, of a single one its end.
         test_files: likewise; None: the validation documents.
         root: folder that the file names start from.
         cache_dir: folder for encoded text; default ~/.cache/moesaic.
         document: unit of plain text that is one document: "line", "paragraph" (lines up to an empty one) or "file".
-        val_size: documents to validate on, or a share of all below 1, without val_files.
+        val_size: documents to validate on, or a share of all below 1, at least one, without val_files.
         split_seed: of the held-out documents.
         block_size: tokens of a row.
         packed: a row holds as many documents as fit; False: one, as models need that do not keep them apart.
@@ -163,14 +166,12 @@ class HubTextData(SuiteData):
         return STORE.open(self.cache, "text", made_from, lambda writer: self._write(writer, files))
 
     def _write(self, writer: ArrayWriter, files: Mapping[Split, Sequence[Path]]) -> None:
-        splits = {split: [d for path in paths for d in self._documents(path)] for split, paths in files.items()}
+        splits, held = (
+            {split: [d for path in paths for d in self._documents(path)] for split, paths in files.items()},
+            "",
+        )
         if not files["val"] and splits["train"]:
-            number: dict[str, int] = {}  # the same text is in one split only
-            group_N = np.array([number.setdefault(json.dumps(text), len(number)) for _, text in splits["train"]])
-            count = count_of(self.val_size, len(group_N))
-            held = set(hold_out(group_N, [count], self.split_seed)[0].tolist())
-            splits["val"] = [splits["train"][i] for i in sorted(held)]
-            splits["train"] = [d for i, d in enumerate(splits["train"]) if i not in held]
+            splits["train"], splits["val"], held = self._held_out(splits["train"])
         if not files["test"]:
             splits["test"] = splits["val"]
         for split, documents in splits.items():
@@ -183,30 +184,61 @@ class HubTextData(SuiteData):
             writer.save(f"{split}_ids", np.array(ids, np.int32))
             writer.save(f"{split}_answers", np.array(answers, np.int8))
             writer.save(f"{split}_bounds", np.array(bounds, np.int64))
-        writer.finish({})
+        writer.finish({"held": held})
 
-    def _documents(self, path: Path) -> Iterator[tuple[str, Any]]:
+    def _held_out(self, documents: list[Document]) -> tuple[list[Document], list[Document], str]:
+        """Return the documents to train on and to validate on, at least one for a share, and a line on these."""
+        number: dict[str, int] = {}  # the same text is in one split only
+        group_N = np.array([number.setdefault(json.dumps(text), len(number)) for _, text in documents])
+        where, text = documents[0]
+        if len(number) == 1 and isinstance(text, str) and 0 < self.val_size < 1:
+            at = round(len(text) * (1 - self.val_size))
+            cut = max(text.rfind(" ", 0, at + 1), text.rfind("\n", 0, at + 1))
+            cut = cut if cut > 0 else at
+            part = f"the last {1 - cut / max(len(text), 1):.1%} of the only document"
+            if text[:cut].strip() and text[cut:].strip():
+                return [(where, text[:cut])] * len(documents), [(where, text[cut + 1 :])], f"{part} are held out"
+        count = count_of(self.val_size, len(group_N))
+        if 0 < self.val_size < 1 and len(number) > 1:
+            count = max(count, int(np.bincount(group_N).min()))
+        held = set(hold_out(group_N, [count], self.split_seed)[0].tolist())
+        kept = [d for i, d in enumerate(documents) if i not in held]
+        return kept, [documents[i] for i in sorted(held)], f"{len(held):,} of {len(documents):,} documents are held out"
+
+    def describe(self) -> str:
+        held = self.opened.info["held"]
+        return super().describe() + (f"; {held} to validate on" if held else "")
+
+    def _documents(self, path: Path) -> Iterator[Document]:
         """Yield the documents of a file, each with where it is."""
         if not holds_rows(path) and path.suffix != ".json":
             yield from ((str(path), "\n".join(lines)) for lines in documents_in(path, self.document))
             return
         for where, row in rows_in(path, ("text", "messages", "prompt", "completion")):
             content = _content(row)
-            if not isinstance(content, str) and not _are_messages(content):
+            if not isinstance(content, (str, tuple)) and not _are_messages(content):
                 raise ValueError(
                     f'{where} has no "text", no "prompt" and "completion", no "messages" of role and content'
                 )
             yield where, content
 
-    def _encoded(self, document: tuple[str, Any]) -> tuple[list[int], list[bool]]:
+    def _encoded(self, document: Document) -> tuple[list[int], list[bool]]:
         """Return the ids of a document, and which of them have a loss."""
         where, content = document
         tokenizer = self.tokenizer
-        if isinstance(content, str):
-            ids = tokenizer(content, add_special_tokens=False)["input_ids"]
-            ids = [*([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []), *ids]
-            ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-            return ids, [True] * len(ids)
+        if isinstance(content, tuple) and tokenizer.chat_template:
+            said = zip(("user", "assistant"), content, strict=True)
+            content = [{"role": role, "content": text} for role, text in said]
+        if isinstance(content, (str, tuple)):
+            prompt, text = content if isinstance(content, tuple) else ("", content)
+            ids, asked = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt + text, prompt))
+            first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+            last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+            # The last token of the prompt may be another one where the completion follows it.
+            alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, asked, strict=False)))
+            known = alike + len(first) if prompt else 0
+            ids = [*first, *ids, *last]
+            return ids, [False] * known + [True] * (len(ids) - known)
         if not tokenizer.chat_template:
             raise ValueError(f"{where} has messages, and {self.folder} no chat template")
         whole, answers = self._chat(content), list[bool]()
@@ -248,10 +280,9 @@ def end_of_answer(whole: list[int], begin: list[int], until: list[int]) -> int |
 
 
 def _content(entry: Mapping[str, Any]) -> Any:
-    """Return a line's text or messages; a prompt and its completion are two messages."""
+    """Return a line's text, its messages, or both of its prompt and its completion."""
     if isinstance(entry.get("prompt"), str) and isinstance(entry.get("completion"), str):
-        said = zip(("user", "assistant"), (entry["prompt"], entry["completion"]), strict=True)
-        return [{"role": role, "content": text} for role, text in said]
+        return entry["prompt"], entry["completion"]
     return entry.get("messages", entry.get("text"))
 
 
