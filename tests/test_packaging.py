@@ -16,7 +16,7 @@ import pytest
 
 import core
 import moesaic
-from apps.base.checks import how_to_install
+from apps.base.checks import INSTALL
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ROOT / "packaging" / "moesaic-core"
@@ -55,8 +55,8 @@ def test_what_is_typed_to_install_an_extra_works_in_a_clone():
     named = [(path, *match) for path, text in texts.items() for match in asked.findall(text)]
     assert [(path, name) for path, name, _ in named if name not in (".", "sacrebleu")] == []
     extras = {extra for _, name, some in named for extra in some.split(",") if name == "."}
-    assert {"serve", "hub"} <= extras - {"{extra}"} <= project(ROOT)["project"]["optional-dependencies"].keys()
-    assert how_to_install("serve") == 'pip install -e ".[serve]" in the source tree of moesaic'
+    assert {"serve", "hub"} <= extras - {"{}"} <= project(ROOT)["project"]["optional-dependencies"].keys()
+    assert INSTALL.format("serve") == 'pip install -e ".[serve]" in the source tree of moesaic'
 
 
 @pytest.fixture(scope="module")

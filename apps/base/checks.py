@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from apps.base.messages import unknown_name
 
+INSTALL = 'pip install -e ".[{}]" in the source tree of moesaic'
+"""What to type for an extra of this package, which is on no index."""
+
 
 def check_at_least(least: float, **values: float | None) -> None:
     """Raise a ValueError that names the first value below ``least``; None is not a value."""
@@ -26,9 +29,4 @@ def check_installed(what: str, names: Sequence[str], extra: str) -> None:
     """Raise a ValueError that says how to install the first of the packages that is missing and ``what`` needs."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"{what} needs {name}, which is not installed: {how_to_install(extra)}")
-
-
-def how_to_install(extra: str) -> str:
-    """Return what to type for an extra of this package, which is on no index."""
-    return f'pip install -e ".[{extra}]" in the source tree of moesaic'
+            raise ValueError(f"{what} needs {name}, which is not installed: {INSTALL.format(extra)}")

@@ -5,16 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
-
 
 def shadowed() -> str | None:
-    """Return the line on another package that Python finds in place of ours; None: it finds ours.
-
-    The file imports nothing of ours, so that it also runs by its path where ``apps`` itself is another package.
-    """
+    """Return the line on another package that Python finds in place of ours; None: it finds ours."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     for name in ("apps", "core"):
-        spec, own = importlib.util.find_spec(name), os.path.join(_ROOT, name)
+        spec, own = importlib.util.find_spec(name), os.path.join(root, name)
         places = [] if spec is None else [*(spec.submodule_search_locations or (spec.origin or "",))]
         if own not in map(os.path.realpath, places):
             found = places[0] if places else "none"

@@ -15,8 +15,6 @@ from typing import Any
 
 LOCAL = "127.0.0.1"
 """The address that this machine alone can reach."""
-_ATTACH_FILTER = 26
-"""The option SO_ATTACH_FILTER of Linux, which Python does not name."""
 _HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?")
 
 
@@ -52,18 +50,13 @@ def bound(port: int, host: str = LOCAL) -> socket.socket:
 
 
 def take_no_more(listening: socket.socket) -> None:
-    """Let no further connection begin at a socket, where the system can: who asks is refused when the socket is closed.
-
-    Those that have begun still come. To close a socket that takes more would reset the one that just waits there.
-    """
+    """Let no further connection begin at a socket, where the system can: closing it resets one that has begun."""
+    # A filter of Linux (SO_ATTACH_FILTER, 26): no packet with SYN, flag 2 in byte 13 of the TCP header, is taken.
+    steps = ((0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 2**32 - 1))
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     if sys.platform == "linux":
-        # Linux's filter of packets: with byte 13 of the TCP header, the flags, has SYN (2), none of it is taken.
-        steps = ((0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 2**32 - 1))
-        program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
         with contextlib.suppress(OSError):  # a kernel without it
-            listening.setsockopt(
-                socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HP", len(steps), ctypes.addressof(program))
-            )
+            listening.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HP", len(steps), ctypes.addressof(program)))
 
 
 def is_local(host: str) -> bool:

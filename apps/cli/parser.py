@@ -67,10 +67,8 @@ def folder(path: Path) -> Path:
     try:
         os.fsencode(str(path).encode().decode())
     except UnicodeError:
-        encoding = sys.getfilesystemencoding()
-        raise UsageError(
-            f"{str(path)!a} is no name in {encoding}, the encoding of this locale: give another, or set LC_ALL=C.UTF-8"
-        ) from None
+        rule = f"is no name in {sys.getfilesystemencoding()}, the encoding of this locale"
+        raise UsageError(f"{str(path)!a} {rule}: give another, or set LC_ALL=C.UTF-8") from None
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             where = "" if part == path else f", below which {path} would be"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from apps.base.checks import check_at_least
-from apps.cli.configs import shipped
 from apps.cli.errors import UsageError
 from apps.cli.flags import SECTIONS
 from apps.cli.parser import CommandLine, Folder, Shown, config_file
@@ -17,10 +16,6 @@ from apps.equal_cost import routers
 
 SEARCH_FACTORS = (1 / 3, 1.0, 3.0)
 """Default learning rates of the search, as multiples of the configured one."""
-
-
-def _overlay(name: str) -> str:
-    return str(shipped(Path(name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +41,7 @@ class Options:
     search_share: float = 1.0
     baselines: tuple[str, ...] | None = None
     rounds: int = 5
-    routers: Annotated[tuple[str, ...], Shown("NAME", read=_overlay)] = ()
+    routers: tuple[str, ...] = ()
     baseline_minutes: float = 1.0
 
     def __post_init__(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,8 +31,6 @@ IGNORED = -100
 _TOKENIZERS = ("*token*", "chat_template*", "vocab*", "merges*", "*.model", "*.tiktoken")
 """Files of a folder that decide which tokens a text has."""
 _TWENTIETH = 0.05
-Document = tuple[str, Any]
-"""Where a document is, and its text, its messages, or its prompt and completion."""
 
 
 class HubBatch(NamedTuple):
@@ -166,10 +163,8 @@ class HubTextData(SuiteData):
         return STORE.open(self.cache, "text", made_from, lambda writer: self._write(writer, files))
 
     def _write(self, writer: ArrayWriter, files: Mapping[Split, Sequence[Path]]) -> None:
-        splits, held = (
-            {split: [d for path in paths for d in self._documents(path)] for split, paths in files.items()},
-            "",
-        )
+        splits = {split: [d for path in paths for d in self._documents(path)] for split, paths in files.items()}
+        held = ""
         if not files["val"] and splits["train"]:
             splits["train"], splits["val"], held = self._held_out(splits["train"])
         if not files["test"]:
@@ -186,30 +181,26 @@ class HubTextData(SuiteData):
             writer.save(f"{split}_bounds", np.array(bounds, np.int64))
         writer.finish({"held": held})
 
-    def _held_out(self, documents: list[Document]) -> tuple[list[Document], list[Document], str]:
-        """Return the documents to train on and to validate on, at least one for a share, and a line on these."""
+    def _held_out(self, documents: list[Any]) -> tuple[list[Any], list[Any], str]:
+        """Return the documents to train on and to validate on, for a share at least one, and a line on these."""
+        (where, text), is_share = documents[0], 0 < self.val_size < 1
+        if len(documents) == 1 and isinstance(text, str) and len(text) > 1 and is_share:
+            at = min(round(len(text) * (1 - self.val_size)), len(text) - 1)
+            cut = max(text.rfind(" ", 0, at + 1), text.rfind("\n", 0, at + 1), 0) or at
+            held = f"; the last {1 - cut / len(text):.1%} of the only document are held out to validate on"
+            return [(where, text[:cut])], [(where, text[cut:].lstrip(" \n"))], held
         number: dict[str, int] = {}  # the same text is in one split only
         group_N = np.array([number.setdefault(json.dumps(text), len(number)) for _, text in documents])
-        where, text = documents[0]
-        if len(number) == 1 and isinstance(text, str) and 0 < self.val_size < 1:
-            at = round(len(text) * (1 - self.val_size))
-            cut = max(text.rfind(" ", 0, at + 1), text.rfind("\n", 0, at + 1))
-            cut = cut if cut > 0 else at
-            part = f"the last {1 - cut / max(len(text), 1):.1%} of the only document"
-            if text[:cut].strip() and text[cut:].strip():
-                return [(where, text[:cut])] * len(documents), [(where, text[cut + 1 :])], f"{part} are held out"
-        count = count_of(self.val_size, len(group_N))
-        if 0 < self.val_size < 1 and len(number) > 1:
-            count = max(count, int(np.bincount(group_N).min()))
-        held = set(hold_out(group_N, [count], self.split_seed)[0].tolist())
-        kept = [d for i, d in enumerate(documents) if i not in held]
-        return kept, [documents[i] for i in sorted(held)], f"{len(held):,} of {len(documents):,} documents are held out"
+        least = int(np.bincount(group_N).min()) if is_share and len(number) > 1 else 0
+        size = max(count_of(self.val_size, len(group_N)), least)
+        chosen = set(hold_out(group_N, [size], self.split_seed)[0].tolist())
+        train, val = ([d for i, d in enumerate(documents) if (i in chosen) == is_held] for is_held in (False, True))
+        return train, val, f"; {len(val):,} of {len(documents):,} documents are held out to validate on"
 
     def describe(self) -> str:
-        held = self.opened.info["held"]
-        return super().describe() + (f"; {held} to validate on" if held else "")
+        return f"{super().describe()}{self.opened.info['held']}"
 
-    def _documents(self, path: Path) -> Iterator[Document]:
+    def _documents(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Yield the documents of a file, each with where it is."""
         if not holds_rows(path) and path.suffix != ".json":
             yield from ((str(path), "\n".join(lines)) for lines in documents_in(path, self.document))
@@ -222,21 +213,20 @@ class HubTextData(SuiteData):
                 )
             yield where, content
 
-    def _encoded(self, document: Document) -> tuple[list[int], list[bool]]:
+    def _encoded(self, document: tuple[str, Any]) -> tuple[list[int], list[bool]]:
         """Return the ids of a document, and which of them have a loss."""
         where, content = document
         tokenizer = self.tokenizer
         if isinstance(content, tuple) and tokenizer.chat_template:
-            said = zip(("user", "assistant"), content, strict=True)
-            content = [{"role": role, "content": text} for role, text in said]
+            content = [{"role": role, "content": t} for role, t in zip(("user", "assistant"), content, strict=True)]
         if isinstance(content, (str, tuple)):
             prompt, text = content if isinstance(content, tuple) else ("", content)
-            ids, asked = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt + text, prompt))
+            ids, asked = ([*tokenizer(t, add_special_tokens=False)["input_ids"]] for t in (prompt + text, prompt))
             first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
             last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-            # The last token of the prompt may be another one where the completion follows it.
-            alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, asked, strict=False)))
-            known = alike + len(first) if prompt else 0
+            while ids[: len(asked)] != asked:  # its last token may be another one where the completion follows
+                asked.pop()
+            known = len(first) + len(asked) if prompt else 0
             ids = [*first, *ids, *last]
             return ids, [False] * known + [True] * (len(ids) - known)
         if not tokenizer.chat_template:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import core
-from apps.base.checks import how_to_install
+from apps.base.checks import INSTALL
 from apps.equal_cost.comparable import Baseline, baselines_of
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
@@ -65,7 +65,7 @@ def baselines(recommender: Any) -> Mapping[str, Baseline]:
             build = partial(library, steps=recommender.head.has_steps)
             by_name[name] = Baseline(build, f"{library.__name__}'s, one for each task; settings chosen on validation")
         else:
-            by_name[name] = Baseline(None, f"{library.package} is not installed: {how_to_install('baselines')}")
+            by_name[name] = Baseline(None, f"{library.package} is not installed: {INSTALL.format('baselines')}")
     return by_name
 
 

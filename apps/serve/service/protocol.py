@@ -18,9 +18,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from apps.base.ports import take_no_more
 from apps.serve.service.options import Limits
 
-_GRACE, _ON_ITS_WAY = 1.0, 0.1
-"""Seconds in which a connection without a request may still send one, and in which those that wait are let in."""
-
 
 def server_of(app: Any, limits: Limits) -> Any:
     """Return the uvicorn server of ``app``, which prints nothing but errors."""
@@ -30,22 +27,16 @@ def server_of(app: Any, limits: Limits) -> Any:
 
 
 class EndingServer(uvicorn.Server):
-    """uvicorn's server, which ends without a reset: who has connected is answered, who has not is refused.
-
-    uvicorn closes its socket with those that still wait there, and connections whose request is on its way.
-    """
+    """A server that ends without a reset. uvicorn resets clients that wait at its socket or whose request is coming."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let no new connection in, answer the requests of those that are there, and close."""
-        state, protocol = self.server_state, self.config.http_protocol_class
-        protocol.ends = True  # type: ignore[union-attr]
+        """Let nobody in, answer who is there within a second, and close."""
+        self.config.http_protocol_class.ends = True  # type: ignore[union-attr]
         for own in sockets or ():
             take_no_more(own)
-        loop = asyncio.get_running_loop()
-        begin = loop.time()
-        while (waited := loop.time() - begin) < _GRACE and not self.force_exit:
-            silent = any(own.cycle is None or own.cycle.response_complete for own in state.connections)  # type: ignore
-            if waited > _ON_ITS_WAY and not silent:
+        for tick in range(50):
+            silent = any(own.cycle is None or own.cycle.response_complete for own in self.server_state.connections)  # type: ignore
+            if self.force_exit or (tick > 4 and not silent):
                 break
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
