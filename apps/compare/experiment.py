@@ -81,6 +81,8 @@ class Experiment:
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
         self._rate_name = self._find_rate()
         self.ladder: dict[str, Any] | None = self._config.get("ladder")
+        self.threads: int | None = self._config.get("threads")
+        self.compiles = bool(self._config.get("compile"))
         made = self._make()
         model, data = made["model"], made["data"]
         options = {k: v for k, v in made["trainer"].items() if k not in _OWN}
@@ -189,7 +191,7 @@ class Experiment:
         values = yaml.safe_load(self._fit_parser.dump(self._config, skip_unset=False))
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
         trainer |= device_options(trainer)  # a comparison resumes where it began
-        own = {name: values[name] for name in ("sparsify", *SECTIONS) if values.get(name) is not None}
+        own = {name: values[name] for name in ("sparsify", "threads", *SECTIONS) if values.get(name) is not None}
         if (precision := values["float32_matmul_precision"]) != "high":
             own["float32_matmul_precision"] = precision
         plain = {"model": values["model"], "data": values["data"], **own, "trainer": trainer, "seed": self.seed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -24,7 +25,7 @@ from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.options import SEARCH_FACTORS as FACTORS
 from apps.compare.summary import means
 from apps.compare.systems import SPARSE, System, find_systems, label, of_equal_flops
-from apps.compare.training import interruptible
+from apps.compare.training import interruptible, same_threads
 from apps.data.given import GivenData
 from apps.report.page import FILE, open_page, write_page
 from apps.report.page.writing import markdown, write_index
@@ -78,7 +79,7 @@ def give_verdict(
     """
     output = options.folder
     check_folder(options)
-    with at_work(output, "verdict") as whole:
+    with contextlib.ExitStack() as stack, at_work(output, "verdict") as whole:
         saved = read_json(output / "plan.json")
         if saved is None:  # a set-up that failed or was killed leaves nothing
             for name in _BEFORE_THE_PLAN:
@@ -99,6 +100,7 @@ def give_verdict(
         names = reference_names(model)
         kept = RESERVED * seconds if names else 0.0
         budget.reserve += kept
+        stack.enter_context(same_threads(experiment, (sparse, dense), output))
         if saved is not None:
             plan = _read(saved)
         else:
@@ -128,7 +130,7 @@ def _best(work: Work, names: Sequence[str], options: Options) -> tuple[str, ...]
     return tuple(best_model(task, own, work.plan.dense) for task, own in models.items())
 
 
-_BEFORE_THE_PLAN = ("data", "config.yaml", "spent.json")
+_BEFORE_THE_PLAN = ("data", "config.yaml", "spent.json", "threads.json")
 
 
 def reserve(seconds: float) -> float:

@@ -24,7 +24,7 @@ import core
 from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment, check_validation
-from apps.compare.training import interruptible
+from apps.compare.training import TRAINS_ONLY, interruptible
 from apps.data.loader import as_it_is
 from apps.runner.runner import Budget, BudgetOver
 from apps.runner.unit import Unit
@@ -161,11 +161,6 @@ def _batch_hooks(data: LightningDataModule, module: LightningModule) -> Iterator
         for name in own:
             delattr(module, name)
 
-
-# Trainer options that a verdict sets itself, in addition to the ones that every comparison sets.
-_UNSET = ("min_epochs", "min_steps", "max_time", "limit_test_batches", "limit_predict_batches", "val_check_interval")
-_OWN = {**dict.fromkeys(_UNSET), "max_epochs": -1, "limit_val_batches": 0, "check_val_every_n_epoch": 1,
-        "overfit_batches": 0.0}  # fmt: skip
 
 VALIDATION_NEED = "the learning rates are chosen by"
 """What a verdict needs a validation split for, as messages say it."""
@@ -423,7 +418,7 @@ def _fit(
     if checked != 0 and isinstance(model, SparseModule):
         best = Best(model, lambda: itertools.islice(data.val_dataloader(), checked), steps, budget)
     pace = Pace(budget, progress, until, best)
-    trainer = experiment.trainer(pace, **_OWN, max_steps=steps)
+    trainer = experiment.trainer(pace, **TRAINS_ONLY, max_steps=steps)
     with interruptible(trainer):
         trainer.fit(module, datamodule=data)
     if pace.is_over and pace.steps < steps:
