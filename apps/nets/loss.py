@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dh_TD is not None:
                 mm(d_tV, weight_VD, out=dh_TD[start : start + rows])
             if dweight_VD is not None:
-                _add(dweight_VD, d_tV.t(), h_tD)
+                addmm_(dweight_VD, d_tV.t(), h_tD)
         if smoothing:
             sum_D, mean_D = h_TD.sum(0, dtype=exact), weight_VD.mean(0, dtype=exact)
             total -= smoothing * sum_D.dot(mean_D)
@@ -102,14 +102,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _count(num_rows: int, real_T: Tensor | None) -> int | Tensor:
     """Return the number of rows that count, at least 1."""
     return max(num_rows, 1) if real_T is None else real_T.sum().clamp_min(1)
-
-
-def _add(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Compute ``total += a @ b``, without memory for the product where the dtypes agree."""
-    if total.dtype == a.dtype:
-        addmm_(total, a, b)
-    else:
-        total += mm(a, b)
 
 
 def _log_sum(logits_tV: Tensor, p_tV: Tensor) -> Tensor:
@@ -184,7 +176,7 @@ class _LinearDivergence(torch.autograd.Function):
             if dh_TD is not None:
                 dh_TD[part] = mm(d_tV, weight) / count
             if dweight_VD is not None:
-                _add(dweight_VD, d_tV.t(), h[part])
+                addmm_(dweight_VD, d_tV.t(), h[part])
         ctx.grads = dh_TD, None if dweight_VD is None else (dweight_VD / count).to(weight_VD.dtype)
         return total / count
 
