@@ -1,4 +1,4 @@
-"""Tables with a planted leak of every kind, and clean ones of every shape: what ``init`` leaves out and ``fit`` says."""
+"""Tables with a planted leak of every kind, and clean ones: what ``init`` leaves out, and what ``fit`` warns of."""
 
 from __future__ import annotations
 
@@ -52,6 +52,10 @@ class Shop:
         return total if inclusive else total - weights
 
 
+def later(day: str, is_later: bool) -> str:
+    return str(dt.date.fromisoformat(day) + dt.timedelta(3 * int(is_later)))
+
+
 def _when(mask, values):
     return [value if is_in else None for is_in, value in zip(mask, values, strict=True)]
 
@@ -64,14 +68,12 @@ LEAKS = {
     "amount": lambda s: {"revenue": np.where(s.some(0.4), s.rng.gamma(2, 20, N).round(2), 0.0)},
     "amount that is missing": lambda s: {"spend": _when(s.some(0.4), s.rng.gamma(2, 20, N).round(2).tolist())},
     "date": lambda s: {"left_at": _when(s.some(0.6), s.table["day"])},
-    "later date": lambda s: {
-        "changed": [str(dt.date.fromisoformat(d) + dt.timedelta(int(3 * m))) for d, m in zip(s.table["day"], s.some(0.7), strict=True)]  # fmt: skip
-    },
+    "later date": lambda s: {"changed": [later(*own) for own in zip(s.table["day"], s.some(0.7), strict=True)]},
     "category": lambda s: {"page": np.where(s.some(0.5), "checkout", s.rng.choice(["home", "list", "item"], N))},
-    "code of the label": lambda s: {"state": np.where(s.clicked == 1, s.rng.choice([7, 9], N), s.rng.choice([1, 4], N))},
+    "code of the label": lambda s: {"state": np.where(s.clicked, s.rng.choice([7, 9], N), s.rng.choice([1, 4], N))},
     "id": lambda s: {"order_id": _when(s.some(0.5), [f"o{i}" for i in range(N)])},
     "id that grows with the label": lambda s: {"session_id": s.clicked * 10**6 + s.rng.integers(0, 10**6, N)},
-    "mean of the user's labels": lambda s: {"rate": (s.by_user(s.clicked) / np.maximum(s.by_user(np.ones(N)), 1))[s.user]},
+    "mean of the user's labels": lambda s: {"rate": s.by_user(s.clicked)[s.user] / s.by_user(np.ones(N))[s.user]},
     "smoothed mean": lambda s: {"rate": ((s.by_user(s.clicked) + 3) / (s.by_user(np.ones(N)) + 10))[s.user].round(3)},
     "mean of the other labels": lambda s: {
         "rate": ((s.by_user(s.clicked)[s.user] - s.clicked) / np.maximum(s.by_user(np.ones(N))[s.user] - 1, 1))
@@ -79,7 +81,7 @@ LEAKS = {
     "clicks until this row": lambda s: {"clicks": s.earlier(s.clicked, inclusive=True)},
     "later rows": lambda s: {"to_come": s.by_user(np.ones(N))[s.user] - s.earlier(np.ones(N), inclusive=True)},
     "later clicks": lambda s: {"to_come": s.by_user(s.clicked)[s.user] - s.earlier(s.clicked, inclusive=True)},
-    "list": lambda s: {"tags": [["a", "done"] if m else ["a", "b"] if i % 2 else ["b"] for i, m in enumerate(s.some(0.6))]},
+    "list": lambda s: {"tags": [["a", "done"] if m else [["b"], ["a", "b"]][i % 2] for i, m in enumerate(s.some(0.6))]},
     "rows that repeat": lambda s: {},
 }
 """Columns that are not known before the label, by kind."""
@@ -157,8 +159,8 @@ def test_a_leak_is_named_by_init_and_by_fit(kind, tmp_path):
         return
     (name,) = leak
     assert any(line.startswith(f"{name} is left out: ") for line in made.warnings), made.warnings
-    columns = [column for role in ("categorical", "continuous", "multi_valued", "timestamps") for column in made.config["data"]["init_args"]["table"].get(role, [])]  # fmt: skip
-    assert name not in columns
+    table = made.config["data"]["init_args"]["table"]
+    assert all(name not in table.get(role, []) for role in ("categorical", "continuous", "multi_valued", "timestamps"))
     if name == "note":  # a text is a vector to a model; what init says is enough
         return
     role = ROLES.get(name, "categorical" if name in CATEGORIES else "continuous")

@@ -136,7 +136,7 @@ def test_a_given_number_holds_in_the_run_alone(two_cores, tmp_path):
     with threads.held():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
-    with pytest.raises(ValueError, match="^threads=0 must be at least 1$"):
+    with pytest.raises(ValueError, match=r"^threads=0 must be at least 1$"):
         Threads(quiet_trainer(tmp_path), 0)
 
 
