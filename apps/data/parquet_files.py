@@ -49,7 +49,10 @@ def parquet_tables(path: Path, columns: Callable[[list[str]], Sequence[str]], nu
         for batch in file.iter_batches(num_rows, columns=list(columns(schema.names))):
             unpacked += sum(map(_unpacked_size, batch.columns))
             check_unpacked(path.name, path.stat().st_size, unpacked)
-            yield pa.Table.from_batches([batch]).cast(pa.schema([plain.get(own.name, own) for own in batch.schema]))
+            table = pa.Table.from_batches([batch])
+            if batch.num_columns:  # a table cast to no column has no row
+                table = table.cast(pa.schema([plain.get(own.name, own) for own in batch.schema]))
+            yield table
 
 
 def read_parquet(path: Path) -> Any:
