@@ -165,9 +165,10 @@ def _without_leaks(
 ) -> tuple[dict[str, Guess], list[str]]:
     """Return the guesses without columns that give a label away, and a line on rows that are there twice."""
     columns = {column: _values(table.column(column), own.role) for column, own in found.items()}
-    dates = {column: columns[column].number_N for column, own in found.items() if own.role == "date"}
+    dates = {c: own.number_N for c, own in columns.items() if own.number_N is not None and found[c].role == "date"}
     orders = {"the order of the rows": np.arange(len(table), dtype=np.float64), **dates}
-    orders |= {given.time: to_order([("the table", table.column(given.time))], given.time)} if given.time else {}
+    if given.time is not None:
+        orders[given.time] = to_order([("the table", table.column(given.time))], given.time).astype(np.float64)
     ids = {c: columns[c].code_N for c, own in found.items() if own.role in ("id", "category") or c == given.user}
     groups = groups_of(ids)
     rows = np.random.default_rng(0).permutation(len(table))[:_LOOKED_AT]

@@ -131,7 +131,7 @@ class _Build(ColumnWriter):
         self.notes = Notes(config, self.masks, drawn is not None, self.user, dates)
         if config.time is not None:
             with contextlib.suppress(ValueError):  # a split that needs times has rejected those without an order
-                self.notes.orders[config.time] = to_order(self.parts(config.time), config.time)
+                self.notes.orders[config.time] = to_order(self.parts(config.time), config.time).astype(np.float64)
         in_no_split = {f"in the gap of {config.split.gap}": splits.in_gap, "after the test window": splits.later}
         self.notes.findings.in_no_split = {where: count for where, count in in_no_split.items() if count}
         known = dict(zip(config.tasks, given.features.target_of_task, strict=True)) if given is not None else {}
