@@ -100,7 +100,6 @@ def test_a_table_becomes_a_configuration_that_trains(shop, capsys):
         "        val: 0.15",
         "        test: 0.25",
         "        stratify: bought                 # each split has its classes in the same shares",
-        "      min_count: 2                       # rarer categories share a row",
     ]
     assert is_trained_a_step("shop.yaml")
 

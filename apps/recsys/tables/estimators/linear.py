@@ -22,7 +22,8 @@ class LogisticRegression(PerTask):
 
     Categorical columns are one-hot, multi-valued ones averaged over their values; continuous columns are one-hot by the
     quantile bins of the training split, with a bin for missing values, and also standardized next to that. The strength
-    of the L2 penalty is tuned on the validation split's AUC. Nothing is random: all seeds give the same model.
+    of the L2 penalty is tuned on the validation split's AUC, and so is whether there are bins: hundreds of them overfit
+    a small table. Nothing is random: all seeds give the same model.
 
     Args:
         strengths: values of scikit-learn's C, the inverse penalty, to try.
@@ -45,10 +46,11 @@ class LogisticRegression(PerTask):
         self.strengths, self.max_iter = strengths, max_iter
 
     def num_settings(self, task: Task) -> int:
-        return len(self.strengths)
+        return len(self.strengths) * (1 + bool(task.train.features.continuous))
 
     def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
-        candidates = [{"C": strength} for strength in sorted(self.strengths)]
+        forms = (True, False) if task.train.features.continuous else (True,)
+        candidates = [{"C": strength, "bins": bins} for strength in sorted(self.strengths) for bins in forms]
 
         def quality(options: dict[str, Any]) -> float:
             return self.fit_task(task, options)[1]["val_quality"]
@@ -58,16 +60,17 @@ class LogisticRegression(PerTask):
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         from sklearn.exceptions import ConvergenceWarning
 
-        x, xv = design_matrix(task.train)[task.kept_N], design_matrix(task.val)[task.kept_V]
+        bins = settings.get("bins", True)
+        x, xv = design_matrix(task.train, bins)[task.kept_N], design_matrix(task.val, bins)[task.kept_V]
         model, y_N = self._model(task.kind, settings["C"], task.y_N)
         with warnings.catch_warnings():
             # The best strength is chosen by validation; an optimizer cut short is one more regularizer.
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(x, y_N, task.weight_N)
         # Rows of classes, one of numbers and of two classes.
-        fitted = _Linear(task.kind, np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_), _classes(model))
+        fitted = _Linear(task.kind, np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_), _classes(model), bins)
         quality = quality_of(task.kind, fitted.decision(xv), task.yv_N)
-        return fitted, {"C": settings["C"], "val_quality": quality}
+        return fitted, {"C": settings["C"], "bins": bins, "val_quality": quality}
 
     def _model(self, kind: Kind, strength: float, y_N: np.ndarray) -> tuple[Any, np.ndarray]:
         """Return an untrained model of a kind of task, and the labels as it takes them."""
@@ -88,17 +91,18 @@ class LogisticRegression(PerTask):
         return Logistic(C=strength, max_iter=self.max_iter), y_N.astype(np.int64)
 
     def decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
-        return np.asarray(model.decision(design_matrix(arrays)), dtype=np.float64)
+        return np.asarray(model.decision(design_matrix(arrays, model.bins)), dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """Trained weights: one row of numbers or of two classes, else one a class of ``classes``."""
+    """Trained weights: one row of numbers or of two classes, else one a class of ``classes``; ``bins`` of its columns."""
 
     kind: Kind
     weights_CD: np.ndarray
     bias_C: np.ndarray
     classes: np.ndarray | None
+    bins: bool = True
 
     def decision(self, x: Any) -> np.ndarray:
         """Return the outputs of the rows of a design matrix, (N,) or (N, width)."""
@@ -116,8 +120,13 @@ def _classes(model: Any) -> np.ndarray | None:
     return np.asarray(model.classes_) if hasattr(model, "classes_") else None
 
 
-def design_matrix(arrays: TableArrays) -> Any:
-    """Return the columns of ``LogisticRegression`` as a scipy CSR matrix of float32 (N, D); the features tell D."""
+def design_matrix(arrays: TableArrays, bins: bool = True) -> Any:
+    """Return the columns of ``LogisticRegression`` as a scipy CSR matrix of float32 (N, D).
+
+    Args:
+        arrays: the rows.
+        bins: whether numbers are also one-hot by their bins.
+    """
     from scipy import sparse
 
     N, features = len(arrays), arrays.features
@@ -127,10 +136,10 @@ def design_matrix(arrays: TableArrays) -> Any:
         places.append(arrays.domain_N)
         sizes.append(features.num_domains)
     for column, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True):
-        bins = len(column.quantiles) + 1
-        missing_N = np.isnan(values_N)
-        places.append(np.where(missing_N, bins, np.searchsorted(np.asarray(column.quantiles), values_N)))
-        sizes.append(bins + 1)
+        quantiles = np.asarray(column.quantiles if bins else ())
+        last = len(quantiles) + 1  # of missing numbers
+        places.append(np.where(np.isnan(values_N), last, np.searchsorted(quantiles, values_N)))
+        sizes.append(last + 1)
     parts = []
     if places:
         # Not OneHotEncoder: it sorts and checks each column, although the places are known to be in range.
