@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -25,16 +24,17 @@ _OWN_CODE = ("data/array_files.py", "data/store.py", "data/parquet_files.py", "b
 class EncodedStore:
     """The encoded data of one kind, each in a folder ``CACHE/KIND/NAME-KEY`` that is complete or not there.
 
-    The key is a hash of the files, the options, and the code that reads and encodes. So a change of any of them is an
-    entry of its own, and an old entry is never read by mistake.
+    The key is a hash of the files, the options, and the version. So a change of any of them is an entry of its own, and
+    an old entry is never read by mistake.
 
     Attributes:
         kind: the folder's name in the cache.
-        code: files that read and encode, as patterns below ``apps``.
+        version: number of what is written and of how it is read from the sources. Whoever changes either raises it;
+            ``tests/apps/data/test_versions.py`` asks for it where it is forgotten.
     """
 
     kind: str
-    code: tuple[str, ...]
+    version: int
 
     def open(
         self,
@@ -47,7 +47,7 @@ class EncodedStore:
         given: str | None = None,
         digest_of: Callable[[ArrayFiles], str] | None = None,
     ) -> ArrayFiles:
-        """Return the arrays that were made from this, by this code; write them if they are not there or are damaged.
+        """Return the arrays that were made from this, in this version; write them if they are not there or are damaged.
 
         Args:
             cache: the cache's folder.
@@ -70,7 +70,7 @@ class EncodedStore:
         return self._open_or_write(cache, self._folder(cache, name, [made_from, given]), write)
 
     def _folder(self, cache: Path, name: str, made_from: list[Any]) -> Path:
-        key = json.dumps([_digest_of_code((*_OWN_CODE, *self.code)), name, made_from], sort_keys=True)
+        key = json.dumps([self.version, name, made_from], sort_keys=True)
         return cache / self.kind / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def _open_or_write(self, cache: Path, folder: Path, write: Callable[[ArrayWriter], None]) -> ArrayFiles:
@@ -102,14 +102,3 @@ def _open_whole(folder: Path) -> ArrayFiles | None:
     except Damaged as damage:
         log.warning("%s is damaged (%s): it is encoded again", folder, damage)
         return None
-
-
-@functools.cache
-def _digest_of_code(patterns: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    for pattern in patterns:
-        files = sorted(_APPS.glob(pattern))
-        assert files, f"apps/{pattern} names no file"
-        for path in files:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

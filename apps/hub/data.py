@@ -25,7 +25,7 @@ from apps.data.text_files import named_files, text_lines
 from apps.hub.folders import load_tokenizer
 from apps.hub.packing import packed, pieces
 
-STORE = EncodedStore("hub_text", ("hub/data.py", "data/splits.py", "data/documents.py", "data/text_files.py"))
+STORE = EncodedStore("hub_text", version=1)
 IGNORED = -100
 """The label of a token without a loss, as transformers has it."""
 _TOKENIZERS = ("*token*", "chat_template*", "vocab*", "merges*", "*.model", "*.tiktoken")

@@ -18,7 +18,7 @@ from apps.data.array_files import ArrayFiles, ArrayWriter
 from apps.data.store import EncodedStore, identity
 from apps.vision.image_files import BadImage, image_of, read_image
 
-STORE = EncodedStore("images", ("multimodal/pairs/images.py", "vision/encoding.py", "vision/image_files.py"))
+STORE = EncodedStore("images", version=1)
 """Images that are decoded and scaled."""
 
 SKIP_HINT = "data.on_bad_row=skip leaves such rows out"

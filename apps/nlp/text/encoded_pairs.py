@@ -18,20 +18,7 @@ from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side, Subwords
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.corpora import SentencePairs
 
-STORE = EncodedStore(
-    "text",
-    (
-        "nlp/text/*.py",
-        "nlp/text/readers/*.py",
-        "nlp/*/data.py",
-        "nlp/language/corpora.py",
-        "nlp/text_to_text/datasets.py",
-        "data/documents.py",
-        "data/splits.py",
-        "data/text_files.py",
-        "data/subwords.py",
-    ),
-)
+STORE = EncodedStore("text", version=1)
 """Texts and corpora in subword ids."""
 
 _CHUNK = 10_000  # sentences encoded at a time

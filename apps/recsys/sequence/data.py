@@ -30,9 +30,7 @@ from apps.recsys.sequence.histories import Histories, Items
 log = logging.getLogger(__name__)
 
 DATASETS = (*(name for name in RECSYS_DATASETS if name.startswith("movielens")), "table")
-_STORE = EncodedStore(
-    "histories", ("recsys/encoding/*.py", "recsys/readers/*.py", "recsys/schema.py", "recsys/sequence/histories.py")
-)
+_STORE = EncodedStore("histories", version=1)
 MIN_LENGTH = 3
 """Interactions that a user needs: one to test, one to validate and one from which these are predicted."""
 

@@ -46,16 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_STORE = EncodedStore(
-    "tables",
-    (
-        "porting/sentences.py",
-        "recsys/encoding/*.py",
-        "recsys/readers/*.py",
-        "recsys/schema.py",
-        *(f"recsys/tables/encode/{n}.py" for n in ("build", "new_rows", "notes", "splits")),
-    ),
-)
+_STORE = EncodedStore("tables", version=1)
 _FILE_OPTIONS = ("train_file", "val_file", "test_file")
 
 
