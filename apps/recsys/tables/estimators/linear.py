@@ -96,7 +96,10 @@ class LogisticRegression(PerTask):
 
 @dataclass(frozen=True)
 class _Linear:
-    """Trained weights: one row of numbers or of two classes, else one a class of ``classes``; ``bins`` of its columns."""
+    """Trained weights: one row of numbers or of two classes, else one a class of ``classes``.
+
+    ``bins`` is an argument of ``design_matrix``.
+    """
 
     kind: Kind
     weights_CD: np.ndarray
