@@ -18,6 +18,8 @@ LEAST_FILLED = 20
 """Rows that have a value before it says something that all of them have the same label."""
 _CHANCE = 1e-6
 _MOST_VALUES = 50
+_MOST_ROWS = 200_000
+"""Rows at most in which a column is compared with what is made of labels."""
 _EXACT, _EXACT_OTHERS = 0.95, 0.9
 """Shares of all rows, and of those without the most frequent value, in which two columns are equal if they are one."""
 
@@ -149,17 +151,22 @@ def made_of_labels(
         orders: numbers that order the rows in time, by name.
     """
     keep_N = ~np.isnan(label_N) & ~np.isnan(number_N)
-    x, y = number_N[keep_N], label_N[keep_N]
-    if len(x) < LEAST_FILLED or len(np.unique(x)) < 2:
+    values, place = np.unique(number_N[keep_N], return_inverse=True)
+    if len(place) < LEAST_FILLED or len(values) < 2:
         return ""
+    one_in = len(place) // _MOST_ROWS + 1
     for group, code_N in groups.items():
+        some_N = keep_N & (code_N % one_in == 0)  # of a large table some groups, each whole
+        x, y, code = number_N[some_N], label_N[some_N], code_N[some_N]
         for order, time_N in orders.items():
-            for what, candidate in _statistics(code_N[keep_N], time_N[keep_N], y):
+            for what, candidate in _statistics(code, time_N[some_N], y):
                 if _is(x, candidate):
                     when = f", by {order}" if "later" in what else ""
                     return f"is {what} of the same {group}{when}"
-    codes = [np.unique(x, return_inverse=True)[1], *(code_N[keep_N] for code_N in groups.values())]
-    if any(_includes_own(x, y, code) for code in codes):
+        if _includes_own(x, y, code):
+            return f"is a mean of {{label}} over the rows of a {group}, this one among them"
+    some = place % one_in == 0
+    if _includes_own(values[place[some]], label_N[keep_N][some], place[some]):
         return "is a mean of {label} over several rows, this one among them"
     return ""
 
@@ -205,7 +212,7 @@ def _includes_own(x: _Numbers, y: _Numbers, code: _Codes) -> bool:
     these labels, smoothed or not, the sum is 0: over many groups that is a chi-squared statistic near 0. Labels that
     add up without the number, such as one purchase for each session, are no fault of its.
     """
-    from scipy.stats import chi2
+    from scipy.special import chdtr
 
     place, counts = np.unique(code, return_inverse=True, return_counts=True)[1:]
     several = counts > 1
@@ -223,7 +230,7 @@ def _includes_own(x: _Numbers, y: _Numbers, code: _Codes) -> bool:
     facts = np.stack([np.ones(len(x)), x, 1 / n, x / n], 1)  # a smoothed mean is linear in these
     sums = statistic(y - facts @ np.linalg.lstsq(facts, y, rcond=None)[0])
     free = int(several.sum()) - facts.shape[1]
-    return sums < 0.65 * min(free, statistic(y - y.mean())) and float(chi2.cdf(sums, free)) < _CHANCE
+    return sums < 0.65 * min(free, statistic(y - y.mean())) and float(chdtr(free, sums)) < _CHANCE
 
 
 class Copies:
