@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -128,7 +128,8 @@ def matching_parts(model: nn.Module, modules: str | Sequence[str]) -> dict[str, 
         ValueError: as ``sparsify``.
     """
     patterns = [modules] if isinstance(modules, str) else modules
-    names = matching_names(model, patterns, list(recognized_ffns(model)), "feed-forward networks")
+    known = chain.from_iterable(map(recognized_ffns, (model,)))  # reads networks only if the error names them
+    names = matching_names(model, patterns, known, "feed-forward networks")
     for name in names:
         by = [pattern for pattern in patterns if matches(name, pattern)]
         if len(by) > 1:

@@ -90,7 +90,7 @@ def dense_twin(
         units.resize(result.get_submodule(name), width, layer.start == RandomStart.name, generator)
         try:
             named_part(name, result.get_submodule(name))
-        except RuntimeError as error:  # a forward that has the old width in it
+        except ValueError as error:  # a forward that has the old width in it
             raise ValueError(f"module {name!r} does not run with {width} hidden units: {error}") from None
     return result
 
