@@ -13,6 +13,10 @@ __all__ = ["load"]
 def __getattr__(name: str) -> object:
     """Import ``apps.load`` when it is asked for: it brings torch and Lightning, which the command line does without."""
     if name == "load":
+        from apps.base.packages import shadowed
+
+        if line := shadowed():
+            raise ImportError(line)
         from apps.train.checkpoint.loading import load
 
         return load

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
+import runpy
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,12 +29,9 @@ def __getattr__(name: str) -> object:
     """Return a public name; the first one imports torch, and a command also Lightning."""
     if name.startswith("_") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    spec = importlib.util.find_spec("apps")
-    own = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    if spec is None or os.path.dirname(os.path.dirname(os.path.realpath(spec.origin or ""))) != own:
-        found = "none" if spec is None else spec.origin or list(spec.submodule_search_locations or ())
-        raise ImportError(f"moesaic needs its own package apps, and Python finds {found}: take that one off sys.path")
-    importlib.import_module("apps.cli.command").check_core()
+    file = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "apps", "base", "packages.py")
+    if line := runpy.run_path(file)["shadowed"]():  # by its path, for the package apps may be another one
+        raise ImportError(line)
     source = importlib.import_module("moesaic.commands" if name in _COMMANDS else "core")
     if name == "__all__":
         return [*_COMMANDS, *source.__all__]

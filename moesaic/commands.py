@@ -41,7 +41,10 @@ Part = str | Path | Mapping[str, object]
 Config = Part | Sequence[Part]
 """One configuration, or several, of which a later one is laid over an earlier one."""
 Overrides = Mapping[str, object]
-"""Values by dotted option, such as ``{"model.optimizer.lr": 1e-3}``; configs such as ``core.TokenChoice(2)`` too."""
+"""Values by dotted option, such as ``{"model.optimizer.lr": 1e-3}``; configs such as ``core.TokenChoice(2)`` too.
+
+``run_dir`` may be among them.
+"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def fit(
         overrides: values over the configuration's.
         run_dir: folder of the run; None: runs/<config name>.
         ckpt_path: "last", or a path: resumes from this checkpoint.
-        weights: a run or a checkpoint with whose weights the training begins; needs ``run_dir``.
+        weights: a run or a checkpoint with whose weights the training begins, never in that run's folder: without a
+            ``config``, in runs/<name of the run>_tuned.
         overwrite: removes an earlier run in the folder.
         callbacks: callbacks for the trainer beside those of the configuration, such as one that reports each epoch.
 
@@ -268,6 +272,11 @@ def verdict(
 @contextlib.contextmanager
 def _made(command: str, config: Config, overrides: Overrides | None, options: Mapping[str, Any]) -> Iterator[SparseCLI]:
     """Yield what runs a command, with Lightning's advice left out, and signals as exceptions."""
+    overrides = dict(overrides or {})
+    if "run_dir" in overrides:
+        if options["run_dir"] is not None:
+            raise UsageError(f"run_dir={options['run_dir']} is also in overrides: give it once")
+        options = {**options, "run_dir": overrides.pop("run_dir")}
     with _files(config) as paths, quiet(), interruptible():
         words = [*(f"--config={path}" for path in paths), *_words(options), *_flags(overrides)]
         yield SparseCLI(Request.read(command, words, announces=True))

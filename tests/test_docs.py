@@ -17,6 +17,8 @@ from undrawn import undrawn as undrawn
 
 import core
 from apps.cli import main
+from apps.cli.command import _OTHERS
+from apps.cli.options import COMMANDS as RUNS
 from apps.compare.suite.file import Suite
 from apps.compare.suite.standings import Figures, leaderboard_page, standings
 from apps.equal_cost import routers
@@ -97,6 +99,21 @@ def test_paths_and_dotted_names_exist(page):
     names = re.findall(r"(?<![\w/.-])(?:apps|core)(?:\.[A-Za-z_]\w*)+(?!/)", text)
     missing += [n for n in names if not PLACEHOLDER.search(n) and not n.endswith(".py") and not exists(n)]
     assert missing == []
+
+
+@pytest.mark.parametrize("command", [*RUNS, *_OTHERS])
+def test_the_pages_that_a_command_s_help_names_are_about_it(command, capsys):
+    assert main([command, "--help"]) == 0
+    for page in re.findall(r"docs/[\w/.]+\.md", " ".join(capsys.readouterr().out.split())):
+        assert f"moesaic {command}" in (ROOT / page).read_text(encoding="utf-8"), page
+
+
+def test_the_pages_that_the_code_names_exist():
+    sources = [path for top in ("apps", "core", "moesaic", "configs") for path in (ROOT / top).rglob("*.*")]
+    texts = [path.read_text(encoding="utf-8") for path in sources if path.suffix in (".py", ".yaml", ".html")]
+    pages = {page for text in texts for page in re.findall(r"\bdocs/[\w/]+\.md", text)}
+    assert {"docs/concepts/planning.md", "docs/reference/onnx_scripts.md"} <= pages
+    assert [page for page in pages if not (ROOT / page).is_file()] == []
 
 
 def test_the_leaderboard_is_that_of_its_suite_and_figures(monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 
 import core
 import moesaic
+from apps.base.checks import INSTALL
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ROOT / "packaging" / "moesaic-core"
@@ -43,6 +44,19 @@ def test_the_engine_has_the_version_of_all_and_needs_torch_alone():
     (needed,) = own["dependencies"]
     assert needed.startswith("torch>=")
     assert (ENGINE / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_what_is_typed_to_install_an_extra_works_in_a_clone():
+    """No index has this package, so that no page or message may name it to pip, and the extras are there."""
+    files = [ROOT / "README.md", ROOT / "Makefile", ROOT / "CONTRIBUTING.md"]
+    files += [p for top in ("docs", "apps", "core", "moesaic", "configs") for p in (ROOT / top).rglob("*.*")]
+    texts = {p: p.read_text(encoding="utf-8") for p in files if p.suffix in (".md", ".py", ".yaml", "")}
+    asked = re.compile(r"""pip install (?:-[-\w]+ )*["']?([-\w./]*)\[([^\]]+)\]""")
+    named = [(path, *match) for path, text in texts.items() for match in asked.findall(text)]
+    assert [(path, name) for path, name, _ in named if name not in (".", "sacrebleu")] == []
+    extras = {extra for _, name, some in named for extra in some.split(",") if name == "."}
+    assert {"serve", "hub"} <= extras - {"{}"} <= project(ROOT)["project"]["optional-dependencies"].keys()
+    assert INSTALL.format("serve") == 'pip install -e ".[serve]" in the source tree of moesaic'
 
 
 @pytest.fixture(scope="module")

@@ -31,15 +31,15 @@ def parts(monkeypatch):
         raise OSError("no disk")
 
     for name, cases in {"kills": three, "machine": broken}.items():
-        monkeypatch.setitem(sys.modules, f"benchmarks._soak.{name}", SimpleNamespace(cases=cases, WEIGHT=1))
+        monkeypatch.setitem(sys.modules, f"benchmarks._soak.{name}", SimpleNamespace(cases=cases))
 
 
 def test_a_campaign_counts_cases_and_faults_and_goes_on(parts, tmp_path, capsys):
     argv = ["--minutes", "1", "--output", str(tmp_path)]
     assert soak.main([*argv, "--parts", "kills"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "fault: kills #1: kind 1: a case: wrong"
-    assert [line.split()[:3] for line in lines[1:]] == [["part", "cases", "faults"], ["kills", "6", "1"]]
+    assert lines[:2] == ["first case: kills #0: kind 0: a case", "fault: kills #1: kind 1: a case: wrong"]
+    assert [line.split()[:3] for line in lines[2:]] == [["part", "cases", "faults"], ["kills", "6", "1"]]
     saved = json.loads((tmp_path / "soak.json").read_text())["parts"]["kills"]
     assert saved["kinds"] == {"kind 0": 4, "kind 1": 2}
     assert saved["next"] == 4
@@ -96,10 +96,32 @@ def test_a_cut_file_is_broken_under_its_final_name_only(name, tmp_path):
     assert trees.broken(tmp_path).startswith(f"{name} is not whole: ")
 
 
-def test_every_part_has_a_weight():
-    assert all(
-        importlib.import_module(f"benchmarks._soak.{name}").WEIGHT > 0 for name in ("kills", "machine", "history")
-    )
+def test_a_part_that_takes_longer_takes_from_those_after_it_which_still_try_a_case(tmp_path, monkeypatch, capsys):
+    """Of 170 seconds numbers may take 30, 3 of 17 parts, and takes 100 with its set-up. History gets 5 of the rest,
+    and takes 65; load gets 1.5 of 5, inputs 1 of 3, kills and machine nothing: each of them tries one case.
+    """
+    clock, seen = [0.0], []
+    monkeypatch.setattr(soak, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def lasts(name, set_up, each):
+        def cases(numbers, folder):
+            clock[0] += set_up
+            for number in numbers:
+                clock[0] += each
+                seen.append(name)
+                yield Outcome(number, "a case")
+
+        return SimpleNamespace(cases=cases)
+
+    for name, (set_up, each) in {"numbers": (95, 5), "history": (0, 65), "load": (1, 1)}.items():
+        monkeypatch.setitem(sys.modules, f"benchmarks._soak.{name}", lasts(name, set_up, each))
+    for name in ("inputs", "kills", "machine"):
+        monkeypatch.setitem(sys.modules, f"benchmarks._soak.{name}", lasts(name, 0, 10))
+    assert soak.main(["--minutes", f"{170 / 60}", "--output", str(tmp_path)]) == 0
+    assert seen == [*soak.PARTS]
+    assert capsys.readouterr().out.count("first case: ") == 6
+    for name in soak.PARTS:
+        importlib.import_module(f"benchmarks._soak.{name}")
 
 
 @pytest.mark.slow

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from apps.base.messages import unknown_name
 
+INSTALL = 'pip install -e ".[{}]" in the source tree of moesaic'
+"""What to type for an extra of this package, which is on no index."""
+
 
 def check_at_least(least: float, **values: float | None) -> None:
     """Raise a ValueError that names the first value below ``least``; None is not a value."""
@@ -26,4 +29,4 @@ def check_installed(what: str, names: Sequence[str], extra: str) -> None:
     """Raise a ValueError that says how to install the first of the packages that is missing and ``what`` needs."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f'{what} needs {name}, which is not installed: pip install "moesaic[{extra}]"')
+            raise ValueError(f"{what} needs {name}, which is not installed: {INSTALL.format(extra)}")

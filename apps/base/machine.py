@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 import time
@@ -28,6 +29,23 @@ def machine_line() -> str:
     """Return device, threads of torch, its version and the date, for the head of a benchmark's table."""
     threads = "" if torch.cuda.is_available() else f", {torch.get_num_threads()} threads"
     return f"{device_name()}{threads}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
+def threads_are_given() -> bool:
+    """Return whether the environment or the program has set torch's number of threads, at first one a core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    of_chip, logical = (int(cpu_field(name) or 1) for name in ("cpu cores", "siblings"))
+    is_named = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+    return is_named or torch.get_num_threads() not in (cores, cores * of_chip // logical)
+
+
+def set_threads(number: int) -> None:
+    """Let torch and the loaded libraries of BLAS and OpenMP compute with ``number`` threads; 0 changes nothing."""
+    if number:
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+        threadpool_limits(number)
+        torch.set_num_threads(number)
 
 
 def machine_facts() -> dict[str, Any]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 
+from apps.base.packages import shadowed
 from apps.cli.errors import UsageError, failed, stopped
 from apps.cli.options import COMMANDS
 
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in args
     args = [a for a in args if a != "--traceback"]
     try:
-        check_core()
+        if line := shadowed():
+            raise UsageError(line)
         return _dispatch(args)
     except (KeyboardInterrupt, SystemExit) as stop:
         advice = "; --ckpt_path last continues from the last checkpoint, if there is one"
@@ -52,16 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         return failed(error, show_traceback)
-
-
-def check_core() -> None:
-    """Raise a ``UsageError`` if another package named ``core`` on PYTHONPATH comes before the engine."""
-    spec = importlib.util.find_spec("core")
-    folders = [os.path.realpath(p) for p in (spec and spec.submodule_search_locations) or ()]
-    own = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))), "core")
-    if own not in folders:
-        other = (spec and spec.origin) or (folders or ["none at all"])[0]
-        raise UsageError(f"the package core must be {own}, and Python finds {other}: take that one off PYTHONPATH")
 
 
 def _dispatch(args: list[str]) -> int:

@@ -15,7 +15,8 @@ from apps.cli.errors import UsageError
 from apps.registry import TRAINER
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "sparsify", "ladder", "optimizer", "lr_scheduler",
-            "lr_scheduler_interval", "compile", "float32_matmul_precision", "ckpt_path", "weights_only")  # fmt: skip
+            "lr_scheduler_interval", "compile", "float32_matmul_precision", "threads",
+            "ckpt_path", "weights_only")  # fmt: skip
 """The parts of a configuration, which are the first words of options."""
 OF_LIGHTNING = ("verbose", "return_predictions")
 """Options of commands that Lightning's own parser has."""

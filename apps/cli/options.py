@@ -95,7 +95,8 @@ class Fit(RunOptions):
     """Train a model; --ckpt_path last resumes a stopped run.
 
     Attributes:
-        weights: fit starts a new run from the weights of another run; --run_dir is the new one's
+        weights: fit starts a new run from the weights of another run, never in its folder (default: RUN_tuned in runs,
+            with a configuration its own)
         overwrite: remove the run in the folder, which else moves to a numbered folder in earlier
     """
 
@@ -105,11 +106,8 @@ class Fit(RunOptions):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.weights is None:
-            return
-        if self.run_dir is None:
-            raise UsageError(f"weights={self.weights} begins a run of its own: give --run_dir, a folder for it")
-        find_checkpoint(Path(self.weights))
+        if self.weights is not None:
+            find_checkpoint(Path(self.weights))
 
 
 @dataclass(frozen=True, kw_only=True)

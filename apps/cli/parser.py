@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +63,12 @@ def config_file(path: Path) -> Path:
 
 
 def folder(path: Path) -> Path:
-    """Return the path of a folder that is there or can be made."""
+    """Return the path of a folder that is there or can be made, and whose name libraries can write as UTF-8."""
+    try:
+        os.fsencode(str(path).encode().decode())
+    except UnicodeError:
+        rule = f"is no name in {sys.getfilesystemencoding()}, the encoding of this locale"
+        raise UsageError(f"{str(path)!a} {rule}: give another, or set LC_ALL=C.UTF-8") from None
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             where = "" if part == path else f", below which {path} would be"

@@ -25,7 +25,7 @@ from apps.cli.flags import OF_LIGHTNING, SECTIONS, asks, asks_for_help, given, w
 from apps.cli.options import COMMANDS, Fit, Predict, RunOptions
 from apps.cli.parser import folder
 from apps.registry import TRAINER, resolve
-from apps.train.checkpoint.paths import NAMES, find_checkpoint, named_checkpoint
+from apps.train.checkpoint.paths import NAMES, find_checkpoint, named_checkpoint, run_name
 
 if TYPE_CHECKING:
     from apps.train.publish.exported import ExportedModel
@@ -106,6 +106,8 @@ class Request:
         config.pop("ckpt_path", None)
         stem = "-".join(path.stem for path in (paths if onnx is None else [onnx])) or "unnamed"
         run_dir = options.run_dir or (beside.parent if beside else folder(Path(written or Path("runs", stem))))
+        if given_weights is not None and options.run_dir is None and which in (None, "null", "none", *NAMES):
+            run_dir = _tuned(find_checkpoint(given_weights), run_dir if options.config else None)
         if which in (None, "null", "none", *NAMES) and given_weights is None and onnx is None and not asks(flags):
             _check_complete(command, flags, config)
         try:
@@ -276,6 +278,15 @@ def _config_beside(which: str | None, run: Path | None) -> Path | None:
     except FileNotFoundError:  # reported below, after the checks of the options
         return None
     return path / "config.yaml" if path is not None and (path / "config.yaml").is_file() else None
+
+
+def _tuned(weights: Path, run_dir: Path | None) -> Path:
+    """Return the folder of a run that begins with weights: ``run_dir``, unless their own run is there or it is None."""
+    own = weights.resolve()
+    run_dir = run_dir or Path("runs", f"{run_name(weights).replace('/', '_')}_tuned")
+    while own.is_relative_to(run_dir.resolve()) and not own.is_relative_to(run_dir.resolve() / "earlier"):
+        run_dir = run_dir.with_name(f"{run_dir.name}_tuned")
+    return folder(run_dir)
 
 
 def _grown_from(config: Mapping[str, Any], flags: list[str]) -> Path | None:

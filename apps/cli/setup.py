@@ -113,6 +113,9 @@ class RunSetup(WaitingCLI, LightningCLI):
             default="high",
             help="products of float32 numbers on a CUDA GPU; high and medium round their inputs (TF32, bfloat16)",
         )
+        parser.add_argument(
+            "--threads", type=int | None, default=None, help="threads on a CPU (default: measured in the first steps)"
+        )
         if self.request.sparsifies:
             parser.add_argument("--sparsify", type=SparsifyConfig | None, default=None)
         parser.add_optimizer_args((torch.optim.Optimizer,))
@@ -316,7 +319,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         for name in getattr(self.datamodule, "places", ()):
             config["data"]["init_args"][name] = getattr(self.datamodule, name)
         no_part = {"config", "ckpt_path", "weights_only", "verbose"}
-        no_part |= {name for name in (*SECTIONS_OF_OPTIMIZER, "compile") if config.get(name) is None}
+        no_part |= {name for name in (*SECTIONS_OF_OPTIMIZER, "compile", "threads") if config.get(name) is None}
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}
         return yaml.safe_dump(with_short_names(config), sort_keys=False)
 

@@ -38,6 +38,7 @@ from apps.train.checkpoint.stopping import StopsSoon
 from apps.train.device import device_line
 from apps.train.lightning_internals import set_initial_hparams
 from apps.train.publish.predicting import PredictionStream
+from apps.train.threads import Threads
 from apps.train.watch.logs import split_routing
 from core.kernels import cpu
 
@@ -75,20 +76,23 @@ class SparseCLI(RunSetup):
         command = self.request.command
         path = None if self.ckpt_path is None else str(self.ckpt_path)
         arguments = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": path, "weights_only": True}
+        measures = command == "fit" and self.compiled is None  # compiled code is made for a number of threads
+        threads = Threads(self.trainer, self.config_init[command].get("threads"), self.request.loaded, measures)
         if self.trainer.is_global_zero:  # the stdout of predict is for its predictions
-            for line in filter(None, (device_line(self.trainer, self.model), self.compiled)):
+            for line in filter(None, (device_line(self.trainer, self.model, threads), self.compiled)):
                 print(line, file=sys.stderr if command == "predict" else None, flush=True)
-        if command == "fit":
-            self._fit(arguments)
-        elif command == "predict":
-            if self.trainer.world_size > 1:
-                raise UsageError(
-                    f"predict runs in one process, not in {self.trainer.world_size}, each of which would write its own "
-                    "part: give --trainer.devices 1 --trainer.num_nodes 1"
-                )
-            self._predict({**arguments, "return_predictions": False})
-        else:
-            self._evaluate(command, {**arguments, "verbose": False})
+        if command == "predict" and self.trainer.world_size > 1:
+            raise UsageError(
+                f"predict runs in one process, not in {self.trainer.world_size}, each of which would write its own "
+                "part: give --trainer.devices 1 --trainer.num_nodes 1"
+            )
+        with threads.held():
+            if command == "fit":
+                self._fit(arguments)
+            elif command == "predict":
+                self._predict({**arguments, "return_predictions": False})
+            else:
+                self._evaluate(command, {**arguments, "verbose": False})
 
     def _fit(self, arguments: dict[str, Any]) -> None:
         options: Any = self.request.options

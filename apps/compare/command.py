@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from apps.compare.options import Command
 from apps.compare.page import comparison_page, cost_charts
 from apps.compare.summary import ExamplePair, Results, Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
-from apps.compare.training import interruptible
+from apps.compare.training import interruptible, same_threads
 from apps.compare.work import Plan, Work, result_files, sections_of_use, tell_changed
 from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
@@ -87,12 +88,13 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     with quiet(own_notes=False):
         experiment = Experiment(arguments(config, overlays, asked.rest, options.routers))
     plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
-    with at_work(output, "comparison", title or "") as whole:
+    with ExitStack() as stack, at_work(output, "comparison", title or "") as whole:
         systems = find_all(experiment, asked)
         plan.claim(output)  # after what may be wrong with the systems, which can then be asked for again
         tell_changed(experiment.modules, output)
         write_json(output / "systems.json", [asdict(s) for s in systems])
         _tell_left_out(systems, output)
+        stack.enter_context(same_threads(experiment, systems, output, asked.jobs))
         work = Work(experiment, plan, systems, output, whole, asked.jobs)
         results = work.do()
         with bar("what the experts are used for"):

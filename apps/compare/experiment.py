@@ -81,6 +81,8 @@ class Experiment:
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
         self._rate_name = self._find_rate()
         self.ladder: dict[str, Any] | None = self._config.get("ladder")
+        self.threads: int | None = self._config.get("threads")
+        self.compiles = bool(self._config.get("compile"))
         made = self._make()
         model, data = made["model"], made["data"]
         options = {k: v for k, v in made["trainer"].items() if k not in _OWN}
@@ -170,7 +172,11 @@ class Experiment:
         return float(model.lr)
 
     def num_steps(self, train_batches: float) -> int:
-        """Return the optimizer steps of the configured training, of so many batches an epoch; a million without end."""
+        """Return the optimizer steps of the configured training, of so many batches an epoch; a million without end.
+
+        Raises:
+            ValueError: the training has epochs and no steps, and an epoch is a stream of infinitely many batches.
+        """
         options, most = self.trainer_options, 1_000_000
         max_steps, max_epochs = options.get("max_steps"), options.get("max_epochs")
         limit = options.get("limit_train_batches")
@@ -179,7 +185,12 @@ class Experiment:
         elif isinstance(limit, float):
             train_batches *= limit
         steps = math.inf if max_steps in (None, -1) else float(max_steps)
-        if max_epochs not in (None, -1):
+        if math.isinf(train_batches) and math.isinf(steps) and max_epochs not in (None, -1):
+            raise ValueError(
+                f"trainer.max_epochs={max_epochs}: the training data have no length, so nothing says how many steps an "
+                "epoch has: give trainer.max_steps"
+            )
+        if max_epochs not in (None, -1) and not math.isinf(train_batches):
             accumulated = int(options.get("accumulate_grad_batches") or 1)
             steps = min(steps, max_epochs * max(1.0, math.ceil(train_batches / accumulated)))
         return int(min(max(steps, 1.0), most))
@@ -189,7 +200,7 @@ class Experiment:
         values = yaml.safe_load(self._fit_parser.dump(self._config, skip_unset=False))
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
         trainer |= device_options(trainer)  # a comparison resumes where it began
-        own = {name: values[name] for name in ("sparsify", *SECTIONS) if values.get(name) is not None}
+        own = {name: values[name] for name in ("sparsify", "threads", *SECTIONS) if values.get(name) is not None}
         if (precision := values["float32_matmul_precision"]) != "high":
             own["float32_matmul_precision"] = precision
         plain = {"model": values["model"], "data": values["data"], **own, "trainer": trainer, "seed": self.seed}
@@ -254,11 +265,19 @@ def validation_batch(data: Any, need: str) -> Any:
     """
     data.prepare_data()
     data.setup("fit")
-    loader = data.val_dataloader()
-    check_validation(len(loader), need)
+    batch = next(iter(data.val_dataloader()), None)  # a stream has no length
+    check_validation(batch is not None, need)
     # A hook may ask whether its trainer trains.
     data.trainer = data.trainer or Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    return data.on_after_batch_transfer(data.on_before_batch_transfer(next(iter(loader)), 0), 0)
+    return data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
+
+
+def length_of(loader: Any) -> float:
+    """Return the number of batches of a loader; infinite for a stream without a length."""
+    try:
+        return float(len(loader))
+    except (TypeError, NotImplementedError):
+        return math.inf
 
 
 def check_validation(num_batches: float, need: str) -> None:

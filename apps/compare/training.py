@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from apps.base.files import read_json, write_json
+from apps.base.machine import set_threads
+from apps.base.progress import bar, say
+from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
-from apps.compare.systems import label
+from apps.compare.systems import System, label
 from apps.equal_cost.comparable import Search
 from apps.equal_cost.own_model import OwnModel
 from apps.runner import unit as units
@@ -31,6 +35,7 @@ from apps.train.checkpoint.stopping import on_signal
 from apps.train.optim.averaging import AVERAGE, FOLDER
 from apps.train.step.finite import NonFiniteError
 from apps.train.step.module import SparseModule
+from apps.train.threads import Threads
 from apps.train.watch.logs import MetricsCSV
 from apps.train.watch.progress import PassBar, routing_figures
 
@@ -289,6 +294,49 @@ def _fit(
         of_routing = {k: v for k, v in values.items() if k.startswith("test/routing/") and k.count("/") == 2}
         result["routing"] = {k.rpartition("/")[2]: float(v) for k, v in of_routing.items()}
     return result
+
+
+_UNSET = ("min_epochs", "min_steps", "max_time", "limit_test_batches", "limit_predict_batches", "val_check_interval")
+TRAINS_ONLY = {**dict.fromkeys(_UNSET), "max_epochs": -1, "limit_val_batches": 0, "check_val_every_n_epoch": 1,
+               "overfit_batches": 0.0}  # fmt: skip
+"""Options of a trainer that trains for a number of steps and does nothing else."""
+
+
+@contextlib.contextmanager
+def same_threads(experiment: Experiment, systems: Sequence[System], output: Path, jobs: int = 1) -> Iterator[None]:
+    """Compute inside with the user's number of threads, else with that of ``threads.json``: one for all systems.
+
+    It is measured before the first run, unless several runs at a time share the cores: the larger one of those that the
+    first two systems, sparse and a baseline, are fastest with.
+    """
+    path, former = output / "threads.json", torch.get_num_threads()
+    kept = read_json(path) or 0
+    if not kept and jobs == 1 and not any(output.glob(f"*/*/*/{units.RESULT}")):
+        timed = [system.name for system in systems if system.cost and not system.refused][:2]
+        with bar("measuring the number of threads"):
+            kept = max(_fastest(experiment, name) for name in timed)
+        if kept:
+            write_json(path, kept)
+            say(f"threads: {kept} of {former}, as measured")
+    try:
+        set_threads(experiment.threads or kept)
+        yield
+    finally:
+        set_threads(former)
+
+
+def _fastest(experiment: Experiment, system: str) -> int:
+    """Return the number of threads with which a system trains fastest; 0 if it is not to be measured."""
+    trainer = experiment.trainer(**TRAINS_ONLY, max_steps=1000)
+    threads = Threads(trainer, experiment.threads, measures=not experiment.compiles, stops=True)
+    if not threads.is_open:
+        return 0
+    with quiet(own_notes=False), threads.held(), interruptible(trainer), contextlib.suppress(NonFiniteError):
+        seed_everything(experiment.seed, verbose=False)
+        model, data = experiment.build(system, experiment.rate)
+        model.module.reports = False
+        trainer.fit(model.module, datamodule=data)
+    return threads.number
 
 
 def _fit_estimator(experiment: Experiment, model: Any, data: Any, unit: Unit, output: Path) -> dict[str, Any]:

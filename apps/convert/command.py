@@ -196,7 +196,7 @@ def run(options: Options) -> int:
         print(f"{options.output}: a folder of transformers, which --data.folder {options.output} reads")
         return 0
     config = "" if options.config is None else f" --config {options.output / CONFIG}"
-    print(f"{options.output}: moesaic fit --weights {options.output}{config} --run_dir NEW trains it on")
+    print(f"{options.output}: moesaic fit --weights {options.output}{config} trains it on")
     return 0
 
 

@@ -19,7 +19,7 @@ class Options(CommandLine):
     new folder is a run that moesaic test, predict and apps.load read as any other.
 
     Any --data.KEY VALUE names the data of the batches, such as --data.val_files PATH: their use of the experts decides.
-    To train on: moesaic fit --weights DIR --run_dir NEW.
+    To train on: moesaic fit --weights DIR.
 
     Attributes:
         output: folder of the new run, which must not exist

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from apps.base.inflate import check_unpacked
 from apps.base.messages import excerpt, one_line
+from apps.data.parquet_files import parquet_tables
 from apps.data.text_files import COMPRESSED, text_lines
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -65,18 +65,13 @@ def parquet_rows(path: Path, columns: Callable[[list[str]], Sequence[str]]) -> I
         ValueError: the file cannot be read, or unpacks to far more than it holds.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            wanted = list(columns(file.schema_arrow.names))
-            pages = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            check_unpacked(path.name, path.stat().st_size, pages, "bytes of pages")
-            for batch in file.iter_batches(4096, columns=wanted):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", values
+        for table in parquet_tables(path, columns, 4096):
+            for values in table.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", values
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read: {one_line(str(error))}") from error
 

@@ -18,7 +18,7 @@ from apps.data.cache import locked, whole_folder
 log = logging.getLogger(__name__)
 
 _APPS = Path(__file__).resolve().parents[1]
-_OWN_CODE = ("data/array_files.py", "data/store.py", "base/inflate.py")
+_OWN_CODE = ("data/array_files.py", "data/store.py", "data/parquet_files.py", "base/inflate.py")
 
 
 @dataclass(frozen=True)

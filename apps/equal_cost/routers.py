@@ -47,7 +47,7 @@ def resolve(names: Iterable[str]) -> tuple[str, ...]:
             if not known:
                 raise ValueError("--routers all: no overlays in this installation")
             chosen += known
-        elif name in known or Path(name).is_file():
+        elif path_of(name).is_file():
             chosen.append(name)
         else:
             raise ValueError(f"router {name!r} is neither a file nor one of {', '.join(known) or '(none here)'}")
@@ -71,7 +71,8 @@ def by_system(names: Iterable[str]) -> dict[str, str]:
 
 
 def path_of(name: str) -> Path:
-    return overlays().get(name, Path(name))
+    """Return the file of an overlay: a shipped one's, or one that is there, or lies beside the packages."""
+    return overlays().get(name, Path(name) if Path(name).exists() else CONFIGS.parent / name)
 
 
 def read(name: str) -> dict[str, Any]:

@@ -55,20 +55,20 @@ class HubTextData(SuiteData):
     """Texts and chats in train, validation and test batches of ``HubBatch``, tokenized by a model's own tokenizer.
 
     Files are plain text (``.txt`` and others), JSON lines (``.jsonl``) or Parquet: each row has ``text``, or
-    ``messages`` with ``role`` and ``content``, or ``prompt`` and ``completion``, which are two messages. The
-    tokenizer's chat template is applied to messages; the loss is then on the assistant's answers. Documents are packed
+    ``messages`` with ``role`` and ``content``, or ``prompt`` and ``completion``, which are two messages, and one text
+    where the tokenizer has no chat template. The loss is then on the assistant's answers alone. Documents are packed
     into rows of ``block_size`` tokens, longest first, and do not see each other: a model that lets them is rejected
     before the training.
 
     Args:
         folder: local folder of a model in transformers' layout, which is trained and whose tokenizer reads the texts.
         train_files: a name or a pattern of files, or several.
-        val_files: likewise; None: documents of train_files are held out.
+        val_files: likewise; None: documents of train_files are held out, of a single one its end.
         test_files: likewise; None: the validation documents.
         root: folder that the file names start from.
         cache_dir: folder for encoded text; default ~/.cache/moesaic.
         document: unit of plain text that is one document: "line", "paragraph" (lines up to an empty one) or "file".
-        val_size: documents to validate on, or a share of all below 1, without val_files.
+        val_size: documents to validate on, or a share of all below 1, at least one, without val_files.
         split_seed: of the held-out documents.
         block_size: tokens of a row.
         packed: a row holds as many documents as fit; False: one, as models need that do not keep them apart.
@@ -164,13 +164,9 @@ class HubTextData(SuiteData):
 
     def _write(self, writer: ArrayWriter, files: Mapping[Split, Sequence[Path]]) -> None:
         splits = {split: [d for path in paths for d in self._documents(path)] for split, paths in files.items()}
+        held = ""
         if not files["val"] and splits["train"]:
-            number: dict[str, int] = {}  # the same text is in one split only
-            group_N = np.array([number.setdefault(json.dumps(text), len(number)) for _, text in splits["train"]])
-            count = count_of(self.val_size, len(group_N))
-            held = set(hold_out(group_N, [count], self.split_seed)[0].tolist())
-            splits["val"] = [splits["train"][i] for i in sorted(held)]
-            splits["train"] = [d for i, d in enumerate(splits["train"]) if i not in held]
+            splits["train"], splits["val"], held = self._held_out(splits["train"])
         if not files["test"]:
             splits["test"] = splits["val"]
         for split, documents in splits.items():
@@ -183,7 +179,26 @@ class HubTextData(SuiteData):
             writer.save(f"{split}_ids", np.array(ids, np.int32))
             writer.save(f"{split}_answers", np.array(answers, np.int8))
             writer.save(f"{split}_bounds", np.array(bounds, np.int64))
-        writer.finish({})
+        writer.finish({"held": held})
+
+    def _held_out(self, documents: list[Any]) -> tuple[list[Any], list[Any], str]:
+        """Return the documents to train on and to validate on, for a share at least one, and a line on these."""
+        (where, text), is_share = documents[0], 0 < self.val_size < 1
+        if len(documents) == 1 and isinstance(text, str) and len(text) > 1 and is_share:
+            at = min(round(len(text) * (1 - self.val_size)), len(text) - 1)
+            cut = max(text.rfind(" ", 0, at + 1), text.rfind("\n", 0, at + 1), 0) or at
+            held = f"; the last {1 - cut / len(text):.1%} of the only document are held out to validate on"
+            return [(where, text[:cut])], [(where, text[cut:].lstrip(" \n"))], held
+        number: dict[str, int] = {}  # the same text is in one split only
+        group_N = np.array([number.setdefault(json.dumps(text), len(number)) for _, text in documents])
+        least = int(np.bincount(group_N).min()) if is_share and len(number) > 1 else 0
+        size = max(count_of(self.val_size, len(group_N)), least)
+        chosen = set(hold_out(group_N, [size], self.split_seed)[0].tolist())
+        train, val = ([d for i, d in enumerate(documents) if (i in chosen) == is_held] for is_held in (False, True))
+        return train, val, f"; {len(val):,} of {len(documents):,} documents are held out to validate on"
+
+    def describe(self) -> str:
+        return f"{super().describe()}{self.opened.info['held']}"
 
     def _documents(self, path: Path) -> Iterator[tuple[str, Any]]:
         """Yield the documents of a file, each with where it is."""
@@ -192,7 +207,7 @@ class HubTextData(SuiteData):
             return
         for where, row in rows_in(path, ("text", "messages", "prompt", "completion")):
             content = _content(row)
-            if not isinstance(content, str) and not _are_messages(content):
+            if not isinstance(content, (str, tuple)) and not _are_messages(content):
                 raise ValueError(
                     f'{where} has no "text", no "prompt" and "completion", no "messages" of role and content'
                 )
@@ -202,11 +217,18 @@ class HubTextData(SuiteData):
         """Return the ids of a document, and which of them have a loss."""
         where, content = document
         tokenizer = self.tokenizer
-        if isinstance(content, str):
-            ids = tokenizer(content, add_special_tokens=False)["input_ids"]
-            ids = [*([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []), *ids]
-            ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-            return ids, [True] * len(ids)
+        if isinstance(content, tuple) and tokenizer.chat_template:
+            content = [{"role": role, "content": t} for role, t in zip(("user", "assistant"), content, strict=True)]
+        if isinstance(content, (str, tuple)):
+            prompt, text = content if isinstance(content, tuple) else ("", content)
+            ids, asked = ([*tokenizer(t, add_special_tokens=False)["input_ids"]] for t in (prompt + text, prompt))
+            first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+            last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+            while ids[: len(asked)] != asked:  # its last token may be another one where the completion follows
+                asked.pop()
+            known = len(first) + len(asked) if prompt else 0
+            ids = [*first, *ids, *last]
+            return ids, [False] * known + [True] * (len(ids) - known)
         if not tokenizer.chat_template:
             raise ValueError(f"{where} has messages, and {self.folder} no chat template")
         whole, answers = self._chat(content), list[bool]()
@@ -248,10 +270,9 @@ def end_of_answer(whole: list[int], begin: list[int], until: list[int]) -> int |
 
 
 def _content(entry: Mapping[str, Any]) -> Any:
-    """Return a line's text or messages; a prompt and its completion are two messages."""
+    """Return a line's text, its messages, or both of its prompt and its completion."""
     if isinstance(entry.get("prompt"), str) and isinstance(entry.get("completion"), str):
-        said = zip(("user", "assistant"), (entry["prompt"], entry["completion"]), strict=True)
-        return [{"role": role, "content": text} for role, text in said]
+        return entry["prompt"], entry["completion"]
     return entry.get("messages", entry.get("text"))
 
 

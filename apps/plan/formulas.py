@@ -1,7 +1,7 @@
 """Formulas of a plan: the memory, the traffic and the time of a training step, as pure functions of plain numbers.
 
 Sizes are in bytes, times in seconds, rates in bytes or FLOPs per second. Traffic is what *leaves* one rank in a step;
-as much arrives. docs/parallelism.md has the same formulas with worked examples.
+as much arrives. docs/concepts/planning.md has the same formulas with worked examples.
 """
 
 from __future__ import annotations

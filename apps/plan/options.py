@@ -35,7 +35,7 @@ class Options(CommandLine):
     Any value of the model's or the data's configuration may be given as well: --model.moe.num_experts 64,
     --data.block_size 4096. Facts from the data are given in the same way, such as --model.num_classes 1000. The columns
     of a table: --tables 1000000000 --pooling 20, and with --histories 50 the last 50 items of a row. A step's time
-    counts evenly loaded experts; docs/parallelism.md has the formulas.
+    counts evenly loaded experts; docs/concepts/planning.md has the formulas.
 
     Attributes:
         files: configuration; overlays may follow

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from apps.base.messages import excerpt
+from apps.data.parquet_files import read_parquet
 from apps.recsys.encoding.numbers import is_text, known_text
 from apps.recsys.readers.user_tables import find_files, layout, naming, opened
 from apps.recsys.schema import nearest
@@ -70,7 +70,7 @@ def read_tables(files: Sequence[Path]) -> dict[Path, pa.Table]:
 
 def _read_file(file: Path) -> pa.Table:
     if file.suffix.lower() == ".parquet":
-        return pq.read_table(file)
+        return read_parquet(file)
     convert = pa.csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
     # The types follow from the first block: a larger one has the "unknown" that comes late in a column of
     # numbers. A compressed file unpacks to a few times its size.

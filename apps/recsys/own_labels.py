@@ -14,7 +14,6 @@ from apps.base.messages import excerpt, some
 from apps.data.given import TargetKind
 from apps.recsys.encoding.numbers import is_text, plain
 from apps.recsys.guesses import FEW_VALUES, words_of
-from apps.recsys.leaks import floats_of
 
 LEAST_ROWS = 20
 """Least number of rows of each of the target's two classes: the smallest split, a ninth of them, has two then."""
@@ -26,6 +25,7 @@ _CERTAIN = {"label", "target", "y", "class", "outcome"}
 _LABELS = {"churn", "churned", "click", "clicked", "bought", "buy", "purchase", "purchased", "converted", "conversion"}
 _LABELS |= {"survived", "default", "fraud", "spam", "response", "subscribed", "canceled", "returned", "liked"}
 _LABELS |= _CERTAIN
+_OUTCOMES = _LABELS - {"y", "class", "default"}  # these are also features that are known before
 _LAST = {"price", "amount", "sales", "revenue", "rating", "score", "demand", "count", "cnt", "value", "quality"}
 
 
@@ -46,6 +46,11 @@ class Label:
     @property
     def kind(self) -> str:
         return self.config.get("kind", "binary")
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a number and neither one of two values nor a class."""
+        return self.kind not in ("binary", "multiclass")
 
 
 def label_of(name: str, column: pa.ChunkedArray, kind: TargetKind | None = None) -> Label:
@@ -164,6 +169,16 @@ def likeliest(table: pa.Table, name: str) -> tuple[list[str], str]:
     hint = ": is it separated by commas, or .tsv by tabs?" if len(table.column_names) == 1 else ""
     names = some(table.column_names, 20)
     raise ValueError(f"{name} has no column that is plainly the label: give --target, one of {names}{hint}")
+
+
+def is_outcome(name: str, num_values: int) -> bool:
+    """Tell whether a column is likely another label, such as "bought" next to "clicked"."""
+    return num_values == 2 and not _OUTCOMES.isdisjoint(words_of(name))
+
+
+def floats_of(column: pa.ChunkedArray) -> np.ndarray:
+    """Return numbers as float64 (N,), NaN for none."""
+    return np.asarray(column.cast(pa.float64(), safe=False).fill_null(np.nan), dtype=np.float64)
 
 
 def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -13,20 +13,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from apps.base.messages import counted, some
 from apps.data.given import EXPERTS, NUMBERS, GivenConfig, GivenData
-from apps.recsys.encoding.numbers import plain, to_order
+from apps.recsys.encoding.numbers import is_text, plain, to_order
 from apps.recsys.encoding.texts import encoder_folder
 from apps.recsys.encoding.timestamps import to_seconds
-from apps.recsys.guesses import TABLE_ROLES, Guess, guess
-from apps.recsys.leaks import leak
+from apps.recsys.guesses import TABLE_ROLES, Guess, Role, guess
 from apps.recsys.own_files import check_columns, read_tables, table_files
-from apps.recsys.own_labels import Label, label_of, likeliest
+from apps.recsys.own_labels import Label, floats_of, is_outcome, label_of, likeliest
 from apps.recsys.readers.user_tables import joined
 from apps.recsys.schema import TextConfig, plain_name, timestamp_columns
+from apps.recsys.tables.encode.leaks import Column, Copies, groups_of, later_dates, leak, made_of_labels
 
 _LOOKED_AT = 20_000
+_KNOWN_BEFORE = "put it back if it is known before the label"
 _STEPS = 1500
 _SHARES = {"val": 0.15, "test": 0.25}
 _DATA = ("data", "init_args")
@@ -72,7 +74,9 @@ def config_for(given: GivenData) -> GivenConfig | None:
     lengths = {file.name: len(own) for file, own in tables.items()}
     dates = (column for column, own in found.items() if own.role == "date")
     warnings = [line for column in dates for line in _odd_dates(column, table, lengths)]
-    found = {column: _used(column, own, given, table, labels) for column, own in found.items()}
+    found = {column: _used(column, own, given, table) for column, own in found.items()}
+    found, copies = _without_leaks(found, given, table, labels)
+    warnings += copies
     separators = Counter(own.separator for own in found.values() if own.separator)
     separator = max(separators, key=separators.__getitem__, default="|")
     for column, own in found.items():
@@ -134,7 +138,7 @@ def _day(seconds: float) -> str:
     return str(np.datetime64(int(seconds), "s").astype("M8[D]"))
 
 
-def _used(column: str, own: Guess, given: GivenData, table: pa.Table, labels: Mapping[str, Label]) -> Guess:
+def _used(column: str, own: Guess, given: GivenData, table: pa.Table) -> Guess:
     """Return a guess, or why a column is not used after all."""
     if own.role not in TABLE_ROLES:
         return own
@@ -151,14 +155,62 @@ def _used(column: str, own: Guess, given: GivenData, table: pa.Table, labels: Ma
             encoder_folder(TextConfig(), column)
         except ValueError as error:
             return Guess("unused", f"text of {own.reason}", advice=str(error).partition(": ")[2])
-    # In a random order: halves of the rows are compared.
-    rows = np.random.default_rng(0).permutation(len(table))[:_LOOKED_AT]
-    values = plain(table.column(column)).take(rows)
-    for task, label in labels.items():
-        if why := leak(values, own.role, label.values_N[rows], label.kind):
-            advice = "put it back if it is known before the label"
-            return Guess("unused", f"a leak? It {why.format(label=task)}", advice=advice)
+    if own.role == "category" and is_outcome(column, len(pc.unique(plain(table.column(column)).drop_null()))):
+        return Guess("unused", "likely another label", advice=f"--target {column} makes it one; else {_KNOWN_BEFORE}")
     return own
+
+
+def _without_leaks(
+    found: Mapping[str, Guess], given: GivenData, table: pa.Table, labels: Mapping[str, Label]
+) -> tuple[dict[str, Guess], list[str]]:
+    """Return the guesses without columns that give a label away, and a line on rows that are there twice."""
+    columns = {column: _values(table.column(column), own.role) for column, own in found.items()}
+    dates = {c: own.number_N for c, own in columns.items() if own.number_N is not None and found[c].role == "date"}
+    orders = {"the order of the rows": np.arange(len(table), dtype=np.float64), **dates}
+    if given.time is not None:
+        orders[given.time] = to_order([("the table", table.column(given.time))], given.time).astype(np.float64)
+    ids = {c: columns[c].code_N for c, own in found.items() if own.role in ("id", "category") or c == given.user}
+    groups = groups_of(ids)
+    rows = np.random.default_rng(0).permutation(len(table))[:_LOOKED_AT]
+    copies, kept = Copies(len(table)), dict(found)
+    for task, label in labels.items():
+        late = dict(later_dates(dates, label.values_N, label.is_number))
+        copies.add(np.unique(label.values_N, return_inverse=True)[1])
+        for column, own in kept.items():
+            values = columns[column]
+            if own.role not in TABLE_ROLES:
+                continue
+            why = leak(values.take(rows), label.values_N[rows], label.is_number) or late.get(column, "")
+            if not why and values.number_N is not None and own.role != "date":
+                others = {name: code_N for name, code_N in groups.items() if name != column}
+                why = made_of_labels(values.number_N, label.values_N, others, orders)
+            if why:
+                kept[column] = Guess("unused", f"a leak? It {why.format(label=task)}", advice=_KNOWN_BEFORE)
+    for column, own in found.items():
+        if own.role in TABLE_ROLES:
+            copies.add(columns[column].code_N)
+    lines = []
+    if num_copies := int(copies.rows().sum()):
+        advice = "leave them out, or they are trained on and tested"
+        lines = [f"{counted(num_copies, 'row')} of {len(table):,} repeat other rows, label included: {advice}"]
+    return kept, lines
+
+
+def _values(column: pa.ChunkedArray, role: Role) -> Column:
+    """Return a column as the rules of leaks take it."""
+    values = plain(column)
+    missing_N = np.asarray(pc.is_null(values))
+    if is_text(values.type):
+        missing_N |= np.asarray(pc.fill_null(pc.equal(values, ""), fill_value=True))
+    number_N = None
+    if role == "date":
+        number_N = to_seconds(values, "column", "the table")
+    elif pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or role in ("number", "count", "money"):
+        number_N = floats_of(values)
+    flat = pa.chunked_array([list(map(str, values.to_pylist()))]) if pa.types.is_nested(values.type) else values
+    if not pa.types.is_dictionary(flat.type):
+        flat = flat.cast(pa.string()).fill_null("").combine_chunks().dictionary_encode()
+    return Column(np.asarray(flat.indices, np.int64), missing_N, number_N, flat.dictionary.to_pylist())
 
 
 def _words(own: Guess) -> str:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from apps.base.machine import set_threads
 from apps.base.progress import hidden
 from apps.base.quiet import quiet
 
@@ -69,7 +70,7 @@ def answering(pipe: Connection, threads: int) -> Iterator[None]:
     """Compute with this many threads, and send an exception from inside to the parent as ("error", exception)."""
     try:
         with hidden(), quiet(own_notes=False), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
-            torch.set_num_threads(threads)
+            set_threads(threads)
             yield
     except Exception as error:
         with suppress(OSError):

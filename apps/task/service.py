@@ -18,7 +18,7 @@ class Service:
         read: turns one input that has passed the schema into what ``predict`` takes. Raises a ``ValueError`` that names
             the value and the rule if the schema could not say so: an image that cannot be read, an unknown pair.
         predict: answers several inputs at once, in their order, each with plain values that JSON takes. The answer to
-            an input does not depend on other inputs of its batch, unless the routing says so (docs/serving.md).
+            an input does not depend on other inputs of its batch, unless the routing says so.
         listen: makes ``predict`` tell the text of an answer as it grows, each time the whole of it so far: takes what
             ``read`` returned and the function to tell, and returns what ``predict`` takes. None: nothing grows.
     """

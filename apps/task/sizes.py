@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from apps.base.checks import check_at_least
-from apps.nets.loss import CHUNK_ELEMENTS
+from apps.nets.loss import chunk_rows
 
 
 class Missing(ValueError):
@@ -102,6 +102,6 @@ def ids_on_meta(*shape: int) -> torch.Tensor:
 def vocabulary_loss(tokens: int, weight: torch.Tensor, dtype: torch.dtype) -> Loss:
     """Return the cost of a cross-entropy over the rows of ``weight``."""
     V, D = weight.shape
-    chunk = min(max(CHUNK_ELEMENTS, V), tokens * V)
+    chunk = chunk_rows(tokens, V) * V
     size = dtype.itemsize
     return Loss((V * D + tokens * D) * float(size), (2 * V * D + 2 * chunk) * float(size), 2.0 * tokens * V * D)

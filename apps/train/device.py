@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 import core
 from apps.base.machine import device_name
+from apps.train.threads import Threads
 
 
 def device_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def set_matmul_precision(options: Mapping[str, Any], precision: str) -> None:
         torch.set_float32_matmul_precision(precision)
 
 
-def device_line(trainer: Trainer, module: LightningModule) -> str:
+def device_line(trainer: Trainer, module: LightningModule, threads: Threads | None = None) -> str:
     """Return in one line the setup of a run: device, precision, threads, and the kernels that compute its experts."""
     device = trainer.strategy.root_device
     with trainer.precision_plugin.forward_context():
@@ -56,6 +57,6 @@ def device_line(trainer: Trainer, module: LightningModule) -> str:
     number = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     tf32 = f", float32 products {torch.get_float32_matmul_precision()}" if device.type == "cuda" else ""
     return (
-        f"device {number}{device.type} ({device_name(device)}): precision {trainer.precision}{tf32}, threads "
-        f"{torch.get_num_threads()}, experts by {backends or 'none'}"
+        f"device {number}{device.type} ({device_name(device)}): precision {trainer.precision}{tf32}, "
+        f"{threads or Threads(trainer, measures=False)}, experts by {backends or 'none'}"
     )

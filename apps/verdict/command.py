@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -20,11 +22,11 @@ from apps.base.messages import some
 from apps.base.progress import bar, say
 from apps.base.quiet import quiet
 from apps.compare.command import command_line, until_stopped
-from apps.compare.experiment import Experiment, arguments, validation_batch
+from apps.compare.experiment import Experiment, arguments, length_of, validation_batch
 from apps.compare.options import SEARCH_FACTORS as FACTORS
 from apps.compare.summary import means
 from apps.compare.systems import SPARSE, System, find_systems, label, of_equal_flops
-from apps.compare.training import interruptible
+from apps.compare.training import interruptible, same_threads
 from apps.data.given import GivenData
 from apps.report.page import FILE, open_page, write_page
 from apps.report.page.writing import markdown, write_index
@@ -78,7 +80,7 @@ def give_verdict(
     """
     output = options.folder
     check_folder(options)
-    with at_work(output, "verdict") as whole:
+    with contextlib.ExitStack() as stack, at_work(output, "verdict") as whole:
         saved = read_json(output / "plan.json")
         if saved is None:  # a set-up that failed or was killed leaves nothing
             for name in _BEFORE_THE_PLAN:
@@ -99,6 +101,7 @@ def give_verdict(
         names = reference_names(model)
         kept = RESERVED * seconds if names else 0.0
         budget.reserve += kept
+        stack.enter_context(same_threads(experiment, (sparse, dense), output))
         if saved is not None:
             plan = _read(saved)
         else:
@@ -128,7 +131,7 @@ def _best(work: Work, names: Sequence[str], options: Options) -> tuple[str, ...]
     return tuple(best_model(task, own, work.plan.dense) for task, own in models.items())
 
 
-_BEFORE_THE_PLAN = ("data", "config.yaml", "spent.json")
+_BEFORE_THE_PLAN = ("data", "config.yaml", "spent.json", "threads.json")
 
 
 def reserve(seconds: float) -> float:
@@ -185,18 +188,21 @@ def _plan(experiment: Experiment, dense: str, num_experts: int, options: Options
         ValueError: three seeds do not fit.
     """
     speeds: dict[str, Speed] = {}
-    counts: dict[str, float] = {}
+    loaders: dict[str, Any] = {}
     endless = Budget(clock=budget.clock)  # too small a budget is told what would do
     for _ in range(2):  # the first round warms up
         if speeds and budget.left <= 0:
             break
         for name in (SPARSE, dense):
             with bar(f"measuring the speed of {label(name)}"):
-                speeds[name], counts = measure_speed(experiment, name, endless, budget.seconds)
+                speeds[name], loaders = measure_speed(experiment, name, endless, budget.seconds)
     seconds_per_batch = max(max(speed.validation, speed.test) for speed in speeds.values())
-    batches = max(counts["val_batches"], counts["test_batches"])
     fits = max(1, math.floor(EVALUATION_SHARE * budget.seconds / seconds_per_batch))
-    most_batches = None if batches <= fits else fits
+    counts = {name: length_of(loader) for name, loader in loaders.items()}
+    for name in ("val", "test"):
+        if math.isinf(counts[name]):  # a stream tells its length by being read
+            counts[name] = sum(1 for _ in itertools.islice(loaders[name], fits + 1))
+    most_batches = None if max(counts["val"], counts["test"]) <= fits else fits
 
     def evaluated(name: str) -> float:
         return min(counts[name], math.inf if most_batches is None else most_batches)
@@ -206,18 +212,18 @@ def _plan(experiment: Experiment, dense: str, num_experts: int, options: Options
         name: Speed(
             speed.step,
             speed.start,
-            speed.validation * evaluated("val_batches"),
-            2 * speed.test * evaluated("test_batches"),
+            speed.validation * evaluated("val"),
+            2 * speed.test * evaluated("test"),
         )
         for name, speed in speeds.items()
     }
     rate = experiment.rate
     rates = () if rate is None else tuple(sorted(float(f"{factor * rate:.3g}") for factor in FACTORS))
-    most_steps = experiment.num_steps(counts["train_batches"])
+    most_steps = experiment.num_steps(counts["train"])
     start_seconds = max(speed.start for speed in speeds.values())
     budget.hold_back(3 * start_seconds)
     schedule = make_schedule(budget.left, most_steps, rates, speeds, options.minutes)
-    num_batches = None if math.isinf(counts["train_batches"]) else int(counts["train_batches"])
+    num_batches = None if math.isinf(counts["train"]) else int(counts["train"])
     seconds = {name: speed.step for name, speed in speeds.items()}
     return Plan(schedule, dense, num_experts, most_batches, seconds, start_seconds, num_batches, most_steps)
 

@@ -22,6 +22,7 @@ from apps.compare.experiment import Experiment
 from apps.compare.systems import SPARSE, label
 from apps.equal_cost.comparable import Search
 from apps.report.intervals import by_group, crossed_interval, mean_interval
+from apps.verdict.schedule import LEAST_SEEDS
 from apps.verdict.work import Finished
 
 TREES = ("lightgbm", "hist_gradient_boosting")
@@ -141,19 +142,25 @@ def by_task(finished: Sequence[Finished], references: Sequence[OfTask], dense: s
 
 
 def best_model(task: str, models: Mapping[str, OfTask], dense: str) -> str:
-    """Return a sentence on the best model of a task, and on what sparse adds to the networks."""
+    """Return a sentence on the best model of a task, and on what sparse adds to the networks.
+
+    Fewer seeds of the networks than decide a verdict name no model the better one.
+    """
     ranked = sorted(models.values(), key=lambda own: own.quality, reverse=True)
     best, second, networks = ranked[0], ranked[1], [own for own in ranked if own.model in (SPARSE, dense)]
+    few = len(models[SPARSE].values_SN) < LEAST_SEEDS
     low, high = _gain(best, second)
     qualities = ", ".join(f"{label(own.model)} {own.quality:.4g}" for own in ranked)
     ends = f"95 % interval {low:+.3g} to {high:+.3g}" if math.isfinite(low) else "one value gives no interval"
-    if low > 0:
+    if low > 0 and not few:
         line = f"{task}: {label(best.model)} is best ({best.metric}: {qualities}; over the second {ends})."
     else:
         line = f"{task}: no model is shown to be best ({best.metric}: {qualities}; the first over the second {ends})."
     low, high = _gain(models[SPARSE], models[dense])
     adds = "sparse is better than dense" if low > 0 else "dense is better than sparse" if high < 0 else ""
     own = adds or "sparse adds nothing that is shown"
+    if few:
+        return f"{line} Fewer than {LEAST_SEEDS} seeds decide nothing."
     return line if best in networks and adds else f"{line} Of the networks, {own}."
 
 

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 import core
 from apps.base.files import replacing
 from apps.base.quiet import quiet
-from apps.compare.experiment import Experiment, check_validation
-from apps.compare.training import interruptible
+from apps.compare.experiment import Experiment, check_validation, length_of
+from apps.compare.training import TRAINS_ONLY, interruptible
 from apps.data.loader import as_it_is
 from apps.runner.runner import Budget, BudgetOver
 from apps.runner.unit import Unit
@@ -161,11 +161,6 @@ def _batch_hooks(data: LightningDataModule, module: LightningModule) -> Iterator
         for name in own:
             delattr(module, name)
 
-
-# Trainer options that a verdict sets itself, in addition to the ones that every comparison sets.
-_UNSET = ("min_epochs", "min_steps", "max_time", "limit_test_batches", "limit_predict_batches", "val_check_interval")
-_OWN = {**dict.fromkeys(_UNSET), "max_epochs": -1, "limit_val_batches": 0, "check_val_every_n_epoch": 1,
-        "overfit_batches": 0.0}  # fmt: skip
 
 VALIDATION_NEED = "the learning rates are chosen by"
 """What a verdict needs a validation split for, as messages say it."""
@@ -423,7 +418,7 @@ def _fit(
     if checked != 0 and isinstance(model, SparseModule):
         best = Best(model, lambda: itertools.islice(data.val_dataloader(), checked), steps, budget)
     pace = Pace(budget, progress, until, best)
-    trainer = experiment.trainer(pace, **_OWN, max_steps=steps)
+    trainer = experiment.trainer(pace, **TRAINS_ONLY, max_steps=steps)
     with interruptible(trainer):
         trainer.fit(module, datamodule=data)
     if pace.is_over and pace.steps < steps:
@@ -435,8 +430,8 @@ def _fit(
 
 def measure_speed(
     experiment: Experiment, system: str, budget: Budget, seconds: float
-) -> tuple[Speed, dict[str, float]]:
-    """Train ``system`` for a few steps and evaluate a few batches; return its speed and the numbers of batches.
+) -> tuple[Speed, dict[str, Iterable[Any]]]:
+    """Train ``system`` for a few steps and evaluate a few batches; return its speed and the data's loaders.
 
     Args:
         experiment: the configuration.
@@ -445,8 +440,8 @@ def measure_speed(
         seconds: the seconds of the whole verdict.
 
     Returns:
-        The speed, whose ``validation`` and ``test`` are seconds of a *batch* there, and the numbers of batches:
-        ``train_batches`` of an epoch, infinite if it has no length, ``val_batches`` and ``test_batches``.
+        The speed, whose ``validation`` and ``test`` are seconds of a *batch* there, and the loaders of "train", "val"
+        and "test".
 
     Raises:
         BudgetOver: the time is up.
@@ -464,19 +459,11 @@ def measure_speed(
         start = budget.clock() - began - pace.steps * pace.seconds_per_step
         data.setup("test")
         loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
-        counts = {f"{name}_batches": _length(loader) for name, loader in loaders.items()}
-        check_validation(counts["val_batches"], VALIDATION_NEED)
+        check_validation(length_of(loaders["val"]), VALIDATION_NEED)
         of_batch = {}
         for stage in ("val", "test"):
-            batches = min(2, int(min(counts[f"{stage}_batches"], 2)))
+            batches = int(min(length_of(loaders[stage]), 2))
             at = budget.clock()
             evaluate(model, trainer, loaders[stage], batches, budget, stage)
             of_batch[stage] = (budget.clock() - at) / batches
-    return Speed(pace.seconds_per_step, max(start, 0.0), of_batch["val"], of_batch["test"]), counts
-
-
-def _length(loader: Any) -> float:
-    try:
-        return float(len(loader))
-    except TypeError:  # a stream
-        return math.inf
+    return Speed(pace.seconds_per_step, max(start, 0.0), of_batch["val"], of_batch["test"]), loaders

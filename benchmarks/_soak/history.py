@@ -9,8 +9,6 @@ from pathlib import Path
 from benchmarks import first_losses
 from benchmarks._soak.outcome import Outcome
 
-WEIGHT = 1
-
 
 def cases(numbers: Iterator[int], folder: Path) -> Iterator[Outcome]:
     """Yield a case for each configuration whose losses are kept and whose data are here."""

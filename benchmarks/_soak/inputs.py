@@ -65,7 +65,6 @@ from benchmarks._soak.load import raw, served
 from benchmarks._soak.outcome import Outcome, generator
 
 ROOT = Path(__file__).parents[2]
-WEIGHT = 3
 SECONDS, BYTES = 10, 3 << 30
 """Most seconds of the processor that a case may take, and most memory that a process may map beyond what it has."""
 EVIL = b"cos\nmkdir\n(S'../ran'\ntR."

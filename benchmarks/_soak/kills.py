@@ -15,8 +15,6 @@ from benchmarks._soak.outcome import Outcome, generator
 from benchmarks._soak.trees import broken, files, unlike
 from benchmarks._soak.works import WORKS, Unsound, Work, Workshop, fresh
 
-WEIGHT = 3
-
 
 @dataclass(frozen=True)
 class Case:

@@ -24,7 +24,6 @@ from apps.serve.service.command import service_of
 from benchmarks._soak.outcome import Outcome
 from benchmarks.service import _HEAD, CONNECTIONS, Load, Server, _send, load, mixed, serving
 
-WEIGHT = 4
 GROWTH, FIRST = 1.02, 1000
 """Most memory of a service over that after its first so many requests."""
 IDLE = 10_000

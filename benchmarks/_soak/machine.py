@@ -14,7 +14,6 @@ from benchmarks._soak.outcome import Outcome, generator
 from benchmarks._soak.trees import broken, files
 from benchmarks._soak.works import WORKS, Workshop, fresh
 
-WEIGHT = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGWINCH, signal.SIGCONT, signal.SIGHUP, signal.SIGUSR1)
 
 

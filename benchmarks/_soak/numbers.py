@@ -30,7 +30,6 @@ from core.registry import OpenConfig
 from core.testing.check import FLOAT32, step
 from core.testing.router_case import RouterCase, seeded
 
-WEIGHT = 3
 LAYERS, TRIES, DRAWS = 100, 200, 4000
 BOUNDS = {torch.float64: 1e-12, torch.float32: 4 * FLOAT32, torch.bfloat16: 32 * 2**-8}
 """Bounds of an error over the largest element; of bfloat16 some roundings of 2^-8, of terms that may cancel."""

@@ -28,7 +28,7 @@ class ZeroExperts(Experts):
 
     def compute_rows(self, rows: Rows) -> Rows:
         length = rows.x.shape[0] if rows.gathered else rows.num_tokens
-        y = rows.x.new_zeros(length, self.out_dim)
+        y = rows.x.new_zeros(length, self.out_dim) + _linked_zero(rows)
         return rows.with_output(y, weighted=True, combined=not rows.gathered)
 
 
@@ -114,7 +114,7 @@ class ConstantExperts(Experts):
         v = local_tensor(self.v)
         y_RD = v.index_select(0, expert_R.clamp_max(v.shape[0] - 1))
         if self.w_mix is None:
-            return rows.with_output(torch.where(live_R1, y_RD, 0).to(rows.x.dtype))
+            return rows.with_output(torch.where(live_R1, y_RD, 0).to(rows.x.dtype) + _linked_zero(rows))
         x_RD = rows.materialize()
         x, w_mix = autocast_together(x_RD, self.w_mix)
         share_R2 = expert_linear(x, w_mix, rows.offsets_E, backend=self.backend).softmax(-1)
@@ -146,6 +146,11 @@ class Constant(ExpertConfig):
 
     def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
         return 4 * dim if self.mix else 0
+
+
+def _linked_zero(rows: Rows) -> Tensor:
+    """Return 0, (), as a function of tokens and gates: a backward reaches both, with gradients of 0."""
+    return (rows.x[:0].sum() + rows.gates_R[:0].sum()).to(rows.x.dtype)
 
 
 def _check_same_width(expert: str, dim: int, out_dim: int | None) -> None:

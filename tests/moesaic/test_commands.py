@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,17 @@ def test_a_training_and_a_test_are_those_of_the_commands(tmp_path, capsys):
     assert moesaic.fit(config, other_ways, run_dir=tmp_path / "again", overwrite=True).metrics
     assert "--overwrite has removed the earlier run" in capsys.readouterr().out
     assert not (tmp_path / "again" / "earlier").exists()
+
+
+def test_the_folder_of_a_run_may_be_among_the_overrides_and_weights_need_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 1}
+    fitted = moesaic.fit(yaml.safe_load(CONFIG), {**few, "run_dir": tmp_path / "run"})
+    assert fitted.run_dir == tmp_path / "run"
+    assert moesaic.test(overrides={"run_dir": "run"}).run_dir == Path("run")
+    assert moesaic.fit((), few, weights="run").run_dir == Path("runs", "run_tuned")
+    with pytest.raises(ValueError, match=r"^run_dir=other is also in overrides: give it once$"):
+        moesaic.fit(yaml.safe_load(CONFIG), {"run_dir": "run"}, run_dir="other")
 
 
 def test_predictions_are_a_file_that_is_not_replaced_unasked(tmp_path):

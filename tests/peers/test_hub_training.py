@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -193,6 +194,56 @@ def test_a_prompt_and_its_completion_are_a_chat(folder, tmp_path):
         given = data(folder, train_files=str(tmp_path / name))
         for own, expected in zip(given.examples("train")[0], data(folder).examples("train")[0], strict=True):
             assert torch.equal(own, expected)
+
+
+def test_a_prompt_and_its_completion_need_no_chat_template(folder, tmp_path):
+    """Without one they are a text, whose loss is on the completion and the end alone."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    lines = [json.dumps({"prompt": f"What comes after {i}?", "completion": f" {i + 1} does."}) for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    own = data(tmp_path, train_files="pairs.jsonl", val_size=0)
+    own.tokenizer.chat_template = None
+    batch = own.examples("train")[0]
+    learned = [own.tokenizer.decode(run) for run in runs(batch)]
+    asked = own.tokenizer.decode(batch.tokens_BL[0, batch.valid_BL[0]])
+    assert all(re.fullmatch(r" \d+ does\.</s>", text) for text in learned)
+    assert len(learned) == asked.count("<s>What comes after ") > 0
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Who?"}]}))
+    with pytest.raises(ValueError, match=r"chats.jsonl, line 1 has messages, and .*model no chat template$"):
+        other = data(tmp_path)
+        other.tokenizer.chat_template = None
+        other.examples("train")
+
+
+def test_a_part_of_one_file_of_text_is_held_out(folder, tmp_path, capsys):
+    """A share holds out one document at least; of a single one its end, 5 of 100 numbers, so that there is a best."""
+    numbers = [str(i) for i in range(100, 200)]
+    files = {"lines": "\n".join(numbers), "words": " ".join(numbers), "few": "\n\n".join(numbers[:6])}
+    held = {}
+    for name, text in files.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+        own = data(folder, train_files=str(tmp_path / f"{name}.txt"))
+        texts = {}
+        for split in ("train", "val"):
+            ids, bounds = own.opened[f"{split}_ids"], own.opened[f"{split}_bounds"]
+            texts[split] = [
+                own.tokenizer.decode(ids[a:b], skip_special_tokens=True) for a, b in itertools.pairwise(bounds)
+            ]
+        assert sorted(" ".join([*texts["train"], *texts["val"]]).split()) == numbers[: 6 if name == "few" else 100]
+        held[name] = [len(text.split()) for text in texts["val"]]
+        said = "1 of 6 documents are" if name == "few" else "the last 5.0% of the only document are"
+        assert own.describe().endswith(f"; {said} held out to validate on")
+    assert held == {"lines": [5], "words": [5], "few": [1]}
+    run = tmp_path / "run"
+    flags = ["--data.folder", str(folder / "model"), "--data.train_files", str(tmp_path / "few.txt")]
+    flags += ["--data.cache_dir", str(tmp_path / "cache"), "--data.block_size", "32", "--trainer.accelerator", "cpu"]
+    assert main(["fit", "--config", "configs/hub/finetune.yaml", "--run_dir", str(run), *flags]) == 0
+    assert (run / "checkpoints" / "best.ckpt").exists()
+    capsys.readouterr()
+    main(["doctor", "--ckpt_path", str(run)])  # 1 where it finds something
+    out, err = capsys.readouterr()
+    assert "validation batches of" in out
+    assert "error: " not in err
 
 
 def test_plain_text_and_lines(folder):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 CONFIG = """
 model: {class_path: own_net.Net}
@@ -132,3 +134,35 @@ class Stored(Points):
     def on_after_batch_transfer(self, batch, dataloader_idx):
         x = batch[0] / 1000
         return [x + 0.01 * torch.randn_like(x) if self.trainer.training else x, batch[1]]
+
+
+class Stream(IterableDataset):
+    """Examples without a length: as often as asked, or without end."""
+
+    def __init__(self, examples: TensorDataset, endless: bool) -> None:
+        self.examples, self.endless = examples, endless
+
+    def __iter__(self):
+        for _ in repeat(None) if self.endless else range(1):
+            yield from self.examples
+
+
+class Streamed(Points):
+    """The points as streams.
+
+    Args:
+        endless: whether the training points come again and again.
+    """
+
+    def __init__(self, endless: bool = False) -> None:
+        super().__init__()
+        self.endless = endless
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Stream(self.points(0), self.endless), self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Stream(self.points(1), False), 24)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(Stream(self.points(2), False), 16)

@@ -55,14 +55,22 @@ def served_numbers(
 
 
 @contextlib.contextmanager
-def listening(app: Any, limits: Limits = LIMITS) -> Iterator[int]:
-    """Serve an application as ``moesaic serve`` does, on a thread; yields its port."""
+def listening(app: Any, limits: Limits = LIMITS, ends_after: float | None = None) -> Iterator[int]:
+    """Serve an application as ``moesaic serve`` does, on a thread; yields its port.
+
+    Args:
+        app: the application.
+        limits: of the service.
+        ends_after: seconds after which it ends, as at SIGTERM; None: after the block.
+    """
     from apps.serve.service.protocol import server_of
 
     server = server_of(app, limits)
     with bound(0) as socket:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
         thread.start()
+        if ends_after is not None:
+            threading.Timer(ends_after, lambda: setattr(server, "should_exit", True)).start()
         try:
             yield socket.getsockname()[1]
         finally:

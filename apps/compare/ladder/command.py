@@ -20,6 +20,7 @@ from apps.compare.ladder.options import Ladder
 from apps.compare.ladder.page import GATES, Story
 from apps.compare.ladder.rungs import SEARCHED, Outcome, Rung, RungWork, described, find_rungs, outcome_of, plan_of
 from apps.compare.systems import SPARSE, of_equal_flops
+from apps.compare.training import same_threads
 from apps.compare.work import tell_changed
 from apps.report.page import FILE, open_page, save_charts, show_page, write_page
 from apps.report.page.writing import markdown, write_index
@@ -113,7 +114,8 @@ def _do(rung: Rung, asked: Ladder, base: Experiment, growth: Growth, outcomes: S
         fixed = {} if searches else _rates(rung, outcomes[SEARCHED - 1], growth)
         plan.claim(rung.folder(asked.folder))
         tell_changed(experiment.modules, rung.folder(asked.folder))
-        results = RungWork(fixed, experiment, plan, systems, rung.folder(asked.folder), whole, asked.jobs).do()
+        with same_threads(experiment, systems, rung.folder(asked.folder), asked.jobs):
+            results = RungWork(fixed, experiment, plan, systems, rung.folder(asked.folder), whole, asked.jobs).do()
     return outcome_of(rung, systems, results)
 
 

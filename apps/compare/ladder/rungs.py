@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from apps.base.quiet import quiet
-from apps.compare.experiment import BY_LOSS, Experiment, arguments, validation_batch
+from apps.compare.experiment import BY_LOSS, Experiment, arguments, length_of, validation_batch
 from apps.compare.ladder.curves import Measured
 from apps.compare.ladder.growth import Growth, flags
 from apps.compare.ladder.options import Ladder
@@ -118,11 +118,8 @@ def _sizes(experiment: Experiment) -> tuple[float, float, float]:
         forward = measure_cost(model, batch).flops_per_example
     if not counts:
         raise ValueError("the training split has no batch")
-    try:
-        batches = float(len(loader))
-    except TypeError:
-        batches = math.inf
-    return forward, mean(counts) * int(experiment.trainer_options.get("accumulate_grad_batches") or 1), batches
+    accumulated = int(experiment.trainer_options.get("accumulate_grad_batches") or 1)
+    return forward, mean(counts) * accumulated, length_of(loader)
 
 
 class RungWork(Work):

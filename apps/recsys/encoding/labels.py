@@ -55,7 +55,7 @@ def to_labels(parts: Sequence[Part], name: str, task: TaskConfig) -> NDArray[np.
     return np.append(label, np.float32(np.nan))[codes.codes]
 
 
-def determines(codes: NDArray[np.int64], label: NDArray[np.float32]) -> bool:
+def determines(codes: NDArray[np.int64], label: NDArray[np.floating]) -> bool:
     """Tell whether the column's value decides the label in every row.
 
     Values that occur once are left out, since they prove nothing. The others must cover half of the labeled rows and

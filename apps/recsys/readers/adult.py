@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet
 
+from apps.data.parquet_files import read_parquet
 from apps.recsys.readers.delimited import check_rows, check_values, first_file, read_delimited
 from apps.recsys.readers.raw import RawTables
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
@@ -82,7 +82,7 @@ def read_adult(root: Path, num_rows: tuple[int, int] | None = (32_561, 16_281)) 
 
 def _read_parquet(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
     try:
-        table = pa.parquet.read_table(path)
+        table = read_parquet(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is corrupt: {' '.join(str(error).split())[:160]}") from error
     names = [name.replace("-", "_") for name in table.column_names]

@@ -17,9 +17,10 @@ import pyarrow.csv
 import pyarrow.parquet
 from lightning.pytorch.utilities import rank_zero_only
 
-from apps.base.inflate import Inflated, check_unpacked
+from apps.base.inflate import Inflated
+from apps.data.parquet_files import open_parquet
 from apps.data.store import identity
-from apps.recsys.encoding.numbers import first_failing, is_text
+from apps.recsys.encoding.numbers import first_failing
 from apps.recsys.readers.raw import RawTables
 from apps.recsys.schema import TableConfig, names_of, nearest
 
@@ -132,7 +133,7 @@ def read_columns(
     with naming(file):
         own = list(dict.fromkeys(names.values()))
         if _kind(file) == ".parquet":
-            with _parquet(file, own) as parquet:
+            with open_parquet(file) as parquet:
                 table = parquet.read(columns=own)
         else:
             table = _read_csv(file, own, [names[c] for c in numbers], names.get(inferred or ""))
@@ -155,7 +156,7 @@ def iter_columns(
     with naming(file):
         own = list(dict.fromkeys(names.values()))
         if _kind(file) == ".parquet":
-            with _parquet(file, own) as parquet:
+            with open_parquet(file) as parquet:
                 for batch in parquet.iter_batches(num_rows, columns=own):
                     yield _called(pa.Table.from_batches([batch]), names)
         else:
@@ -195,17 +196,6 @@ def naming(file: Path) -> Iterator[None]:
         raise ValueError(f"{str(file)!r} cannot be read: the names of its columns are no UTF-8 text") from None
     except _UNREADABLE as error:
         raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _parquet(file: Path, names: Collection[str]) -> Iterator[pa.parquet.ParquetFile]:
-    """Open a Parquet file, and check that it holds no more than its size explains."""
-    with pa.parquet.ParquetFile(file) as parquet:
-        _check_size(parquet.metadata, file)
-        texts = [f.name for f in parquet.schema_arrow if f.name in names and is_text(f.type)]
-    # Texts are read as a dictionary: a page may repeat a long one a million times in a few bytes.
-    with pa.parquet.ParquetFile(file, read_dictionary=texts) as parquet:
-        yield parquet
 
 
 def _read_csv(file: Path, names: list[str], numbers: Collection[str], inferred: str | None) -> pa.Table:
@@ -312,15 +302,6 @@ def opened(file: Path) -> Iterator[Any]:
         io.BufferedReader(Inflated(unpacked, file.stat().st_size, file.name), 1 << 20) as limited,
     ):
         yield limited
-
-
-def _check_size(metadata: pa.parquet.FileMetaData, file: Path) -> None:
-    """Reject a Parquet file that says that its pages or rows take far more memory than its size explains."""
-    size = file.stat().st_size
-    pages = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    check_unpacked(file.name, size, pages, "bytes of pages")
-    # A number takes at least 4 bytes in memory.
-    check_unpacked(file.name, size, 4 * metadata.num_rows * metadata.num_columns, "bytes of rows")
 
 
 def _kind(file: Path) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import core
+from apps.data.parquet_files import read_parquet
 from core.fields import Bounds, Checked, Count, Depth
 
 _NEAR, _WIDTH = 10, 64
@@ -113,9 +114,7 @@ def read_vectors(file: Path, items: tuple[str, ...]) -> NDArray[np.float32]:
             with np.load(file, allow_pickle=False) as arrays:
                 found = dict(arrays)
         elif file.suffix == ".parquet":
-            from pyarrow import parquet
-
-            names, vectors = parquet.read_table(file).columns[:2]
+            names, vectors = read_parquet(file).columns[:2]
             found = dict(zip(map(str, names.to_pylist()), map(np.asarray, vectors.to_pylist()), strict=True))
         else:
             raise ValueError("it is neither safetensors, npz nor Parquet")

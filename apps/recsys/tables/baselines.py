@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import core
+from apps.base.checks import INSTALL
 from apps.equal_cost.comparable import Baseline, baselines_of
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
@@ -64,8 +65,7 @@ def baselines(recommender: Any) -> Mapping[str, Baseline]:
             build = partial(library, steps=recommender.head.has_steps)
             by_name[name] = Baseline(build, f"{library.__name__}'s, one for each task; settings chosen on validation")
         else:
-            missing = f'{library.package} is not installed: pip install "moesaic[baselines]"'
-            by_name[name] = Baseline(None, missing)
+            by_name[name] = Baseline(None, f"{library.package} is not installed: {INSTALL.format('baselines')}")
     return by_name
 
 

@@ -16,7 +16,7 @@ import altair as alt
 from altair.utils.schemapi import debug_mode
 
 from apps.report.colors import PALETTE, color_of, expert_colors, ink_on, shape_of
-from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, Point, ScatterChart, placed
+from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, placed
 from apps.report.page.parts import Words
 
 MOST_POINTS = 200
@@ -130,13 +130,13 @@ def _fading(is_still: bool, high: float, low: float) -> tuple[list[Any], Any]:
 
 def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
     points = placed(chart, 300, _HEIGHT) if is_still else [(0.0, 0.0)] * len(chart.points)
+    labels = list(dict.fromkeys(p.label for p in chart.points))
     rows = [
         {"label": p.label, "x": _finite(p.x), "y": _finite(p.y), "low": _finite(p.low), "high": _finite(p.high),
          "left": _finite(p.left), "right": _finite(p.right), "note": p.note, "dx": dx, "dy": dy,
-         "beside": 9 * _among_equals(chart.points, p)}
+         "bar": max(2, 6 - 2 * labels.index(p.label)), "size": max(50, 110 - 40 * labels.index(p.label))}
         for p, (dx, dy) in zip(chart.points, points, strict=True)
     ]  # fmt: skip
-    labels = list(dict.fromkeys(p.label for p in chart.points))
     shapes = [shape_of(i, _SHAPES) for i in range(len(labels))]  # two of one color have two shapes
     params, faded = _fading(is_still, 1.0, 0.15)
     large = max(abs(p.x) for p in chart.points) >= 10_000
@@ -150,10 +150,10 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
     y = alt.Y("y:Q", title=chart.y_title, scale=scale)
     color = alt.Color("label:N", title=None, scale=_colors(labels)).legend(_legend(labels))
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, color=color, opacity=faded)
-    beside = alt.expr("datum.beside")  # intervals of equal x would cover each other
-    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, xOffset=beside)
+    # Models of equal cost share an x: what is drawn later is thinner and smaller, so that both are seen.
+    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=alt.expr("datum.bar"))
     bars = bars.encode(y=alt.Y("low:Q"), y2="high:Q")
-    points_of = base.mark_point(filled=True, size=110, xOffset=beside).encode(
+    points_of = base.mark_point(filled=True, size=alt.expr("datum.size")).encode(
         y=y,
         shape=alt.Shape("label:N", title=None, scale=alt.Scale(domain=labels, range=shapes)).legend(_legend(labels)),
         tooltip=_tips(
@@ -185,14 +185,6 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
         where = {"dx": alt.expr("datum.dx"), "dy": alt.expr("datum.dy")}
         layers.append(base.mark_text(fontSize=9, **where).encode(y=y, text="note:N", color=alt.value("#333")))
     return alt.layer(*layers).properties(height=_HEIGHT)
-
-
-def _among_equals(points: Sequence[Point], own: Point) -> float:
-    """Return the place of a point with an interval among points of the same x: 0 in the middle, steps of 1."""
-    if own.low is None:
-        return 0.0
-    equals = [p for p in points if p.low is not None and abs(p.x - own.x) <= 0.01 * abs(own.x)]
-    return next(i for i, p in enumerate(equals) if p is own) - (len(equals) - 1) / 2
 
 
 def _lines(chart: LineChart, is_still: bool) -> alt.LayerChart:

@@ -110,7 +110,7 @@ def run(options: Options) -> int:
         inputs = [f"{name} {_shape(value, graph.dynamic.get(name, {}))}" for name, value in graph.inputs.items()]
         print(f"{graph.name}: {some(inputs)} -> {some(graph.outputs)}")
     if options.format == "onnx" and exported.app != "own":
-        print(f"moesaic predict --onnx {options.output} runs it; docs/serving.md has a script without this suite")
+        print(f"moesaic predict --onnx {options.output} runs it, docs/reference/onnx_scripts.md without this suite")
     return 0
 
 

@@ -38,7 +38,7 @@ def to_onnx(
         graph: the network with its example inputs.
         path: the file, ``*.onnx``. Weights of 2 GB and more go into ``*.onnx.data`` beside it.
         form: "standard": ONNX's operators alone; "contrib": onnxruntime's for the MoE layers that they fit, and for
-            matmuls with matrices of 4 bits; "fastest": the one that is faster on onnxruntime (docs/serving.md).
+            matmuls with matrices of 4 bits; "fastest": the one that is faster on onnxruntime.
         metadata: texts that go into the file's metadata, beside ``moesaic.form`` and ``moesaic.computes``.
 
     Raises:
@@ -76,7 +76,7 @@ def to_onnx(
 
 
 def _fastest(graph: Graph) -> Form:
-    """Return the form that is faster on a processor, by the figures of docs/serving.md.
+    """Return the form that is faster on a processor, by the figures of docs/results/serving.md.
 
     onnxruntime's operators of a layer start faster, which counts in a step of decoding. They pack no matrix and compute
     GELU and SiLU number by number, which is up to 2 times as slow as the standard form with 49 tokens a call and more.

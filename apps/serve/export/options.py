@@ -25,8 +25,8 @@ LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 class Options(CommandLine):
     """Write a trained model as a graph that runs without this suite, with what turns inputs into its tensors.
 
-    moesaic predict --onnx PATH runs an ONNX export as predict runs the checkpoint. docs/serving.md has a script of each
-    app that needs only onnxruntime and numpy.
+    moesaic predict --onnx PATH runs an ONNX export as predict runs the checkpoint. docs/reference/onnx_scripts.md has
+    scripts that run what moesaic export writes and need only onnxruntime and numpy.
 
     Attributes:
         config: configuration that names classes of your own, such as the run's

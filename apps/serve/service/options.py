@@ -80,7 +80,7 @@ class Options(CommandLine):
     interface is at /docs and, as OpenAPI, at /openapi.json; /healthz says whether the service is running, /metrics
     counts. Inputs of several requests are computed together. The service is only for this machine (127.0.0.1), unless
     --host names another address: then requests need a token. SIGTERM or Ctrl-C ends it, after the accepted requests are
-    answered. docs/serving.md tells more.
+    answered. docs/reference/commands/serve.md tells more.
 
     Attributes:
         config: configuration that names classes of your own, such as the run's

@@ -6,13 +6,16 @@ The parser is httptools. h11, which bounds the bytes of a head, took 130 to 380 
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 from asyncio import TimerHandle, Transport
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from apps.base.ports import take_no_more
 from apps.serve.service.options import Limits
 
 
@@ -20,7 +23,23 @@ def server_of(app: Any, limits: Limits) -> Any:
     """Return the uvicorn server of ``app``, which prints nothing but errors."""
     http = type("Protocol", (BoundedProtocol,), {"limits": limits})
     quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
-    return uvicorn.Server(uvicorn.Config(app, http=http, ws="none", lifespan="on", **quiet))
+    return EndingServer(uvicorn.Config(app, http=http, ws="none", lifespan="on", **quiet))
+
+
+class EndingServer(uvicorn.Server):
+    """A server that ends without a reset. uvicorn resets clients that wait at its socket or whose request is coming."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let nobody in, answer who is there within a second, and close."""
+        self.config.http_protocol_class.ends = True  # type: ignore[union-attr]
+        for own in sockets or ():
+            take_no_more(own)
+        for tick in range(50):
+            silent = any(own.cycle is None or own.cycle.response_complete for own in self.server_state.connections)  # type: ignore
+            if self.force_exit or (tick > 4 and not silent):
+                break
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -30,9 +49,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     Attributes:
         limits: of the service.
+        ends: whether the service is ending.
     """
 
     limits: Limits
+    ends = False
     _deadline: TimerHandle
     _unread = 0
 
@@ -57,6 +78,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread = 0
         self._deadline.cancel()
         super().on_headers_complete()
+        if self.ends:  # the answer says that it is the last one
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._unread = 0

@@ -111,6 +111,8 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> Any:
 # ---- the configuration next to a checkpoint
 
 
+_NUMBERS = ("seed_everything", "float32_matmul_precision", "threads")
+
 _WORDS = ("accelerator", "deterministic", "devices", "gradient_clip_algorithm", "max_time", "precision", "strategy")
 """Options of the trainer that a configuration beside a checkpoint may set to a word; it sets the others to numbers."""
 
@@ -146,8 +148,7 @@ def check_beside(
     plain = {name: value for name, value in trainer.items() if _is_plain(name, value)}
     others = {key: config[key] for key in SECTIONS if key in config}
     trusted = {key: value for key, value in others.items() if is_torchs(key, value)}
-    names = ("seed_everything", "model", "data", "sparsify", "compile", "float32_matmul_precision")
-    kept = {key: config[key] for key in names if key in config}
+    kept = {key: config[key] for key in ("model", "data", "sparsify", "compile", *_NUMBERS) if key in config}
     left_out = [*(f"trainer.{name}" for name in trainer if name not in plain), *(others.keys() - trusted.keys())]
     return {**kept, **trusted, "trainer": plain}, left_out
 
@@ -173,7 +174,7 @@ def _check_beside(config: Mapping[str, Any]) -> None:
         elif key == "compile":
             if value is not True:
                 from_plain(value, CompileConfig, key)
-        elif key not in (*SECTIONS, "seed_everything", "run_dir", "ckpt_path", "float32_matmul_precision", "ladder"):
+        elif key not in (*SECTIONS, *_NUMBERS, "run_dir", "ckpt_path", "ladder"):
             raise ValueError(f"{key} is no part of a run's configuration")
 
 

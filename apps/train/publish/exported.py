@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apps import registry
+from apps.base.checks import check_installed
 from apps.base.messages import first_line
 from apps.base.sealed import check_seal
 from apps.train.checkpoint.loading import check_beside, module_class
@@ -285,10 +286,7 @@ def onnxruntime() -> Any:
     Raises:
         ValueError: it is not installed; the message says how it is.
     """
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise ValueError(
-            'an exported model needs onnxruntime, which is not installed: pip install "moesaic[export]"'
-        ) from None
+    check_installed("an exported model", ["onnxruntime"], "export")
+    import onnxruntime
+
     return onnxruntime

@@ -125,8 +125,10 @@ def expert_mm(a: Tensor, w: Weight, e: int, *, bias: Tensor | None = None, out: 
 
 
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``total += a @ b``, without a gradient as in ``mm``."""
-    return total.add_(_onednn(a, b.t())) if _is_for_onednn(a, b, b.shape[1]) else total.addmm_(a, b)
+    """Compute ``total += a @ b``, without a gradient as in ``mm``; ``total`` may be of a wider dtype."""
+    if total.dtype != a.dtype or _is_for_onednn(a, b, b.shape[1]):
+        return total.add_(mm(a, b))
+    return total.addmm_(a, b)
 
 
 class _Linear(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 from ...torch_internals import mark_constant
 
 OLDEST_TRITON = (3, 6)
+_INSTALL = f"pip install -U 'triton>={'.'.join(map(str, OLDEST_TRITON))}'"
 OLDEST_CARD = (8, 0)
 MAX_EXPERTS = 1024
 """Each tile looks at all offsets to find its expert: 4 kB of them."""
@@ -59,10 +60,10 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return in a few words why the kernels cannot run on tensors of this device and dtype, or None."""
     version = triton_version()
     if version is None:
-        return "triton is not installed (pip install 'moesaic[kernels]')"
+        return f"triton is not installed ({_INSTALL})"
     if version and version < OLDEST_TRITON:
         installed, oldest = (".".join(map(str, v)) for v in (version, OLDEST_TRITON))
-        return f"triton {installed} is older than {oldest} (pip install -U 'moesaic[kernels]')"
+        return f"triton {installed} is older than {oldest} ({_INSTALL})"
     if dtype not in DTYPES:
         return f"the kernels have no {dtype}"
     if device.type == "cpu":

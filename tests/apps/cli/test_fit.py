@@ -223,3 +223,28 @@ def test_a_checkpoint_callback_in_the_folder_of_best_and_last_is_an_error(config
     argv = ["fit", "--config", config, "--run_dir", "run", *OWN, "--trainer.callbacks.dirpath=run/checkpoints"]
     message = "is the folder of the run's own best.ckpt and last.ckpt: give another, or leave it out"
     assert message in fails(capsys, 2, *argv)
+
+
+def test_a_run_that_begins_with_weights_has_a_folder_of_its_own(config, capsys):
+    """Without --run_dir: the configuration's, else one by the name of the weights' run; never that of their run."""
+    assert main(["fit", "--config", config]) == 0
+    start, few = Path("runs/tiny/checkpoints/last.ckpt").read_bytes(), ["--trainer.limit_train_batches", "1"]
+    Path("other.yaml").write_text(Path(config).read_text())
+    for words, folder in (
+        (["--weights", "runs/tiny"], "runs/tiny_tuned"),
+        (["--config", config, "--weights", "runs/tiny"], "runs/tiny_tuned"),
+        (["--config", "runs/tiny/config.yaml", "--weights", "runs/tiny/checkpoints/best.ckpt"], "runs/tiny_tuned"),
+        (["--config", "other.yaml", "--weights", "runs/tiny"], "runs/other"),
+        (["--weights", "runs/tiny_tuned"], "runs/tiny_tuned_tuned"),
+        (["--weights", "runs/tiny_tuned/earlier/1"], "runs/tiny_tuned_earlier_1_tuned"),
+    ):
+        capsys.readouterr()
+        assert main(["fit", *words, *few]) == 0
+        assert capsys.readouterr().out.partition("\n")[0].endswith(f" -> {folder}")
+        assert yaml.safe_load(Path(folder, "config.yaml").read_text())["run_dir"] == folder
+    assert Path("runs/tiny/checkpoints/last.ckpt").read_bytes() == start
+    assert not Path("runs/tiny/earlier").exists()
+    # What is resumed lies in the same folder.
+    last = ["--ckpt_path", "last", "--trainer.max_epochs", "2"]
+    assert main(["fit", "--config", "other.yaml", "--weights", "runs/tiny", *last]) == 0
+    assert "going on from runs/other/checkpoints/last.ckpt: step 1, epoch 2" in capsys.readouterr().out

@@ -25,18 +25,33 @@ def test_help_needs_no_torch_and_lists_what_there_is():
         assert f"  {command} " in done.stdout
 
 
-def test_another_package_core_is_named(tmp_path):
-    (tmp_path / "core").mkdir()
-    (tmp_path / "core" / "__init__.py").touch()
-    env = environment(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "apps.cli", "fit"], env=env, cwd="/", capture_output=True, text=True)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    other = tmp_path / "core" / "__init__.py"
-    assert (
-        line
-        == f"error: the package core must be {ROOT / 'core'}, and Python finds {other}: take that one off PYTHONPATH"
-    )
+# Our packages are found last, as in an editable install: a folder without an __init__.py goes before them too.
+LAST = f"""
+import importlib.machinery, runpy, sys
+class Ours:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.PathFinder.find_spec(name, ["/".join([{str(ROOT)!r}, *name.split(".")[:-1]])])
+sys.meta_path.insert(sys.meta_path.index(importlib.machinery.PathFinder) + 1, Ours())
+"""
+
+
+@pytest.mark.parametrize("file", ["__init__.py", "notes.txt"])
+@pytest.mark.parametrize("name", ["core", "apps"])
+def test_a_package_that_hides_one_of_ours_is_named_beside_ours(name, file, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).touch()
+    here = f"the package {name} must be {ROOT / name}, and Python finds {tmp_path / name}: "
+    scripts = ["import moesaic; moesaic.fit", "import moesaic; moesaic.TokenChoice"]
+    scripts += ["import apps; apps.load"] if name == "core" else []  # else it is the user's
+    scripts += ["from apps.cli import main; sys.exit(main(['fit']))"]
+    for script in scripts:
+        argv, env = [sys.executable, "-c", LAST + script], {**environment(), "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(argv, env=env, cwd="/", capture_output=True, text=True)
+        *before, line = done.stderr.splitlines()
+        is_command = "main" in script
+        assert line.startswith(f"{'error' if is_command else 'ImportError'}: {here}"), done.stderr
+        assert (before == []) == is_command
+        assert done.returncode == 1 + is_command
 
 
 DIGITS = ("--config", "configs/vision/digits.yaml")
@@ -82,6 +97,22 @@ def test_an_error_of_usage_needs_no_heavy_import(tmp_path):
         assert err.count("\n") == 1
         assert message in err
     assert (tmp_path / "here.csv").read_text() == "earlier predictions"
+
+
+def test_a_folder_whose_name_the_locale_cannot_encode_is_rejected_at_once(tmp_path):
+    """Python reads the bytes of UTF-8 as surrogates there, which TensorBoard would reject after the heavy imports."""
+    env = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    name = "l\u00e4uft".encode()  # l, two bytes, u, f, t
+    (tmp_path / "l\u00e4uft.yaml").write_text("{}")
+    argv = [["fit", *DIGITS, "--run_dir", name], ["fit", "--config", name + b".yaml"]]
+    script = WATCHED.replace("json.loads(sys.argv[1])", "[sys.argv[1:]]")
+    for words, value in zip(argv, (r"l\udcc3\udca4uft", r"runs/l\udcc3\udca4uft"), strict=True):
+        done = subprocess.run([sys.executable, "-c", script, *words], env=env, cwd=tmp_path, capture_output=True)
+        code, said, heavy = json.loads(done.stdout)
+        assert (code, heavy) == (2, [])
+        assert said == (
+            f"error: '{value}' is no name in ascii, the encoding of this locale: give another, or set LC_ALL=C.UTF-8\n"
+        )
 
 
 def test_the_first_line_says_what_starts_before_the_heavy_imports(config, capsys, monkeypatch):

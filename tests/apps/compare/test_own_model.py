@@ -86,6 +86,19 @@ def test_a_test_metric_that_is_no_number_is_an_error(config, tmp_path, capsys) -
     assert "test_acc is nan, which compares with nothing" in fails(capsys, 1, "compare", *own)
 
 
+def test_streams_are_compared_as_data_with_a_length_are(config, tmp_path) -> None:
+    steps = {}
+    for data in ("Points", "Streamed"):
+        path = tmp_path / f"{data}.yaml"
+        path.write_text(CONFIG.replace("Points", data) + SPARSIFY)
+        asked = (str(path), "--output", str(tmp_path / data), *FEW, "--learning_rates", "0.2")
+        assert main(["compare", *asked, "--baselines", "dense_equal_flops"]) == 0
+        finals = json.loads((tmp_path / data / "results.json").read_text())["finals"]
+        steps[data] = {name: (run["steps"], run["test_quality"]) for name, (run,) in finals.items()}
+    assert {own[0] for own in steps["Points"].values()} == {3}  # 48 points in batches of 16
+    assert steps["Points"] == steps["Streamed"]
+
+
 def test_without_the_name_of_a_learning_rate_none_is_searched(config) -> None:
     path = config.parent / "unnamed.yaml"
     path.write_text(CONFIG.replace("own_net.Net", "own_net.Unnamed") + SPARSIFY)

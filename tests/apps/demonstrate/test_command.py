@@ -70,7 +70,10 @@ def test_a_port_that_is_in_use_or_none(digits, capsys):
 def test_without_gradio(digits, capsys, monkeypatch):
     monkeypatch.setattr(library, "LIBRARIES", ("gradio_that_is_missing",))
     line = fails(capsys, 1, "demo", "--ckpt_path", str(digits), "--port", "0")
-    assert line == 'moesaic demo needs gradio_that_is_missing, which is not installed: pip install "moesaic[demo]"'
+    assert line == (
+        "moesaic demo needs gradio_that_is_missing, which is not installed: "
+        'pip install -e ".[demo]" in the source tree of moesaic'
+    )
 
 
 def test_a_model_without_a_page():

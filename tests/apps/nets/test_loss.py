@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from apps.nets import loss
-from apps.nets.loss import OutputLogits, linear_cross_entropy, target_scores
+from apps.nets.loss import OutputLogits, chunk_rows, linear_cross_entropy, target_scores
 
 
 def inputs(T=37, D=8, V=11, dtype=torch.float64):
@@ -36,6 +36,7 @@ def test_smoothing_by_hand():
 @pytest.mark.parametrize("elements", [1, 50, 2**21], ids=["row_by_row", "chunks_of_4", "at_once"])
 def test_value_and_gradients_are_those_of_the_plain_loss(elements, smoothing, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(loss, "LEAST_ROWS", 1)
     h, weight, target = inputs()
     cost = linear_cross_entropy(h, weight, target, smoothing)
     plain = F.cross_entropy(h @ weight.t(), target, label_smoothing=smoothing)
@@ -50,6 +51,7 @@ def test_value_and_gradients_are_those_of_the_plain_loss(elements, smoothing, mo
 @pytest.mark.parametrize("elements", [1, 50, 2**21], ids=["row_by_row", "chunks_of_4", "at_once"])
 def test_left_out_columns_are_no_candidates(elements, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(loss, "LEAST_ROWS", 1)
     h, weight, target = inputs()
     left_out = torch.randint(-1, 11, (37, 4), generator=torch.Generator().manual_seed(1))
     left_out[:3] = torch.tensor([[-1] * 4, [int(target[1])] * 4, [0, 0, 5, -1]])  # none; the target alone; one twice
@@ -63,6 +65,27 @@ def test_left_out_columns_are_no_candidates(elements, monkeypatch):
         torch.autograd.grad(cost, (h, weight)), torch.autograd.grad(plain, (h, weight)), strict=True
     ):
         assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_chunks_have_two_million_logits_and_64_rows_at_least():
+    # 2^21 / 8,000 = 262.1; of 152,000 words, 2^21 logits would be 13 rows.
+    assert [chunk_rows(4096, words) for words in (8_000, 152_000)] == [262, 64]
+    assert [chunk_rows(rows, 152_000) for rows in (0, 10)] == [1, 10]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_rows_that_do_not_count_may_hold_anything_and_get_no_gradient(smoothing):
+    h, weight, target = inputs()
+    real = torch.arange(37) % 3 > 0
+    with torch.no_grad():
+        h[0] = torch.nan
+    cost = linear_cross_entropy(h, weight, target, smoothing, real=real)
+    plain = F.cross_entropy(h[real] @ weight.t(), target[real], label_smoothing=smoothing)
+    assert_close(cost, plain, rtol=0, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(value, (h, weight)) for value in (cost, plain))
+    assert not ours[0][~real].any()
+    for own, other in zip(ours, theirs, strict=True):
+        assert_close(own, other, rtol=0, atol=1e-12)
 
 
 def test_the_gradient_is_that_of_finite_differences():
@@ -114,6 +137,7 @@ def test_under_autocast_the_gradient_is_that_of_bfloat16_products(smoothing):
 @pytest.mark.parametrize("elements", [1, 50, 2**21], ids=["row_by_row", "chunks_of_4", "at_once"])
 def test_scores_of_each_target(elements, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(loss, "LEAST_ROWS", 1)
     h, weight, target = inputs()
     logits = (h @ weight.t()).detach()
     with torch.autocast("cpu", torch.bfloat16):  # has no say
@@ -152,6 +176,7 @@ def test_a_divergence_by_hand():
 @pytest.mark.parametrize("elements", [1, 50, 2**21], ids=["row_by_row", "chunks_of_4", "at_once"])
 def test_a_divergence_and_its_gradients_are_those_of_the_plain_one(elements, temperature, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(loss, "LEAST_ROWS", 1)
     (h, weight, _), given = inputs(), teacher()
     cost, plain = (
         OutputLogits(h, weight).divergence(given, temperature),
@@ -188,6 +213,7 @@ def test_a_divergence_under_autocast_is_near_the_exact_one():
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_padding_that_stays_changes_neither_losses_nor_gradients(smoothing, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 50)  # chunks of 4 rows
+    monkeypatch.setattr(loss, "LEAST_ROWS", 1)
     g = torch.Generator().manual_seed(3)
     h = torch.randn(5, 6, 5, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, generator=g, dtype=torch.float64, requires_grad=True)

@@ -134,7 +134,9 @@ def test_leaks_of_a_number(tmp_path):
     found = {line.split(" is ")[0]: line for line in made.warnings}
     assert "alone predicts spent with R2 1.0000" in found["euros"]
     assert "alone tells small spent from large, AUC 1.0000" in found["much"]
-    assert table_of(made)["categorical"] == ["town", "bought"]
+    assert table_of(made)["categorical"] == ["town"]
+    # Another label's name and two values, though it says nothing of this one.
+    assert "left out: likely another label (--target bought makes it one; else put it back" in found["bought"]
 
 
 def test_several_targets_and_a_split_by_time(tmp_path):

@@ -119,6 +119,22 @@ def test_a_module_of_the_user_s_own(tmp_path, monkeypatch):
     assert 0 <= verdict.systems["sparse"]["train_quality"] <= 1
 
 
+STREAMED = OWN.replace("own_net.Points", "own_net.Streamed, init_args: {endless: true}") + SPARSIFY
+
+
+def test_streams_need_no_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "FACTORS", (1.0,))
+    verdict = give_verdict(asked(tmp_path, STREAMED.replace("max_epochs", "max_steps")), "", clock=Ticks())
+    assert verdict.systems["dense, equal FLOPs"]["steps"] == 2
+    assert verdict.answers[0].gain.num_examples == 3  # each test batch of 16 points is a block
+    assert not any("Each evaluation takes the first" in note for note in verdict.notes)
+
+
+def test_epochs_of_a_stream_tell_no_number_of_steps(tmp_path):
+    with pytest.raises(ValueError, match=r"^trainer\.max_epochs=2: the training data have no length.*max_steps$"):
+        give_verdict(asked(tmp_path, STREAMED), "", clock=Ticks())
+
+
 def test_a_budget_that_fits_no_run(tmp_path):
     # A hundredth of a second a look at the clock: the first runs alone take more than 0.3 s.
     with pytest.raises(ValueError, match=r"minutes=0\.02 fits no comparison: 2 seeds of 12 steps.*about") as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core import Constant, Experts, Identity, Rows, Zero
+from core import Constant, Experts, Hash, Identity, MoEConfig, RoutingContext, Rows, TokenChoice, Zero
 
 
 def rows(gathered: bool) -> Rows:
@@ -52,3 +52,30 @@ def test_what_goes_through_cannot_change_its_width():
     for expert in (Identity(), Constant(mix=True)):
         with pytest.raises(ValueError, match="out_dim=3 is not dim=2"):
             expert.build(2, 2, 3)
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped", "cpu", "triton"])
+def test_a_layer_of_zero_experts_has_gradients_of_zero(backend):
+    layer = MoEConfig(4, TokenChoice(2), Zero()).build(8)
+    layer.backend = backend
+    x = torch.randn(5, 8, requires_grad=True)
+    y = layer(x)
+    assert not y.any()
+    wanted = (x, *layer.parameters())
+    assert [g.count_nonzero() for g in torch.autograd.grad(y.sum(), wanted)] == [0] * len(wanted)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("expert", [Zero(), Constant()])
+def test_padding_of_any_value_leaves_zeros_and_constants_as_they_are(expert, gathered):
+    given = rows(gathered)
+    given.x[-1] = torch.nan
+    assert not expert.build(2, 2)(given).x.isnan().any()
+
+
+def test_constants_of_given_experts_give_their_input_a_gradient_of_zero():
+    layer = MoEConfig(4, Hash(16), Constant()).build(8)
+    x = torch.randn(5, 8, requires_grad=True)
+    y = layer(x, context=RoutingContext(token_ids_BS=torch.arange(5)[None]))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert not gradient.any()

@@ -53,7 +53,7 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(environment, "triton_version", lambda: None)
     with pytest.warns(UserWarning, match=r"backend='triton' runs 'grouped' on cuda: triton is not installed"):
         assert resolve_backend("triton", "cuda", torch.bfloat16) == "grouped"
-    assert environment.missing(cuda, torch.float16) == "triton is not installed (pip install 'moesaic[kernels]')"
+    assert environment.missing(cuda, torch.float16) == "triton is not installed (pip install -U 'triton>=3.6')"
 
 
 def test_auto_takes_the_kernels_on_a_card_that_runs_them(monkeypatch):

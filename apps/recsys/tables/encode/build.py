@@ -5,6 +5,7 @@ Besides the arrow tables, one column at a time is in memory; encoded columns go 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 
@@ -126,7 +127,11 @@ class _Build(ColumnWriter):
             self.masks[name] = np.zeros(self.num_rows, dtype=bool)
             self.masks[name][getattr(splits, name)] = True
             writer.save(name, getattr(splits, name))
-        self.notes = Notes(config, self.masks, drawn is not None)
+        dates = {name: to_numbers(self.parts(timestamp_columns(name)[2]), name) for name in self.timestamps}
+        self.notes = Notes(config, self.masks, drawn is not None, self.user, dates)
+        if config.time is not None:
+            with contextlib.suppress(ValueError):  # a split that needs times has rejected those without an order
+                self.notes.orders[config.time] = to_order(self.parts(config.time), config.time).astype(np.float64)
         in_no_split = {f"in the gap of {config.split.gap}": splits.in_gap, "after the test window": splits.later}
         self.notes.findings.in_no_split = {where: count for where, count in in_no_split.items() if count}
         known = dict(zip(config.tasks, given.features.target_of_task, strict=True)) if given is not None else {}
@@ -151,6 +156,7 @@ class _Build(ColumnWriter):
 
     def _run(self, config: TableConfig) -> None:
         positives = self._write_labels()
+        self.notes.later_dates()
         self._write_weights()
         targets = tuple(self.targets.values())
         if self.user is not None:
@@ -174,6 +180,7 @@ class _Build(ColumnWriter):
             num_domains=num_domains,
             targets=() if all(target.kind == "binary" for target in targets) else targets,
         )
+        self.notes.repeated()
         if self.given is not None:
             own, features = features, self.given.features
             if self.extends:
@@ -374,9 +381,7 @@ class _Build(ColumnWriter):
 
     def _write_continuous(self) -> Iterator[ContinuousFeature]:
         for column, values in self.write_numbers(self.config.continuous):
-            self.notes.column(column, np.isnan(values))
-            self.notes.outside(column, values)
-            self.notes.leak(column, np.unique(values, return_inverse=True)[1])
+            self.notes.number(column, values)
             self._shown.advance()
             self.profiles[column] = Profile.of_numbers(values[self.masks["train"]])
             yield statistics(column, values[self.masks["train"]])
@@ -384,7 +389,8 @@ class _Build(ColumnWriter):
     def _write_vectors(self) -> Iterator[VectorFeature]:
         known = {} if self.given is None else {f.name: f.size for f in self.given.features.vectors}
         for column, vectors in self.write_vectors({c: known.get(c) for c in self.config.vectors}).items():
-            self.notes.column(column, np.isnan(vectors[:, 0]))
+            self.notes.column(column, missing := np.isnan(vectors[:, 0]))
+            self.notes.leak(column, np.where(missing, MISSING, 0))
             yield VectorFeature(column, vectors.shape[1], vector_scale(vectors[self.masks["train"]]))
 
 

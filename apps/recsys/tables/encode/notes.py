@@ -14,6 +14,7 @@ from apps.recsys.encoding.features import Target
 from apps.recsys.encoding.labels import determines
 from apps.recsys.schema import TableConfig
 from apps.recsys.tables.encode.findings import TableFindings
+from apps.recsys.tables.encode.leaks import Column, Copies, groups_of, later_dates, made_of_labels, outcome
 
 _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
 """A column is taken for an id of the rows from this share of distinct values on, in at least this many rows."""
@@ -30,13 +31,27 @@ class Notes:
         config: description of the table, with the parts of its timestamps.
         masks: the rows of each split.
         draws_items: whether the table must be of positives only, as other items are sampled as negatives.
+        user_N: codes of the rows' users, if there are any.
+        dates: columns of times, as numbers of days.
     """
 
-    def __init__(self, config: TableConfig, masks: Mapping[str, NDArray[np.bool_]], draws_items: bool) -> None:
+    def __init__(
+        self,
+        config: TableConfig,
+        masks: Mapping[str, NDArray[np.bool_]],
+        draws_items: bool,
+        user_N: NDArray[np.int64] | None = None,
+        dates: Mapping[str, NDArray[np.float64]] | None = None,
+    ) -> None:
         self.config, self.masks, self.draws_items = config, masks, draws_items
+        num_rows = len(masks["train"])
+        self._copies = Copies(num_rows)
+        self._ids = {} if user_N is None else {str(config.user): user_N}
+        self._dates = dict(dates or {})
+        self.orders = {"the order of the rows": np.arange(num_rows, dtype=np.float64), **self._dates}
         self.findings = TableFindings(rows={name: int(mask.sum()) for name, mask in masks.items()})
         self.warnings = self.findings.warnings
-        self._in_train: dict[str, NDArray[np.float32]] = {}
+        self._labels: dict[str, tuple[NDArray[np.float64], bool]] = {}
 
     def labels(self, name: str, target: Target, label: NDArray[np.float32], unknown: NDArray[np.bool_]) -> float:
         """Note a task's number of labels, and their mean, in each split.
@@ -53,7 +68,11 @@ class Notes:
         Raises:
             ValueError: a binary task's training labels have only one class, or one is 0 in a table of positives.
         """
-        self._in_train[name] = label[self.masks["train"]]
+        self._copies.add(np.unique(label, return_inverse=True)[1])
+        self._labels[name] = label.astype(np.float64), target.kind not in ("binary", "multiclass")
+        if target.kind == "multiclass":  # whether it is the most frequent class
+            most = np.bincount(label[~np.isnan(label)].astype(np.int64)).argmax()
+            self._labels[name] = np.where(np.isnan(label), np.nan, label == most), False
         if target.kind == "ordinal":
             label = target.numbers_of(label).astype(np.float32)
         labeled, means = self.findings.labeled.setdefault(name, {}), dict[str, float]()
@@ -159,16 +178,56 @@ class Notes:
                 f"training values are distinct. It says nothing of new rows: leave it out (exclude: [{column}])"
             )
         self.column(column, codes == MISSING, unseen, is_id=is_id)
+        self._ids |= groups_of({column: codes})
         self.leak(column, codes)
 
-    def leak(self, column: str, codes: NDArray[Any]) -> None:
-        """Warn of a column each value of which comes with only one label."""
-        in_train = codes[self.masks["train"]]
-        for name, label in self._in_train.items():
-            if determines(in_train, label):
+    def number(self, column: str, values: NDArray[np.float32]) -> None:
+        """Note a column of numbers."""
+        self.column(column, np.isnan(values))
+        self.outside(column, values)
+        self.leak(column, np.unique(values, return_inverse=True)[1], values)
+
+    def leak(self, column: str, codes: NDArray[Any], values: NDArray[np.float32] | None = None) -> None:
+        """Warn of a column each value of which comes with only one label, or one of whose values does.
+
+        Args:
+            column: its name.
+            codes: equal for equal values; ``MISSING`` for none.
+            values: the numbers, NaN for none; None: the column has none.
+        """
+        self._copies.add(codes)
+        train = self.masks["train"]
+        missing = codes == MISSING if values is None else np.isnan(values)
+        own = Column(codes, missing, None if values is None else values.astype(np.float64))
+        for name, (label_N, is_number) in self._labels.items():
+            if determines(codes[train], label_N[train]):
+                how = "determines the label of task {label} in every training row"
+            else:
+                how = outcome(own.take(np.flatnonzero(train)), label_N[train], is_number)
+            if not how and own.number_N is not None:
+                how = made_of_labels(own.number_N, label_N, groups_of(self._ids), self.orders)
+            self._warn(column, how, name)
+
+    def later_dates(self) -> None:
+        """Warn of dates that come after another date of their row only with one label, once the labels are noted."""
+        for name, (label_N, is_number) in self._labels.items():
+            for column, how in later_dates(self._dates, label_N, is_number):
+                self._warn(column, how, name)
+
+    def _warn(self, column: str, how: str, task: str) -> None:
+        if how:
+            self.warnings.append(
+                f"column {column!r} {how.format(label=repr(task))}: is it known before the label is? Else leave it out "
+                f"(exclude: [{column}])"
+            )
+
+    def repeated(self) -> None:
+        """Warn of rows of validation and test that repeat training rows, once all columns are noted."""
+        for split in ("val", "test"):
+            if shared := self._copies.shared(self.masks["train"], self.masks[split]):
                 self.warnings.append(
-                    f"column {column!r} determines the label of task {name!r} in every training row: "
-                    f"is it known before the label is? Else leave it out (exclude: [{column}])"
+                    f"{shared:,} of {int(self.masks[split].sum()):,} {split} rows repeat a training row, label "
+                    "included: leave copies out, or the metrics are too good"
                 )
 
 

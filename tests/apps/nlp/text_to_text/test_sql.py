@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from places import ROOT
 from tasked import text_to_text
 
 from apps.cli import main
@@ -16,6 +19,7 @@ from apps.nlp.sql import made
 from apps.nlp.sql.clauses import CLAUSES, clauses
 from apps.nlp.sql.execution import valid
 from apps.nlp.text_to_text.data import TextToTextData
+from apps.nlp.text_to_text.metrics import METRICS
 
 SUBWORDS = SubwordConfig(vocab_size=500, symbols=("▁", "_", "'", ","))
 GREEDY = DecodeConfig("greedy", max_length_ratio=0.2, max_length_extra=20)
@@ -95,7 +99,14 @@ def test_a_run_is_tested_and_asks_a_database_by_the_command_line(data, tmp_path,
     asked = ["--config", "sql.yaml", "--run_dir", "run"]
     assert main(["fit", *asked]) == 0
     assert main(["test", *asked]) == 0
-    assert json.loads(Path("run/test.json").read_text())["test/valid"] == 1.0
+    tested = json.loads(Path("run/test.json").read_text())
+    assert tested["test/valid"] == 1.0
+    # The configuration, its page and the report name the same metrics, execution accuracy first; squad's is none.
+    page = (ROOT / "docs" / "how_to" / "ask_a_database.md").read_text(encoding="utf-8")
+    own = yaml.safe_load((ROOT / "configs" / "nlp" / "text_to_sql.yaml").read_text())["model"]["init_args"]["metrics"]
+    assert own == model["metrics"] == re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert {name for name in METRICS if f"test/{name}" in tested} == {*own}
+    assert re.search(r"test execution [\d.]+ % in the test of run/", " ".join(capsys.readouterr().out.split()))
     assert Path("run/report/expert_clause.png").is_file()
     capsys.readouterr()
     wine = data.rows("test")[-1]["database"]

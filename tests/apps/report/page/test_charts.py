@@ -77,6 +77,15 @@ def test_points_without_an_interval_have_no_bar():
     assert spec["description"] == "t. s"
 
 
+def test_models_of_equal_cost_stand_at_the_same_x_and_both_are_seen():
+    chart = ScatterChart("t", "s", "x", "y", (Point("a", 2.0, 3.0, 2.5, 3.5), Point("b", 2.0, 3.0, 2.5, 3.5)))
+    spec = vega_lite(chart)
+    bars, points = (layer["mark"] for layer in spec["layer"])
+    assert not {"xOffset", "x2Offset"} & (bars.keys() | points.keys() | spec["layer"][0]["encoding"].keys())
+    assert [(own["x"], own["bar"], own["size"]) for own in rows(spec)] == [(2.0, 6, 110), (2.0, 4, 70)]
+    assert (bars["strokeWidth"], points["size"]) == ({"expr": "datum.bar"}, {"expr": "datum.size"})
+
+
 def test_a_map_names_its_largest_share_and_leaves_gaps():
     values = np.array([[0.25, 0.75], [math.nan, 0.5]])
     chart = HeatmapChart.of(values, ("cat", "dog"), title="Which", row_title="class")

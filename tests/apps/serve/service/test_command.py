@@ -68,7 +68,10 @@ def test_wrong_options_are_one_line(digits, tmp_path, capsys):
 def test_a_library_that_is_missing(digits, capsys, monkeypatch):
     monkeypatch.setattr(options, "LIBRARIES", ("starlette_that_is_missing",))
     line = fails(capsys, 1, "serve", "--ckpt_path", str(digits), "--port", "0")
-    assert line == 'moesaic serve needs starlette_that_is_missing, which is not installed: pip install "moesaic[serve]"'
+    assert line == (
+        "moesaic serve needs starlette_that_is_missing, which is not installed: "
+        'pip install -e ".[serve]" in the source tree of moesaic'
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import re
 import socket
 import threading
 import time
+from collections import Counter
 
 import pytest
 from served import TOKEN, listening, served_numbers
@@ -157,3 +160,43 @@ def test_bodies_that_are_refused_and_still_come_lock_nobody_out():
         for _ in range(2 * (PATIENT.requests + PATIENT.waiting)):
             stack.enter_context(connect(port)).sendall(POST + b"Content-Length: 900\r\n\r\n{")
         assert ask(port, GET + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_service_that_ends_under_load_resets_no_connection(keeps):
+    """100 clients ask a slow model, again and again. When it ends, each gets whole answers and then a refusal."""
+
+    def slow(inputs):
+        time.sleep(0.05)
+        return list(inputs)
+
+    found, limits = Counter(), Limits(body=1_000, inputs=4, requests=16)
+    close = b"" if keeps else b"Connection: close\r\n"
+    request = POST + close + b'Content-Length: 15\r\n\r\n{"inputs": [2]}'
+
+    async def asks(port):
+        streams = None
+        while True:
+            try:
+                streams = streams or await asyncio.open_connection("127.0.0.1", port)
+            except ConnectionRefusedError:
+                found["refused"] += 1
+                return
+            try:
+                streams[1].write(request)
+                head = (await streams[0].readuntil(b"\r\n\r\n")).lower()
+                await streams[0].readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))
+                found[head[9:12].decode()] += 1
+            except (OSError, EOFError) as error:
+                found[type(error).__name__] += 1
+                head = b"connection: close"
+            if b"connection: close" in head:
+                streams = streams[1].close()
+
+    async def crowd(port):
+        await asyncio.gather(*(asks(port) for _ in range(100)))
+
+    with listening(served_numbers(slow, limits=limits)[0], limits, ends_after=0.5) as port:
+        asyncio.run(crowd(port))
+    assert found.keys() == {"200", "503", "refused"}, found
+    assert found["refused"] == 100
