@@ -83,15 +83,17 @@ def dense_twin(
     widths = {
         name: _solved(name, layer, units, cost, tokens_per_sequence).width for name, (layer, units) in replaced.items()
     }
-    generator = torch.Generator().manual_seed(seed)
+    generator, seen = torch.Generator().manual_seed(seed), {}
     result = copy.deepcopy(model)
     for name, (layer, units) in replaced.items():
         width = widths[name]
         units.resize(result.get_submodule(name), width, layer.start == RandomStart.name, generator)
         try:
-            named_part(name, result.get_submodule(name))
+            named_part(name, result.get_submodule(name), seen)
         except ValueError as error:  # a forward that has the old width in it
-            raise ValueError(f"module {name!r} does not run with {width} hidden units: {error}") from None
+            raise ValueError(
+                f"module {name!r} does not run with {width} hidden units: {error.__cause__ or error}"
+            ) from None
     return result
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ...experts import MLP
 from ...kernels import ACTIVATIONS
-from ...layers import FeedForward, MoELayer
+from ...layers import MoELayer
 from ...torch_internals import feed_forward
 from ..build.sparse_ffn import SparseFFN
 from .calls import naming_module
@@ -29,7 +29,7 @@ from .feed_forward import (
     feed_forward_part,
     is_linear,
 )
-from .structure import read_structure
+from .structure import Seen, read_structure, signature
 from .trial import check_part
 
 Reader = Callable[[Any], FeedForwardPart | None]
@@ -64,15 +64,19 @@ def register_ffn(kind: type[nn.Module] | str, reader: Reader) -> None:
     _READERS[kind] = reader
 
 
-def read_ffn(module: nn.Module) -> FeedForwardPart | None:
+def read_ffn(module: nn.Module, seen: Seen | None = None) -> FeedForwardPart | None:
     """Return the description of a module as a feed-forward network; None if it is another kind of module.
+
+    Args:
+        module: any module.
+        seen: what was read of modules like it, which are read once; it gets what is read now.
 
     Raises:
         ValueError: it is one that no expert can compute, such as one with a norm between its layers.
     """
     part = _read_known(module)
-    read = read_structure(module) if part is None else part
-    return None if isinstance(read, str) else read
+    read = read_structure(module, {} if seen is None else seen) if part is None else part
+    return None if isinstance(read, ValueError) else read
 
 
 def _read_known(module: nn.Module) -> FeedForwardPart | None:
@@ -92,6 +96,7 @@ def recognized_ffns(model: nn.Module) -> dict[str, FeedForwardPart]:
     layers, unless its class or the names in it are known.
     """
     parts: dict[str, FeedForwardPart] = {}
+    seen: Seen = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
@@ -101,7 +106,7 @@ def recognized_ffns(model: nn.Module) -> dict[str, FeedForwardPart]:
         with contextlib.suppress(ValueError):
             if not isinstance(module, MoELayer):
                 few = sum(map(is_linear, module.modules())) <= 3
-                part = read_ffn(module) if few else _read_known(module)
+                part = read_ffn(module, seen) if few else _read_known(module)
         if part is not None:
             parts[name] = part
         if part is not None or isinstance(module, MoELayer):
@@ -221,17 +226,6 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _read_own(module: FeedForward) -> FeedForwardPart:
-    """Read the dense layer of this suite's networks."""
-    return feed_forward_part(
-        affine(module.w_in),
-        affine(module.w_out),
-        None if module.w_gate is None else affine(module.w_gate),
-        activation=module.activation,
-        hidden_dropout=_rate(module.dropout),
-    )
-
-
 def _read_sequential(module: nn.Module) -> FeedForwardPart | None:
     """Read an ``nn.Sequential`` of ``Linear, [BatchNorm1d], activation, [Dropout]`` as torch-rechub's, repeated."""
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
@@ -305,36 +299,44 @@ def _read_wrapped(module: nn.Module) -> FeedForwardPart | None:
     return part
 
 
-def named_part(name: str, module: nn.Module) -> FeedForwardPart:
-    """Return a module of this name as a feed-forward network, checked by numbers.
+def named_part(name: str, module: nn.Module, seen: Seen | None = None) -> FeedForwardPart:
+    """Return a module of this name as a feed-forward network, checked by numbers; ``seen`` is as in ``read_ffn``.
 
     Raises:
         ValueError: it is none, or one that no expert can compute; the message names it.
     """
+    seen = {} if seen is None else seen
     with naming_module(name):
         part = _read_known(module)
         if part is not None:
-            check_part(module, part, _read_known)
+            if (key := signature(module)) not in seen:
+                check_part(module, part, _read_known)
+            seen[key] = _read_known
             return part
     if isinstance(module, SparseFFN):
         raise ValueError(f"module {name!r} is sparse already")
-    read = read_structure(module)
+    read = read_structure(module, seen)
     if isinstance(read, FeedForwardPart):
         return read
     within = [f"{name}.{inner}".lstrip(".") for inner in recognized_ffns(module)]
     hint = f"; there are {', '.join(within[:3])} in it" if within else f": {read}{_how_to_register(module)}"
-    raise ValueError(f"module {name!r} is a {type(module).__name__}, which is no feed-forward network{hint}")
+    raise ValueError(
+        f"module {name!r} is a {type(module).__name__}, which is no feed-forward network{hint}"
+    ) from read.__cause__
 
 
 def _how_to_register(module: nn.Module) -> str:
     """Return lines of Python that register a reader of a module's class; "" if it has less than two matrices."""
-    kind, linear = type(module), [name for name, child in module.named_modules() if name and is_linear(child)]
-    if sum(p.ndim > 1 for p in module.parameters()) < 2:
+    kind = type(module)
+    found = [(f"core.convert.affine(m.{name})", m.weight.shape) for name, m in module.named_modules() if is_linear(m)]
+    found = found or [(f"(m.{name}, None)", p.shape) for name, p in module.named_parameters() if p.ndim == 2]
+    if len(found) < 2:
         return ""
-    up, down, *gate = linear if len(linear) in (2, 3) else ("up", "down")
-    names = ", ".join(f"core.convert.affine(m.{child})" for child in (up, *(gate or [down]), *([down] if gate else [])))
+    # The gate stands before the other layer of its shape, whatever the last one's place.
+    first, *others = sorted(found[: 3 if len(found) == 3 else 2], key=lambda one: one[1] != found[0][1])
+    names = ", ".join(name for name, _ in ((*others, first) if len(others) == 2 else (first, *others)))
     return (
-        f".\nIf it is one, say how it is computed, with its own names and activation:\n"
+        ".\nIf it is one, say how it is computed, with its own names and activation:\n"
         f"core.convert.register_ffn({f'{kind.__module__}.{kind.__qualname__}'!r}, lambda m: "
         f"core.convert.feed_forward_part(\n    {names}, activation='gelu'\n))"
     )
@@ -342,7 +344,6 @@ def _how_to_register(module: nn.Module) -> str:
 
 register_ffn(nn.TransformerEncoderLayer, _read_torch_layer)
 register_ffn(nn.TransformerDecoderLayer, _read_torch_layer)
-register_ffn(FeedForward, _read_own)
 register_ffn("torch_rechub.basic.layers.MLP", _read_wrapped)
 for _side in ("Encoder", "Decoder"):  # BART's names, and (S, B, D) within the blocks
     register_ffn(

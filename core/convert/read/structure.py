@@ -8,7 +8,7 @@ the same with an expert in its place, in evaluation and in training.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from ...experts.general import GENERAL_ACTIVATIONS
 from .feed_forward import FeedForwardPart, affine, feed_forward_part, is_linear, is_pointwise
-from .trial import Trial, are_close, marked, trials
+from .trial import Reading, Trial, are_close, marked, trials
+
+Seen = dict[Hashable, Reading | ValueError]
+"""What reads the modules of a ``signature``, or the reason why none does. It lives as long as the modules do."""
 
 MOST_LINEARS = 16
 """Linear layers of a module that is tried out. A larger one is a model of several blocks."""
@@ -62,26 +65,52 @@ class _Formula:
         return feed_forward_part(into, out, gate, activation=self.activation, **more)
 
 
-def read_structure(module: nn.Module) -> FeedForwardPart | str:
-    """Return the feed-forward network of a module, or the reason why none is read."""
+def signature(value: Any, met: dict[int, int] | None = None) -> Hashable:
+    """Return what decides how a module computes, but for the numbers in its tensors."""
+    met = {} if met is None else met
+    if isinstance(value, bool | int | float | str | None):
+        return type(value), value
+    if id(value) in met:
+        return met[id(value)]
+    if not isinstance(value, nn.Module | Tensor | dict | list | tuple | set):
+        return id(value)  # of another kind only the very same object counts as equal
+    met[id(value)] = len(met)
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.dtype, value.is_meta
+    items = vars(value) if isinstance(value, nn.Module) else value
+    pairs = items.items() if isinstance(items, dict) else enumerate(items)
+    return type(value), tuple((key, signature(item, met)) for key, item in pairs)
+
+
+def read_structure(module: nn.Module, seen: Seen) -> FeedForwardPart | ValueError:
+    """Return the feed-forward network of a module, or the reason why none is read, also for modules like it."""
+    key = signature(module)
+    if key not in seen:
+        seen[key] = _reading(module)
+    read = seen[key]
+    return read if isinstance(read, ValueError) else read(module)  # type: ignore[return-value]
+
+
+def _reading(module: nn.Module) -> Reading | ValueError:
+    """Return a function that reads modules like this one, or the reason why there is none."""
     try:
         sizes = {name: affine(m)[0].shape for name, m in module.named_modules() if name and is_linear(m)}
     except ValueError as error:  # quantized
-        return str(error)
+        return error.with_traceback(None)
     if len(sizes) > MOST_LINEARS or not any(a[1] in (b[0], 2 * b[0]) for a, b in permutations(sizes.values(), 2)):
-        return "it has no two linear layers of which one could read the other"
-    failures: list[str] = []
-    problems: list[str] = []
+        return ValueError("it has no two linear layers of which one could read the other")
+    failures: list[ValueError] = []
+    problems: list[ValueError] = []
     for trial in trials(module, (D for D, _ in sizes.values()), failures):
         read = _read(module, trial)
-        if isinstance(read, FeedForwardPart):
+        if not isinstance(read, str):
             return read
-        problems.append(read)
+        problems.append(ValueError(read))
     return (problems or failures)[0]
 
 
-def _read(module: nn.Module, trial: Trial) -> FeedForwardPart | str:
-    """Return the network of a module, given a trial of it; or the reason why none is read."""
+def _read(module: nn.Module, trial: Trial) -> Reading | str:
+    """Return a function that reads the network of a module, given a trial of it; or the reason why none is read."""
     evaluation, training = trial.runs
     formulas = {formula.w_out: formula for formula in _formulas(evaluation.linears)}
     if not formulas:
@@ -98,7 +127,7 @@ def _read(module: nn.Module, trial: Trial) -> FeedForwardPart | str:
     for place in _places(module, formula, trial):
         read = functools.partial(formula.part, hidden_dropout=dropout, **place)
         if trial.difference(read) == "":
-            return read(module)
+            return read
     return (
         "it does more than a feed-forward network, or drops other numbers in training: what is around the network "
         "stays if the activation and the dropout behind it are modules, not functions"

@@ -112,7 +112,7 @@ def copies_of(module: nn.Module, dtype: torch.dtype) -> Callable[[], nn.Module]:
 
 
 class Trial(NamedTuple):
-    """A module that was called: makes copies of it, the form and the tokens, and the runs in evaluation and training."""
+    """A module that was called: makes copies of it, form and tokens, and the runs in evaluation and in training."""
 
     copied: Callable[[], nn.Module]
     layout: str
@@ -138,7 +138,9 @@ class Trial(NamedTuple):
         return ""
 
 
-def trials(module: nn.Module, dims: Iterable[int], failures: list[str], read: Reading | None = None) -> Iterator[Trial]:
+def trials(
+    module: nn.Module, dims: Iterable[int], failures: list[ValueError], read: Reading | None = None
+) -> Iterator[Trial]:
     """Yield a trial of a module for each form of tokens that it takes.
 
     Args:
@@ -161,7 +163,8 @@ def trials(module: nn.Module, dims: Iterable[int], failures: list[str], read: Re
                     call = None if read is None else read(tried).dense  # type: ignore[union-attr]
                     runs = run(tried, x, training=False, call=call), run(tried, x, training=True, call=call)
                 except Exception as error:  # any: whether the module takes such an input is the question
-                    failures.append(f"called with a tensor of shape {tuple(x.shape)}, it raises {error!r}")
+                    failures.append(ValueError(f"called with a tensor of shape {tuple(x.shape)}, it raises {error!r}"))
+                    failures[-1].__cause__ = error.with_traceback(None)  # the frames hold a copy
                     continue
                 takes = True
                 yield Trial(copied, layout, x, runs)
@@ -188,11 +191,13 @@ def check_part(module: nn.Module, part: FeedForwardPart, read: Reading) -> None:
     """
     if any(t.is_meta for t in part.weights.values()):
         return
-    failures: list[str] = []
+    failures: list[ValueError] = []
     tried = trials(module, [part.dim], failures, None if part.dense is None else read)
     modes = [trial.difference(read) for trial in tried]
     if not modes:
-        raise ValueError(f"a {type(module).__name__} cannot be compared with {part.expert}: {failures[0]}")
+        raise ValueError(
+            f"a {type(module).__name__} cannot be compared with {part.expert}: {failures[0]}"
+        ) from failures[0].__cause__
     if "" not in modes:
         raise ValueError(
             f"a {type(module).__name__} computes something else than {part.expert} in {modes[0]}, which its parts look "

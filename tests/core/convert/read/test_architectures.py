@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import pytest
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core import FFN, MLP, GeneralFFN, MoEConfig, SwiGLU, TokenChoice, sparsify
-from core.convert.read.readers import named_part
+from core.convert.read import structure
 from core.convert.read.trial import run
 
 D, H = 8, 12
@@ -35,7 +34,11 @@ class Llama(nn.Module):
 
     def __init__(self, gate="w1"):
         super().__init__()
-        self.w1, self.w2, self.w3 = nn.Linear(D, H, bias=False), nn.Linear(H, D, bias=False), nn.Linear(D, H, bias=False)
+        self.w1, self.w2, self.w3 = (
+            nn.Linear(D, H, bias=False),
+            nn.Linear(H, D, bias=False),
+            nn.Linear(D, H, bias=False),
+        )
         self.gate = gate
 
     def forward(self, x):
@@ -254,9 +257,7 @@ class SASRec(nn.Module):
 
 class PreNorm(nn.Sequential):
     def __init__(self):
-        super().__init__(
-            nn.LayerNorm(D), nn.Linear(D, H), nn.GELU(), nn.Dropout(0.1), nn.Linear(H, D), nn.Dropout(0.2)
-        )
+        super().__init__(nn.LayerNorm(D), nn.Linear(D, H), nn.GELU(), nn.Dropout(0.1), nn.Linear(H, D), nn.Dropout(0.2))
 
 
 class Plain(nn.Sequential):
@@ -324,3 +325,15 @@ def test_the_network_of_an_architecture_becomes_experts(make, modules, expert):
         expected, y = run(dense, x, training).y, run(sparse, x, training).y
         torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
         assert training or torch.equal(dense(x), expected)
+
+
+def test_modules_alike_are_read_once(monkeypatch):
+    torch.manual_seed(0)
+    read, reading = [], structure._reading
+    monkeypatch.setattr(structure, "_reading", lambda module: read.append(module) or reading(module))
+    # The third differs in an attribute alone, the fourth in a size.
+    dense = nn.Sequential(Llama(), Llama(), Llama("w3"), Llama()).double()
+    dense[3].w1, dense[3].w2, dense[3].w3 = (nn.Linear(a, b).double() for a, b in ((D, 7), (7, D), (D, 7)))
+    sparse, x = sparsify(dense, ONE_OF_ONE, "*"), torch.randn(5, D).double()
+    assert read == [dense[0], dense[2], dense[3]]
+    torch.testing.assert_close(sparse(x), dense(x))
