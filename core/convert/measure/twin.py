@@ -18,6 +18,7 @@ from ..read.calls import naming_module
 from ..read.feed_forward import FeedForwardPart
 from ..read.hidden_units import HiddenUnits, hidden_units
 from ..read.readers import named_part, read_ffn
+from ..read.structure import Seen
 from .widths import solve_width
 
 COSTS = ("flops", "params")
@@ -83,7 +84,8 @@ def dense_twin(
     widths = {
         name: _solved(name, layer, units, cost, tokens_per_sequence).width for name, (layer, units) in replaced.items()
     }
-    generator, seen = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    seen: Seen = {}
     result = copy.deepcopy(model)
     for name, (layer, units) in replaced.items():
         width = widths[name]
