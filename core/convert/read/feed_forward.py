@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ...experts import FFN, GEGLU, ExpertConfig, Experts, GeneralFFN, SwiGLU
 from ...experts.general import GENERAL_ACTIVATIONS
@@ -158,7 +159,7 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         ValueError: another module, or a weight that holds no floating-point numbers, such as a quantized one.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or is_lazy(weight):
         raise ValueError(f"a {type(module).__name__} has no weight of floating-point numbers")
     if isinstance(module, nn.Linear):
         return weight.t(), bias

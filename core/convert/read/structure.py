@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ...experts.general import GENERAL_ACTIVATIONS
 from .feed_forward import FeedForwardPart, affine, feed_forward_part, is_linear, is_pointwise
@@ -72,7 +73,7 @@ def signature(value: Any, met: dict[int, int] | None = None) -> Hashable:
         return type(value), value
     if id(value) in met:
         return met[id(value)]
-    if not isinstance(value, nn.Module | Tensor | dict | list | tuple | set):
+    if not isinstance(value, nn.Module | Tensor | dict | list | tuple | set) or is_lazy(value):
         return id(value)  # of another kind only the very same object counts as equal
     met[id(value)] = len(met)
     if isinstance(value, Tensor):

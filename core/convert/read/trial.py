@@ -84,7 +84,8 @@ def run(module: nn.Module, x: Tensor, training: bool, call: Callable[[Tensor], A
 
     leaves = [(name, m) for name, m in module.named_modules() if is_linear(m) or not list(m.children())]
     hooks = [m.register_forward_hook(functools.partial(keep, name)) for name, m in leaves]
-    with torch.random.fork_rng(devices=[]), hooked(hooks), _Marking() as marking:
+    eager = torch.compiler.set_stance("force_eager")  # a compiled module is not compiled anew for each form of tokens
+    with torch.random.fork_rng(devices=[]), eager, hooked(hooks), _Marking() as marking:
         torch.default_generator.manual_seed(0)
         module.train(training)
         y = (call or module)(x.clone())

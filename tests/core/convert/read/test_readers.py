@@ -373,3 +373,18 @@ def test_a_quantized_weight_is_refused():
     linear.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="a Linear has no weight of floating-point numbers"):
         affine(linear)
+
+
+def test_layers_without_their_sizes_are_no_network():
+    model = nn.Sequential(nn.LazyLinear(6), nn.ReLU(), nn.Linear(6, 4))
+    assert list(recognized_ffns(model)) == []
+
+
+def test_a_compiled_network_is_read_without_being_compiled():
+    compiled = []
+    backend = lambda graph, inputs: compiled.append(graph) or graph.forward  # noqa: E731
+    module, x = torch.compile(sequence(nn.ReLU()), backend=backend), torch.randn(3, 4)
+    assert named_part("net", module).expert == FFN(6, "relu", bias=True)
+    assert compiled == []
+    module(x)
+    assert len(compiled) == 1
