@@ -119,7 +119,7 @@ def find_all(experiment: Experiment, asked: Command) -> list[System]:
         sparse, data = experiment.build(SPARSE, seed=experiment.seed)
         batch = validation_batch(data, "the learning rates are chosen by")
         if options.rounds and isinstance(sparse, OwnModel):
-            sparse.configure_optimizers()  # rejected now, and not after the training
+            sparse.configure_optimizers(experiment.still(data))  # rejected now, and not after the training
         systems = find_systems(sparse, batch, options.baselines, options.routers)
         warnings: Sequence[str] = getattr(data, "warnings", list)()
     for warning in warnings:

@@ -41,6 +41,22 @@ class _Parsed(RunSetup):
         pass
 
 
+class Still(Trainer):
+    """A trainer that does not run. It tells how many steps it would take, and opens no loader for that, as Lightning's
+    own does."""
+
+    @property
+    def train_dataloader(self) -> Any:
+        return None if self.datamodule is None else self.datamodule.train_dataloader()
+
+    @property
+    def num_training_batches(self) -> float:
+        length, limit = length_of(self.train_dataloader), self.limit_train_batches
+        if isinstance(limit, int):
+            return min(length, limit)
+        return length if math.isinf(length) else int(length * limit)
+
+
 class Experiment:
     """A sparse model's configuration.
 
@@ -225,6 +241,12 @@ class Experiment:
         own = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
         options = {**self.trainer_options, **own, "logger": False, "enable_checkpointing": False, **options}
         return Trainer(**options, callbacks=[*self.callbacks(), *callbacks])
+
+    def still(self, data: LightningDataModule) -> Still:
+        """Return a trainer with the configuration's options that does not run, for data that are set up."""
+        trainer = Still(**self.trainer_options, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trainer.datamodule = data  # type: ignore[attr-defined]
+        return trainer
 
     def module(self, system: str) -> Any:
         """Return a new, untrained model of ``system``: a ``SparseModule``, an ``OwnModel``, or an ``Estimator``."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import move_data_to_device
 
 from apps.base.messages import first_line
@@ -29,7 +29,6 @@ from apps.equal_cost.own_model import OwnModel
 from apps.runner.workers import answer, answering, workers
 from apps.train.cost.flops import measure_cost, num_examples
 from apps.train.cost.footprint import used_memory
-from apps.train.step.module import SparseModule
 
 ROUND_SECONDS = 0.3
 """Least duration of a round, which is one step or more."""
@@ -140,7 +139,8 @@ class _Bench:
             module.load_state_dict({k: v for k, v in state.items() if k in module.state_dict()})
             del state
         self.module: Any = self.precision.convert_module(module.to(self.device))
-        self.optimizer = _optimizer(self.model)
+        own = isinstance(self.model, OwnModel)
+        self.optimizer = _optimizer(self.model, *((experiment.still(data),) if own else ()))
         self.facts: dict[str, Any] = {"base_memory_bytes": base}
         replaced = shared(module, experiment.replaced)
         with self.precision.forward_context():
@@ -197,9 +197,9 @@ class _Bench:
                 return examples / seconds
 
 
-def _optimizer(model: SparseModule | OwnModel) -> torch.optim.Optimizer:
-    """Return the model's optimizer without its schedule, which needs a trainer."""
-    configured: Any = model.configure_optimizers()
+def _optimizer(model: Any, *trainer: Trainer) -> torch.optim.Optimizer:
+    """Return the model's optimizer without its schedule; a user's own module gets a trainer to ask."""
+    configured: Any = model.configure_optimizers(*trainer)
     while isinstance(configured, (list, tuple)) and configured:  # optimizers, or these and schedulers
         configured = configured[0]
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured

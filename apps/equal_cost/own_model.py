@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import core
@@ -121,19 +121,22 @@ class OwnModel(Comparable):
                 ) from error
             raise
 
-    def configure_optimizers(self) -> Any:
-        """Return the result of the module's own method, without a trainer.
+    def configure_optimizers(self, trainer: Trainer) -> Any:
+        """Return the result of the module's own method, which may ask a trainer that does not run.
 
         Raises:
-            ValueError: it needs one.
+            ValueError: it needs one that runs.
         """
+        self.module.trainer = trainer
         try:
             return self.module.configure_optimizers()
         except (AttributeError, RuntimeError) as error:
             raise ValueError(
-                f"configure_optimizers of {type(self.module).__name__} needs a trainer, and speed is measured without "
-                f"one ({error}): give --rounds 0"
+                f"configure_optimizers of {type(self.module).__name__} needs a trainer that runs, and speed is "
+                f"measured without one ({error}): give --rounds 0"
             ) from error
+        finally:
+            self.module.trainer = None  # ``self.log`` of a step would ask it
 
     # ---- for comparisons
 

@@ -85,6 +85,16 @@ class Unnamed(Net):
         super().__init__(lr=0.05)
 
 
+class Scheduled(Net):
+    """A module whose schedule is as long as its training."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps, pct_start=0.5)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
 class Unvalidated(LightningModule):
     """A module with a training step alone."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from ..read.feed_forward import FeedForwardPart, copy_weights
 from ..read.names import matches, matching_names
 from ..read.parts import value_of_layer
 from ..read.readers import named_part, recognized_ffns
+from ..read.structure import Seen
 from .sparse_ffn import SparseFFN, put_layer
 from .starts import Start, outputs_of, start_of
 
@@ -128,12 +129,14 @@ def matching_parts(model: nn.Module, modules: str | Sequence[str]) -> dict[str, 
         ValueError: as ``sparsify``.
     """
     patterns = [modules] if isinstance(modules, str) else modules
-    names = matching_names(model, patterns, list(recognized_ffns(model)), "feed-forward networks")
+    known = chain.from_iterable(map(recognized_ffns, (model,)))  # reads networks only if the error names them
+    names = matching_names(model, patterns, known, "feed-forward networks")
     for name in names:
         by = [pattern for pattern in patterns if matches(name, pattern)]
         if len(by) > 1:
             raise ValueError(f"modules {by[0]!r} and {by[1]!r} both name {name!r}")
-    parts = {name: named_part(name, model.get_submodule(name)) for name in names}
+    seen: Seen = {}
+    parts = {name: named_part(name, model.get_submodule(name), seen) for name in names}
     for outer, inner in pairwise(names):  # in the model's order the parts of a module come right behind it
         if inner.startswith(f"{outer}." if outer else ""):
             raise ValueError(f"modules={modules!r} names {outer!r} and {inner!r}, which is a part of it")

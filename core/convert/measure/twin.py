@@ -18,6 +18,7 @@ from ..read.calls import naming_module
 from ..read.feed_forward import FeedForwardPart
 from ..read.hidden_units import HiddenUnits, hidden_units
 from ..read.readers import named_part, read_ffn
+from ..read.structure import Seen
 from .widths import solve_width
 
 COSTS = ("flops", "params")
@@ -84,14 +85,17 @@ def dense_twin(
         name: _solved(name, layer, units, cost, tokens_per_sequence).width for name, (layer, units) in replaced.items()
     }
     generator = torch.Generator().manual_seed(seed)
+    seen: Seen = {}
     result = copy.deepcopy(model)
     for name, (layer, units) in replaced.items():
         width = widths[name]
         units.resize(result.get_submodule(name), width, layer.start == RandomStart.name, generator)
         try:
-            named_part(name, result.get_submodule(name))
-        except RuntimeError as error:  # a forward that has the old width in it
-            raise ValueError(f"module {name!r} does not run with {width} hidden units: {error}") from None
+            named_part(name, result.get_submodule(name), seen)
+        except ValueError as error:  # a forward that has the old width in it
+            raise ValueError(
+                f"module {name!r} does not run with {width} hidden units: {error.__cause__ or error}"
+            ) from None
     return result
 
 

@@ -38,7 +38,7 @@ def naming_module(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"module {name!r}: {error}") from None
+        raise ValueError(f"module {name!r}: {error}") from error.__cause__
 
 
 def call(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] | None = None) -> None:

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ...experts import FFN, GEGLU, ExpertConfig, Experts, GeneralFFN, SwiGLU
 from ...experts.general import GENERAL_ACTIVATIONS
 from ...fields import Checked, OneOf, ShareBelowOne
 from ...kernels import ACTIVATIONS
-from .calls import evaluating
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYOUTS = ("tokens", "sequence_first", "channels_first")
 """What a network is called with: (..., D) tokens, (S, B, D), or a map (B, D, H, W)."""
 
@@ -39,7 +40,8 @@ class FeedForwardPart(Checked):
         at: child of the module, by dotted name, whose place the new layer takes; "": the module's own place.
         emptied: children whose work the new layer does too: each becomes an ``nn.Identity``.
         settings: attributes that the module gets with the new layer.
-        dense: computes the network, (T, D) or a map; None: the module itself does. It checks the values that were read.
+        dense: computes the network, (T, D) or a map, with the dropout of its hidden layer. It checks what was read of a
+            module that cannot be called with tokens alone.
     """
 
     expert: ExpertConfig
@@ -151,18 +153,18 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Return matrix (in, out) and bias (out,) or None of a linear layer: a view of its weight.
 
     Args:
-        module: ``nn.Linear``, ``nn.Conv2d`` with a kernel of 1 x 1, or transformers' ``Conv1D``.
+        module: ``nn.Linear``, a convolution with a kernel of 1, or transformers' ``Conv1D``.
 
     Raises:
         ValueError: another module, or a weight that holds no floating-point numbers, such as a quantized one.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or is_lazy(weight):
         raise ValueError(f"a {type(module).__name__} has no weight of floating-point numbers")
     if isinstance(module, nn.Linear):
         return weight.t(), bias
     if is_pointwise(module):
-        return weight[:, :, 0, 0].t(), bias
+        return weight.flatten(1).t(), bias
     if _is_conv1d(module):
         return weight, bias
     raise ValueError(f"a {type(module).__name__} is no linear layer")
@@ -180,9 +182,9 @@ def set_affine(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
     if isinstance(module, nn.Linear):
         module.in_features, module.out_features = w.shape
         weight = w.t()
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, _CONVOLUTIONS):
         module.in_channels, module.out_channels = w.shape
-        weight = w.t()[:, :, None, None]
+        weight = w.t().reshape(*reversed(w.shape), *module.kernel_size)
     else:
         for name, size in zip(("nx", "nf"), w.shape, strict=True):
             setattr(module, name, size)
@@ -199,9 +201,9 @@ def is_linear(module: object) -> bool:
 
 def is_pointwise(module: object) -> bool:
     """Return whether a module is a convolution over single positions, a linear layer of channels."""
-    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+    if not isinstance(module, _CONVOLUTIONS) or module.groups != 1:
         return False
-    return (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
+    return {*module.kernel_size, *module.stride} == {1} and not any(module.padding)
 
 
 def _is_conv1d(module: object) -> bool:
@@ -247,32 +249,3 @@ def copy_weights(experts: Experts, e: int, weights: Mapping[str, Tensor]) -> Non
         if tensor.shape != weights[name].shape:
             raise ValueError(f"{name} is {tuple(weights[name].shape)}, and an expert's {tuple(tensor.shape)}")
         tensor.copy_(weights[name])
-
-
-@torch.no_grad()
-def check_part(module: nn.Module, part: FeedForwardPart) -> None:
-    """Check that an expert with the part's weights computes the same as the module, on a few random tokens.
-
-    A network of another kind may have the names and shapes of one that a reader knows.
-
-    Raises:
-        ValueError: the two differ, or the module does not take the arguments that the part says.
-    """
-    if any(t.is_meta for t in part.weights.values()):
-        return
-    like = next(iter(part.weights.values()))
-    draw = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(8, part.dim, generator=draw, device="cpu").to(like.device, like.dtype)
-    dense = module.forward if part.dense is None else part.dense
-    with evaluating(module):
-        if part.layout == "channels_first":
-            y_TD = dense(x_TD.view(2, 2, 2, part.dim).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(0, 2)
-        else:
-            y_TD = dense(x_TD)
-    read_TD = part.build().eval()(x_TD, "dense")
-    tolerance = 0.01 if torch.finfo(like.dtype).eps < 1e-6 else 0.05  # matmuls may round to TF32
-    if y_TD.shape != read_TD.shape or (y_TD - read_TD).norm() > tolerance * y_TD.norm():
-        raise ValueError(
-            f"a {type(module).__name__} computes something else than {part.expert}, which its parts look like: "
-            "register a reader of its own by core.convert.register_ffn"
-        )

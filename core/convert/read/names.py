@@ -23,7 +23,7 @@ def matches(name: str, pattern: str) -> bool:
 def matching_names(
     model: nn.Module,
     patterns: str | Sequence[str],
-    known: Sequence[str],
+    known: Iterable[str],
     noun: str,
     rule: Callable[[str, str], bool] = matches,
 ) -> list[str]:
@@ -47,6 +47,7 @@ def matching_names(
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for pattern in listed:
         if not any(rule(name, pattern) for name in names):
-            some = ", ".join(known[:4]) + (", ..." if len(known) > 4 else "") if known else "none"
+            meant = list(known)
+            some = ", ".join(meant[:4]) + (", ..." if len(meant) > 4 else "") if meant else "none"
             raise ValueError(f"modules={pattern!r} names no module; the model's {noun} are {some}")
     return [name for name in names if any(rule(name, pattern) for pattern in listed)]

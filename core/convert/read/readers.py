@@ -1,7 +1,8 @@
 """Readers: functions that make a ``FeedForwardPart`` of a module, and the modules that have one.
 
-Known are the networks of timm, ``transformers``, open_clip, torch-rechub, torch and this suite. No such library is
-imported: modules are recognized by the names and kinds of their parts, and ``check_part`` compares numbers.
+A network of any module that can be called with tokens alone is read by ``read_structure``. The readers here know
+blocks that take more, and stacks of layers. No library is imported: such modules are recognized by the names and kinds
+of their parts, and ``check_part`` compares numbers.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...experts import MLP
 from ...kernels import ACTIVATIONS
-from ...layers import FeedForward, MoELayer
+from ...layers import MoELayer
 from ...torch_internals import feed_forward
 from ..build.sparse_ffn import SparseFFN
 from .calls import naming_module
@@ -24,11 +26,11 @@ from .feed_forward import (
     FeedForwardPart,
     activation_name,
     affine,
-    check_part,
     feed_forward_part,
     is_linear,
-    is_pointwise,
 )
+from .structure import Seen, read_structure, signature
+from .trial import check_part
 
 Reader = Callable[[Any], FeedForwardPart | None]
 
@@ -62,29 +64,39 @@ def register_ffn(kind: type[nn.Module] | str, reader: Reader) -> None:
     _READERS[kind] = reader
 
 
-def read_ffn(module: nn.Module) -> FeedForwardPart | None:
+def read_ffn(module: nn.Module, seen: Seen | None = None) -> FeedForwardPart | None:
     """Return the description of a module as a feed-forward network; None if it is another kind of module.
+
+    Args:
+        module: any module.
+        seen: what was read of modules like it, which are read once; it gets what is read now.
 
     Raises:
         ValueError: it is one that no expert can compute, such as one with a norm between its layers.
     """
+    part = _read_known(module)
+    read = read_structure(module, {} if seen is None else seen) if part is None else part
+    return None if isinstance(read, ValueError) else read
+
+
+def _read_known(module: nn.Module) -> FeedForwardPart | None:
+    """Return what a reader of the module's class, or of the names and kinds of its children, makes of it."""
     for kind in type(module).__mro__:
         for key in (kind, f"{kind.__module__}.{kind.__qualname__}"):
             if key in _READERS:
                 return _READERS[key](module)
-    for reader in (_read_block, _read_sequential, _read_by_names):
-        part = reader(module)
-        if part is not None:
-            return part
-    return None
+    part = _read_block(module)
+    return _read_sequential(module) if part is None else part
 
 
 def recognized_ffns(model: nn.Module) -> dict[str, FeedForwardPart]:
     """Return the dense feed-forward networks of a model that can be replaced, by dotted name, in the model's order.
 
-    A network within another one, or within an MoE layer, is not listed. Nothing is computed: see ``check_part``.
+    A network within another one, or within an MoE layer, is not listed; nor is a module of more than three linear
+    layers, unless its class or the names in it are known.
     """
     parts: dict[str, FeedForwardPart] = {}
+    seen: Seen = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
@@ -92,97 +104,14 @@ def recognized_ffns(model: nn.Module) -> dict[str, FeedForwardPart]:
         part = None
         # One that no expert computes is not listed: ``named_part`` says why.
         with contextlib.suppress(ValueError):
-            part = None if isinstance(module, MoELayer) else read_ffn(module)
+            if not isinstance(module, MoELayer):
+                few = sum(map(is_linear, module.modules())) <= 3
+                part = read_ffn(module, seen) if few else _read_known(module)
         if part is not None:
             parts[name] = part
         if part is not None or isinstance(module, MoELayer):
             inside += (f"{name}." if name else "",)
     return parts
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Names of the children of a module that computes ``w_out(act(w_in(x)))`` or ``w_out(act(w_gate(x)) * w_in(x))``.
-
-    Attributes:
-        w_in, w_out, act: the linear layers and the activation.
-        w_gate: the linear layer under the activation.
-        packed: ``w_in`` holds both halves of a gated network.
-        hidden_dropout, output_dropout: dropout behind the activation and behind the last matmul, if there is one.
-    """
-
-    w_in: str
-    w_out: str
-    act: str
-    w_gate: str | None = None
-    packed: bool = False
-    hidden_dropout: tuple[str, ...] = ()
-    output_dropout: tuple[str, ...] = ()
-
-
-_BY_NAMES = (
-    _Names("fc1", "fc2", "act", hidden_dropout=("drop1", "drop"), output_dropout=("drop2",)),  # timm Mlp, ConvMlp
-    _Names("fc1", "fc2", "act", packed=True, hidden_dropout=("drop1",), output_dropout=("drop2",)),  # timm GluMlp
-    _Names("fc1_x", "fc2", "act", w_gate="fc1_g", hidden_dropout=("drop1",), output_dropout=("drop2",)),  # timm SwiGLU
-    _Names("fc1", "fc2", "activation_fn"),  # transformers' ViT, CLIP, SigLIP, Phi
-    _Names("wi", "wo", "act", hidden_dropout=("dropout",)),  # T5
-    _Names("wi_1", "wo", "act", w_gate="wi_0", hidden_dropout=("dropout",)),  # T5 v1.1
-    _Names("up_proj", "down_proj", "act_fn", w_gate="gate_proj"),  # Llama, Mistral, Qwen, Gemma
-    _Names("gate_up_proj", "down_proj", "activation_fn", packed=True),  # Phi-3
-    _Names("c_fc", "c_proj", "act", output_dropout=("dropout",)),  # GPT-2
-    _Names("lin1", "lin2", "activation", output_dropout=("dropout",)),  # DistilBERT
-    _Names("dense_h_to_4h", "dense_4h_to_h", "act"),  # GPT-NeoX
-)
-
-
-def _read_by_names(module: nn.Module) -> FeedForwardPart | None:
-    """Read a module whose children have the names of a known network."""
-    children = dict(module.named_children())
-    linear = {name for name, child in children.items() if is_linear(child)}
-    for names in _BY_NAMES:
-        needed = {names.w_in, names.w_out} | ({names.w_gate} if names.w_gate else set())
-        if linear == needed and callable(getattr(module, names.act, None)):
-            into, out = affine(children[names.w_in]), affine(children[names.w_out])
-            if (into[0].shape[1] == 2 * out[0].shape[0]) == names.packed:
-                break
-    else:
-        return None
-    gate = affine(children[names.w_gate]) if names.w_gate else None
-    if names.packed:
-        gate, into = _halves(into, gate_first=not getattr(module, "gate_last", False))
-    _check_no_more(module, {*needed, names.act, *names.hidden_dropout, *names.output_dropout})
-    return feed_forward_part(
-        into,
-        out,
-        gate,
-        activation=getattr(module, names.act),
-        hidden_dropout=max((_rate(children.get(name)) for name in names.hidden_dropout), default=0.0),
-        output_dropout=max((_rate(children.get(name)) for name in names.output_dropout), default=0.0),
-        layout="channels_first" if is_pointwise(children[names.w_in]) else "tokens",
-    )
-
-
-def _halves(packed: tuple[Tensor, Tensor | None], gate_first: bool) -> tuple[Any, Any]:
-    """Return gate and input of a linear layer that holds both, as ``affine`` has each."""
-    w, b = packed
-    halves = list(zip(w.chunk(2, 1), (None, None) if b is None else b.chunk(2), strict=True))
-    return (halves[0], halves[1]) if gate_first else (halves[1], halves[0])
-
-
-def _check_no_more(module: nn.Module, known: set[str]) -> None:
-    """Raise a ``ValueError`` if a module has children besides the known ones that do something, tensors of its own, or
-    a rate of dropout that it applies itself."""
-    for name, child in module.named_children():
-        idle = isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and not child.p)
-        if name not in known and not idle:
-            raise ValueError(
-                f"a {type(module).__name__} has a {type(child).__name__} as {name!r}, which no expert of one has"
-            )
-    for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        raise ValueError(f"a {type(module).__name__} has {name!r} of its own, which no expert of one has")
-    for name, value in vars(module).items():
-        if "drop" in name and isinstance(value, float) and value > 0:
-            raise ValueError(f"a {type(module).__name__} has {name}={value}, and no module that says where it applies")
 
 
 def _rate(dropout: object) -> float:
@@ -265,7 +194,7 @@ def _read_in_block(module: nn.Module, names: _NamesInBlock, layout: str = "token
         emptied=(names.act, names.w_out),
         settings={} if dropout is None else {str(names.hidden_dropout): 0.0},  # the experts have it
         layout=layout,
-        dense=lambda x: out(act(into(x))),
+        dense=lambda x: out(functional.dropout(act(into(x)), float(dropout or 0.0), module.training)),
     )
 
 
@@ -283,7 +212,12 @@ def _read_torch_layer(module: nn.TransformerEncoderLayer | nn.TransformerDecoder
         # A copy of a decoder layer gets a ReLU if its activation is a child; torch's fused block calls no layers.
         settings={"activation": unchanged, **fused},
         layout="tokens" if module.self_attn.batch_first else "sequence_first",
-        dense=lambda x: feed_forward(module, x),
+        # In training torch's own method also has the dropout that stays.
+        dense=lambda x: (
+            module.linear2(module.dropout(module.activation(module.linear1(x))))
+            if module.training
+            else feed_forward(module, x)
+        ),
     )
 
 
@@ -292,42 +226,17 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _read_own(module: FeedForward) -> FeedForwardPart:
-    """Read the dense layer of this suite's networks."""
-    return feed_forward_part(
-        affine(module.w_in),
-        affine(module.w_out),
-        None if module.w_gate is None else affine(module.w_gate),
-        activation=module.activation,
-        hidden_dropout=_rate(module.dropout),
-    )
-
-
 def _read_sequential(module: nn.Module) -> FeedForwardPart | None:
-    """Read ``nn.Sequential(Linear, activation, [Dropout], Linear, [Dropout])``, or layers of ``Linear, [BatchNorm1d],
-    activation, [Dropout]`` as torch-rechub's, of which there is one at least."""
+    """Read an ``nn.Sequential`` of ``Linear, [BatchNorm1d], activation, [Dropout]`` as torch-rechub's, repeated."""
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
         return None
-    children = [(name, child) for name, child in module.named_children() if not isinstance(child, nn.Identity)]
-    if not children or not is_linear(children[0][1]):
+    children = [child for child in module.children() if not isinstance(child, nn.Identity)]
+    if not children or not is_linear(children[0]):
         return None
-    kinds = "".join(_kind(child) for _, child in children)
     first, *others = (name for name, _ in module.named_children())
     # Other code asks for names that are not numbers, such as the first weight's dtype: the container stays.
-    place: dict[str, Any] = {} if first.isdigit() else {"at": first, "emptied": tuple(others), "dense": module.forward}
-    parts = [child for _, child in children]
-    if kinds in ("LAL", "LADL", "LALD", "LADLD"):
-        act, last = parts[1], parts[kinds.rindex("L")]
-        return feed_forward_part(
-            affine(parts[0]),
-            affine(last),
-            activation=act,
-            hidden_dropout=_rate(parts[2]) if kinds[2] == "D" else 0.0,
-            output_dropout=_rate(parts[-1]) if kinds[-1] == "D" else 0.0,
-            layout="channels_first" if is_pointwise(parts[0]) else "tokens",
-            **place,
-        )
-    return _stack(parts, kinds, place)
+    place: dict[str, Any] = {} if first.isdigit() else {"at": first, "emptied": tuple(others)}
+    return _stack(children, "".join(map(_kind, children)), place)
 
 
 def _kind(module: nn.Module) -> str:
@@ -390,27 +299,51 @@ def _read_wrapped(module: nn.Module) -> FeedForwardPart | None:
     return part
 
 
-def named_part(name: str, module: nn.Module) -> FeedForwardPart:
-    """Return a module of this name as a feed-forward network, checked by numbers.
+def named_part(name: str, module: nn.Module, seen: Seen | None = None) -> FeedForwardPart:
+    """Return a module of this name as a feed-forward network, checked by numbers; ``seen`` is as in ``read_ffn``.
 
     Raises:
         ValueError: it is none, or one that no expert can compute; the message names it.
     """
+    seen = {} if seen is None else seen
     with naming_module(name):
-        part = read_ffn(module)
+        part = _read_known(module)
         if part is not None:
-            check_part(module, part)
+            if (key := signature(module)) not in seen:
+                check_part(module, part, _read_known)
+            seen[key] = _read_known
             return part
     if isinstance(module, SparseFFN):
         raise ValueError(f"module {name!r} is sparse already")
+    read = read_structure(module, seen)
+    if isinstance(read, FeedForwardPart):
+        return read
     within = [f"{name}.{inner}".lstrip(".") for inner in recognized_ffns(module)]
-    hint = f"; there are {', '.join(within[:3])} in it" if within else ""
-    raise ValueError(f"module {name!r} is a {type(module).__name__}, which is no feed-forward network{hint}")
+    hint = f"; there are {', '.join(within[:3])} in it" if within else f": {read}{_how_to_register(module)}"
+    raise ValueError(
+        f"module {name!r} is a {type(module).__name__}, which is no feed-forward network{hint}"
+    ) from read.__cause__
+
+
+def _how_to_register(module: nn.Module) -> str:
+    """Return lines of Python that register a reader of a module's class; "" if it has less than two matrices."""
+    kind = type(module)
+    found = [(f"core.convert.affine(m.{name})", m.weight.shape) for name, m in module.named_modules() if is_linear(m)]
+    found = found or [(f"(m.{name}, None)", p.shape) for name, p in module.named_parameters() if p.ndim == 2]
+    if len(found) < 2:
+        return ""
+    # The gate stands before the other layer of its shape, whatever the last one's place.
+    first, *others = sorted(found[: 3 if len(found) == 3 else 2], key=lambda one: one[1] != found[0][1])
+    names = ", ".join(name for name, _ in ((*others, first) if len(others) == 2 else (first, *others)))
+    return (
+        ".\nIf it is one, say how it is computed, with its own names and activation:\n"
+        f"core.convert.register_ffn({f'{kind.__module__}.{kind.__qualname__}'!r}, lambda m: "
+        f"core.convert.feed_forward_part(\n    {names}, activation='gelu'\n))"
+    )
 
 
 register_ffn(nn.TransformerEncoderLayer, _read_torch_layer)
 register_ffn(nn.TransformerDecoderLayer, _read_torch_layer)
-register_ffn(FeedForward, _read_own)
 register_ffn("torch_rechub.basic.layers.MLP", _read_wrapped)
 for _side in ("Encoder", "Decoder"):  # BART's names, and (S, B, D) within the blocks
     register_ffn(

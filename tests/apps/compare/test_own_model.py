@@ -15,6 +15,7 @@ from apps.compare.experiment import Experiment, arguments
 from apps.compare.measure import Job, _Bench
 from apps.compare.options import Options
 from apps.compare.work import Plan
+from apps.train.lightning_internals import trainer_of
 
 FEW = ("--seeds", "1", "--rounds", "0", "--trainer.max_epochs", "1")
 
@@ -70,6 +71,36 @@ def test_speed_is_that_of_the_modules_own_steps(whole, config) -> None:
     assert bench.train() > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, bench.module.parameters(), strict=True))
     assert bench.inference() > 0
+
+
+def test_a_schedule_as_long_as_the_training_is_compared_and_its_speed_measured(config, tmp_path) -> None:
+    path = tmp_path / "scheduled.yaml"
+    path.write_text(CONFIG.replace("own_net.Net", "own_net.Scheduled").replace("Points", "Stored") + SPARSIFY)
+    own = (str(path), "--output", str(tmp_path / "out"), "--baselines", "dense_equal_flops", "--learning_rates", "0.2")
+    assert main(["compare", *own, *FEW, "--rounds", "1"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [results["finals"][name][0]["steps"] for name in ("sparse", "dense_equal_flops")] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ((), 6),  # 48 points in batches of 16, twice
+        (("--trainer.accumulate_grad_batches", "2"), 4),
+        (("--trainer.limit_train_batches", "2"), 4),
+        (("--trainer.limit_train_batches", "0.4"), 2),
+        (("--trainer.max_steps", "5"), 5),
+        (("--data.class_path", "own_net.Streamed", "--trainer.max_steps", "5"), 5),
+    ],
+)
+def test_the_steps_of_a_training_are_known_without_it(config, options, steps) -> None:
+    experiment = Experiment(arguments(config, [], options))
+    model, data = experiment.build("sparse")
+    trainer = experiment.still(data)
+    assert trainer.estimated_stepping_batches == steps
+    model.module.configure_optimizers = lambda: model.module.trainer.max_epochs
+    assert model.configure_optimizers(trainer) == 2
+    assert trainer_of(model.module) is None
 
 
 def test_code_that_has_changed_since_is_named(whole, config, capsys) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import core
 from core import FFN, GEGLU, MLP, DenseFFN, GeneralFFN, MoEConfig, SwiGLU, sparsify
 from core.convert import activation_name, affine, feed_forward_part, read_ffn, recognized_ffns, register_ffn
 from core.convert.read import readers
@@ -29,16 +30,17 @@ class Gated(nn.Module):
 
 
 class Named(nn.Module):
-    """A network with the names of timm's ``Mlp``, and more modules by keyword."""
+    """A network with the names of timm's ``Mlp``, whose ``norm`` and ``last`` follow the linear layers."""
 
-    def __init__(self, act=None, width=6, **more):
+    def __init__(self, act=None, width=6, norm=None, last=None, **more):
         super().__init__()
         self.fc1, self.act, self.fc2 = nn.Linear(4, width), nn.GELU() if act is None else act, nn.Linear(6, 4)
+        self.norm, self.last = norm or nn.Identity(), last or nn.Identity()
         for name, module in more.items():
             setattr(self, name, module)
 
     def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
+        return self.last(self.fc2(self.norm(self.act(self.fc1(x)))))
 
 
 class Reversed(Named):
@@ -46,6 +48,27 @@ class Reversed(Named):
 
     def forward(self, x):
         return self.fc2(self.fc1(self.act(x)))
+
+
+class Scaled(Named):
+    """A network with a factor that is 1 at its start, a parameter or a buffer."""
+
+    def forward(self, x):
+        return self.gamma * super().forward(x)
+
+
+class Dropping(Named):
+    """A network that drops as its number says: hidden ones, or if it gives a module's name, what that gets."""
+
+    def __init__(self, rate, at):
+        super().__init__()
+        self.rate, self.at = rate, at
+
+    def forward(self, x):
+        for layer in (self.fc1, self.act, self.fc2):
+            x = F.dropout(x, self.rate, self.training) if layer is getattr(self, self.at) else x
+            x = layer(x)
+        return x
 
 
 class Block(Named):
@@ -60,9 +83,8 @@ class Block(Named):
         return x + self.fc2(F.dropout(self.activation_fn(self.fc1(x)), self.activation_dropout, self.training))
 
 
-def scaled(gamma: torch.Tensor) -> Named:
-    """Return a network with a factor that is 1 at its start, a parameter or a buffer."""
-    module = Named()
+def scaled(gamma: torch.Tensor, act=None) -> Scaled:
+    module = Scaled(act)
     if isinstance(gamma, nn.Parameter):
         module.gamma = gamma
     else:
@@ -92,7 +114,9 @@ def normed(*sizes: int) -> nn.Sequential:
         (Gated(nn.GELU()), GEGLU(6)),
         (Gated(nn.ReLU()), SwiGLU(6, "relu")),
         (Gated(F.silu, bias=True), GeneralFFN(6, "silu", gated=True, bias_gate=True)),
-        (Named(drop1=nn.Dropout(0.0), norm=nn.Identity()), FFN(6, bias=True)),
+        (Named(norm=nn.Dropout(0.0)), FFN(6, bias=True)),
+        (Named(dropout=0.1, unused=nn.LayerNorm(6)), FFN(6, bias=True)),  # nothing of it is called
+        (Dropping(0.1, "fc2"), GeneralFFN(6, dropout=0.1)),
         (DenseFFN(6, "relu", bias=False).build(4), FFN(6, "relu")),
         (DenseFFN(6, "silu", gated=True, dropout=0.1).build(4), GeneralFFN(6, "silu", True, True, True, dropout=0.1)),
         (normed(4, 6), MLP((6,), norm="batch", dropout=0.2)),
@@ -195,18 +219,30 @@ def test_activations_are_recognized_by_what_they_compute(act, name):
     assert activation_name(act) == name
 
 
+@pytest.mark.parametrize("gamma", [torch.ones(4), nn.Parameter(torch.ones(4))])
+def test_what_follows_a_network_s_layers_stays_behind_the_experts(gamma):
+    module = scaled(gamma)
+    part = named_part("net", module)
+    assert (part.at, part.emptied) == ("fc1", ("act", "norm", "fc2"))
+    sparse = sparsify(module, MoEConfig(2), "")
+    sparse.gamma.data *= 3
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(sparse(x), 3 * module(x))
+    with pytest.raises(ValueError, match=r"it does more than a feed-forward network"):  # a function cannot be taken out
+        named_part("net", scaled(gamma, F.gelu))
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Named(norm=nn.LayerNorm(6)), r"module 'net': a Named has a LayerNorm as 'norm', which no expert of one has"),
-        (scaled(nn.Parameter(torch.ones(4))), "module 'net': a Named has 'gamma' of its own, which no expert"),
-        (scaled(torch.ones(4)), "module 'net': a Named has 'gamma' of its own"),
-        (Named(drop2=nn.AlphaDropout(0.1)), r"a AlphaDropout stands where nn.Dropout is expected"),
-        (Named(dropout=0.1), r"a Named has dropout=0.1, and no module that says where it applies"),
-        (Named(act=nn.PReLU()), r"its activation PReLU is none of relu, gelu, silu"),
-        (Reversed(width=6), r"a Reversed computes something else than FFN\("),
+        (Named(norm=nn.LayerNorm(6)), r"^module 'net' is a Named.*: what is between its linear layers is none of relu"),
+        (Named(F.gelu, last=nn.AlphaDropout(0.1)), r"^module 'net' .*or drops other numbers in training"),
+        (Named(norm=nn.AlphaDropout(0.1)), r"its hidden layer is changed in training, and not by dropout"),
+        (Dropping(0.1, "act"), r"its hidden layer is changed in training, and not by dropout behind the activation"),
+        (Named(act=nn.PReLU()), r"what is between its linear layers is none of relu, gelu, silu"),
+        (Reversed(width=6), r"is a Reversed.*: what is between its linear layers is none of relu"),
         (nn.Linear(4, 4), r"module 'net' is a Linear, which is no feed-forward network"),
-        (Named(width=8), r"module 'net': w_out takes 6 numbers, and w_in gives 8"),
+        (Named(width=8), r"module 'net' is a Named.* called with a tensor of shape .*32x8 and 6x4"),
         (nn.ModuleList([Named()]), r"is a ModuleList, which is no feed-forward network; there are net.0 in it"),
         (sequence(nn.Linear(6, 6)), r"is a Sequential, which is no feed-forward network"),
         (
@@ -236,12 +272,14 @@ def test_a_check_leaves_modes_and_statistics_as_they_are():
 
 
 class Own(nn.Module):
+    """A network that is not called with tokens alone."""
+
     def __init__(self):
         super().__init__()
         self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
 
-    def forward(self, x):
-        return self.down(self.up(x).relu())
+    def forward(self, x, times):
+        return times * self.down(self.up(x).relu())
 
 
 class OwnBelow(Own):
@@ -249,7 +287,8 @@ class OwnBelow(Own):
 
 
 def read_own(module):
-    return feed_forward_part(affine(module.up), affine(module.down), activation="relu")
+    up, down = affine(module.up), affine(module.down)
+    return feed_forward_part(up, down, activation="relu", dense=lambda x: module(x, 1))
 
 
 @pytest.mark.parametrize("kind", [Own, f"{Own.__module__}.Own"])
@@ -258,6 +297,56 @@ def test_a_class_of_one_s_own_is_registered(kind, monkeypatch):
     assert read_ffn(Own()) is None
     register_ffn(kind, read_own)
     assert named_part("net", OwnBelow()).expert == FFN(6, "relu", bias=True)
+
+
+class Transposed(nn.Module):
+    """A network whose matrices no linear layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x):
+        return F.gelu(x @ self.up) @ self.down
+
+
+class Bypassing(Named):
+    """A network that does not call its linear layers."""
+
+    def forward(self, x):
+        return F.linear(F.gelu(F.linear(x, self.fc1.weight, self.fc1.bias)), self.fc2.weight, self.fc2.bias)
+
+
+class BypassingGated(nn.Module):
+    """Llama's names, in whose order the last layer is second."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 6)
+
+    def forward(self, x):
+        w1, w2, w3 = (lambda y, m=m: F.linear(y, m.weight, m.bias) for m in (self.w1, self.w2, self.w3))
+        return w2(F.gelu(w1(x)) * w3(x))
+
+
+@pytest.mark.parametrize("kind", [Transposed, Bypassing, BypassingGated])
+def test_an_error_prints_three_lines_that_register_the_class(kind, monkeypatch):
+    monkeypatch.setattr(readers, "_READERS", dict(readers._READERS))
+    dense, x = nn.Sequential(kind(), kind()), torch.randn(5, 4)
+    with pytest.raises(ValueError, match=f"module '0' is a {kind.__name__}, which is no feed-forward") as error:
+        sparsify(dense, MoEConfig(4), "*")
+    _, _, *lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    exec("\n".join(lines), {"core": core})
+    torch.testing.assert_close(sparsify(dense, MoEConfig(4), "*")(x), dense(x))
+
+
+def test_what_is_no_network_gets_no_such_lines():
+    with pytest.raises(
+        ValueError, match=r"is a Linear, which is no feed-forward network: it has no two linear layers"
+    ) as e:
+        named_part("net", nn.Linear(4, 4))
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("kind", ["Own", int, 3])
@@ -284,3 +373,18 @@ def test_a_quantized_weight_is_refused():
     linear.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="a Linear has no weight of floating-point numbers"):
         affine(linear)
+
+
+def test_layers_without_their_sizes_are_no_network():
+    model = nn.Sequential(nn.LazyLinear(6), nn.ReLU(), nn.Linear(6, 4))
+    assert list(recognized_ffns(model)) == []
+
+
+def test_a_compiled_network_is_read_without_being_compiled():
+    compiled = []
+    backend = lambda graph, inputs: compiled.append(graph) or graph.forward  # noqa: E731
+    module, x = torch.compile(sequence(nn.ReLU()), backend=backend), torch.randn(3, 4)
+    assert named_part("net", module).expert == FFN(6, "relu", bias=True)
+    assert compiled == []
+    module(x)
+    assert len(compiled) == 1
