@@ -98,7 +98,8 @@ def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
     less than either of the first two by itself. The degrees of freedom are Satterthwaite's, and at most S - 1 unless
     the seeds differ by no more than the rest explains (MS_s <= MS_r); likewise N - 1. Two seeds cannot show that they
     do not differ, and have one degree. So few seeds widen the interval as Student's t does, and count little only if
-    the examples are all that varies. Without the limit the interval of two seeds would hold the mean 88 times of 100.
+    the examples are all that varies. Without the limit the interval of two seeds would hold the mean 88 times of 100. Three
+    seeds hide now and then that they differ: their quantile is that of 95.6 %, so that 95 of 100 intervals hold the mean.
 
     Raises:
         ValueError: no value.
@@ -159,7 +160,7 @@ def _half_width(ms_seed: Any, ms_example: Any, ms_rest: Any, S: int, N: int) -> 
     freedom = np.maximum(variance**2 / np.maximum(spread, np.finfo(float).tiny), 1)
     for ms, n in ((ms_seed, S), (ms_example, N)):
         freedom = np.where((ms > ms_rest) | (n == 2), np.minimum(freedom, n - 1), freedom)
-    return t.ppf(0.975, freedom) * np.sqrt(variance)
+    return t.ppf(0.978 if S == 3 else 0.975, freedom) * np.sqrt(variance)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:

@@ -73,7 +73,8 @@ def signature(value: Any, met: dict[int, int] | None = None) -> Hashable:
         return type(value), value
     if id(value) in met:
         return met[id(value)]
-    if not isinstance(value, nn.Module | Tensor | dict | list | tuple | set) or is_lazy(value):
+    is_known = isinstance(value, nn.Module | Tensor | dict | list | tuple | set)
+    if not is_known or (isinstance(value, Tensor) and is_lazy(value)):
         return id(value)  # of another kind only the very same object counts as equal
     met[id(value)] = len(met)
     if isinstance(value, Tensor):
