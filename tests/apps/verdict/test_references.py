@@ -23,12 +23,12 @@ def of_task(model, *means, task="spend"):
         (
             (of_task("sparse", 0.3, 0.31, 0.29), of_task(DENSE, 0.29, 0.28, 0.30), of_task("lightgbm", 0.5)),
             "spend: lightgbm is best (r2: lightgbm 0.5, sparse 0.3, dense, equal FLOPs 0.29; over the second 95 % "
-            "interval +0.175 to +0.225). Of the networks, sparse adds nothing that is shown.",
+            "interval +0.173 to +0.227). Of the networks, sparse adds nothing that is shown.",
         ),
         (
             (of_task("sparse", 0.6, 0.61, 0.59), of_task(DENSE, 0.3, 0.31, 0.29), of_task("lightgbm", 0.5)),
             "spend: sparse is best (r2: sparse 0.6, lightgbm 0.5, dense, equal FLOPs 0.3; over the second 95 % "
-            "interval +0.0752 to +0.125).",
+            "interval +0.0734 to +0.127).",
         ),
         (
             (of_task("sparse", 0.5, 0.7), of_task(DENSE, 0.3, 0.5), of_task("lightgbm", 0.55)),
