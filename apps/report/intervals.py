@@ -98,8 +98,8 @@ def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
     less than either of the first two by itself. The degrees of freedom are Satterthwaite's, and at most S - 1 unless
     the seeds differ by no more than the rest explains (MS_s <= MS_r); likewise N - 1. Two seeds cannot show that they
     do not differ, and have one degree. So few seeds widen the interval as Student's t does, and count little only if
-    the examples are all that varies. Without the limit the interval of two seeds would hold the mean 88 times of 100. Three
-    seeds hide now and then that they differ: their quantile is that of 95.6 %, so that 95 of 100 intervals hold the mean.
+    the examples are all that varies. Without the limit the interval of two seeds would hold the mean 88 times of 100.
+    Three seeds hide now and then that they differ: with the quantile of 95.6 %, 95 of 100 intervals hold the mean.
 
     Raises:
         ValueError: no value.
