@@ -11,10 +11,10 @@ TESTED = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test peers lint format docs bench gpu clean
+.PHONY: help setup demo test test-changed peers lint format docs bench gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON, PARTS=cpu|cuda, PIP_ARGS, WORKERS, ARGS; for example: make test ARGS='-k contract'"
 
 setup: $(READY) ## make .venv and install everything into it (nothing to do: under a second)
@@ -27,6 +27,10 @@ demo: $(READY) ## train sparse and dense models on real images, compare them, sh
 
 test: $(READY) ## run the tests, without those marked slow, pages or gpu
 	$(TESTED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 $(ARGS)
+
+test-changed: $(READY) ## run the tests that the working tree's changes concern (ARGS="--since main": all since then)
+	@tests=$$($(BIN)/python tests/changed.py $(ARGS)) && if [ -z "$$tests" ]; then echo "no test is concerned"; else \
+	$(TESTED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $$tests; fi
 
 peers: $(READY) ## install transformers and other peers, and run the tests of equality with them
 	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_ARGS) -e ".[peers]"

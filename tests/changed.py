@@ -1,0 +1,81 @@
+"""Which tests a change concerns: those that import a changed module, directly or through others.
+
+``python tests/changed.py`` prints them for the working tree, and ``--since REVISION`` for all changes since then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import subprocess
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+
+from test_imports import imports, module_name
+
+ROOT = Path(__file__).resolve().parents[1]
+TOPS = ("core", "apps", "moesaic", "tests")
+PAGES = {
+    "configs": ["tests/test_configs.py", "tests/test_typed_commands.py"],
+    "docs": ["tests/test_docs.py", "tests/test_figures.py", "tests/test_site.py", "tests/test_typed_commands.py"],
+    "README.md": ["tests/test_readme.py", "tests/test_figures.py", "tests/test_typed_commands.py"],
+    "pyproject.toml": ["tests/test_packaging.py"],
+    "packaging": ["tests/test_packaging.py"],
+    "benchmarks": ["tests/core/test_benchmarks.py", "tests/test_gpu_command.py"],
+}
+"""Tests of files that are not imported, by folder or name."""
+
+
+@functools.cache
+def importers() -> dict[str, set[str]]:
+    """Return the files that import each file, by path from the root."""
+    files = [path.relative_to(ROOT).as_posix() for top in TOPS for path in sorted((ROOT / top).rglob("*.py"))]
+    # Tests import those of tests/support by their bare names.
+    modules = {module_name(file.removeprefix("tests/support/")): file for file in files}
+    found = defaultdict(set)
+    for file in files:
+        for imported in imports(file, (ROOT / file).read_text("utf-8")):
+            parts = imported.target.split(".")
+            names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+            found[next((modules[name] for name in names if name in modules), "")].add(file)
+    return found
+
+
+def tests_of(changed: list[str]) -> list[str]:
+    """Return the files of tests that a change of files concerns."""
+    reached, todo = set[str](), list(changed)
+    while todo:
+        file = todo.pop()
+        if file not in reached:
+            reached.add(file)
+            todo += importers()[file]
+            if PurePosixPath(file).name == "conftest.py":  # fixtures are not imported
+                todo += [path.relative_to(ROOT).as_posix() for path in (ROOT / file).parent.rglob("test_*.py")]
+    found = {file for file in reached if PurePosixPath(file).name.startswith("test_") and (ROOT / file).is_file()}
+    for file in changed:
+        found |= {test for start, tests in PAGES.items() if f"{file}/".startswith(f"{start}/") for test in tests}
+    return sorted(found)
+
+
+def tests_near(file: str) -> list[str]:
+    """Return the folder of tests at the place of a file, or the nearest one above; the package's for one at its top."""
+    folder = PurePosixPath("tests", file).with_suffix("")
+    single = folder.with_name(f"test_{folder.name}.py")
+    while not (ROOT / folder).is_dir():
+        folder = folder.parent
+    return [str(single)] if (ROOT / single).is_file() and len(folder.parts) < 3 else [str(folder)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--since", default="HEAD", help="compare the working tree with this revision (HEAD)")
+    since = parser.parse_args().since
+    changed = []
+    for command in (["diff", "--name-only", since], ["ls-files", "--others", "--exclude-standard"]):
+        ran = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
+        changed += ran.stdout.splitlines()
+    print("\n".join(tests_of(changed)))
+
+
+if __name__ == "__main__":
+    main()
