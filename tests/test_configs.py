@@ -7,14 +7,18 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from grids import one_in
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from PIL import Image
 
 import core
+from apps.cli import configs
 from apps.cli.train import build, quiet
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.ladder.growth import Growth
@@ -33,6 +37,7 @@ from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature,
 from apps.recsys.retrieval.data import RetrievalData
 from apps.recsys.sequence.data import HistoryData
 from apps.recsys.tables.data import TableData
+from apps.registry import DATA, MODELS, TRAINER
 from apps.train.device import device_options
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +99,61 @@ def no_data(monkeypatch) -> None:
         monkeypatch.setattr(ImageTextData, name, value)
 
 
+def one_a_model() -> list[Any]:
+    """Return the configurations, with ``slow`` on all but the first of each model."""
+    known = set()
+    return [
+        pytest.param(path, marks=[pytest.mark.slow] if model in known or known.add(model) else [])
+        for path in WHOLE
+        for model in [yaml.safe_load(path.read_text())["model"]["class_path"]]
+    ]
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """Read model, data and trainer as the command line does, but make nothing."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model", required=True)
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
+    parser.add_class_arguments(Trainer, "trainer")
+    return parser
+
+
+def parse(parser, *paths: Path) -> None:
+    """Read a configuration and its overlays, whose classes of the apps have short names."""
+    tree: dict[str, Any] = {}
+    for path in paths:
+        tree = configs.merge(tree, yaml.safe_load(path.read_text()))
+    tree = {key: tree[key] for key in ("model", "data", "trainer") if key in tree}
+    for key, modules in (("model", {k: f"{v}.module" for k, v in MODELS.items()}), ("data", DATA)):
+        kind = tree[key]["class_path"]
+        tree[key] = {**tree[key], "class_path": f"{modules[kind]}.{kind}"}
+    trainer = tree.get("trainer", {})
+    for part in (*trainer.get("callbacks", ()), trainer.get("strategy")):
+        if isinstance(part, dict) and part["class_path"] in TRAINER:
+            part["class_path"] = f"{TRAINER[part['class_path']]}.{part['class_path']}"
+    parser.parse_object(tree, defaults=False)
+
+
 @pytest.mark.parametrize("path", WHOLE, ids=name)
+def test_a_configuration_is_parsed(path, parser):
+    parse(parser, path)
+
+
+@pytest.mark.parametrize("path", [*OVERLAYS, *ROUTING], ids=name)
+def test_an_overlay_is_parsed_over_a_configuration(path, parser):
+    parse(parser, base_of(path), path)
+
+
+def test_a_wrong_value_in_a_configuration_is_found(parser, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    for line in ("model: {init_args: {moe: {router: {init_args: {top_k: two}}}}}", "trainer: {max_epoch: 1}"):
+        path.write_text(line)
+        with pytest.raises(ArgumentError, match=r"top_k|max_epoch"):
+            parse(parser, BASE, path)
+
+
+@pytest.mark.parametrize("path", one_a_model(), ids=name)
 def test_a_configuration_builds(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     no_data(monkeypatch)
@@ -124,7 +183,7 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
     assert (asked["accelerator"], asked["devices"], asked["precision"]) == wanted
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=name)
+@pytest.mark.parametrize("path", one_in(8, OVERLAYS, name), ids=name)
 def test_an_overlay_builds_over_a_configuration(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     base = base_of(path)
@@ -187,7 +246,7 @@ def commands(path: Path) -> list[list[str]]:
         words[:] = words[words.index("apps.cli") if "apps.cli" in words else 0 :][1:]  # the command, and its arguments
     prose = " ".join(line for line in text.split("\n") if line not in lines)
     sentences = re.findall(r"(?:--[a-z_]+(?:\.[a-z_]+)+ (?:'[^']*'|[^\s']+) ?(?:and )?)+", prose)
-    options = [[word.rstrip(".,;:") for word in shlex.split(sentence) if word != "and"] for sentence in sentences]
+    options = [[word.rstrip(".,;:)") for word in shlex.split(sentence) if word != "and"] for sentence in sentences]
     return typed + [[*typed[0], *words] for words in options]
 
 
@@ -224,6 +283,10 @@ def commands_to_build() -> list[tuple[Path, list[str]]]:
 COMMANDS = commands_to_build()
 
 
+def words_of(typed: tuple[Path, list[str]]) -> str:
+    return " ".join(typed[1])
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_the_header_says_how_to_run_it(path):
     typed = commands(path)
@@ -241,9 +304,10 @@ def test_a_header_s_commands_are_found(tmp_path):
     assert commands(path) == [fit, [*fit, "--data.n", "a b", "--m.k", "2"], [*fit, "--data.root", "DIR"]]
 
 
-# Each configuration and overlay of these has been built above by itself; one in three is built as it is typed.
-@pytest.mark.parametrize("words", one_in(3, [words for _, words in COMMANDS], " ".join), ids=" ".join)
-def test_what_a_header_says_to_type_is_read_and_built(words, monkeypatch, tmp_path):
+# Each configuration and overlay of these has been built above by itself; one in ten is built as it is typed.
+@pytest.mark.parametrize("typed", one_in(10, COMMANDS, words_of), ids=words_of)
+def test_what_a_header_says_to_type_is_read_and_built(typed, monkeypatch, tmp_path):
+    path, words = typed
     if any("TorchRecStrategy" in (ROOT / word).read_text() for word in words if word.endswith(".yaml")):
         pytest.importorskip("torchrec")
     monkeypatch.chdir(tmp_path)
@@ -251,6 +315,8 @@ def test_what_a_header_says_to_type_is_read_and_built(words, monkeypatch, tmp_pa
     command, *rest = (str(ROOT / word) if word.startswith("configs/") else word for word in words)
     for option in {"--ckpt_path", "--weights"} & {*rest}:
         del rest[rest.index(option) : rest.index(option) + 2]
+    if command != "compare" and "--config" not in rest:  # that of the run
+        rest += ["--config", str(path)]
     if "DIR" in rest:
         rest[rest.index("DIR")] = str(image_folder(tmp_path / "data"))
     if "INBOX" in rest:

@@ -100,6 +100,16 @@ class Import:
 parsed = functools.cache(ast.parse)
 
 
+@functools.cache
+def nodes_of(source: str) -> list[ast.AST]:
+    return [*ast.walk(parsed(source))]
+
+
+def called(function: ast.expr) -> str:
+    """Return the last name of a function that is called."""
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
 def module_name(path: str) -> str:
     """Return ``core.kernels.eager`` for ``core/kernels/eager.py``; a package's ``__init__.py`` is the package."""
     parts = PurePosixPath(path).with_suffix("").parts
@@ -119,7 +129,7 @@ def imports(path: str, source: str) -> Iterator[Import]:
             prefix = ".".join((*base, *([node.module] if node.module else [])))
             for alias in node.names:  # `from . import cpu` and `from .cpu import f`: a name may be a module
                 yield Import(node.lineno, f"{prefix}.{alias.name}", lazy)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and called(node.func) in ("import_module", "__import__"):
             yield from (Import(node.lineno, str(a.value), lazy) for a in node.args[:1] if isinstance(a, ast.Constant))
         inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         inside = inside or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
@@ -218,7 +228,7 @@ def names_of_apps(path: str, source: str) -> list[str]:
     classes, models = registered()
     models -= {"tables"} if path.startswith(EMBEDDING_TABLES) else set()
     named = re.compile(rf"\bapps[./]({'|'.join(APPS)})\b|\b({'|'.join(classes)})\b|^({'|'.join(models)})$")
-    nodes = [*ast.walk(parsed(source))]
+    nodes = nodes_of(source)
     docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     return [
         f"{path}:{text.lineno}: names an app in {text.value!r}: apps/registry.py alone knows the apps"
@@ -261,7 +271,7 @@ def is_self(node: ast.expr) -> bool:
 def private_names(sources: dict[str, str]) -> set[str]:
     """Return the private names that files define: functions, classes, variables, and attributes of ``self``."""
     names: set[str] = set()
-    for node in (node for path, source in sources.items() for node in ast.walk(parsed(source))):
+    for node in (node for path, source in sources.items() for node in nodes_of(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -273,7 +283,7 @@ def private_names(sources: dict[str, str]) -> set[str]:
 
 def used_privately(sources: dict[str, str]) -> set[str]:
     """Return the private names that ``INTERNALS`` use, which are the libraries'."""
-    nodes = (node for path in INTERNALS for node in ast.walk(parsed(sources[path])))
+    nodes = (node for path in INTERNALS for node in nodes_of(sources[path]))
     return {found[1] for node in nodes if (found := attribute(node)) and is_private(found[1])} - OPEN
 
 
@@ -292,7 +302,7 @@ def reaches(path: str, source: str, own: set[str], theirs: set[str]) -> list[str
         hidden = any(is_private(part) for part in rest) and target.target not in OPEN_IMPORTS
         if top in LIBRARIES and (hidden or (top == "lightning" and rest and parent(target.target) not in DOCUMENTED)):
             found.append(f"{path}:{target.line}: imports {target.target}")
-    for node in ast.walk(parsed(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.FunctionDef) and node.name in theirs:
             found.append(f"{path}:{node.lineno}: overrides {node.name}")
         value, name = attribute(node) or (None, "")
