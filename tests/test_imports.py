@@ -118,25 +118,29 @@ def module_name(path: str) -> str:
 
 def imports(path: str, source: str) -> Iterator[Import]:
     """Yield every import of a file, also those inside functions and ``if TYPE_CHECKING``."""
-    package = PurePosixPath(path).parts[:-1]
-
-    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+    package, nodes = PurePosixPath(path).parts[:-1], nodes_of(source)
+    inside = [(node.lineno, node.end_lineno or 0) for node in nodes if runs_later(node)]
+    for node in nodes:
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(node.lineno, alias.name, lazy)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             prefix = ".".join((*base, *([node.module] if node.module else [])))
-            for alias in node.names:  # `from . import cpu` and `from .cpu import f`: a name may be a module
-                yield Import(node.lineno, f"{prefix}.{alias.name}", lazy)
+            # `from . import cpu` and `from .cpu import f`: a name may be a module
+            names = [f"{prefix}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Call) and called(node.func) in ("import_module", "__import__"):
-            yield from (Import(node.lineno, str(a.value), lazy) for a in node.args[:1] if isinstance(a, ast.Constant))
-        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        inside = inside or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-        for child in ast.iter_child_nodes(node):
-            yield from visit(child, inside)
+            names = [str(a.value) for a in node.args[:1] if isinstance(a, ast.Constant)]
+        for name in names:
+            yield Import(node.lineno, name, any(start <= node.lineno <= end for start, end in inside))
 
-    yield from visit(parsed(source), False)
+
+def runs_later(node: ast.AST) -> bool:
+    """Tell whether what is inside of a node does not run when its module is imported."""
+    is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    return is_function or (
+        isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    )
 
 
 def part_of(module: str) -> str:
