@@ -1,5 +1,7 @@
 """The table recommender from the command line, and its configurations."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
@@ -53,7 +55,7 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
-def test_a_run_is_tested_predicted_and_resumed(trained):
+def test_a_run_is_tested_and_predicted(trained):
     where = ["--config", str(trained.parent / "table.yaml"), "--run_dir", str(trained)]
     assert main(["test", *where]) == 0
     metrics = json.loads((trained / "test.json").read_text())
@@ -61,7 +63,6 @@ def test_a_run_is_tested_predicted_and_resumed(trained):
     assert main(["predict", *where]) == 0
     first = json.loads((trained / "predictions.jsonl").read_text().splitlines()[0])
     assert first.keys() == {"index", "probability_click", "probability_buy", "label_click", "label_buy"}
-    assert main(["fit", *where, "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
 
 
 def test_a_run_of_an_earlier_version_lacks_the_fields_that_have_come_since(trained, tmp_path, capsys):
@@ -156,19 +157,17 @@ def test_what_does_not_fit_is_named(trained, capsys, flags, message):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_configuration_trains_a_step(path, monkeypatch, tmp_path):
+def test_a_configuration_trains_a_step(path):
     # Made columns stand for the dataset's, which is not on every machine.
-    monkeypatch.chdir(tmp_path)
     parts = yaml.safe_load(path.read_text())
-    model, num_domains = parts["model"]["init_args"], 3 if "domain" in parts["data"]["init_args"] else 0
-    monkeypatch.setattr(TableData, "features", features(num_domains=num_domains))
-    flags = ["--model.head.personal", "[city]"] if model.get("head", {}).get("personal") else []
-    with quiet():
-        cli = build("fit", ["--config", str(path), "--trainer.accelerator", "cpu", *flags])
-    out = cli.model.train().task_loss(batch(32, num_domains=num_domains))
+    options, num_domains = parts["model"]["init_args"], 3 if "domain" in parts["data"]["init_args"] else 0
+    if options.get("head", {}).get("personal"):
+        options["head"]["personal"] = ["city"]
+    model = MultiTaskRecommender(features(num_domains=num_domains), **options)
+    out = model.train().task_loss(batch(32, num_domains=num_domains))
     out.loss.backward()
     assert out.loss.isfinite()
-    assert class_path(type(cli.model.shared_config)).endswith(model["shared"]["class_path"].removeprefix("core."))
+    assert class_path(type(model.shared_config)).endswith(options["shared"]["class_path"].removeprefix("core."))
 
 
 def test_a_run_says_what_its_columns_are_worth_and_how_new_rows_differ(tmp_path, monkeypatch, capsys):
@@ -208,3 +207,52 @@ def test_a_run_says_what_its_columns_are_worth_and_how_new_rows_differ(tmp_path,
     assert capsys.readouterr().out == "no drift: same.csv against the training of run\n"
     assert main(["doctor", "--ckpt_path", "run", "--data", "same.csv", "--data.seed", "1"]) == 2
     assert "leave out --ablate and --data.KEY" in capsys.readouterr().err
+
+
+TEN_MILLION = ROOT / "configs" / "recsys" / "ten_million_rows.yaml"
+STEPS = 20
+
+
+@pytest.mark.slow
+def test_ten_million_rows_train_in_their_own_memory(tmp_path):
+    flags = {
+        "trainer.max_epochs": 1,
+        "trainer.limit_train_batches": STEPS,
+        "trainer.limit_val_batches": 1,
+        "trainer.enable_checkpointing": "false",
+        "data.cache_dir": tmp_path,
+        "run_dir": tmp_path / "run",
+    }
+    with quiet():
+        cli = build("fit", ["--config", str(TEN_MILLION), *(f"--{name}={value}" for name, value in flags.items())])
+        sparse = cli.model.members[0].sparse
+        (table,) = sparse.tables().values()
+        # 10^7 rows of 16 floats are 640 MB.
+        assert table.shape == (10_000_000, 16)
+        assert table.untyped_storage().nbytes() == 640_000_000
+        start = table.clone()
+        seen: list[torch.Tensor] = []
+        task_loss = cli.model.task_loss
+
+        def noted(batch):
+            if cli.model.training:
+                seen.append(batch.single_FB[0])
+            return task_loss(batch)
+
+        cli.model.task_loss = noted
+        cli.execute()
+    ids = torch.cat(seen).unique()
+    assert len(seen) == STEPS
+    assert STEPS * 100 < len(ids) <= STEPS * 1024
+    moved = (table != start).any(1).nonzero().flatten()
+    assert set(moved.tolist()) <= set(ids.tolist())
+    assert len(moved) > 0.99 * len(ids)
+    # Rowwise Adagrad has a number a row, 40 MB, and it is 0 where no batch came.
+    (state,) = sparse.fused_state().values()
+    (momentum,) = state.values()
+    assert momentum.numel() * momentum.element_size() == 40_000_000
+    assert set(momentum.flatten().nonzero().flatten().tolist()) <= set(ids.tolist())
+    # The module's own optimizer keeps nothing of the table.
+    (optimizer,) = cli.trainer.optimizers
+    kept = sum(t.numel() for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+    assert kept < 100_000
