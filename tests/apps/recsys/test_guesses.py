@@ -1,7 +1,5 @@
 """What a column holds, from its name and values."""
 
-from __future__ import annotations
-
 import datetime as dt
 
 import pyarrow as pa
@@ -99,13 +97,10 @@ def test_lists_of_every_form(values, separator):
     assert (found.role, found.separator) == ("list", separator)
 
 
-def test_what_is_no_list():
+def test_words_of_a_name_and_what_is_no_list():
+    assert words_of("userId2") == words_of("user_id") == words_of("User ID") == ["user", "id"]
     towns = ["Boston, MA", "Salem, OR", "Austin, TX"] * 5  # six parts make three texts
     assert of(towns) == ("category", "3 texts, such as 'Boston, MA', 5.0 rows each")
     assert of([f"a{i}|b{i}" for i in range(20)])[0] == "id"
     assert of([[i, -i] for i in range(20)])[1] == "lists whose values do not recur"
     assert of([[[1]], [[2]]])[1] == "lists of lists or of records"
-
-
-def test_words_of_a_name():
-    assert words_of("userId2") == words_of("user_id") == words_of("User ID") == ["user", "id"]

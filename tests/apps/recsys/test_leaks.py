@@ -1,7 +1,5 @@
 """Tables with a planted leak of every kind, and clean ones: what ``init`` leaves out, and what ``fit`` warns of."""
 
-from __future__ import annotations
-
 import datetime as dt
 from typing import Any
 

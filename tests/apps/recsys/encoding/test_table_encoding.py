@@ -1,7 +1,5 @@
 """A checkpoint's encoding of its table: other rows of other files are encoded by it."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace
@@ -12,10 +10,12 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from own_table import CONFIG, NAN, TEST, TRAIN, by_row, changed, same, write
 from places import ROOT
+from quiet_trainer import quiet_trainer
+from refusals import refused
 
+import apps
 import core
 from apps.cli import main
 from apps.recsys.encoding.table_encoding import Encoding
@@ -42,21 +42,27 @@ NEW = {
 }
 
 
-def test_a_vocabulary_finds_its_texts():
+def test_a_vocabulary_finds_its_texts_few_or_many_and_decimals_as_they_are_written_now():
     vocabulary = Vocabulary.of(pa.array(["skip", "b", "", "äö"]).slice(1))
     assert (len(vocabulary), vocabulary.texts()) == (3, ("b", "", "äö"))
     assert vocabulary.find(pa.array(["äö", "a", "b", None, ""])).tolist() == [2, -1, 0, -1, 1]
     assert Vocabulary.of(pa.array([], pa.string())).find(pa.array(["a"])).tolist() == [-1]
     assert vocabulary.digest != Vocabulary.of(pa.array(["", "b", "äö"])).digest
-
-
-def test_decimals_of_an_earlier_version_s_checkpoint_are_found_as_they_are_written_now():
+    # 5,000 texts; two are looked up by bisection, 100 in a hash table.
+    texts = [f"{name}{i}" for i in range(2500) for name in ("ä", "z")]
+    vocabulary = Vocabulary.of(pa.array(texts))
+    wanted = ["z0", "ä2499", "", "zz", "ä", "a", "z2500", *texts[::60]]
+    in_table = vocabulary.find(pa.array(wanted)).tolist()
+    assert (in_table[:7], in_table[7:]) == ([1, 4998, -1, -1, -1, -1, -1], [*range(0, 5000, 60)])
+    assert [int(vocabulary.find(pa.array([text]))[0]) for text in wanted] == in_table
+    assert vocabulary.find(pa.array([], pa.string())).tolist() == []
+    # Decimals of an earlier version's checkpoint are found as they are written now.
     for old, new in ((["5.00", "5.50", "-1.05"], ("5", "5.5", "-1.05")), (["1.10", "007.0", "v5.0"], None)):
         state = Vocabulary.of(pa.array(old)).state()
         assert Vocabulary.of_state(**state).texts() == (new or tuple(old))
 
 
-def test_a_table_is_encoded_by_what_another_one_taught(own, tmp_path):
+def test_what_another_table_taught_encodes_and_a_domain_that_it_lacks_is_named(own, tmp_path):
     learned = own()
     state = learned.encoding_state
     torch.save(state, tmp_path / "state.pt")
@@ -67,13 +73,18 @@ def test_a_table_is_encoded_by_what_another_one_taught(own, tmp_path):
     data = own()
     data.adopt(state)
     assert data.features == learned.features  # with the mean age of the first table
-    assert data.vocabulary("city") == (None, "Rome", "NA", "Oslo")
-    assert data.domain_values == ("de", "fr")
+    assert (data.vocabulary("city"), data.domain_values) == ((None, "Rome", "NA", "Oslo"), ("de", "fr"))
     rows = by_row(data.rows("train")[:], data.features)
     assert [r["city"] for r in rows] == [[3], [3], [2], [1], [0], [3]]
     assert [r["domain"] for r in rows] == [1, 0, 1, 1, 0, 1]
     assert same([r["dense"] for r in rows], [[1.0], [2.0], [NAN], [3.0], [NAN], [4.0]])
     assert data.findings.unseen["city"] == {"train": 0, "val": 0, "test": 1 / 2}
+    # A domain that training lacks is named.
+    state = own().encoding_state
+    write(tmp_path, test={**TEST, "shop": ["fr", "it"]})
+    data = own()
+    data.adopt(state)
+    refused("column 'shop' names the domain, but holds 'it', which training lacks, in", lambda: data.setup("test"))
 
 
 def test_what_was_encoded_is_used_again_where_it_is_the_same(own, tmp_path):
@@ -121,76 +132,43 @@ def test_a_table_that_the_checkpoint_is_not_of_is_refused(own, tmp_path, changes
             other.setup("fit")
 
 
-def test_a_domain_that_training_lacks_is_named(own, tmp_path):
-    state = own().encoding_state
-    write(tmp_path, test={**TEST, "shop": ["fr", "it"]})
-    data = own()
-    data.adopt(state)
-    with pytest.raises(ValueError, match="column 'shop' names the domain, but holds 'it', which training lacks, in"):
-        data.setup("test")
-
-
-# ---- a module brings it along
-
-
 def module_of(data):
     torch.manual_seed(0)
     return MultiTaskRecommender(data.features, shared=core.MMoE(2, core.MLP((4,))), report=None)
-
-
-def trainer(folder, **options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return Trainer(default_root_dir=folder, **{**quiet, "enable_checkpointing": False, **options})
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_loaded_module_scores_by_its_own_rows_whatever_the_data_would_learn(own, tmp_path):
     data = own()
     model = module_of(data)
-    run = trainer(tmp_path, max_steps=2)
+    run = quiet_trainer(tmp_path, max_steps=2)
     run.fit(model, datamodule=data)
     run.save_checkpoint(tmp_path / "it.ckpt")
-    expected = model.eval()(data.rows("test")[:]).sigmoid()
+    expected, scores = model.eval()(data.rows("test")[:]).sigmoid(), model.predict(NEW)
     write(tmp_path, train=SWAPPED)
+    pa.csv.write_csv(pa.table(NEW), tmp_path / "new.csv")
 
     loaded = MultiTaskRecommender.load_from_checkpoint(tmp_path / "it.ckpt")
-    (predicted,) = trainer(tmp_path).predict(loaded, datamodule=own())
+    (predicted,) = quiet_trainer(tmp_path).predict(loaded, datamodule=own())
     assert torch.equal(torch.stack([predicted["probability_click"], predicted["probability_like"]], 1), expected)
 
-    other = own()
-    fresh = module_of(data)
-    trainer(tmp_path).test(fresh, datamodule=data, ckpt_path=tmp_path / "it.ckpt", weights_only=True, verbose=False)
-    with pytest.raises(ValueError, match=r"model.features does not fit the data: positives|continuous"):
-        trainer(tmp_path).test(module_of(other), datamodule=other, ckpt_path=tmp_path / "it.ckpt", weights_only=True)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_script_predicts_a_file_by_a_loaded_module_alone(own, tmp_path):
-    data = own()
-    model = module_of(data)
-    run = trainer(tmp_path, max_steps=2)
-    run.fit(model, datamodule=data)
-    run.save_checkpoint(tmp_path / "it.ckpt")
-    expected = model.predict(NEW)
-    for name in ("train.csv", "test.csv"):
-        (tmp_path / name).unlink()
-    pa.csv.write_csv(pa.table(NEW), tmp_path / "new.csv")
-    loaded = MultiTaskRecommender.load_from_checkpoint(tmp_path / "it.ckpt")
-    (predicted,) = trainer(tmp_path).predict(loaded, datamodule=own(predict_file="new.csv"))
+    (predicted,) = quiet_trainer(tmp_path).predict(loaded, datamodule=own(predict_file="new.csv"))
     assert list(predicted) == ["index", "probability_click", "probability_like"]
-    assert predicted["probability_click"].tolist() == expected["probability_click"].tolist()
+    assert predicted["probability_click"].tolist() == scores["probability_click"].tolist()
+
+    other, run, it = own(), quiet_trainer(tmp_path), tmp_path / "it.ckpt"
+    run.test(module_of(data), datamodule=data, ckpt_path=it, weights_only=True, verbose=False)
+    with pytest.raises(ValueError, match=r"model.features does not fit the data: positives|continuous"):
+        run.test(module_of(other), datamodule=other, ckpt_path=it, weights_only=True)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_test_rows_have_their_labels_beside_their_predictions(own, tmp_path):
     write(tmp_path, test={**TEST, "stars": ["4", ""]})
     data = own()
-    (predicted,) = trainer(tmp_path).predict(module_of(data), datamodule=data)
+    (predicted,) = quiet_trainer(tmp_path).predict(module_of(data), datamodule=data)
     # clicks of TEST; 4 stars are liked, and no stars are no label
     assert (predicted["label_click"], predicted["label_like"]) == ([1, 0], [1, None])
-
-
-# ---- rows to predict
 
 
 @pytest.mark.parametrize(("kind", "train_file"), [("csv", "gone.csv"), ("parquet", None)])
@@ -221,8 +199,7 @@ def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path
     alone = own(predict_file=f"new.{kind}")
     assert same(by_row(next(iter(alone.predict_dataloader())), alone.features), rows)
     missing = r"needs train_file \(--data.train_file\)" if train_file is None else "gone.csv"
-    with pytest.raises(ValueError, match=missing):
-        data.setup("fit")
+    refused(missing, lambda: data.setup("fit"))
 
 
 @pytest.mark.parametrize(
@@ -240,8 +217,7 @@ def test_rows_that_cannot_be_encoded_are_named(own, tmp_path, columns, message):
     pa.parquet.write_table(pa.table({**NEW, **columns}), tmp_path / "new.parquet")
     data = own(predict_file="new.parquet")
     data.setup("predict")
-    with pytest.raises(ValueError, match=message):
-        list(data.predict_dataloader())
+    refused(message, lambda: list(data.predict_dataloader()))
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -270,16 +246,12 @@ def test_bad_options_of_a_prediction_are_refused(own, tmp_path):
     with pytest.raises(ValueError, match="predict_columns names 'label_click', which each prediction has of its own"):
         own(predict_columns=["label_click"])
     synthetic = TableData("synthetic", cache_dir=str(tmp_path), predict_columns=["key"], synthetic={"num_rows": 400})
-    with pytest.raises(ValueError, match=r"predict_columns='key' is not one of x0, x1, .*, label_2"):
-        synthetic.predict_dataloader()
+    refused(r"predict_columns='key' is not one of x0, x1, .*, label_2", lambda: synthetic.predict_dataloader())
     with pytest.raises(ValueError, match="predict_columns names 'index', which each prediction has of its own"):
         own(predict_file="new.csv", predict_columns=["index"])
     pa.csv.write_csv(pa.table({k: v for k, v in NEW.items() if k != "city"}), tmp_path / "new.csv")
     with pytest.raises(ValueError, match=r"column 'city' \(categorical\) is not in '.*new\.csv'"):
         own(predict_file="new.csv").setup("predict")
-
-
-# ---- the command line
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -307,6 +279,8 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     assert main(["predict", "--config", "shop.yaml", "--data.predict_file", "all.parquet"]) == 0
     every = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["index"] for row in every] == list(range(120))
+    scores = apps.load("runs/shop").predict("all.parquet")
+    assert [row["probability_click"] for row in every] == scores["probability_click"].to_pylist()
 
     head, _, rest = predict.partition(" --data.predict_columns ")
     assert main([*head.split(), "--overwrite", "--data.predict_columns", rest]) == 0
@@ -317,25 +291,9 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
 
     # The test rows of another split, whose training rows would teach otherwise, have the same predictions.
     pa.csv.write_csv(pa.table(events), "events.csv")
-    assert (
-        main(
-            ["predict", "--config", "shop.yaml", "--data.split.kind", "random", "--data.split.seed", "7", "--overwrite"]
-        )
-        == 0
-    )
+    other = ["--data.split.kind", "random", "--data.split.seed", "7", "--overwrite"]
+    assert main(["predict", "--config", "shop.yaml", *other]) == 0
     for row in map(json.loads, path.read_text().splitlines()):
         labels = {name: events[column][row["index"]] for name, column in (("click", "clicked"), ("buy", "bought"))}
         expected = every[row["index"]] | {f"label_{name}": label for name, label in labels.items()}
         assert row == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_few_texts_are_found_in_a_large_vocabulary_as_many_are():
-    # 5,000 texts; two are looked up by bisection, 100 in a hash table.
-    texts = [f"{name}{i}" for i in range(2500) for name in ("ä", "z")]
-    vocabulary = Vocabulary.of(pa.array(texts))
-    wanted = ["z0", "ä2499", "", "zz", "ä", "a", "z2500", *texts[::60]]
-    in_table = vocabulary.find(pa.array(wanted)).tolist()
-    assert in_table[:7] == [1, 4998, -1, -1, -1, -1, -1]
-    assert in_table[7:] == [*range(0, 5000, 60)]
-    assert [int(vocabulary.find(pa.array([text]))[0]) for text in wanted] == in_table
-    assert vocabulary.find(pa.array([], pa.string())).tolist() == []

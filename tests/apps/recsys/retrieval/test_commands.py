@@ -36,9 +36,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     arguments = options(folder, user_column="user", exclude_seen=True, top_k=2)
     pairs = {"class_path": "RetrievalData", "init_args": arguments}
-    retrieve = write(
-        folder, "retrieve", {"class_path": "TwoTowerRetriever", "init_args": {**MODEL, "report": REPORT}}, pairs
-    )
+    retriever = {"class_path": "TwoTowerRetriever", "init_args": {**MODEL, "report": REPORT}}
+    retrieve = write(folder, "retrieve", retriever, pairs)
     files = {name: arguments[name] for name in ("dataset", "train_file", "cache_dir")}
     rows = {"class_path": "TableData", "init_args": {**files, "table": TABLE}}
     ranker = {"class_path": "MultiTaskRecommender", "init_args": {"report": None}}
@@ -161,12 +160,9 @@ def test_without_a_file_the_pairs_of_the_test_are_predicted(runs):
 def test_errors_are_one_line(runs, capsys):
     folder, where = runs
     predict = ["predict", *where, "--output", str(folder / "none.jsonl")]
-    pa.csv.write_csv(pa.table({"user": ["cy"]}), folder / "bare.csv")
     (folder / "empty.csv").write_text("user,age\n")
     for words, message in (
         (["--data.rank", str(folder / "nothing")], "no checkpoint"),
-        (["--data.index_file", str(folder / "nothing")], "no item index"),
-        (["--data.predict_file", str(folder / "bare.csv")], "column 'age' (continuous) is not in"),
         (["--data.predict_file", str(folder / "empty.csv")], "the rows to predict: there are none"),
     ):
         capsys.readouterr()

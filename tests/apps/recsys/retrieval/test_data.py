@@ -6,6 +6,7 @@ import pytest
 import torch
 from made_pairs import FILMS, ROWS, TABLE, columns as made_columns, made_pairs, retriever
 from own_table import by_row
+from refusals import refused
 from torch.testing import assert_close
 
 from apps.data.array_files import ArraysInMemory
@@ -21,19 +22,20 @@ def data(tmp_path):
     return made_pairs(tmp_path, user_column="user", exclude_seen=True)
 
 
-def test_liked_rows_are_pairs(data):
+def test_liked_rows_are_pairs_and_the_items_of_all_training_rows_are_seen(data):
     assert data.describe() == "table: 6 train, 2 val, 3 test pairs, 5 items"
     assert data.item_values == ("", *FILMS)
     train = data.examples("train").__getitems__(range(6))
     films = [data.item_values[i] for i in train.item_B.tolist()]
     assert films == ["Alien", "Brazil", "Alien", "Dune", "Dune", "Casablanca"]
     assert train.seen_BH is None
-    assert train.own_B.tolist() == [0, 1, 0, 3, 3, 2]
-    assert train.count_U.tolist() == [2, 1, 1, 2]
+    assert (train.own_B.tolist(), train.count_U.tolist()) == ([0, 1, 0, 3, 3, 2], [2, 1, 1, 2])
     assert_close(train.log_q_U.exp(), torch.tensor([2, 1, 1, 2]) / 7)  # Fargo counts as if one liked it
     assert names_of(data.user_features) == ("user", "age")
     assert train.user.dense_BC[:, 0].tolist() == [30, 30, 40, 40, 50, 50]
     assert train.user.single_FB.shape == (1, 6)
+    assert data.examples("test").__getitems__([0, 1, 2]).seen_BH.tolist() == [[1, 2, 3], [1, 2, 4], [3, 4, 5]]
+    assert data.examples("val").__getitems__([1]).seen_BH.tolist() == [[3, 4, 5]]  # cy, the second of two
 
 
 def test_the_catalog_has_each_item_as_its_last_training_row_has_it(data):
@@ -53,11 +55,6 @@ def test_the_catalog_has_each_item_as_its_last_training_row_has_it(data):
     assert test.item.dense_BC[test.own_B[1:], 0].tolist() == [1943, 1979]
 
 
-def test_the_items_of_all_training_rows_are_seen(data):
-    assert data.examples("test").__getitems__([0, 1, 2]).seen_BH.tolist() == [[1, 2, 3], [1, 2, 4], [3, 4, 5]]
-    assert data.examples("val").__getitems__([1]).seen_BH.tolist() == [[3, 4, 5]]  # cy, the second of two
-
-
 def test_rows_of_rare_users_whose_items_stay_candidates_are_counted(tmp_path, caplog):
     dan = [("dan", 20, film, "sci-fi", 1985, 5) for film in ("Alien", "Dune", "Brazil")]  # one row trains
     pa.csv.write_csv(pa.table(made_columns(ROWS + dan)), tmp_path / "more.csv")
@@ -71,28 +68,22 @@ def test_rows_of_rare_users_whose_items_stay_candidates_are_counted(tmp_path, ca
         assert sum(line.startswith(wanted) for line in caplog.messages) == count
 
 
-def test_a_seen_list_by_hand():
+def test_seen_lists_and_last_rows_by_hand():
     # user 1 has items 3 (twice) and 1, user 2 none, user 3 item 2; user or item 0 is unknown
     seen = Seen.of(torch.tensor([1, 1, 3, 1, 0, 3]), torch.tensor([3, 1, 2, 3, 1, 0]), num_users=4)
     assert seen.by_user(torch.tensor([3, 0, 1, 2])).tolist() == [[2, 0], [0, 0], [1, 3], [0, 0]]
     assert seen.by_user(torch.tensor([2])).tolist() == [[0]]
     assert Seen.of(*torch.zeros(2, 1, dtype=torch.int64), 2).by_user(torch.tensor([1, 0])).tolist() == [[0], [0]]
-
-
-def test_the_last_rows_by_hand():
     assert last_rows(torch.tensor([2, 0, 1, 2, 1]), 2).tolist() == [4, 3]
 
 
-def test_without_a_task_all_rows_are_pairs(tmp_path):
+def test_without_a_task_all_rows_are_pairs_and_a_table_without_labels_is_enough(tmp_path):
     data = made_pairs(tmp_path, positive=None, user_columns=["age"])
     assert data.sizes() == {"train": 9, "val": 3, "test": 3}
     assert data.catalog.count_I.tolist() == [2, 2, 2, 2, 1]
     assert data.catalog.seen is None
     assert data.examples("test").__getitems__([0]).seen_BH is None
     assert names_of(data.user_features) == ("age",)
-
-
-def test_a_table_without_labels_is_enough(tmp_path):
     data = made_pairs(tmp_path, table={**TABLE, "tasks": {}}, positive=None)
     assert data.describe() == "table: 9 train, 3 val, 3 test pairs, 5 items"
     batch = data.examples("train").__getitems__([0, 8])
@@ -113,7 +104,7 @@ def test_uniform_negatives_are_drawn_from_the_catalog_by_the_seed(tmp_path):
     assert int(data.examples("val").__getitems__([0, 1]).count_U.sum()) == 2
 
 
-def test_parts_of_a_batch_are_its_columns(data):
+def test_parts_of_a_batch_are_its_columns_and_a_catalog_is_kept_as_plain_values(data):
     rows = TableRows(data.opened, data.features, torch.arange(15))
     whole = by_row(rows[:], data.features)
     for part in (data.user_features, data.item_features):
@@ -121,14 +112,10 @@ def test_parts_of_a_batch_are_its_columns(data):
         for own, of_whole in zip(taken, whole, strict=True):
             assert {k: own[k] for k in own.keys() - {"dense"}} == {k: of_whole[k] for k in own.keys() - {"dense"}}
     assert take_columns(rows[:], data.features, data.item_features).dense_BC[:, 0].tolist() == [row[4] for row in ROWS]
-
-
-def test_a_catalog_is_kept_as_plain_values(data):
     again = Catalog.from_state(data.catalog.state())
     features = data.item_features
     rows, own = (by_row(next(of.batches(features)), features) for of in (again, data.catalog))
-    assert rows == own
-    assert again.seen.items.tolist() == data.catalog.seen.items.tolist()
+    assert (rows, again.seen.items.tolist()) == (own, data.catalog.seen.items.tolist())
 
 
 def test_what_users_had_is_the_checkpoint_s(data, tmp_path):
@@ -139,8 +126,7 @@ def test_what_users_had_is_the_checkpoint_s(data, tmp_path):
         seen_BH = given.examples("test").__getitems__([0]).seen_BH
         assert (None if seen_BH is None else seen_BH.tolist()) == want
     data.adopt({**state, "catalogue": {**state["catalogue"], "seen": None}})
-    with pytest.raises(ValueError, match="exclude_seen=True: the checkpoint does not keep what users had"):
-        data.examples("test")
+    refused("exclude_seen=True: the checkpoint does not keep what users had", lambda: data.examples("test"))
 
 
 def test_values_without_a_row_are_missing(tmp_path):
@@ -236,8 +222,7 @@ def test_a_catalog_grows_and_takes_what_the_new_rows_lack_from_the_checkpoint(da
     assert after.predict({"user": ["ann", "dan"], "age": [32, 20]})["film"].tolist()[:1] == ["Fargo"]
     other = made_pairs(tmp_path, **options, item_columns=["film", "year"], user_columns=["user", "age"])
     other.extend(checkpoint["encoding"])
-    with pytest.raises(ValueError, match="item_columns are not those of the checkpoint, whose catalog has others"):
-        _ = other.catalog
+    refused("item_columns are not those of the checkpoint, whose catalog has others", lambda: other.catalog)
 
 
 @pytest.mark.parametrize(
@@ -259,8 +244,7 @@ def test_a_catalog_grows_and_takes_what_the_new_rows_lack_from_the_checkpoint(da
     ],
 )
 def test_bad_options_are_refused(tmp_path, changed, message):
-    with pytest.raises(ValueError, match=message):
-        made_pairs(tmp_path, **changed).setup("fit")
+    refused(message, lambda: made_pairs(tmp_path, **changed).setup("fit"))
 
 
 def test_tasks_of_numbers_and_items_without_values_are_refused(tmp_path):
@@ -273,5 +257,4 @@ def test_tasks_of_numbers_and_items_without_values_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"item_column='year' is in table\.num_rows, which keeps no values"):
         made_pairs(tmp_path, table=numbered, item_column="year", item_columns=["year"]).setup("fit")
     rare = made_pairs(tmp_path, table={**TABLE, "min_count": 2})  # Fargo is rated once
-    assert rare.item_values == ("", *FILMS[:4])
-    assert rare.sizes() == {"train": 6, "val": 2, "test": 3}
+    assert (rare.item_values, rare.sizes()) == (("", *FILMS[:4]), {"train": 6, "val": 2, "test": 3})

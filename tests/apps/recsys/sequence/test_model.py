@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from refusals import refused
 from torch.testing import assert_close
 
 import core
@@ -34,29 +35,21 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-# ---- what a position may see
-
-
 @KINDS
-def test_a_later_item_changes_no_earlier_output(mixing, moe):
+def test_a_position_sees_what_is_before_it_and_no_padding(mixing, moe):
+    # A later item changes no earlier output.
     model = build(mixing, moe)
     with torch.no_grad():
         before, _, _ = model.encode(torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]]))
         after, _, _ = model.encode(torch.tensor([[3, 1, 4, 9, 6], [2, 7, 1, 8, 3]]))
     assert_close(after[[0, 1, 2, 5, 6, 7, 8]], before[[0, 1, 2, 5, 6, 7, 8]], rtol=0, atol=1e-12)
     assert ((after - before)[[3, 4, 9]].abs().amax(-1) > 1e-3).all()
-
-
-@KINDS
-def test_an_earlier_item_does_change_the_later_outputs(mixing, moe):
+    # An earlier one does change the later outputs.
     model = build(mixing, moe)
     with torch.no_grad():
         before, after = (model.encode(torch.tensor([[i, 1, 4, 1, 5]]))[0] for i in (3, 8))
     assert ((after - before).abs().amax(-1) > 1e-6).all()
-
-
-@KINDS
-def test_padding_changes_nothing(mixing, moe):
+    # Padding changes nothing.
     model = build(mixing, moe)
     alone = [[3, 1, 4, 1, 5], [9, 2, 6], [7]]
     left = torch.tensor([[0, 0, 3, 1, 4, 1, 5], [0, 0, 0, 0, 9, 2, 6], [0, 0, 0, 0, 0, 0, 7]])
@@ -65,10 +58,7 @@ def test_padding_changes_nothing(mixing, moe):
         expected = torch.cat([model(torch.tensor([row])) for row in alone])
         for items in (ITEMS, left, amid):
             assert_close(model(items), expected, rtol=0, atol=1e-12)
-
-
-@KINDS
-def test_padding_has_no_gradient(mixing, moe):
+    # Padding has no gradient.
     model = build(mixing, moe).train()
     h_TD, _, _ = model.encode(ITEMS)
     model.scores(h_TD)[:, 1:].logsumexp(-1).sum().backward()
@@ -77,8 +67,6 @@ def test_padding_has_no_gradient(mixing, moe):
     assert model.pos_embed.weight.grad[:5].abs().amax(-1).min() > 0
     assert not model.pos_embed.weight.grad[5:].any()
 
-
-# ---- times
 
 SECONDS = torch.tensor([[0, 0, 9, 70, 9000], [3, 4, 5, 0, 0], [8, 0, 0, 0, 0]])
 TIMED = pytest.mark.parametrize("mixing", ["attention", "mixture", "hstu"])
@@ -93,7 +81,7 @@ def timed(mixing):
 
 
 @TIMED
-def test_the_time_between_items_counts_and_no_other(mixing):
+def test_the_time_between_items_counts_and_that_of_later_ones_and_of_padding_does_not(mixing):
     model = timed(mixing)
     with torch.no_grad():
         scores = model(ITEMS, SECONDS)
@@ -104,10 +92,6 @@ def test_the_time_between_items_counts_and_no_other(mixing):
         assert_close(model(ITEMS), model(ITEMS, torch.full_like(SECONDS, 7)), rtol=0, atol=1e-12)
     assert changed[0] > 1e-4
     assert not changed[1:].any()
-
-
-@TIMED
-def test_times_of_later_items_and_of_padding_change_nothing(mixing):
     model = timed(mixing)
     places = torch.tensor([[0, 2, 3, 5, 6], [1, 3, 5, 0, 0], [2, 0, 0, 0, 0]])
     items, seconds = torch.zeros(3, 7, dtype=torch.int64), torch.full((3, 7), 12345)
@@ -122,15 +106,6 @@ def test_times_of_later_items_and_of_padding_change_nothing(mixing):
         later = SECONDS.clone()
         later[0, 3:] += 10**6
         assert_close(model.encode(ITEMS, later)[0][[0, 1, 2, 5, 6, 7, 8]], h_TD[[0, 1, 2, 5, 6, 7, 8]])
-
-
-def test_a_model_that_reads_no_times_is_given_them_in_vain():
-    model = build("hstu", None)
-    with torch.no_grad():
-        assert torch.equal(model(ITEMS, SECONDS), model(ITEMS))
-
-
-# ---- attention and convolution
 
 
 def slow_attention(x_SD, layer):
@@ -192,9 +167,6 @@ def test_convolution_by_hand():
     assert_close(output.squeeze(1), z * torch.special.ndtr(z), rtol=0, atol=1e-12)
 
 
-# ---- the mixture
-
-
 def test_the_mixture_is_the_gated_sum_of_its_experts():
     torch.manual_seed(0)
     layer = TokenMixing(HistoryModelConfig(**SMALL)).double().eval()
@@ -239,7 +211,7 @@ def test_a_router_of_one_expert_takes_convolution_or_attention():
     assert float(core.aux_losses(tape).terms["load_balancing_loss"]) > 0
 
 
-def test_the_gate_learns():
+def test_the_gate_learns_and_a_mixture_is_counted_as_active():
     model = build().train()
     with core.record(model) as tape:
         model(ITEMS)[:, 1:].logsumexp(-1).sum().backward()
@@ -247,6 +219,8 @@ def test_the_gate_learns():
     for block in model.blocks:
         assert block.mixing.router.gate.weight.grad.abs().max() > 0
         assert block.ffn.router.gate.weight.grad.abs().max() > 0
+    model = build(moe=None)
+    assert core.active_params(model) == sum(p.numel() for p in model.parameters())
 
 
 def test_routers_see_the_items_as_token_ids():
@@ -259,14 +233,6 @@ def test_routers_see_the_items_as_token_ids():
     of_token = dict(zip(routing.token_index_N.tolist(), routing.expert_ids_N.tolist(), strict=True))
     assert of_token[1] == of_token[3]  # both are item 1
     assert [of_token[t] for t in (8, 9, 11, 14)] == [4] * 4  # padding: no expert
-
-
-def test_a_mixture_is_counted_as_active():
-    model = build(moe=None)
-    assert core.active_params(model) == sum(p.numel() for p in model.parameters())
-
-
-# ---- costs
 
 
 def numel(module):
@@ -297,7 +263,7 @@ def test_flops_by_hand(mixing, extra):
         assert core.count_flops(model, ITEMS) == 2 * (9 * per_item + 2400) + 432
 
 
-def test_flops_of_the_experts_are_of_real_items():
+def test_experts_start_like_dense_ffns_and_their_flops_are_of_real_items():
     # Each MoE layer: 9 real items in 15 places. The gate is computed for all, 15 * 2 * 8 * 4 = 960; two experts for the
     # real ones, 9 * 2 * 4 * 8 * 12 = 6,912.
     model = build("mixture", MOE, dtype=torch.float32)
@@ -306,12 +272,6 @@ def test_flops_of_the_experts_are_of_real_items():
     with torch.no_grad():
         model(ITEMS)
         assert core.count_flops(model.blocks[0].ffn, *calls[0]) == 960 + 6912
-
-
-# ---- initial weights
-
-
-def test_experts_start_like_dense_ffns():
     # Xavier-uniform of (D, F) = (8, 12): bound sqrt(6 / 20) = 0.548, also of each expert by itself.
     model = build(dtype=torch.float32)
     shared = build(moe=dataclasses.replace(MOE, num_shared_experts=1), dtype=torch.float32).blocks[0].ffn.shared_experts
@@ -319,21 +279,13 @@ def test_experts_start_like_dense_ffns():
         assert 0.5 < float(weight.detach().abs().max()) <= math.sqrt(6 / 20)
 
 
-# ---- bad input
-
-
 def test_histories_are_checked():
     model = build(dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"item id 10 is not in 0 to num_items=9"):
-        model(torch.tensor([[1, 10]]))
-    with pytest.raises(ValueError, match=r"item id -1 is not in 0 to num_items=9"):
-        model(torch.tensor([[1, -1]]))
-    with pytest.raises(ValueError, match=r"a history of 9 items is longer than max_length=8"):
-        model(torch.ones(2, 9, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"items are torch.float32 of shape \(1, 2\), not integers \(B, S\)"):
-        model(torch.ones(1, 2))
-    with pytest.raises(ValueError, match=r"of shape \(2,\), not integers"):
-        model(torch.ones(2, dtype=torch.int64))
+    refused(r"item id 10 is not in 0 to num_items=9", lambda: model(torch.tensor([[1, 10]])))
+    refused(r"item id -1 is not in 0 to num_items=9", lambda: model(torch.tensor([[1, -1]])))
+    refused(r"a history of 9 items is longer than max_length=8", lambda: model(torch.ones(2, 9, dtype=torch.int64)))
+    refused(r"items are torch.float32 of shape \(1, 2\), not integers \(B, S\)", lambda: model(torch.ones(1, 2)))
+    refused(r"of shape \(2,\), not integers", lambda: model(torch.ones(2, dtype=torch.int64)))
     with pytest.raises(ValueError, match=r"times of shape \(2, 2\) are not of the items \(1, 2\)"):
         model(torch.ones(1, 2).long(), torch.ones(2, 2).long())
     assert model(torch.tensor([[0] * 5 + [1] * 8])).shape == (1, 10)  # padding does not count
@@ -353,19 +305,19 @@ def test_an_empty_history_scores_all_items_alike(mixing, moe):
         assert model(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 10)
 
 
-def test_scores_are_float32_under_autocast():
+def test_scores_are_float32_under_autocast_and_int32_items_are_taken():
     model = build(dtype=torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         scores, h = model(ITEMS), model.encode(ITEMS)[0]
     assert scores.dtype == torch.float32
     with torch.no_grad():
         assert_close(scores[:, 1:], h[[4, 7, 8]].float() @ model.item_embed.weight[1:].t())
-
-
-def test_int32_items_are_taken():
     model = build(dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(model(ITEMS.int()), model(ITEMS))
+    model = build("hstu", None)
+    with torch.no_grad():
+        assert torch.equal(model(ITEMS, SECONDS), model(ITEMS))
 
 
 @pytest.mark.parametrize(
@@ -383,16 +335,13 @@ def test_int32_items_are_taken():
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_configs_are_checked(options, message):
-    with pytest.raises(ValueError, match=message):
-        HistoryModelConfig(**{**SMALL, **options})
+    refused(message, lambda: HistoryModelConfig(**{**SMALL, **options}))
 
 
 def test_models_are_checked():
     config = HistoryModelConfig(**SMALL)
-    with pytest.raises(ValueError, match=r"num_items=0 must be at least 1"):
-        HistoryModel(config, num_items=0, max_length=4)
-    with pytest.raises(ValueError, match=r"max_length=0 must be at least 1"):
-        HistoryModel(config, num_items=3, max_length=0)
+    refused(r"num_items=0 must be at least 1", lambda: HistoryModel(config, num_items=0, max_length=4))
+    refused(r"max_length=0 must be at least 1", lambda: HistoryModel(config, num_items=3, max_length=0))
     acausal = core.MoEConfig(num_experts=4, router=core.ExpertChoice())
     with pytest.raises(ValueError, match=r"ExpertChoice.* lets later tokens change earlier ones"):
         HistoryModel(config, num_items=3, max_length=4, ffn=acausal)

@@ -1,7 +1,5 @@
 """A training that begins with a checkpoint's weights, on data with values that the checkpoint's data lacked."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +7,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from own_table import CONFIG, TRAIN, config_of, write
+from quiet_trainer import quiet_trainer
 
 import apps
 import core
@@ -51,8 +49,7 @@ def model_of(data, embedding, members=1):
 def trained(data, folder, embedding, members=1):
     torch.manual_seed(0)
     model = model_of(data, embedding, members)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(default_root_dir=folder, enable_checkpointing=False, max_steps=3, **quiet)
+    trainer = quiet_trainer(folder, max_steps=3)
     trainer.fit(model, datamodule=data)
     with torch.no_grad():  # so that row 0 and the domains have numbers of their own
         for member in model.members:
@@ -162,8 +159,7 @@ def test_what_cannot_grow_is_named(own, tmp_path):
         data = own()
         data.extend(state)
         old, new = (MultiTaskRecommender(d.features, report=None, **arguments) for d in (first, data))
-        with pytest.raises(ValueError, match=message):
-            new.widened({"encoding": state, "state_dict": old.state_dict()}, data.encoding_state)
+        refused(message, lambda: new.widened({"encoding": state, "state_dict": old.state_dict()}, data.encoding_state))
 
     # 6 * 4^(1/4) = 8.5 is 12 wide, and 6 * 22^(1/4) = 13.0 is 16.
     many = {column: values * 3 for column, values in TRAIN.items()}
