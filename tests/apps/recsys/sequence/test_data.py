@@ -346,25 +346,6 @@ def test_ids_stand_for_themselves_in_their_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dataset": "movielens_2m"}, "dataset='movielens_2m' is not one of .*; did you mean 'movielens_1m'"),
-        ({"dataset": "table"}, "dataset='table' needs file"),
-        ({"dataset": "movielens_1m", "file": "x.csv"}, "file='x.csv' is for dataset='table', not 'movielens_1m'"),
-        ({"dataset": "table", "file": "x.csv", "root": "y"}, "root='y' is for a standard dataset"),
-        ({"dataset": "table", "file": "x.csv", "min_rating": 4}, "min_rating=4 needs rating_column"),
-        ({"max_length": 0}, "max_length=0 must be at least 1"),
-        ({"min_item_count": 0}, "min_item_count=0 must be at least 1"),
-        ({"train_windows": "al"}, "train_windows='al' is not one of last, all; did you mean 'all'"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        HistoryData(**options)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
         ({}, {"user_column": "person"}, r"column 'person' \(user_column\) is not in '.*clicks\.csv'"),

@@ -236,18 +236,6 @@ def test_bad_arguments_are_refused(options, match):
     refused(match, lambda: build(**options))
 
 
-@pytest.mark.parametrize("dense", ["normalize", "quantile", "piecewise_linear"])
-def test_missing_and_infinite_values_train(dense):
-    module = build(dense=DenseConfig(dense))
-    of = batch()
-    dense_BC = torch.full_like(of.dense_BC, NAN)
-    dense_BC[1], dense_BC[2] = math.inf, -math.inf
-    out = module.task_loss(dataclasses.replace(of, dense_BC=dense_BC))
-    out.loss.backward()
-    assert out.loss.isfinite()
-    assert all(p.grad.isfinite().all() for p in module.parameters())
-
-
 @pytest.mark.parametrize(
     "shared",
     [

@@ -313,9 +313,6 @@ def test_amounts_that_their_kind_does_not_take(tmp_path, prices, kind, match):
 
 
 def test_options_that_a_kind_does_not_have(tmp_path):
-    refused(r"positive is for kind 'binary', not 'count'", lambda: TaskConfig("x", kind="count", positive=(1,)))
-    refused(r"loss is for kind 'regression', not 'ordinal'", lambda: TaskConfig("x", kind="ordinal", loss="absolute"))
-    refused("kind", lambda: TaskConfig("x", kind="numeric"))
     with pytest.raises(ValueError, match=r"stratify='price' is a task of numbers"):
         TableConfig(("user",), tasks=TASKS, split=SplitConfig(stratify="price"))
     with pytest.raises(ValueError, match=r"head\.kind='esmm' takes tasks of kind 'binary', and one is 'regression'"):

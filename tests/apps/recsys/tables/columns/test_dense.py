@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from made_table import AGE, FLAT
-from refusals import refused
 from torch.testing import assert_close
 
 from apps.recsys.encoding.features import ContinuousFeature
@@ -149,15 +148,3 @@ def test_thinned_boundaries_keep_the_outermost_and_no_column_is_nothing():
     arch = DenseArch((), DenseConfig("quantile"))
     assert arch(torch.zeros(2, 0)) is None
     assert arch.bins(torch.zeros(2, 0)) is None
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"kind": "quantile", "log1p": True}, "log1p=True has no meaning"),
-        ({"num_bins": 4}, "num_bins=4 has a meaning with bins only"),
-        ({"kind": "quantile", "dim": 4}, "dense.dim=4"),
-    ],
-)
-def test_a_configuration_without_a_meaning_is_refused(options, match):
-    refused(match, lambda: DenseConfig(**options))

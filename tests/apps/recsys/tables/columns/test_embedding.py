@@ -129,19 +129,6 @@ def test_other_columns_are_named():
     refused("column 'city' is there twice", lambda: sparse_arch(EmbeddingConfig(), (CITY, CITY)))
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"dims": {"city": 4}}, "'joined' has one width"),
-        ({"by_cardinality": True}, "'joined' has one width"),
-        ({"kind": "collection", "by_cardinality": True}, "by_cardinality=True gives widths from 8 to dim=8: give a"),
-        ({"kind": "fused", "dim": 6}, "embedding.dim=6 is not a multiple of 4"),
-    ],
-)
-def test_a_configuration_without_a_meaning_is_refused(options, match):
-    refused(match, lambda: EmbeddingConfig(**options))
-
-
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
 def test_a_copied_fused_table_goes_on_alone(how, optimizer):

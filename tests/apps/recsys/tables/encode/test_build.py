@@ -11,9 +11,7 @@ from own_table import TRAIN, changed, config_of, write
 from refusals import refused
 
 from apps.recsys.readers import user_tables
-from apps.recsys.readers.synthetic import SyntheticConfig
 from apps.recsys.schema import SplitConfig, TaskConfig
-from apps.recsys.tables.data import TableData
 
 
 def test_a_split_by_user_keeps_users_together_and_reports_those_of_given_files(own, tmp_path, caplog):
@@ -244,25 +242,6 @@ def test_a_file_cut_within_its_last_field_is_read_with_a_warning(tmp_path, caplo
     assert not caplog.messages
     assert ages("cut.csv", whole[:-3]) == [20, 34]
     assert caplog.text.count("cut.csv' does not end in a line end: its last row may be cut") == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dataset": "censsus_income"}, "dataset='censsus_income' is not one of .*did you mean 'census_income'"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"eval_batch_size": 0}, "eval_batch_size=0 must be at least 1"),
-        ({"subset": 0}, "subset=0 must be at least 1"),
-        ({"num_workers": -1}, "num_workers=-1 must not be negative"),
-        ({"dataset": "table"}, "dataset='table' needs train_file"),
-        ({"dataset": "table", "train_file": "x.csv"}, "dataset='table' needs table"),
-        ({"train_file": "x.csv"}, "train_file='x.csv' is for dataset='table', not 'census_income'"),
-        ({"synthetic": SyntheticConfig()}, "synthetic is for dataset='synthetic', not 'census_income'"),
-        ({"dataset": "synthetic", "root": "x"}, "root='x': dataset='synthetic' has no files"),
-    ],
-)
-def test_impossible_options_are_refused(options, message):
-    refused(message, lambda: TableData(**options))
 
 
 def test_a_domain_that_is_a_feature_too_has_its_own_words(own, tmp_path):

@@ -144,20 +144,3 @@ def test_each_origin_tests_the_next_window_and_trains_on_all_before():
     assert of(2) == of(None) == ([0, 1, 2, 3, 4, 5], [6, 7], [8, 9], 0)
     with pytest.raises(ValueError, match=r"split\.origins=2 cuts test windows itself: leave out test_file"):
         split_rows(SplitConfig("time", origins=2), 8, num_test=2, time=np.arange(8))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kind": "random", "gap": "90d"}, "split.gap='90d' is for kind 'time', not 'random'"),
-        ({"kind": "user", "origins": 2}, "split.origins=2 is for kind 'time', not 'user'"),
-        ({"kind": "time", "gap": "90 moons"}, "split.gap='90 moons' is no time above 0, such as 90d"),
-        ({"kind": "time", "gap": 0}, "split.gap=0 is no time above 0"),
-        ({"kind": "time", "gap": -1}, "split.gap=-1 is no time above 0"),
-        ({"kind": "time", "origins": 3, "origin": 3}, "split.origin=3 must be below split.origins=3"),
-        ({"kind": "time", "origins": 0}, "split.origins=0 is not at least 1"),
-        ({"kind": "time", "origins": 4, "test": 0.25}, "split.origins=4 windows of test=0.25 leave no row before them"),
-    ],
-)
-def test_options_of_a_split_by_time_are_checked(options, message):
-    refused(message, lambda: SplitConfig(**options))

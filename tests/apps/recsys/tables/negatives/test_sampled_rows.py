@@ -228,15 +228,3 @@ def test_learned_weights_do_not_enter_an_evaluation(kind):
         next(iter(weighting.parameters())).fill_(1.0)
     loss, learnt = weighting(losses(1.0, 1.0))
     assert (float(loss), learnt) == (3.0, {})
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: WeightingConfig("gradnorm", {"buy": 0.0}), r"weights\['buy'\]=0.0 is not above 0"),
-        (lambda: WeightingConfig(weights={"like": 1.0}).build(TASKS), "names 'like', which is no task; there is click"),
-        (lambda: WeightingConfig(weights={"click": 0.0, "buy": 0.0}).build(TASKS), "leaves no task"),
-    ],
-)
-def test_a_weighting_without_a_meaning_is_refused(make, match):
-    refused(match, make)

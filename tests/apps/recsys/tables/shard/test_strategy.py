@@ -3,16 +3,12 @@
 One spawn runs every scenario of two processes; each test reads the outcome of its own.
 """
 
-import errno
 import json
-import os
-import pickle
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import sharded_runs as runs
@@ -58,12 +54,8 @@ def train_all(root: Path) -> None:
         train(root, f"one {name}", module(root, "fused", **options))
     for name, (shared, options) in EXPERTS.items():
         train(root, f"one {name}", module(root, "fused", shared=shared), callbacks=[runs.Norms()], **options)
-    fork(
-        runs.worker,
-        (str(root), runs.free_port()),
-        WORLD,
-        ["apps.recsys.tables.shard.strategy", "apps.recsys.tables.module"],
-    )
+    imported = ["apps.recsys.tables.shard.strategy", "apps.recsys.tables.module"]
+    fork(runs.worker, (str(root), runs.free_port()), WORLD, imported)
 
 
 @pytest.fixture(scope="module")
@@ -225,54 +217,6 @@ def test_a_module_is_built_from_shards_and_does_not_train_on_from_them_alone(fol
     assert "the checkpoint's tables are sharded: training continues from it with trainer.strategy=" in message
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(folder, tmp_path, alone):
-    fitter = train(folder, "full", module(folder), TorchRecStrategy(), max_epochs=1)
-    path = folder / "full" / "last.ckpt"
-    before = sorted(path.rglob("*"))
-    with mock.patch.object(sharded, "replacing", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
-        message = runs.complaint(lambda: fitter.save_checkpoint(path))
-    said = f"cannot write the checkpoint {path}: No space left on device; the earlier one is intact"
-    assert message == f"EveryProcessError: {said}"
-    assert sorted(path.rglob("*")) == before
-    assert len(weights(folder / "full")) == len(weights(folder / "two row_wise"))
-
-
-def damaged(path: Path, what: str) -> None:
-    (shards,) = path.glob("shards-*")
-    if what == "cut short":
-        file = next(shards.glob("*.distcp"))
-        file.write_bytes(file.read_bytes()[:100])
-    elif what == "a shard is missing":
-        next(shards.glob("*.distcp")).unlink()
-    elif what == "no metadata":
-        (shards / ".metadata").unlink()
-    else:
-        (path / "checkpoint.pt").write_bytes(b"no checkpoint")
-
-
-@pytest.mark.parametrize("what", ["cut short", "a shard is missing", "no metadata", "another file"])
-def test_damaged_shards_are_refused_in_a_line(folder, tmp_path, what):
-    path = shutil.copytree(folder / "two row_wise" / "last.ckpt", tmp_path / "last.ckpt")
-    damaged(path, what)
-    refused(r"last.ckpt is not a readable checkpoint: damaged, cut short, or of another", lambda: sharded.read(path))
-
-
-class Touch:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (Path(self.path),))
-
-
-def test_a_table_of_contents_runs_no_code(folder, tmp_path):
-    path = shutil.copytree(folder / "two row_wise" / "last.ckpt", tmp_path / "last.ckpt")
-    (shards,) = path.glob("shards-*")
-    (shards / ".metadata").write_bytes(pickle.dumps(Touch(str(tmp_path / "ran"))))
-    refused("not a readable checkpoint", lambda: sharded.read(path, device="meta"))
-    assert not (tmp_path / "ran").exists()
-
-
 def test_a_checkpoint_keeps_one_set_of_shards_and_its_shapes_are_read_without_them(folder, tmp_path):
     path = shutil.copytree(folder / "two row_wise" / "last.ckpt", tmp_path / "last.ckpt")
     for file in path.glob("shards-*/*.distcp"):
@@ -336,29 +280,6 @@ def test_bad_input_is_a_line_on_every_process(ranks, name, message):
         assert re.search(message, rank[name]), rank[name]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sharding": "rows"}, "sharding='rows' is not one of auto, table_wise, row_wise"),
-        ({"table_sharding": {"shop": "x"}}, r"table_sharding\['shop'\]='x' is not one of"),
-        ({"compute_kernel": "dense"}, "compute_kernel='dense' is not one of fused"),
-        ({"memory_gib": 0}, "memory_gib=0 is not above 0"),
-    ],
-)
-def test_options_are_checked_at_once(options, message):
-    refused(message, lambda: ShardingConfig(**options))
-    refused(message, lambda: TorchRecStrategy(**options))
-
-
-def test_the_embedding_optimizer_is_checked_at_once():
-    with pytest.raises(
-        ValueError, match="embedding_optimizer='lamb' is not one of rowwise_adagrad, adagrad, sgd, adam"
-    ):
-        TorchRecStrategy(embedding_optimizer="lamb")
-    refused("embedding_lr=-1 must be positive", lambda: TorchRecStrategy(embedding_lr=-1))
-    refused("expert_parallel_size=0 must be at least 1", lambda: TorchRecStrategy(expert_parallel_size=0))
-
-
 class Ids(nn.Module):
     """One table on the meta device."""
 
@@ -402,30 +323,17 @@ seed_everything: 0
 model:
   class_path: apps.recsys.tables.module.MultiTaskRecommender
   init_args:
-    shared:
-      class_path: core.MMoE
-      init_args:
-        num_experts: 4
-        expert: {{class_path: core.MLP, init_args: {{hidden_dims: [8], activation: silu}}}}
-        balance: {{importance: 0.1}}
+    shared: {{class_path: core.MMoE, init_args: {{num_experts: 4, balance: {{importance: 0.1}},
+      expert: {{class_path: core.MLP, init_args: {{hidden_dims: [8], activation: silu}}}}}}}}
     embedding: {{kind: fused, dim: 8, init_std: 0.3, fused_lr: 0.1}}
     head: {{activation: silu}}
     optimizer: {{lr: 0.01, eps: 1.0e-3, warmup_steps: 0.2}}
     report: null
 data:
   class_path: apps.recsys.tables.data.TableData
-  init_args:
-    dataset: table
-    train_file: {folder}/table.parquet
-    cache_dir: {folder}/cache
-    batch_size: 16
-    table:
-      categorical: [city, shop]
-      multi_valued: [tags]
-      continuous: [age]
-      tasks: {{click: {{column: click}}, buy: {{column: buy}}}}
-      hash_rows: {{shop: 33}}
-      split: {{kind: random, val: 0.2, test: 0.2}}
+  init_args: {{dataset: table, train_file: {folder}/table.parquet, cache_dir: {folder}/cache, batch_size: 16, table:
+    {{categorical: [city, shop], multi_valued: [tags], continuous: [age], hash_rows: {{shop: 33}},
+    tasks: {{click: {{column: click}}, buy: {{column: buy}}}}, split: {{kind: random, val: 0.2, test: 0.2}}}}}}
 trainer: {{accelerator: cpu, devices: 1, max_epochs: 2, log_every_n_steps: 1, enable_progress_bar: false}}
 """
 
@@ -440,13 +348,8 @@ def test_torchrun_fits_as_one_process_and_one_process_tests_the_checkpoint(folde
     overlay = str(ROOT / "configs" / "parallel" / "torchrec.yaml")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "apps.cli"]
     flags = ["--config", str(config), "--config", overlay, "--trainer.devices", "2", "--data.batch_size", "8"]
-    done = subprocess.run(
-        [*launch, "fit", *flags, "--run_dir", str(two)],
-        env=environment(OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    own = {"env": environment(OMP_NUM_THREADS="1"), "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([*launch, "fit", *flags, "--run_dir", str(two)], **own)
     assert done.returncode == 0, done.stderr[-2000:]
     expected, actual = losses(one), losses(two)
     assert (len(expected["train/loss"]), actual.keys()) == (14, expected.keys())
