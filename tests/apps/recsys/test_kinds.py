@@ -66,7 +66,7 @@ def test_counts_have_poisson_s_loss_and_classes_that_of_a_softmax():
     assert columns["probability_colour"].tolist() == pytest.approx([0.5])
 
 
-def test_watch_times_are_the_odds_of_a_weighted_logistic():
+def test_watch_times_are_the_odds_of_a_weighted_logistic_and_tweedie_s_loss_the_half_deviance():
     # Weights 1 of the negative and 20 / 10 of the positive: softplus(z) + 2 softplus(-z), least where e^z = 2.
     z = torch.tensor([[math.log(2)]], dtype=torch.float64, requires_grad=True)
     kind = kind_of(WATCHED)
@@ -75,6 +75,11 @@ def test_watch_times_are_the_odds_of_a_weighted_logistic():
     cost.backward()
     assert float(z.grad) == pytest.approx(0, abs=1e-12)
     assert float(kind.value(z.detach())) == pytest.approx(20)
+    for y in (0.0, 3.0):
+        z = outputs(0.7)
+        value = float(kind_of(COST).value(z))
+        apart = mean_tweedie_deviance([y], [value], power=1.5) - mean_tweedie_deviance([y], [2.0], power=1.5)
+        assert loss(COST, z, y) - loss(COST, outputs(0.0), y) == pytest.approx(apart / 2 / math.sqrt(2))
 
 
 def test_levels_have_probabilities_that_sum_to_one_and_a_finite_loss():
@@ -114,14 +119,6 @@ def test_revenue_is_a_zero_inflated_lognormal_up_to_the_largest_of_the_training(
     spent = Target("revenue", mean=5.7, std=7.5, shares=(0.5, 0.5), log_mean=2.0, log_std=1.0, **largest)
     assert float(kind_of(spent).value(outputs(0.0, 9.0, 0.0))) == 10
     assert float(kind_of(spent).quantile(outputs(0.0, 9.0, 0.0), 0.9)) == 20
-
-
-def test_tweedie_s_loss_is_the_half_deviance_up_to_a_constant():
-    for y in (0.0, 3.0):
-        z = outputs(0.7)
-        value = float(kind_of(COST).value(z))
-        apart = mean_tweedie_deviance([y], [value], power=1.5) - mean_tweedie_deviance([y], [2.0], power=1.5)
-        assert loss(COST, z, y) - loss(COST, outputs(0.0), y) == pytest.approx(apart / 2 / math.sqrt(2))
 
 
 def test_quantiles_do_not_cross_and_have_the_pinball_loss():
@@ -234,7 +231,7 @@ def test_errors_of_numbers():
     assert made.label.tolist() == [0.5, 2]
 
 
-def test_they_are_those_of_scikit_learn_and_scipy():
+def test_metrics_of_values_are_those_of_scikit_learn_and_the_means_of_examples():
     from scipy.stats import pearsonr, spearmanr
 
     rng = np.random.default_rng(0)
@@ -251,9 +248,6 @@ def test_they_are_those_of_scikit_learn_and_scipy():
     assert of_classes["auc"] == pytest.approx(peer.roc_auc_score(place, p_NC, multi_class="ovr"))
     assert of_classes["log_loss"] == pytest.approx(peer.log_loss(place, p_NC))
     assert of_classes["accuracy"] == pytest.approx(peer.accuracy_score(place, p_NC.argmax(1)))
-
-
-def test_values_by_example_have_the_metric_as_mean():
     rng = np.random.default_rng(1)
     label, value = np.append(rng.normal(size=50), NAN), rng.normal(size=51)
     assert number_values(value, label).mean() == pytest.approx(number_metrics(value, label).values()["r2"])

@@ -61,7 +61,7 @@ def test_equal_to_scikit_learn(n, ties):
     assert metrics.base_rate == pytest.approx(y.mean())
 
 
-def test_calibration_bins_are_scikit_learns():
+def test_calibration_bins_and_auc_by_user_are_scikit_learns():
     # 3000 different scores in 15 bins of 200: quantiles fall between two scores.
     z, y, _ = draw(3000, ties=False)
     bins = binary_metrics.calibration(sigmoid(z), y)
@@ -70,9 +70,6 @@ def test_calibration_bins_are_scikit_learns():
     np.testing.assert_allclose(bins.prediction, prediction, atol=1e-12)
     assert bins.counts.tolist() == [200] * 15
     assert bins.error == pytest.approx(float(np.mean(np.abs(positives - prediction))), abs=1e-12)
-
-
-def test_auc_by_user_is_the_weighted_mean_of_scikit_learns():
     z, y, users = draw(400)
     aucs, weights, left_out = [], [], 0
     for user in np.unique(users):

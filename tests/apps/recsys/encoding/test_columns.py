@@ -214,7 +214,7 @@ def test_values_as_labels(values, task, expected):
     assert np.array_equal(labels, np.array(expected, dtype=np.float32), equal_nan=True)
 
 
-def test_labels_that_are_none_are_refused():
+def test_labels_are_checked_and_a_column_that_is_the_label_is_found():
     with pytest.raises(ValueError, match="task 't': column 'y' must hold 0 and 1, but row 2 holds '2'"):
         to_labels([part([0, 1, 2])], "t", TaskConfig("y"))
     many = [*range(2), *range(2000)]  # more values than are looked at one by one
@@ -223,9 +223,6 @@ def test_labels_that_are_none_are_refused():
         to_labels([part(["Yes", "no"])], "t", TaskConfig("y", positive=("yes",)))
     with pytest.raises(ValueError, match="must hold numbers: row 1 holds 'good'"):
         to_labels([part(["3", "good"])], "t", TaskConfig("y", at_least=4))
-
-
-def test_a_column_that_is_the_label_under_another_name_is_found():
     label = np.array([0, 1, 1, 0, 1, np.nan], dtype=np.float32)
     assert determines(np.array([4, 2, 2, 4, 2, 2]), label)
     assert not determines(np.array([4, 2, 2, 4, 4, 2]), label)  # one row differs
@@ -323,15 +320,12 @@ def test_times_and_dates_sort_as_they_should():
     refused("row 0 holds 'May'; times are numbers, or dates", lambda: to_order([part(["May"])], "t"))
 
 
-def test_the_last_values_are_kept():
+def test_the_last_values_are_kept_without_those_that_have_no_row():
     # Rows of 3, 0, 1 and 2 values; at most 2 are kept: positions 1 2, none, 3, 4 5.
     offsets, position = last_values(np.array([0, 3, 3, 4, 6]), 2)
     assert (offsets.tolist(), position.tolist()) == ([0, 2, 2, 3, 5], [1, 2, 3, 4, 5])
     same, every = last_values(np.array([0, 3, 3, 4, 6]), 3)
     assert (same.tolist(), every.tolist()) == ([0, 3, 3, 4, 6], [0, 1, 2, 3, 4, 5])
-
-
-def test_values_without_a_row_are_left_out():
     # [0 5] [] [0] [7 0 2] becomes [5] [] [] [7 2].
     offsets, rows = without_row_0(np.array([0, 2, 2, 3, 6]), np.array([0, 5, 0, 7, 0, 2], np.int32))
     assert (offsets.tolist(), rows.tolist()) == ([0, 1, 1, 1, 3], [5, 7, 2])

@@ -280,7 +280,7 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     every = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["index"] for row in every] == list(range(120))
     scores = apps.load("runs/shop").predict("all.parquet")
-    assert [row["probability_click"] for row in every] == scores["probability_click"].to_pylist()
+    assert [row["probability_click"] for row in every] == scores["probability_click"].tolist()
 
     head, _, rest = predict.partition(" --data.predict_columns ")
     assert main([*head.split(), "--overwrite", "--data.predict_columns", rest]) == 0

@@ -46,7 +46,7 @@ def test_movielens_1m(tmp_path: Path, layout: str) -> None:
     assert not {"rating", "timestamp", "watched_next"} & set(config.features)
 
 
-def test_watched_next_by_hand_knows_no_later_row():
+def test_what_is_watched_next_and_before_by_hand():
     # User 7: 10, 70 (60 s later: next), 131 (61 s: not). User 3: 5, 5 (0 s: next). Rows in the order of the file.
     user = np.array([7, 3, 7, 3, 7])
     time = np.array([131, 5, 10, 5, 70])
@@ -59,9 +59,6 @@ def test_watched_next_by_hand_knows_no_later_row():
     whole, half = watched_next(user, time), watched_next(user[:100], time[:100])
     for a, b in zip(whole, half, strict=True):
         assert (a[:100] == b).all()
-
-
-def test_the_last_items_are_those_before_a_rating():
     # User 7 rates 5, 6, 8, 9 in this order, the middle two in one second; user 3 rates 4. Rows are as in the file.
     user, time, item = np.array([7, 3, 7, 7, 7]), np.array([30, 1, 20, 20, 10]), np.array([9, 4, 6, 8, 5])
     assert last_items(user, time, item).to_pylist() == [[5, 6, 8], [], [5], [5, 6], []]

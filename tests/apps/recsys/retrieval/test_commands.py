@@ -47,11 +47,18 @@ def runs(tmp_path_factory):
     return folder, retrieve
 
 
-def test_a_run_is_tested(runs):
+def test_a_run_is_tested_and_without_a_file_the_pairs_of_the_test_are_predicted(runs):
     folder, where = runs
     assert main(["test", *where]) == 0
     metrics = json.loads((folder / "retrieve" / "test.json").read_text())
     assert {"test/recall_1", "test/recall_3", "test/ndcg_1", "test/mrr", "test/loss"} <= metrics.keys()
+    folder, where = runs
+    output = folder / "test.jsonl"
+    words = ["--data.rank", str(folder / "rank"), "--data.candidates", "4", "--output", str(output)]
+    assert main(["predict", *where, *words]) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["user"] for line in lines] == ["ann", "bob", "cy"]
+    assert all(len(line["film"]) == len(line["probability_like"]) == 2 for line in lines)
 
 
 def predicted(folder, *words):
@@ -139,22 +146,12 @@ def test_an_index_file_stands_for_the_items(runs):
     folder, _ = runs
     model = apps.load(folder / "retrieve")
     index = model.index()
-    for vectors, best in ((index.vectors_ID, max), (-index.vectors_ID, min)):  # negated, the worst come first
-        ItemIndex(FILMS, vectors, index.made_by).save(folder / "items.safetensors")
-        lines = predicted(folder, "--data.index_file", str(folder / "items.safetensors"))
-        whole = model.predict(USERS, top=5)
-        scores = [x for x, user in zip(whole["score"], whole["user"], strict=True) if user == "zoe"]
-        assert abs(lines[1]["score"][0]) == pytest.approx(abs(best(scores)), rel=1e-5)
-
-
-def test_without_a_file_the_pairs_of_the_test_are_predicted(runs):
-    folder, where = runs
-    output = folder / "test.jsonl"
-    words = ["--data.rank", str(folder / "rank"), "--data.candidates", "4", "--output", str(output)]
-    assert main(["predict", *where, *words]) == 0
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [line["user"] for line in lines] == ["ann", "bob", "cy"]
-    assert all(len(line["film"]) == len(line["probability_like"]) == 2 for line in lines)
+    # Negated, the worst come first.
+    ItemIndex(FILMS, -index.vectors_ID, index.made_by).save(folder / "items.safetensors")
+    lines = predicted(folder, "--data.index_file", str(folder / "items.safetensors"))
+    whole = model.predict(USERS, top=5)
+    scores = [x for x, user in zip(whole["score"], whole["user"], strict=True) if user == "zoe"]
+    assert lines[1]["score"][0] == pytest.approx(-min(scores), rel=1e-5)
 
 
 def test_errors_are_one_line(runs, capsys):

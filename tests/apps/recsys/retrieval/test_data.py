@@ -118,7 +118,7 @@ def test_parts_of_a_batch_are_its_columns_and_a_catalog_is_kept_as_plain_values(
     assert (rows, again.seen.items.tolist()) == (own, data.catalog.seen.items.tolist())
 
 
-def test_what_users_had_is_the_checkpoint_s(data, tmp_path):
+def test_what_users_had_is_the_checkpoint_s_and_values_without_a_row_are_missing(data, tmp_path):
     state = data.encoding_state
     for exclude_seen, want in ((True, [[1, 2, 3]]), (False, None)):
         given = made_pairs(tmp_path, user_column="user", exclude_seen=exclude_seen)
@@ -127,9 +127,6 @@ def test_what_users_had_is_the_checkpoint_s(data, tmp_path):
         assert (None if seen_BH is None else seen_BH.tolist()) == want
     data.adopt({**state, "catalogue": {**state["catalogue"], "seen": None}})
     refused("exclude_seen=True: the checkpoint does not keep what users had", lambda: data.examples("test"))
-
-
-def test_values_without_a_row_are_missing(tmp_path):
     rare = made_pairs(tmp_path, table={**TABLE, "min_count": 3})  # sci-fi is there six times, Alien twice
     part = encoding_of_part(rare.encoding, ["film", "genres"])
     batch = TableRows(rare.opened, rare.features, torch.arange(3))[:]

@@ -134,16 +134,13 @@ def test_the_loss_and_its_gradients_are_those_of_a_column_for_each_place():
         assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
-def test_with_the_whole_catalog_drawn_alike_it_is_the_full_softmax():
+def test_with_the_whole_catalog_it_is_the_full_softmax_and_probabilities_of_a_place():
     torch.manual_seed(0)
     user, item = torch.randn(3, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     own = torch.tensor([8, 2, 5])
     log_q = torch.full((9,), -math.log(9), dtype=torch.float64)
     loss = sampled_softmax(user @ item.t(), own, torch.ones(9, dtype=torch.int64), log_q)
     assert_close(loss, F.cross_entropy(user @ item.t(), own), rtol=1e-12, atol=0)
-
-
-def test_probabilities_of_a_place_by_hand():
     # Of 8 pairs 5 have the first item and 2 the second; the third has none, and counts as 1.
     count = torch.tensor([5, 2, 0])
     assert_close(log_probability(count).exp(), torch.tensor([5 / 8, 2 / 8, 1 / 8]))
@@ -163,7 +160,7 @@ def made_use(**changed):
     return RetrievalUse(**{**values, **changed})
 
 
-def test_the_metrics_of_groups_by_hand(tmp_path):
+def test_the_metrics_of_groups_by_hand_and_pairs_by_name(tmp_path):
     section = write_ranks(made_use(), tmp_path)
     with open(tmp_path / "popularity.csv", newline="") as file:
         popular, least, unknown = csv.DictReader(file)
@@ -176,9 +173,6 @@ def test_the_metrics_of_groups_by_hand(tmp_path):
     table, chart = section.parts
     assert table.rows[0] == ("most popular", "2", "50.00", "100.00", "62.50", "2")
     assert chart.summary == "Recall@5 is highest for most popular, 100.0 %, and lowest for least popular, 0.0 %."
-
-
-def test_pairs_are_shown_by_name():
     assert pairs_table(made_use(), [2, 3]).rows == (
         ("cy", "rye", "9", "tea"),
         ("dot", "not in the catalog", "3", "rye · tea"),

@@ -31,7 +31,7 @@ def known(module, data):
 
 
 @torch.no_grad()
-def test_vectors_have_the_length_1_and_depend_on_their_own_row_alone(data):
+def test_vectors_have_the_length_1_and_the_loss_is_the_corrected_softmax_of_their_products(data):
     module = retriever(data).eval()
     batch = data.examples("train").__getitems__(range(6))
     users, items = module(*module.example_inputs(batch))
@@ -39,10 +39,6 @@ def test_vectors_have_the_length_1_and_depend_on_their_own_row_alone(data):
     assert_close(items.norm(dim=1), torch.ones(4))  # of four different films
     alone = data.examples("train").__getitems__([4])
     assert_close(module(*module.example_inputs(alone))[0][0], users[4])
-
-
-@torch.no_grad()
-def test_the_loss_is_the_corrected_softmax_of_the_products(data):
     batch = data.examples("train").__getitems__(range(6))
     for options in ({}, {"log_q": False}, {"temperature": 0.5, "learn_temperature": True}):
         module = retriever(data, **options).train()
@@ -52,7 +48,7 @@ def test_the_loss_is_the_corrected_softmax_of_the_products(data):
         assert_close(module.task_loss(batch).loss, sampled_softmax(logits, batch.own_B, batch.count_U, log_q))
 
 
-def test_the_loss_of_an_evaluation_leaves_unknown_items_out(data):
+def test_an_evaluation_leaves_unknown_items_out_and_a_learned_temperature_has_a_floor(data):
     module = known(retriever(data), data)
     with torch.no_grad():
         out = module.task_loss(data.examples("test").__getitems__([0, 1, 2]))  # the first one is not in training
@@ -60,9 +56,6 @@ def test_the_loss_of_an_evaluation_leaves_unknown_items_out(data):
         none = module.task_loss(data.examples("test").__getitems__([0]))
     assert_close(out.loss, two.loss)
     assert (out.targets.tolist(), float(none.loss)) == ([0, 3, 1], 0.0)
-
-
-def test_a_learned_temperature_has_a_gradient_and_a_floor(data):
     module = retriever(data, learn_temperature=True).train()
     module.task_loss(data.examples("train").__getitems__(range(6))).loss.backward()
     assert float(module.log_temperature.grad.abs()) > 0

@@ -198,13 +198,14 @@ def test_min_rating_and_min_item_count(tmp_path):
     assert data.item_names == ("", "10", "30")
 
 
-def test_names_and_numbers_do_not_depend_on_the_order_of_the_file(tmp_path):
+def test_names_and_numbers_do_not_depend_on_the_order_of_the_file_and_a_missing_one_is_named(tmp_path):
     a = ready(write(tmp_path, "a.csv"), name_column="title")
     backwards = {name: values[::-1] for name, values in ROWS.items()}
     b = ready(write(tmp_path, "b.csv", **backwards), name_column="title")
     assert a.item_names == b.item_names == ("", "a", "b", "c", "d", "e")
     assert a.user_names == b.user_names
     assert (by_user(a.test_dataloader())[2], a.item_genres) == (by_user(b.test_dataloader())[2], ())
+    refused(r"file='.*nowhere\.csv': no such file", lambda: ready(str(tmp_path / "nowhere.csv")))
 
 
 def test_users_and_items_of_text_and_times_of_dates(tmp_path: Path) -> None:
@@ -373,7 +374,3 @@ def test_bad_tables(tmp_path: Path, columns: dict[str, Any], options: dict[str, 
     with pytest.raises(ValueError, match=message) as caught:
         ready(write(tmp_path, **columns), **options)
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_named_with_its_option(tmp_path: Path) -> None:
-    refused(r"file='.*nowhere\.csv': no such file", lambda: ready(str(tmp_path / "nowhere.csv")))

@@ -338,16 +338,13 @@ def test_configs_are_checked(options, message):
     refused(message, lambda: HistoryModelConfig(**{**SMALL, **options}))
 
 
-def test_models_are_checked():
+def test_models_are_checked_and_attention_dropout_is_of_training_alone():
     config = HistoryModelConfig(**SMALL)
     refused(r"num_items=0 must be at least 1", lambda: HistoryModel(config, num_items=0, max_length=4))
     refused(r"max_length=0 must be at least 1", lambda: HistoryModel(config, num_items=3, max_length=0))
     acausal = core.MoEConfig(num_experts=4, router=core.ExpertChoice())
     with pytest.raises(ValueError, match=r"ExpertChoice.* lets later tokens change earlier ones"):
         HistoryModel(config, num_items=3, max_length=4, ffn=acausal)
-
-
-def test_attention_dropout_is_of_training_alone():
     model = build("attention", None, attn_dropout=0.5, dropout=0.0, embed_dropout=0.0)
     with torch.no_grad():
         assert torch.equal(model(ITEMS), model(ITEMS))

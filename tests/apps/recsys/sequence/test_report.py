@@ -43,12 +43,9 @@ def made_use(ranks, targets, lengths, group_V=None):
     return NextItemUse(group_V, None, users, list(lengths))
 
 
-def test_items_are_grouped_by_their_share_of_the_training():
+def test_items_are_grouped_by_their_share_and_the_metrics_of_groups_are_by_hand(tmp_path):
     # Item 2 makes up half of 8 interactions, item 1 a quarter, items 3 and 4 an eighth; item 5 trains never.
     assert popularity_groups(np.array([0, 2, 4, 1, 1, 0])).tolist() == [4, 2, 0, 3, 3, 4]
-
-
-def test_the_metrics_of_groups_by_hand(tmp_path):
     use = made_use([1, 2, 11], [1, 1, 2], [3, 3, 9], group_V=np.array([4, 0, 3]))
     section = write_ranks(use, (5,), tmp_path)
     popular, least = rows(tmp_path / "popularity.csv")

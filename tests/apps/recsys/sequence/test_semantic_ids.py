@@ -49,7 +49,7 @@ def batch(items, targets, seen=None):
     return HistoryBatch(items, targets, n, n, None if seen is None else torch.tensor(seen))
 
 
-def test_clusters_within_clusters_come_back():
+def test_vectors_of_items_and_their_codes_by_hand():
     # Two far groups at 0 and 100, in each two near ones at -1 and +1: four places, each twice but for the last.
     vectors = np.array([[-1.0], [1.0], [99.0], [101.0], [-1.0], [1.0], [99.0]], np.float32)
     codes = residual_kmeans(vectors, 2, 2)
@@ -57,9 +57,6 @@ def test_clusters_within_clusters_come_back():
     # The rests are -1 and 1 in both groups, but for the center at 99.67 of the three.
     assert codes[:, 1].tolist() in ([0, 1, 0, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0, 1])
     assert with_last_code(codes, 2)[:, 2].tolist() == [0, 0, 0, 0, 1, 1, 1]
-
-
-def test_items_that_follow_each_other_have_like_vectors():
     # Users go through 0 1 2, or through 3 4 5; the last two places validate and test.
     item_N = np.array([1, 2, 3, 1, 2, 4, 5, 6, 1, 2, 2, 3, 1, 4, 1, 5, 6, 4, 2, 3], np.int32)
     histories = SimpleNamespace(item_N=item_N, length_U=np.array([5, 5, 5, 5]))

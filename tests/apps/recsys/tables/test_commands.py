@@ -142,7 +142,6 @@ def test_mappings_that_are_no_configs_are_refused(options, message):
             "features.categorical.1.multi_valued is False",
         ),
         (["--model.shared.num_experts", "3"], "model.shared.num_experts=2 in the checkpoint, 3 here"),
-        (["--model.head.kind", "esm"], "model.head.kind"),
         (["--model.embedding.kind", "fused", "--model.embedding.dim", "6"], "embedding.dim=6 is not a multiple of 4"),
     ],
 )

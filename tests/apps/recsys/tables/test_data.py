@@ -88,19 +88,11 @@ def test_one_process_tells_what_was_found(own, monkeypatch, caplog):
         assert caplog.text.count("table: 6 train, 0 val, 2 test rows") == times
 
 
-def test_columns_of_any_role_and_type_are_read(own, tmp_path):
+def test_types_may_differ_between_files(own, tmp_path):
     # Rows of users as numbers in one file and as text in another.
     write(tmp_path, "parquet", test={**TEST, "user": ["1", "9"]})
     data = own(kind="parquet")
-    train, test = data.rows("train")[:], data.rows("test")[:]
-    assert test.single_FB[1, 0] == train.single_FB[1, 0]
-    # A column is a category and the time.
-    days = ["2024-05-03", "2024-05-01", "2024-05-02", "2024-05-01", "2024-05-04", "2024-05-05"]
-    write(tmp_path, train={**TRAIN, "shop": days}, test={**TEST, "shop": ["2024-05-01", "2024-05-09"]})
-    config = config_of(categorical=("shop",), time="shop", split=SplitConfig("time", val=0.34, test=0.0))
-    data = own(config)
-    assert data.vocabulary("shop")[1] == "2024-05-01"  # twice in training
-    assert data.rows("val").index.tolist() == [4, 5]
+    assert data.rows("test")[:].single_FB[1, 0] == data.rows("train")[:].single_FB[1, 0]
 
 
 def test_a_pattern_takes_several_files_and_compressed_text_is_read(own, tmp_path):
@@ -238,7 +230,11 @@ def test_a_table_is_encoded_once_and_anew_when_anything_changes(own, tmp_path, m
     assert not list((tmp_path / "cache" / "tables").glob(".*"))
 
 
-def test_a_column_that_is_there_is_the_domain(own):
+def test_a_data_module_goes_to_another_process_and_a_column_that_is_there_is_the_domain(own):
+    data = own()
+    expected = by_row(data.rows("train")[:], data.features)
+    assert same(by_row(pickle.loads(pickle.dumps(data)).rows("train")[:], data.features), expected)
+    assert same(by_row(pickle.loads(pickle.dumps(data.rows("train")))[:], data.features), expected)
     without = dataclasses.replace(CONFIG, domain=None)
     assert own(without).features.num_domains == 0
     data = own(without, domain="shop")
@@ -246,10 +242,3 @@ def test_a_column_that_is_there_is_the_domain(own):
     with pytest.raises(ValueError, match=r"column 'shp' \(domain\) is not in .*train.csv'; did you mean 'shop'"):
         _ = own(without, domain="shp").features
     refused("column 'click' is a label and the domain", lambda: own(without, domain="click").features)
-
-
-def test_a_data_module_goes_to_another_process(own):
-    data = own()
-    expected = by_row(data.rows("train")[:], data.features)
-    assert same(by_row(pickle.loads(pickle.dumps(data)).rows("train")[:], data.features), expected)
-    assert same(by_row(pickle.loads(pickle.dumps(data.rows("train")))[:], data.features), expected)

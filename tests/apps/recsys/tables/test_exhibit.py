@@ -47,12 +47,16 @@ def row_of(page, **changed):
     return [*{**row, **changed}.values()]
 
 
-def test_examples_are_rows_as_they_stand_in_the_table(made):
+def test_examples_are_rows_as_they_stand_in_the_table_and_vectors_have_no_field(made):
     _, page = made
     first, second = page.examples
     # Paris and the tag w were not in training, users are hashed, and an age that is no number is missing.
     assert (first.values, second.values) == (("fr", "", "", "x", "30"), ("de", "Rome", "", "z", ""))
     assert first.label == "shop fr, tags x, age 30 (in truth click yes, like yes)"
+    features = Features(tasks=("click",), positives=(0.5,), vectors=(VectorFeature("image", 2),))
+    model = MultiTaskRecommender(features)
+    model.adopt_encoding({"encoding": Encoding(features).state()})
+    refused(r"reads columns of vectors \(image\), for which a page has no field", lambda: TASK(model).exhibit(None, 1))
 
 
 def test_the_answer_is_the_models_and_the_weights_are_the_gates(made):
@@ -118,13 +122,6 @@ def test_numbers_levels_and_classes_are_a_table(tmp_path):
     assert page.examples[0].label.endswith(
         f"price {price:.4g}, stars {stars + 1:.4g}, colour {('red', 'tan')[int(colour)]})"
     )
-
-
-def test_vectors_have_no_field():
-    features = Features(tasks=("click",), positives=(0.5,), vectors=(VectorFeature("image", 2),))
-    model = MultiTaskRecommender(features)
-    model.adopt_encoding({"encoding": Encoding(features).state()})
-    refused(r"reads columns of vectors \(image\), for which a page has no field", lambda: TASK(model).exhibit(None, 1))
 
 
 FEATURES = Features(

@@ -62,13 +62,20 @@ def test_quantile_normal_by_hand_with_numbered_bins_too():
     assert torch.equal(arch(rows), DenseArch((AGE, FLAT), DenseConfig("quantile_normal"))(rows))
 
 
-def test_a_bin_ends_with_its_boundary():
+def test_bins_end_with_their_boundaries_of_which_the_outermost_are_kept():
     # Boundaries 20, 30, 50: bins up to 20, 30, 50 and above, rows 1 to 4; row 0 is missing.
     arch = DenseArch((AGE, FLAT), DenseConfig("quantile"))
     bins_CB = arch.bins(torch.tensor([[20.0, 3.0], [20.5, NAN], [30.0, 3.0], [51.0, 3.0], [NAN, 3.0], [-INF, 3.0]]))
     assert bins_CB.tolist() == [[1, 2, 2, 4, 0, 0], [1, 0, 1, 1, 1, 1]]
     assert [(f.name, f.num_rows) for f in arch.bin_features] == [("age", 5), ("flat", 2)]
     assert arch(torch.zeros(1, 2)) is None
+    assert (thin((0.0, 1.0, 2.0, 3.0, 4.0), 4), thin((0.0, 1.0), 8)) == ((0.0, 2.0, 4.0), (0.0, 1.0))
+    assert thin((0.0, 1.0, 2.0), 2) == (0.0,)
+    assert thin((1.0, 1.0 + 1e-12), None) == (1.0,)  # one number in float32
+    assert thin((), 4) == ()
+    arch = DenseArch((), DenseConfig("quantile"))
+    assert arch(torch.zeros(2, 0)) is None
+    assert arch.bins(torch.zeros(2, 0)) is None
 
 
 def test_the_piecewise_linear_encoding_of_the_paper_its_tails_and_columns_without_bins():
@@ -138,13 +145,3 @@ def test_copies_have_weights_of_their_own_and_a_missing_value_starts_without_eff
     assert arch(torch.zeros(1, 2))[:, 0].tolist() == [[1.0, 2.0, 5.0, 6.0], [3.0, 4.0, 7.0, 8.0]]
     arch = DenseArch((HOURS,), DenseConfig("piecewise_linear", dim=4))
     assert_close(arch(column(NAN)), arch.encode.bias.relu())
-
-
-def test_thinned_boundaries_keep_the_outermost_and_no_column_is_nothing():
-    assert (thin((0.0, 1.0, 2.0, 3.0, 4.0), 4), thin((0.0, 1.0), 8)) == ((0.0, 2.0, 4.0), (0.0, 1.0))
-    assert thin((0.0, 1.0, 2.0), 2) == (0.0,)
-    assert thin((1.0, 1.0 + 1e-12), None) == (1.0,)  # one number in float32
-    assert thin((), 4) == ()
-    arch = DenseArch((), DenseConfig("quantile"))
-    assert arch(torch.zeros(2, 0)) is None
-    assert arch.bins(torch.zeros(2, 0)) is None

@@ -11,7 +11,6 @@ from made_table import ragged
 from quiet_trainer import quiet_trainer
 from refusals import refused
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import apps
 import core
@@ -213,15 +212,7 @@ def test_a_model_attends_to_items_and_averages_words(shared, kind):
         model(batch(SEQUENCES["words"], [[6], [], []]))
 
 
-def test_the_attention_is_among_the_flops_where_there_is_a_sequence():
-    def flops(history):
-        model = MultiTaskRecommender(features(sequences=(LAST,)), history=history).eval()
-        with FlopCounterMode(display=False) as counter:
-            model(batch(SEQUENCES["last"]))
-        return counter.get_total_flops()
-
-    # Four items, an MLP of 4 * 8 numbers to 10 to 1: 2 * 4 * (32 * 10 + 10).
-    assert flops(HistoryConfig("din", (10,))) - flops(HistoryConfig()) == 2640
+def test_a_table_without_sequences_has_no_history():
     model = MultiTaskRecommender(features(), history=HistoryConfig("din"))
     assert model(batch()).shape == (3, 2)
 

@@ -106,16 +106,13 @@ def test_vectors_and_factors_of_domains_do_not_decay():
     assert not decayed & {"domain.weight", "shared.experts.w_0", "shared.norm.domain_weight", "sparse.weight"}
 
 
-def test_personal_columns_are_read_where_they_stand_and_need_no_domain():
+def test_personal_columns_are_read_where_they_stand_and_a_domain_s_logits_are_added_to_the_steps():
     # Embeddings of 4 numbers, city before tags: the places of tags come first where they are named first.
     model = build(head=HeadConfig(personal=("film.tags", "city")))
     assert model._personal_P.tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
     model = build(num_domains=0, head=HeadConfig(personal=("city",)))
     assert model.domain is None
     assert model(batch()).shape == (6, 2)
-
-
-def test_a_domain_s_logits_are_added_to_the_steps():
     # A purchase stays below a click: the shift is of a step given the one before.
     model = build(head=HeadConfig("esmm", domain_dim=4))
     torch.nn.init.constant_(model.domain_logits.last.bias, 50.0)

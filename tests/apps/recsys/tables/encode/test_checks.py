@@ -189,12 +189,9 @@ def lines(tmp_path):
     return of
 
 
-def test_the_same_rows_have_no_drift(encoding, lines):
+def test_each_difference_is_a_line_the_largest_comes_first_and_the_same_rows_have_none(encoding, lines):
     assert lines(encoding, TRAIN) == []
     assert lines(encoding, {column: values[::3] for column, values in TRAIN.items()}) == []
-
-
-def test_each_difference_is_a_line_and_the_largest_comes_first(encoding, lines):
     # 200 rows: kinds that are half b, a quarter in training; a quarter of the cities unknown; 60 % of the prices that
     # are there above 99, and 70 % missing.
     new = {
@@ -213,7 +210,7 @@ def test_each_difference_is_a_line_and_the_largest_comes_first(encoding, lines):
     ]
 
 
-def test_a_checkpoint_of_an_earlier_version_has_unknown_values_and_means(encoding, lines):
+def test_an_earlier_checkpoint_has_unknown_values_and_means_and_bad_files_are_named(encoding, lines, tmp_path):
     state = encoding.state()
     del state["profiles"]
     old = Encoding.from_state(state)
@@ -224,9 +221,6 @@ def test_a_checkpoint_of_an_earlier_version_has_unknown_values_and_means(encodin
         "column 'price': mean 99, 50 in training, 1.7 standard deviations: mean predictions and calibration shift",
         "column 'city': 50.0% of the values are not in training: they are read as one unknown value",
     ]
-
-
-def test_bad_files(encoding, lines, tmp_path):
     with pytest.raises(ValueError, match=r"column 'price' \(continuous\) is not in '.*new.parquet'"):
         lines(encoding, {"city": ["Rome"], "kind": ["a"]})
     with pytest.raises(ValueError, match=r"data='.*new.parquet' has no rows"):

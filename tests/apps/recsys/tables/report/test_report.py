@@ -385,7 +385,7 @@ def test_what_decides_is_worth_all_and_noise_nothing():
     assert (found[1].importance, found[1].ci95) == (0, 0)
 
 
-def test_a_column_has_the_values_of_other_rows_and_no_other_changes():
+def test_the_parts_of_a_time_and_vectors_are_columns_of_the_table():
     own, rows = features(num_domains=2), batch(6, num_domains=2)
     order = torch.tensor([1, 2, 3, 4, 5, 0])
     for column in ("city", "film.tags"):
@@ -406,9 +406,6 @@ def test_a_column_has_the_values_of_other_rows_and_no_other_changes():
         torch.zeros(2, 0), torch.zeros(0, 2, dtype=torch.int32), torch.zeros(2, 0), torch.arange(2), vector_BV=vectors
     )
     assert shuffled(rows, own, {"b"}, torch.tensor([1, 0])).vector_BV.tolist() == [[1, 5, 6], [4, 2, 3]]
-
-
-def test_the_parts_of_a_time_and_the_domain_are_columns_of_the_table():
     hour, day = CategoricalFeature("ts_hour", 25), ContinuousFeature("ts_days")
     own = Features(categorical=(hour, CategoricalFeature("tab", 3)), continuous=(day,), num_domains=2)
     encoding = Encoding(own, domain="tab", timestamps={"ts": None})

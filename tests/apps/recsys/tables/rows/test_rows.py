@@ -34,7 +34,7 @@ def test_a_shuffled_batch_equals_its_rows_and_one_of_none_is_a_batch(own):
     assert [own.values_N.numel() for own in empty.lists] == [0]
 
 
-def test_tables_with_one_kind_of_column_alone(own):
+def test_tables_with_one_kind_of_column_alone_and_batches_of_workers_are_whole(own):
     dense = own(config_of(categorical=(), continuous=("age",)))
     batch = dense.rows("train")[:]
     assert (batch.single_FB.shape, batch.lists, batch.domain_B, batch.group_B) == ((0, 6), (), None, None)
@@ -43,6 +43,9 @@ def test_tables_with_one_kind_of_column_alone(own):
     lists = own(config_of(categorical=(), multi_valued=("tags",))).rows("train")[:]
     assert lists.lists[0].length_B.tolist() == [2, 0, 1, 1, 2, 1]
     assert lists.lists[0].row_N.tolist() == [0, 0, 2, 3, 4, 4, 5]
+    data = own(num_workers=2, eval_batch_size=4)
+    alone = [by_row(b, data.features) for b in own(eval_batch_size=4).train_eval_dataloader()]
+    assert same([by_row(b, data.features) for b in data.train_eval_dataloader()], alone)
 
 
 def epoch_of(data, epoch, loader=None):
@@ -65,12 +68,6 @@ def test_an_epoch_hangs_on_seed_and_number_alone_and_resumes_in_the_middle(own, 
     resumed = own(batch_size=2, num_workers=workers).train_dataloader()
     resumed.load_state_dict(stopped.state_dict())
     assert epoch_of(data, 1, resumed) == whole[1:]
-
-
-def test_batches_from_workers_are_whole(own):
-    data = own(num_workers=2, eval_batch_size=4)
-    alone = [by_row(b, data.features) for b in own(eval_batch_size=4).train_eval_dataloader()]
-    assert same([by_row(b, data.features) for b in data.train_eval_dataloader()], alone)
 
 
 def test_loaders(own):
