@@ -180,18 +180,6 @@ def test_the_start_is_the_best_constant(target):
     assert float(mean) == pytest.approx(kind.initial_loss(0.25))
 
 
-def test_ensembles_predict_the_mean_of_their_members():
-    several = Outputs(ALL)
-    z_MBZ = torch.randn(3, 5, several.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mean = several.mean(z_MBZ)
-    for kind, own, of_members in zip(several.kinds, several.split(mean), several.split(z_MBZ), strict=True):
-        if kind.target.kind == "multiclass":
-            assert_close(own.softmax(-1), of_members.softmax(-1).mean(0))
-        else:
-            values = torch.stack([kind.value(z_Bw) for z_Bw in of_members])
-            assert_close(kind.value(own), values.mean(0))
-
-
 def test_a_teacher_is_learned_where_the_divergence_is_least():
     several = Outputs(ALL)
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +192,7 @@ def test_a_teacher_is_learned_where_the_divergence_is_least():
     assert (several.divergences(given + 0.3 * torch.randn(given.shape, generator=generator), given, 1.0) > 0).all()
 
 
-def test_outputs_stand_side_by_side():
+def test_outputs_stand_side_by_side_and_ensembles_predict_the_mean():
     several = Outputs(ALL)
     assert several.width == 1 + 1 + 1 + 1 + 2 + 3 + 3 + 1 + 3
     z_BZ, label_Bt = torch.randn(2, 16), torch.tensor([[1.0, 9.0, 3.0, 2.0, 2.0, 0.0, 7.0, 0.0, -2.0], [math.nan] * 9])
@@ -212,6 +200,15 @@ def test_outputs_stand_side_by_side():
     assert of_each.shape == (2, 9)
     assert_close(of_each[0, 4], kind_of(STARS).loss(z_BZ[:1, 4:6], torch.tensor([2.0]))[0])
     assert of_each.isfinite().all()
+    several = Outputs(ALL)
+    z_MBZ = torch.randn(3, 5, several.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = several.mean(z_MBZ)
+    for kind, own, of_members in zip(several.kinds, several.split(mean), several.split(z_MBZ), strict=True):
+        if kind.target.kind == "multiclass":
+            assert_close(own.softmax(-1), of_members.softmax(-1).mean(0))
+        else:
+            values = torch.stack([kind.value(z_Bw) for z_Bw in of_members])
+            assert_close(kind.value(own), values.mean(0))
 
 
 NAN = math.nan

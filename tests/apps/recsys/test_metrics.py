@@ -113,7 +113,7 @@ def test_calibration_error_by_hand_with_one_bin_for_a_constant():
     assert binary_metrics.auc(np.full(12, 0.4), y) == 0.5
 
 
-def test_missing_labels_are_left_out_and_one_class_is_nan():
+def test_missing_labels_are_left_out_others_are_0_or_1_and_one_class_is_nan():
     z, y, users = draw(50)
     y[:10] = np.nan
     whole, part = binary_metrics.task_metrics(z, y, users), binary_metrics.task_metrics(z[10:], y[10:], users[10:])
@@ -130,9 +130,6 @@ def test_missing_labels_are_left_out_and_one_class_is_nan():
     broken = binary_metrics.task_metrics(z, np.ones(50))
     assert broken.invalid == 1
     assert math.isnan(broken.log_loss)
-
-
-def test_labels_and_bins_are_checked():
     refused(r"label 0\.5 is neither 0 nor 1", lambda: binary_metrics.task_metrics(np.zeros(3), np.array([0, 0.5, 1])))
     binned = MultiTaskMetrics(["a"], score_bins=4)
     refused("label 2 is neither 0 nor 1", lambda: binned.update(torch.zeros(1, 1), torch.tensor([[2.0]])))
@@ -198,7 +195,7 @@ def test_a_metric_can_be_copied_pickled_and_cast():
     assert float(ranks.compute()["mrr"]) == pytest.approx(1 / 3, abs=1e-12)  # not a sum in bfloat16
 
 
-def test_ranking_by_hand():
+def test_ranking_by_hand_where_items_that_are_no_candidates_are_minus_infinity():
     # Ranks: row 0: target 0.9 is first. Row 1: target 0.2 is below 0.7 and 0.5: third. Row 2: all equal: last, fourth.
     scores = torch.tensor([[0.1, 0.9, 0.3, 0.2], [0.7, 0.2, 0.5, 0.1], [0.4, 0.4, 0.4, 0.4]])
     target = torch.tensor([1, 1, 0])
@@ -230,16 +227,7 @@ def test_a_scorer_that_knows_nothing_does_not_look_good():
     assert target_ranks(scores, torch.tensor([5])).tolist() == [100]
 
 
-def test_ranks_are_those_of_a_loop_and_items_that_are_no_candidates_are_minus_infinity():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 30, (33, 57), generator=generator).float()
-    target = torch.randint(0, 57, (33,), generator=generator)
-    want = [
-        1 + sum(float(s) >= float(row[t]) for item, s in enumerate(row) if item != int(t))
-        for row, t in zip(scores, target, strict=True)
-    ]
-    assert target_ranks(scores, target).tolist() == want
-    assert target_ranks(scores[:0], target[:0]).tolist() == []
+def test_items_that_are_no_candidates_are_minus_infinity():
     scores = torch.tensor([[5.0, 1.0, 4.0, 0.0]])
     assert target_ranks(scores, torch.tensor([1])).tolist() == [3]
     scores[0, 0] = -torch.inf

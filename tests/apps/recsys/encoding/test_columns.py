@@ -214,7 +214,7 @@ def test_values_as_labels(values, task, expected):
     assert np.array_equal(labels, np.array(expected, dtype=np.float32), equal_nan=True)
 
 
-def test_labels_are_checked_and_a_column_that_is_the_label_is_found():
+def test_labels_are_checked_whatever_the_type_of_positive_values():
     with pytest.raises(ValueError, match="task 't': column 'y' must hold 0 and 1, but row 2 holds '2'"):
         to_labels([part([0, 1, 2])], "t", TaskConfig("y"))
     many = [*range(2), *range(2000)]  # more values than are looked at one by one
@@ -229,9 +229,6 @@ def test_labels_are_checked_and_a_column_that_is_the_label_is_found():
     assert not determines(np.arange(6), label)  # an id of the row says nothing
     assert determines(np.array([MISSING, 2, 2, MISSING, 2, 2]), label)  # that it is missing may
     assert not determines(np.array([0, 0, 0, 0, 0, 0]), np.zeros(6, dtype=np.float32))
-
-
-def test_positive_values_may_be_of_any_type():
     for values, positive in (([0, 1, 2], (2, 1)), (["0.0", "1", "2"], (1.0, "2")), ([False, True, True], (True,))):
         assert to_labels([part(values)], "t", TaskConfig("c", positive=positive)).tolist() == [0, 1, 1]
         with pytest.raises(ValueError, match="task 't': column 'c' never holds positive=7"):
@@ -334,15 +331,12 @@ def test_the_last_values_are_kept_without_those_that_have_no_row():
 NAN = float("nan")
 
 
-def test_the_stability_index_by_hand():
+def test_profiles_and_their_stability_index_by_hand():
     # (0.9 - 0.5) ln(0.9 / 0.5) + (0.1 - 0.5) ln(0.1 / 0.5) = 0.4 * 0.587787 + 0.4 * 1.609438 = 0.878890
     assert stability_index((0.5, 0.5), (0.9, 0.1)) == pytest.approx(0.878890, abs=1e-6)
     assert stability_index((0.3, 0.7), (0.3, 0.7)) == 0
     # An empty bin counts as 1 in 10,000: 0.4999 ln 5000, and 0.5 ln 2 for the one that took its rows.
     assert stability_index((0.5, 0.5), (1, 0)) == pytest.approx(0.4999 * math.log(5000) + 0.5 * math.log(2))
-
-
-def test_numbers_by_deciles_and_their_range():
     values = np.array([*range(1, 21), *[NAN] * 5], np.float32)  # two numbers in each tenth, a fifth is missing
     profile = Profile.of_numbers(values)
     assert (profile.missing, profile.bounds) == (0.2, (1, 20))
@@ -355,9 +349,6 @@ def test_numbers_by_deciles_and_their_range():
     assert (counts.num_rows, counts.num_missing, counts.num_odd, counts.total) == (6, 1, 2, 73.5)
     assert counts.bins.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 1, 2]
     assert Profile.of_numbers(np.array([NAN], np.float32)) == Profile(missing=1.0)
-
-
-def test_categories_by_frequent_rows():
     # 6 of 10 values have row 1, 3 row 2, and one is too rare for a row; 2 of 12 rows of the table have no value.
     rows = np.array([1] * 6 + [2] * 3 + [0], np.int32)
     unseen = rows == 0

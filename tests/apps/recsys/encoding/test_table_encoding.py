@@ -62,7 +62,14 @@ def test_a_vocabulary_finds_its_texts_few_or_many_and_decimals_as_they_are_writt
         assert Vocabulary.of_state(**state).texts() == (new or tuple(old))
 
 
-def test_what_another_table_taught_encodes_and_a_domain_that_it_lacks_is_named(own, tmp_path):
+def test_what_a_table_taught_is_used_again_where_it_is_the_same_and_encodes_another(own, tmp_path):
+    first = own()
+    state = first.encoding_state
+    first.adopt(state)
+    second = own()
+    second.adopt(state)
+    assert second.rows("train").columns.folder == first.rows("train").columns.folder
+    assert len(list((tmp_path / "cache" / "tables").iterdir())) == 1
     learned = own()
     state = learned.encoding_state
     torch.save(state, tmp_path / "state.pt")
@@ -85,16 +92,6 @@ def test_what_another_table_taught_encodes_and_a_domain_that_it_lacks_is_named(o
     data = own()
     data.adopt(state)
     refused("column 'shop' names the domain, but holds 'it', which training lacks, in", lambda: data.setup("test"))
-
-
-def test_what_was_encoded_is_used_again_where_it_is_the_same(own, tmp_path):
-    first = own()
-    state = first.encoding_state
-    first.adopt(state)
-    second = own()
-    second.adopt(state)
-    assert second.rows("train").columns.folder == first.rows("train").columns.folder
-    assert len(list((tmp_path / "cache" / "tables").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

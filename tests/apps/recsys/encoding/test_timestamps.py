@@ -57,7 +57,7 @@ def test_one_moment_in_many_forms(values, kind):
     assert seconds(values, kind) == [SECONDS] * len(values)
 
 
-def test_dates_and_mixed_texts():
+def test_dates_and_mixed_texts_and_the_parts_of_a_timestamp():
     assert seconds([dt.date(2024, 5, 31)], pa.date32()) == [MIDNIGHT]
     # 2999 has more microseconds than a float has integers; 402 years have 146,827 days.
     assert (
@@ -71,6 +71,12 @@ def test_dates_and_mixed_texts():
     assert np.isnan(seconds([None])).all()
     np.testing.assert_array_equal(seconds(["NA", "2024-05-31", "?"]), [nan, MIDNIGHT, nan])
     assert seconds(["1.6.2024 9:05", "6/1/2024 9:05"]) == [MIDNIGHT + 86_400 + 9 * 3600 + 300] * 2
+    # 1970-01-01 00:00 was a Thursday; a second before it, Wednesday at 23.
+    table = with_parts(pa.table({"t": pa.array([0, -1, SECONDS, None])}), {"t": None}, "the rows")
+    assert table.column_names == ["t", "t_hour", "t_weekday", "t_days"]
+    assert table["t_hour"].to_pylist() == ["0", "23", "13", None]
+    assert table["t_weekday"].to_pylist() == ["Thursday", "Wednesday", "Friday", None]
+    np.testing.assert_array_equal(table["t_days"].to_numpy(), [0, -1 / 86_400, SECONDS / 86_400, np.nan])
 
 
 @pytest.mark.parametrize(
@@ -92,15 +98,6 @@ def test_dates_and_mixed_texts():
 )
 def test_what_is_no_timestamp_is_named(values, match):
     refused(match, lambda: seconds(values))
-
-
-def test_the_parts_of_a_timestamp():
-    # 1970-01-01 00:00 was a Thursday; a second before it, Wednesday at 23.
-    table = with_parts(pa.table({"t": pa.array([0, -1, SECONDS, None])}), {"t": None}, "the rows")
-    assert table.column_names == ["t", "t_hour", "t_weekday", "t_days"]
-    assert table["t_hour"].to_pylist() == ["0", "23", "13", None]
-    assert table["t_weekday"].to_pylist() == ["Thursday", "Wednesday", "Friday", None]
-    np.testing.assert_array_equal(table["t_days"].to_numpy(), [0, -1 / 86_400, SECONDS / 86_400, np.nan])
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.string()])

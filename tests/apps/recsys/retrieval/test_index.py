@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from made_pairs import made_pairs, retriever
 from quiet_trainer import quiet_trainer
 from refusals import refused
@@ -93,7 +92,7 @@ def test_a_file_keeps_an_index_and_its_numbers(tmp_path):
     refused("cut holds no item index", lambda: ItemIndex.load(tmp_path / "cut"))
 
 
-def test_the_correction_by_hand_and_an_item_is_no_negative_of_itself():
+def test_the_loss_by_hand_its_probabilities_and_its_gradients_are_those_of_a_column_for_each_place():
     # exp of the logits is [[2, 3], [1, 4]], and the items are drawn with probabilities 1/2 and 1/4. Divided by them:
     # [[4, 12], [2, 16]]. The own items' shares are 4 / 16 and 16 / 18.
     logits = torch.tensor([[2.0, 3.0], [1.0, 4.0]]).log()
@@ -108,19 +107,6 @@ def test_the_correction_by_hand_and_an_item_is_no_negative_of_itself():
     logits = torch.tensor([[1.0, 2.0], [1.0, 3.0], [6.0, 5.0]]).log()
     loss = sampled_softmax(logits, torch.tensor([0, 1, 0]), torch.tensor([3, 1]), None)
     assert float(loss) == pytest.approx(-(math.log(1 / 3) + math.log(3 / 6) + math.log(6 / 11)) / 3)
-
-
-def slow_loss(user_BD, item_CD, item_C, log_q_C):
-    """Return the loss with a column for each place of the sample: that of row b is column b."""
-    losses = []
-    for b, user_D in enumerate(user_BD):
-        kept = [c for c in range(len(item_C)) if c == b or item_C[c] != item_C[b]]
-        logits = torch.stack([user_D @ item_CD[c] - log_q_C[c] for c in kept])
-        losses.append(logits.logsumexp(0) - logits[kept.index(b)])
-    return torch.stack(losses).mean()
-
-
-def test_the_loss_and_its_gradients_are_those_of_a_column_for_each_place():
     torch.manual_seed(0)
     item_C = torch.tensor([2, 0, 2, 5, 0, 2, 1, 0, 5, 3])  # six pairs and four draws
     users = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
@@ -132,15 +118,6 @@ def test_the_loss_and_its_gradients_are_those_of_a_column_for_each_place():
     assert_close(fast, reference, rtol=1e-12, atol=0)
     for a, b in zip(*(torch.autograd.grad(loss, (users, items)) for loss in (fast, reference)), strict=True):
         assert_close(a, b, rtol=1e-10, atol=1e-14)
-
-
-def test_with_the_whole_catalog_it_is_the_full_softmax_and_probabilities_of_a_place():
-    torch.manual_seed(0)
-    user, item = torch.randn(3, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
-    own = torch.tensor([8, 2, 5])
-    log_q = torch.full((9,), -math.log(9), dtype=torch.float64)
-    loss = sampled_softmax(user @ item.t(), own, torch.ones(9, dtype=torch.int64), log_q)
-    assert_close(loss, F.cross_entropy(user @ item.t(), own), rtol=1e-12, atol=0)
     # Of 8 pairs 5 have the first item and 2 the second; the third has none, and counts as 1.
     count = torch.tensor([5, 2, 0])
     assert_close(log_probability(count).exp(), torch.tensor([5 / 8, 2 / 8, 1 / 8]))
@@ -148,6 +125,16 @@ def test_with_the_whole_catalog_it_is_the_full_softmax_and_probabilities_of_a_pl
     mixed = torch.tensor([(6 * n / 8 + 2 / 3) / 8 for n in (5, 2, 1)])
     assert_close(log_probability(count, 6, 2).exp(), mixed)
     assert float(mixed.sum()) == pytest.approx(1)
+
+
+def slow_loss(user_BD, item_CD, item_C, log_q_C):
+    """Return the loss with a column for each place of the sample: that of row b is column b."""
+    losses = []
+    for b, user_D in enumerate(user_BD):
+        kept = [c for c in range(len(item_C)) if c == b or item_C[c] != item_C[b]]
+        logits = torch.stack([user_D @ item_CD[c] - log_q_C[c] for c in kept])
+        losses.append(logits.logsumexp(0) - logits[kept.index(b)])
+    return torch.stack(losses).mean()
 
 
 def made_use(**changed):

@@ -82,7 +82,7 @@ def test_users_come_in_many_kinds(model, tmp_path):
     assert {name: len(values) for name, values in nobody.items()} == {"row": 0, "user": 0, "film": 0, "score": 0}
 
 
-def test_a_ranking_model_orders_what_is_retrieved(model, tmp_path):
+def test_a_ranking_model_orders_what_is_retrieved_and_equal_predictions_keep_their_order(model, tmp_path):
     ranking = ranker(tmp_path)
     predicted = model.predict(USERS, top=2, include_seen=True, rank=ranking, candidates=3)
     retrieved = by_user(model.predict(USERS, top=3, include_seen=True), "film")
@@ -99,9 +99,6 @@ def test_a_ranking_model_orders_what_is_retrieved(model, tmp_path):
         assert by_user(predicted, "film")[user] == [films[i] for i in best]
         np.testing.assert_allclose(by_user(predicted, "probability_like")[user], like[best], rtol=1e-6)
     assert list(predicted) == ["row", "user", "film", "score", "probability_like"]
-
-
-def test_equal_predictions_keep_the_order_and_values_stand_by_user(model, tmp_path):
     ranking = ranker(tmp_path)
     with torch.no_grad():
         for p in ranking.parameters():

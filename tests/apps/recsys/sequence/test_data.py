@@ -64,7 +64,7 @@ def by_user(loader: Any) -> dict[int, HistoryBatch]:
     return examples
 
 
-def test_leave_last_out_by_hand(tmp_path: Path) -> None:
+def test_leave_last_out_by_hand_padded_after_the_last_item(tmp_path):
     data = ready(write(tmp_path))
     assert (data.num_items, data.user_names) == (5, ("3", "5", "7", "9"))
     # user 7 trains on 1 2 3, of which 2 and 3 are targets; user 3 on 5 alone, so on nothing; user 5 on all it has
@@ -82,9 +82,6 @@ def test_leave_last_out_by_hand(tmp_path: Path) -> None:
         2: ([1, 2, 3, 4, 5], [0, 0, 0, 0, 0], [1, 2, 3, 4, 5]),
         3: ([4], [0], [4]),
     }
-
-
-def test_batches_are_padded_and_without_a_time_the_rows_are_in_order(tmp_path):
     batch = next(iter(ready(write(tmp_path)).test_dataloader()))
     assert batch.items_BS.tolist() == [[5, 1, 0, 0], [1, 2, 3, 4]]
     assert batch.targets_BS.tolist() == [[0, 2, 0, 0], [0, 0, 0, 5]]
@@ -206,19 +203,6 @@ def test_names_and_numbers_do_not_depend_on_the_order_of_the_file_and_a_missing_
     assert a.user_names == b.user_names
     assert (by_user(a.test_dataloader())[2], a.item_genres) == (by_user(b.test_dataloader())[2], ())
     refused(r"file='.*nowhere\.csv': no such file", lambda: ready(str(tmp_path / "nowhere.csv")))
-
-
-def test_users_and_items_of_text_and_times_of_dates(tmp_path: Path) -> None:
-    day = datetime.datetime(2024, 1, 1)
-    table = {
-        "user": ["ann"] * 3 + ["bob"],
-        "item": ["pear", "apple", "fig", "fig"],
-        "time": [day + datetime.timedelta(hours=h) for h in (2, 1, 3, 0)],
-    }
-    pa.parquet.write_table(pa.table(table), tmp_path / "text.parquet")
-    data = ready(str(tmp_path / "text.parquet"))
-    assert (data.item_names, data.user_names) == (("", "apple", "fig", "pear"), ("ann", "bob"))
-    assert by_user(data.test_dataloader()) == {0: ([1, 3], [0, 2], [1, 3])}
 
 
 def test_movielens(tmp_path: Path) -> None:

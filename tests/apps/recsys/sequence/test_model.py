@@ -108,37 +108,10 @@ def test_the_time_between_items_counts_and_that_of_later_ones_and_of_padding_doe
         assert_close(model.encode(ITEMS, later)[0][[0, 1, 2, 5, 6, 7, 8]], h_TD[[0, 1, 2, 5, 6, 7, 8]])
 
 
-def slow_attention(x_SD, layer):
-    """Attend by one head, one query and one key at a time."""
-    S, D = x_SD.shape
-    d = D // layer.num_heads
-    q, k, v = (x_SD @ w.t() + b for w, b in zip(layer.qkv.weight.split(D), layer.qkv.bias.split(D), strict=True))
-    y = torch.zeros_like(x_SD)
-    for head in range(layer.num_heads):
-        own = slice(head * d, head * d + d)
-        for t in range(S):
-            weights = [math.exp(float(q[t, own] @ k[s, own]) / math.sqrt(d)) for s in range(t + 1)]
-            y[t, own] = sum(w / sum(weights) * v[s, own] for s, w in enumerate(weights))
-    return y
-
-
-def test_sasrec_is_the_slow_transformer():
-    model = build("attention", None)
-    with torch.no_grad():
-        h_TD, _, _ = model.encode(ITEMS)
-        expected = []
-        for row in ([3, 1, 4, 1, 5], [9, 2, 6], [7]):
-            x = model.item_embed.weight[row] * math.sqrt(8) + model.pos_embed.weight[: len(row)]
-            for block in model.blocks:
-                x = x + block.mixing.out(slow_attention(block.mixing_norm(x), block.mixing))
-                x = x + block.ffn(block.ffn_norm(x))
-            expected.append(model.norm(x))
-    assert_close(h_TD, torch.cat(expected), rtol=0, atol=1e-12)
-
-
-def test_hstu_is_its_layers_and_has_no_ffn_but_that_of_moe_blocks():
+@pytest.mark.parametrize("mixing", ["attention", "hstu"])
+def test_a_model_is_its_layers_and_hstu_has_no_ffn_but_that_of_moe_blocks(mixing):
     torch.manual_seed(0)
-    config = HistoryModelConfig(**{**SMALL, "mixing": "hstu", "hidden_dim": None})
+    config = HistoryModelConfig(**{**SMALL, "mixing": mixing, "hidden_dim": None, "distance_bias": True})
     model = HistoryModel(config, num_items=9, max_length=8, ffn=MOE, moe_blocks=[1]).double().eval()
     with torch.no_grad():
         model.pair_bias.distance_bias.normal_()
@@ -146,9 +119,11 @@ def test_hstu_is_its_layers_and_has_no_ffn_but_that_of_moe_blocks():
         mask = model.pair_bias.mask(x_BLD, None)
         for block in model.blocks:
             x_BLD = x_BLD + block.mixing(block.mixing_norm(x_BLD), mask)
-        x_BLD = x_BLD + model.blocks[1].ffn(model.blocks[1].ffn_norm(x_BLD), core.RoutingContext())
+            if block.ffn is not None:
+                own = (core.RoutingContext(),) if block is model.blocks[1] else ()
+                x_BLD = x_BLD + block.ffn(block.ffn_norm(x_BLD), *own)
         assert_close(model.encode(ITEMS[:1])[0], model.norm(x_BLD)[0], rtol=0, atol=1e-12)
-    assert model.blocks[0].ffn is None
+    assert (model.blocks[0].ffn is None) == (mixing == "hstu")
     dense = HistoryModel(HistoryModelConfig(**SMALL, mixing="hstu"), num_items=9, max_length=8)
     assert [block.ffn.w_in.out_features for block in dense.blocks] == [16, 16]  # a hidden_dim asks for it
 
@@ -167,7 +142,7 @@ def test_convolution_by_hand():
     assert_close(output.squeeze(1), z * torch.special.ndtr(z), rtol=0, atol=1e-12)
 
 
-def test_the_mixture_is_the_gated_sum_of_its_experts():
+def test_the_mixture_is_the_gated_sum_of_its_experts_and_the_gates_sums_are_the_load():
     torch.manual_seed(0)
     layer = TokenMixing(HistoryModelConfig(**SMALL)).double().eval()
     x_TD = torch.randn(9, 8, dtype=torch.float64)
@@ -179,9 +154,6 @@ def test_the_mixture_is_the_gated_sum_of_its_experts():
         local = layer.norms["convolution"](layer.experts["convolution"](x_TD, packing=packing))
         far = layer.norms["attention"](layer.experts["attention"](x_TD, mask, packing=packing))
         assert_close(layer(x_TD, mask, packing=packing), layer.out(g_T1 * local + (1 - g_T1) * far), rtol=0, atol=1e-12)
-
-
-def test_gates_sum_to_one_and_their_sums_are_the_load():
     model = build()
     with torch.no_grad(), core.record(model) as tape:
         model(ITEMS)

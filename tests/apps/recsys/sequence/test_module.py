@@ -47,7 +47,7 @@ LEFT = batch([[0, 3, 1, 4, 1, 5], [0, 0, 0, 9, 2, 6]], [[0, 1, 4, 1, 5, 9], [0, 
 EVAL = batch([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [7, 0, 0, 0, 0]], [[0, 0, 0, 0, 9], [0, 0, 5, 0, 0], [0, 0, 0, 0, 0]])
 
 
-def test_the_loss_is_the_mean_over_the_positions_with_a_target():
+def test_the_loss_is_the_mean_over_targets_of_all_items_or_of_those_that_the_history_has_not():
     module = build()
     with torch.no_grad():
         out = module.train().task_loss(TRAIN)
@@ -58,9 +58,6 @@ def test_the_loss_is_the_mean_over_the_positions_with_a_target():
     assert_close(out.loss, expected)
     assert out.num_examples == 3
     assert_close(module.task_loss(LEFT).loss.detach(), expected)  # wherever padding stands
-
-
-def test_a_softmax_over_the_items_that_the_history_has_not():
     module = build(mask_seen_items=True, exclude_seen=True)
     with torch.no_grad():
         out = module.train().task_loss(TRAIN)
@@ -152,7 +149,7 @@ def ranking(module, scores):
 SCORES = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
 
 
-def test_the_last_items_target_is_ranked_among_all_items():
+def test_the_last_items_target_is_ranked_among_the_items_that_may_be_predicted():
     module = ranking(build(), SCORES)
     out = module.task_loss(EVAL)
     # Items in the order 1, 2, ..., 9: 9 ranks ninth, 5 fifth. The third history has no target and no rank.
@@ -163,9 +160,6 @@ def test_the_last_items_target_is_ranked_among_all_items():
     assert values == pytest.approx(
         {"hr_10": 1.0, "ndcg_10": (1 / math.log2(10) + 1 / math.log2(6)) / 2, "mrr": (1 / 9 + 1 / 5) / 2}
     )
-
-
-def test_seen_items_have_no_rank_and_are_not_predicted():
     module = ranking(build(exclude_seen=True), SCORES)
     # History 3, 1, 4, 1, 5 leaves 2, 6, 7, 8, 9: 9 ranks fifth. Of 9, 2, 6 the target 5 has 1, 3, 4 before it: fourth.
     out = module.task_loss(EVAL)
@@ -204,7 +198,7 @@ def test_a_file_of_predictions_has_no_items_that_were_seen(tmp_path, ending):
     assert [row["score"] for row in rows] == [[], pytest.approx([0.1]), pytest.approx([0.8, 0.3])]
 
 
-def test_baseline_widths_by_hand():
+def test_baseline_widths_by_hand_and_all_else_the_same():
     # D = 8, E = 4, K = 2, F = 32. FLOPs a token: gate 2*8*4 = 64, experts 2 * 4*8*32 = 2048; 2112 / 32 = 66.
     # Parameters: gate 32, experts 4 * 2*8*32 = 2048; 2*8*F + F + 8 = 2080 gives F = 121.9.
     attention = baseline_widths(SASREC, MOE, 2)
@@ -220,6 +214,27 @@ def test_baseline_widths_by_hand():
     assert baseline_widths(HSTU, MOE, 1) == own
     # Without experts: 16 + 13; (280 + 248 - 8) / 17 = 30.6.
     assert baseline_widths(TINY, None, 2) == {"sasrec_equal_flops": (29, ""), "sasrec_equal_params": (31, "")}
+    sparse = build(moe_blocks=[1], optimizer=OptimizerConfig(lr=0.02), top_k=5, exclude_seen=True)
+    for name, width in (("sasrec_equal_flops", 92), ("sasrec_equal_params", 151)):
+        baseline = sparse.baselines()[name]
+        assert f"hidden dim {width} in moe_blocks, 16 elsewhere" in baseline.note
+        dense = pickle.loads(pickle.dumps(baseline.build))()  # into another process
+        assert not core.moe_layers(dense)
+        assert (dense.baselines(), dense.sequence.mixing) == ({}, "attention")
+        assert [b.ffn.w_in.out_features for b in dense.model.blocks] == [16, width]
+        assert (dense.optimizer_config, dense.top_k, dense.exclude_seen) == (OptimizerConfig(lr=0.02), 5, True)
+    # Those of HSTU.
+    sparse = build(sequence=dataclasses.replace(HSTU, time_buckets=16), moe_blocks=[1])
+    (hstu, _) = sparse.baselines().values()
+    assert hstu.note == "pointwise attention and dense FFNs, hidden dim 66 in moe_blocks, none elsewhere"
+    dense = pickle.loads(pickle.dumps(hstu.build))()
+    assert (dense.moe_block_names, dense.baselines(), dense.sequence) == ((), {}, sparse.sequence)
+    assert [None if b.ffn is None else b.ffn.w_in.out_features for b in dense.model.blocks] == [None, 66]
+    everywhere = build(sequence=HSTU).baselines()
+    sasrec = everywhere["sasrec_equal_flops"].build()
+    assert sasrec.sequence.mixing == "attention"
+    assert sasrec.model.pair_bias is not None  # the scores of both have biases by distance
+    assert build(None, sequence=HSTU).baselines() == {}
 
 
 SPARSE = {
@@ -242,30 +257,6 @@ def test_baselines_cost_what_they_say(name, full):
         assert systems[f"{kind}_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.03)
         assert systems[f"{kind}_equal_flops"].flops_ratio == pytest.approx(1, abs=0.03)
         assert systems[f"{kind}_equal_params"].params_ratio == pytest.approx(1, abs=0.03)
-
-
-def test_baselines_are_sasrec_and_else_the_same_or_hstu():
-    sparse = build(moe_blocks=[1], optimizer=OptimizerConfig(lr=0.02), top_k=5, exclude_seen=True)
-    for name, width in (("sasrec_equal_flops", 92), ("sasrec_equal_params", 151)):
-        baseline = sparse.baselines()[name]
-        assert f"hidden dim {width} in moe_blocks, 16 elsewhere" in baseline.note
-        dense = pickle.loads(pickle.dumps(baseline.build))()  # into another process
-        assert not core.moe_layers(dense)
-        assert (dense.baselines(), dense.sequence.mixing) == ({}, "attention")
-        assert [b.ffn.w_in.out_features for b in dense.model.blocks] == [16, width]
-        assert (dense.optimizer_config, dense.top_k, dense.exclude_seen) == (OptimizerConfig(lr=0.02), 5, True)
-    # Those of HSTU.
-    sparse = build(sequence=dataclasses.replace(HSTU, time_buckets=16), moe_blocks=[1])
-    (hstu, _) = sparse.baselines().values()
-    assert hstu.note == "pointwise attention and dense FFNs, hidden dim 66 in moe_blocks, none elsewhere"
-    dense = pickle.loads(pickle.dumps(hstu.build))()
-    assert (dense.moe_block_names, dense.baselines(), dense.sequence) == ((), {}, sparse.sequence)
-    assert [None if b.ffn is None else b.ffn.w_in.out_features for b in dense.model.blocks] == [None, 66]
-    everywhere = build(sequence=HSTU).baselines()
-    sasrec = everywhere["sasrec_equal_flops"].build()
-    assert sasrec.sequence.mixing == "attention"
-    assert sasrec.model.pair_bias is not None  # the scores of both have biases by distance
-    assert build(None, sequence=HSTU).baselines() == {}
 
 
 def test_other_routers_at_equal_flops():

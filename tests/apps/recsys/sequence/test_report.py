@@ -123,7 +123,7 @@ def test_training_counts_leave_out_what_is_held_out(clicks):
     )
 
 
-def test_a_test_leaves_ranks_experts_and_users(clicks, tmp_path):
+def test_a_test_leaves_ranks_experts_and_users_and_a_dense_model_no_experts(clicks, tmp_path):
     module = recommender(clicks.num_items, 8, report=NextItemReportConfig(samples=2))
     trainer = quiet_trainer(tmp_path)
     (metrics,) = trainer.test(module, clicks, verbose=False)
@@ -145,9 +145,6 @@ def test_a_test_leaves_ranks_experts_and_users(clicks, tmp_path):
     (table,) = users.parts
     assert isinstance(table, Table)
     assert [row[0] for row in table.rows] == [clicks.user_names[place] for place in (3, 9)]
-
-
-def test_a_dense_model_has_ranks_and_users_alone(clicks, tmp_path):
     module = recommender(clicks.num_items, 8, moe=None, report=NextItemReportConfig(samples=0, routing_examples=5))
     quiet_trainer(tmp_path).test(module, clicks, verbose=False)
     assert [s.title for s in load_sections(tmp_path / "report")] == ["Ranks of the next items"]

@@ -211,7 +211,7 @@ def test_the_items_are_the_models_and_the_experts_are_of_its_pass(tmp_path):
     refused(r"is empty: choose an item first$", lambda: answered(exhibit, []))
 
 
-def test_a_page_shows_as_many_items_as_predict_and_a_request_none_of_its_history(tmp_path):
+def test_a_page_shows_as_many_items_as_predict_with_names_that_differ(tmp_path):
     model, page = shown(history_run(tmp_path))
     assert page.fields[0].value == page.examples[0].values[0] == ("Alien", "Brazil", "Casablanca")
     for exclude_seen, items in ((False, 3), (True, 2)):
@@ -224,9 +224,6 @@ def test_a_page_shows_as_many_items_as_predict_and_a_request_none_of_its_history
         assert {row["name"] for row in first["items"]} == {"Casablanca", "Dune", "Eraserhead"}
         assert (first["unknown"], second["unknown"], len(second["items"])) == (1, 0, 1)
     refused(r"^history\[1\] is empty$", lambda: task.read({"history": ["0", " "]}))
-
-
-def test_items_of_one_name_have_their_values_beside_it():
     items = Items(("", "1", "2", "3"), ("", "Emma", "Persuasion", "Emma"))
     assert different_names(items) == ("Emma (1)", "Persuasion", "Emma (3)")
 

@@ -31,7 +31,7 @@ from apps.recsys.tables.rows.arrays import gather
 FAST = {"max_iter": 15, "search_rows": 300}
 
 
-def test_a_split_is_gathered_in_the_tables_order():
+def test_a_split_is_gathered_in_the_tables_order_and_its_design_matrix_is_by_hand():
     data = EveryColumn()
     c = data.columns("train")
     train = gather(data, "train")  # the training loader shuffles
@@ -43,9 +43,6 @@ def test_a_split_is_gathered_in_the_tables_order():
     np.testing.assert_array_equal(train.group_N, c["group"])
     np.testing.assert_array_equal(train.domain_N, c["domain"])
     refused("the val split has no rows", lambda: gather(EveryColumn((5, 0, 5)), "val"))
-
-
-def test_design_matrix_by_hand():
     data = EveryColumn()
     c, x = data.columns("val"), design_matrix(gather(data, "val"))
     # kind 6, item 401, domain 2, age 4 bins and missing, the constant 1 bin and missing, 2 standardized, tags 90.

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from made_table import batch, features, ragged
 from refusals import refused
 from torch.testing import assert_close
@@ -44,22 +43,6 @@ def test_concat_and_dot_by_hand():
     arch = InteractionArch(InteractionConfig("dot"), 0, (2, 2))
     assert arch(None, torch.tensor([[1.0, 1.0, -1.0, 2.0]])).tolist() == [[1.0, 1.0, 1.0]]
     assert arch.out_dim == 3
-
-
-@pytest.mark.parametrize("low_rank", [None, 2])
-def test_cross_is_the_equation_of_the_paper(low_rank):
-    torch.manual_seed(0)
-    arch = InteractionArch(InteractionConfig("cross", num_layers=2, low_rank=low_rank), 2, (3,))
-    dense_BD, sparse_BH = torch.randn(4, 2), torch.randn(4, 3)
-    x_0 = x = torch.cat((dense_BD, sparse_BH), dim=1)
-    net = arch.interact
-    for i in range(2):
-        if low_rank is None:
-            w_x = F.linear(x, net.kernels[i])
-        else:
-            w_x = F.linear(F.linear(x, net.V_kernels[i]), net.W_kernels[i])
-        x = x_0 * (w_x + net.bias[i].view(-1)) + x
-    assert_close(arch(dense_BD, sparse_BH), x)
 
 
 def test_the_path_of_an_example():

@@ -291,7 +291,7 @@ def test_the_widths_of_bottoms_by_hand():
     assert solved["single_task_equal_flops"].problem == "no whole width comes within 5% of 10 flops"
 
 
-def test_baselines_have_what_they_can():
+def test_baselines_have_what_they_can_and_a_comparison_says_what_is_not_sparse():
     # Single-task models have nothing that joins tasks.
     module = build(head=HeadConfig("aitm"), weighting=WeightingConfig("uncertainty"), num_members=2)
     twin = module.baselines()["single_task_equal_flops"].build()
@@ -308,9 +308,6 @@ def test_baselines_have_what_they_can():
     for name, (kind, _) in ESTIMATORS.items():
         assert type(by_name[name].build()) is kind
     assert (build(SharedBottom()).baselines(), build(SharedBottom()).moe_block_names) == ({}, ())
-
-
-def test_a_comparison_says_that_dense_gates_are_not_sparse():
     assert build(core.MMoE(num_experts=2)).note == "MMoE with dense gates: every expert computes every example"
     assert build(core.SMES(8)).note == ""
     assert build(core.MMoE(num_experts=2, router=core.TokenChoice(top_k=1))).note == ""

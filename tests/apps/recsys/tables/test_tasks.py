@@ -173,7 +173,7 @@ def table(tmp_path, tasks=TASKS, rows=ROWS, test=None, times=1, categorical=("us
     )
 
 
-def test_targets_and_labels_are_those_of_the_training_rows(tmp_path):
+def test_targets_weights_and_labels_are_those_of_the_training_rows(tmp_path):
     features = table(tmp_path).features
     clicked, price, visits, stars, colour = features.targets
     assert clicked.kind == "binary"
@@ -193,9 +193,6 @@ def test_targets_and_labels_are_those_of_the_training_rows(tmp_path):
     assert data.rows("test")[:].label_Bt[0, 3:].isnan().all()
     lines = [w for w in data.findings.warnings if "values that training lacks" in w]
     assert [w.split(":")[0] for w in lines] == ["task 'stars'", "task 'colour'"]
-
-
-def test_weights_have_the_mean_one_over_a_task_s_labeled_rows(tmp_path):
     tasks = {**TASKS, "visits": TaskConfig("visits", kind="count", weight="x")}
     weight_Bt = table(tmp_path, tasks, weight="weight").rows("train")[:].weight_Bt
     # Weights 1, 3, 0, 2 of mean 3/2; the price has two labels, of weights 1 and 3 and mean 2; x has mean 3/2.

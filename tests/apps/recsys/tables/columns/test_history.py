@@ -276,7 +276,7 @@ def test_a_checkpoint_keeps_how_sequences_are_read(tmp_path):
     assert_close(torch.tensor(texts["probability_click"]), expected)
 
 
-def test_a_page_has_a_field_for_a_sequence(tmp_path):
+def test_a_page_has_a_field_for_a_sequence_and_estimators_read_its_values(tmp_path):
     data = made(tmp_path)
     model = MultiTaskRecommender(data.features, history=HistoryConfig("din"), shared=core.MMoE(num_experts=2))
     model.adopt_encoding({"encoding": data.encoding_state})
@@ -287,9 +287,6 @@ def test_a_page_has_a_field_for_a_sequence(tmp_path):
     assert last.split("|") == [data.vocabulary("item")[i] for i in row.lists[0].values_N]
     scores = model.predict({"item": [item], "last": [last]})
     assert dict(page.answer([item, last]).parts[0].rows) == {"click": float(scores["probability_click"][0])}
-
-
-def test_estimators_read_the_values(tmp_path):
     data = made(tmp_path)
     for estimator in (HistGradientBoostingUntuned(), LogisticRegression()):
         estimator.fit(data, 0)
@@ -300,13 +297,23 @@ def column(*values, kind=None):
     return [("the training table", pa.chunked_array([pa.array(list(values), kind)]))]
 
 
-def test_a_missing_vector_is_nan():
+def test_a_vector_is_mapped_as_it_is_scaled_and_a_missing_one_is_nan():
     vectors = to_vectors(column(None, [3.0, 4.0], [0.0, 0.0]), "title")
     np.testing.assert_array_equal(vectors, np.array([[np.nan, np.nan], [3, 4], [0, 0]], np.float32))
     assert vector_scale(vectors) == 2.5  # the root of (9 + 16 + 0 + 0) / 4
     fixed = to_vectors(column([1.0, 2.0], None, kind=pa.list_(pa.float32(), 2)), "title")
     np.testing.assert_array_equal(fixed, np.array([[1, 2], [np.nan, np.nan]], np.float32))
     assert vector_scale(np.full((2, 3), np.nan, np.float32)) == 1
+    arch = VectorArch((VectorFeature("a", 2, scale=2.0), VectorFeature("b", 1)), dim=3, copies=2)
+    x_BV = torch.tensor([[2.0, 4.0, 5.0], [torch.nan, torch.nan, 1.0]])
+    with torch.no_grad():
+        arch.missing[0].fill_(7.0)
+        y_KBH = arch(x_BV)
+    assert y_KBH.shape == (2, 2, 6)
+    for k in range(2):
+        assert_close(y_KBH[k, 0, :3], torch.tensor([1.0, 2.0]) @ arch.weight[0][k])
+        assert_close(y_KBH[k, 0, 3:], 5 * arch.weight[1][k, 0])
+        assert_close(y_KBH[k, 1, :3], torch.full((3,), 7.0))
 
 
 @pytest.mark.parametrize(
@@ -327,19 +334,6 @@ def test_what_is_no_vector_is_refused(values, match):
         refused(re.escape(match), lambda: to_vectors([("a", column(*values)[0][1].dictionary_encode())], "title"))
 
 
-def test_a_vector_is_mapped_as_it_is_scaled():
-    arch = VectorArch((VectorFeature("a", 2, scale=2.0), VectorFeature("b", 1)), dim=3, copies=2)
-    x_BV = torch.tensor([[2.0, 4.0, 5.0], [torch.nan, torch.nan, 1.0]])
-    with torch.no_grad():
-        arch.missing[0].fill_(7.0)
-        y_KBH = arch(x_BV)
-    assert y_KBH.shape == (2, 2, 6)
-    for k in range(2):
-        assert_close(y_KBH[k, 0, :3], torch.tensor([1.0, 2.0]) @ arch.weight[0][k])
-        assert_close(y_KBH[k, 0, 3:], 5 * arch.weight[1][k, 0])
-        assert_close(y_KBH[k, 1, :3], torch.full((3,), 7.0))
-
-
 def vectors_table(tmp_path):
     """The label is the sign of one direction of the vector; every tenth row has none."""
     rng = np.random.default_rng(0)
@@ -356,7 +350,7 @@ def vectors_table(tmp_path):
     return TableData("table", str(tmp_path), str(tmp_path / "cache"), train_file="table.parquet", table=config)
 
 
-def test_networks_and_estimators_read_them(tmp_path):
+def test_networks_and_estimators_read_vectors_and_predictions_need_the_same_length(tmp_path):
     data = vectors_table(tmp_path)
     assert data.features.vectors[0].size == 4
     batch = data.rows("test")[:]
@@ -371,9 +365,6 @@ def test_networks_and_estimators_read_them(tmp_path):
     for estimator in (HistGradientBoostingUntuned(), LogisticRegression()):
         estimator.fit(data, 0)
         assert estimator.evaluate(data, "test")["auc_bought"] > 0.85
-
-
-def test_predictions_of_rows_need_vectors_of_the_same_length(tmp_path):
     data = vectors_table(tmp_path)
     model = MultiTaskRecommender(data.features)
     quiet_trainer(tmp_path, max_steps=1).fit(model, data)

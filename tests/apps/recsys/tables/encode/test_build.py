@@ -244,7 +244,11 @@ def test_a_file_cut_within_its_last_field_is_read_with_a_warning(tmp_path, caplo
     assert caplog.text.count("cut.csv' does not end in a line end: its last row may be cut") == 1
 
 
-def test_a_domain_that_is_a_feature_too_has_its_own_words(own, tmp_path):
+def test_names_of_splits_are_checked_and_a_domain_that_is_a_feature_has_its_own_words(own, tmp_path):
+    data = own()
+    refused("split='valid' is not one of train, val, test; did you mean 'val'", lambda: data.rows("valid"))
+    with pytest.raises(ValueError, match="vocabulary of column='user' is not one of"):
+        data.vocabulary("user")  # hashed: its rows have no values
     ids = {"shop": ["3", "1", "3", "3", "1", "3"]}
     write(tmp_path, train=changed(**ids), test={"click": [1], "shop": ["1"]})
     columns = {"categorical": ("shop",), "domain": "shop"}
@@ -255,13 +259,6 @@ def test_a_domain_that_is_a_feature_too_has_its_own_words(own, tmp_path):
     with pytest.raises(ValueError, match="vocabulary of column='shop' is not one of"):
         given.vocabulary("shop")  # its rows are 3 and 1 themselves
     assert own(config_of(categorical=("shop",))).domain_values == ()
-
-
-def test_names_of_splits_and_columns_are_checked(own):
-    data = own()
-    refused("split='valid' is not one of train, val, test; did you mean 'val'", lambda: data.rows("valid"))
-    with pytest.raises(ValueError, match="vocabulary of column='user' is not one of"):
-        data.vocabulary("user")  # hashed: its rows have no values
 
 
 def test_a_split_by_group_and_rows_of_cold_users_and_items(own, tmp_path):

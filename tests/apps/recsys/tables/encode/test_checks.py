@@ -80,7 +80,7 @@ def test_a_yes_or_no_that_a_number_is_made_of_is_found(of_numbers):
     assert finding.startswith(f"column {name!r} alone tells small labels of task 'spend' from large ones, AUC 1.00000")
 
 
-def test_a_category_that_holds_the_label_is_found_whatever_rows_lack_it():
+def test_a_category_or_values_that_hold_the_label_are_found():
     plain = arrays()
     ids_NF = plain.ids_NF.copy()
     ids_NF[:, 0] = 2 + 3 * plain.label_Nt[:, 0]
@@ -92,9 +92,6 @@ def test_a_category_that_holds_the_label_is_found_whatever_rows_lack_it():
     ids_NF[:, 0] = 2 + 3 * label_Nt[:, 0]
     label_Nt[::3, 0] = np.nan
     assert len(label_among_features(arrays(ids_NF=ids_NF, label_Nt=label_Nt))) == 1
-
-
-def test_values_that_hold_the_label_together_are_found():
     label_N = arrays().label_Nt[:, 0].astype(np.int64)
     values_N2 = np.where(label_N[:, None] == 1, [[5, 2]], [[2, 4]])
     values_N2[::2] = values_N2[::2, ::-1]  # in either order
@@ -116,7 +113,7 @@ def calibrated(n: int = 4000) -> tuple[np.ndarray, np.ndarray]:
     return z, (rng.random(n) < 1 / (1 + np.exp(-z))).astype(float)
 
 
-def test_suspicious_metrics_are_found_and_good_ones_are_not():
+def test_suspicious_metrics_and_means_that_are_far_off_are_found():
     assert findings(*calibrated()) == ""
     z, y = calibrated()
     assert "of task 'a' is below 0.5: worse than chance" in findings(-z, y)
@@ -128,9 +125,6 @@ def test_suspicious_metrics_are_found_and_good_ones_are_not():
     assert findings(z, np.full(len(z), np.nan)) == "test: task 'a' has no labels: it has no metrics"
     one_nan = np.where(np.arange(len(z)) == 7, np.nan, z)
     assert findings(one_nan, y) == "test: 1 of 4000 predictions of task 'a' are NaN"
-
-
-def test_a_mean_prediction_is_far_when_it_is_off_by_more_than_chance_and_by_a_quarter():
     z, y = calibrated()
     assert findings(z + 1, y).startswith("test: the mean prediction of task 'a' is ")
     assert findings(z + 0.1, y) == ""

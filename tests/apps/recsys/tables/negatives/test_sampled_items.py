@@ -182,7 +182,7 @@ def test_what_a_user_has_is_never_drawn(tmp_path):
     refused("exclude_seen=True: the user of row 10 has all 4 items of column 'item'", lambda: data.examples("test"))
 
 
-def test_evaluation_draws_once_and_alike_for_all(tmp_path):
+def test_evaluation_draws_once_and_its_metrics_are_of_the_drawn_rows(tmp_path):
     first = data_of(tmp_path)
     rule = {**RULE, "per_positive": 1, "distribution": "frequency"}
     second = data_of(tmp_path, rule=rule, seed=5, batch_size=3)
@@ -200,9 +200,6 @@ def test_evaluation_draws_once_and_alike_for_all(tmp_path):
     assert train.label_Nt[:, 0].tolist() == [1, 0, 0] * 8
     batch, _ = (data_of(tmp_path, rule={**RULE, "correct": False}).examples(s)[:1] for s in ("val", "test"))
     assert batch.offset_Bt is None
-
-
-def test_metrics_are_of_the_drawn_rows_and_predictions_of_the_full_table(tmp_path):
     data = data_of(tmp_path)
     model = MultiTaskRecommender(data.features)
     (batch,) = data.val_dataloader()

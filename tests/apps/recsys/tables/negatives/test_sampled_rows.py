@@ -80,7 +80,7 @@ def test_processes_share_an_epoch_out_evenly(tmp_path):
         SampledPlan(rows, 16, True, 3)
 
 
-def test_the_logit_that_fits_an_epoch_is_that_of_all_rows(tmp_path):
+def test_the_logit_that_fits_an_epoch_is_that_of_all_rows_and_other_tasks_weigh_what_is_left(tmp_path):
     # 10 of 100 are clicks. With a third of the negatives 10 of 40 are, and -log(1/3) is the difference of the logits.
     outputs = Outputs((Target(),) * 2)
     for correct, rate in ((True, 0.1), (False, 0.25)):
@@ -93,9 +93,6 @@ def test_the_logit_that_fits_an_epoch_is_that_of_all_rows(tmp_path):
         F.binary_cross_entropy_with_logits(shifted[known_B, 0], label_B[known_B], reduction="sum").backward()
         assert_close(z.grad.sum(), torch.tensor(0.0), rtol=0, atol=1e-5)
     assert_close(math.log(0.25 / 0.75) - math.log(0.1 / 0.9), math.log(3))
-
-
-def test_other_tasks_weigh_the_negatives_that_are_left(tmp_path):
     batches = epoch_of(data_of(tmp_path).train_dataloader())
     label_B, like_B = (torch.cat([batch.label_Bt[:, t] for batch in batches]) for t in (0, 1))
     weight_Bt = torch.cat([batch.weight_Bt for batch in batches])

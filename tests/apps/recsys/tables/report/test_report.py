@@ -51,7 +51,7 @@ def read(module: MultiTaskRecommender, *batches) -> GateReader:
     return reader
 
 
-def test_the_gates_of_mmoe_are_read_over_batches():
+def test_gates_are_read_over_batches_and_have_their_names():
     module = recommender(core.MMoE(3, MLP))
     first, second = batch(6), batch(5, seed=1)
     gates = read(module, first, second).gates()
@@ -61,9 +61,6 @@ def test_the_gates_of_mmoe_are_read_over_batches():
         module(first)
     np.testing.assert_allclose(gates[1].weights_NE[:6], tape.entries[1].routing.gates_BtE[:, 1].numpy())
     np.testing.assert_allclose(gates[1].weights_NE.sum(1), np.ones(11), atol=1e-6)
-
-
-def test_the_gates_of_home_and_star_have_their_names():
     reader = read(recommender(core.HoME(1, MLP, categories=(0, 1))), batch())
     gates = reader.gates()
     assert [g.name for g in gates] == [
@@ -84,6 +81,20 @@ def test_the_gates_of_home_and_star_have_their_names():
     (gate,) = (reader := read(module, batch(num_domains=3))).gates()
     assert (gate.label, gate.expert_labels) == ("all tasks", ("domain 0", "domain 1", "domain 2"))
     assert (gate.entropy, list(reader.zero_share()[""])) == (0, ["domain0", "domain1", "domain2"])
+    gates = read(recommender(core.PLE(2, MLP, num_task_experts=1)), batch()).gates()
+    assert [(g.block, g.label) for g in gates] == [
+        ("level 0", "click"),
+        ("level 0", "buy"),
+        ("level 0", "shared representation"),
+        ("level 1", "click"),
+        ("level 1", "buy"),
+    ]
+    assert gates[2].experts == ("shared0", "shared1", "task0.0", "task1.0")
+    assert gates[2].expert_labels == ("shared 0", "shared 1", "click 0", "buy 0")
+    gates = read(recommender(core.OMoE(2, MLP), num_members=2), batch()).gates()
+    assert [g.name for g in gates] == ["members 0: all tasks", "members 1: all tasks"]
+    names = [gating.expert_label(n, ("click", "buy")) for n in ("shared3", "task1.0", "self0.1", "domain.0", "17")]
+    assert names == ["shared 3", "buy 0", "click self 1", "domain 0", "17"]
 
 
 @pytest.mark.parametrize(
@@ -132,23 +143,6 @@ def test_the_zero_share_is_that_of_the_outputs_and_reading_leaves_nothing_behind
     with pytest.raises(RuntimeError, match="stop"), GateReader(module).reading():
         raise RuntimeError("stop")
     assert "each" not in vars(layer.experts)
-
-
-def test_levels_and_members_have_names():
-    gates = read(recommender(core.PLE(2, MLP, num_task_experts=1)), batch()).gates()
-    assert [(g.block, g.label) for g in gates] == [
-        ("level 0", "click"),
-        ("level 0", "buy"),
-        ("level 0", "shared representation"),
-        ("level 1", "click"),
-        ("level 1", "buy"),
-    ]
-    assert gates[2].experts == ("shared0", "shared1", "task0.0", "task1.0")
-    assert gates[2].expert_labels == ("shared 0", "shared 1", "click 0", "buy 0")
-    gates = read(recommender(core.OMoE(2, MLP), num_members=2), batch()).gates()
-    assert [g.name for g in gates] == ["members 0: all tasks", "members 1: all tasks"]
-    names = [gating.expert_label(n, ("click", "buy")) for n in ("shared3", "task1.0", "self0.1", "domain.0", "17")]
-    assert names == ["shared 3", "buy 0", "click self 1", "domain 0", "17"]
 
 
 def gate(task: int | None, experts: tuple[str, ...], *rows: tuple[float, ...]) -> Gate:

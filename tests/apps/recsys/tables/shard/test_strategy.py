@@ -3,18 +3,14 @@
 One spawn runs every scenario of two processes; each test reads the outcome of its own.
 """
 
-import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import sharded_runs as runs
 import torch
 from made_once import made_once
-from places import ROOT, environment
 from refusals import refused
 from sharded_neurons import batch, layer, train_on_whole_batches
 from sharded_runs import COPIES, EXPERTS, SHARDINGS, WORLD, losses, module, train, weights
@@ -23,7 +19,6 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from two_ranks import fork
 
-from apps.cli.train import build, quiet
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.shard import sharding
@@ -316,50 +311,3 @@ def test_no_process_has_an_empty_part_of_a_table():
     plan = sharding.local_plan(Ids(7, 8), ShardingConfig("row_wise"), shard, processes, 1024)
     sizes = [tuple(s.shard_sizes) for s in plan.plan["collection"]["ids"].sharding_spec.shards]
     assert sizes == [(2, 8), (2, 8), (2, 8), (1, 8)]
-
-
-CONFIG = """
-seed_everything: 0
-model:
-  class_path: apps.recsys.tables.module.MultiTaskRecommender
-  init_args:
-    shared: {{class_path: core.MMoE, init_args: {{num_experts: 4, balance: {{importance: 0.1}},
-      expert: {{class_path: core.MLP, init_args: {{hidden_dims: [8], activation: silu}}}}}}}}
-    embedding: {{kind: fused, dim: 8, init_std: 0.3, fused_lr: 0.1}}
-    head: {{activation: silu}}
-    optimizer: {{lr: 0.01, eps: 1.0e-3, warmup_steps: 0.2}}
-    report: null
-data:
-  class_path: apps.recsys.tables.data.TableData
-  init_args: {{dataset: table, train_file: {folder}/table.parquet, cache_dir: {folder}/cache, batch_size: 16, table:
-    {{categorical: [city, shop], multi_valued: [tags], continuous: [age], hash_rows: {{shop: 33}},
-    tasks: {{click: {{column: click}}, buy: {{column: buy}}}}, split: {{kind: random, val: 0.2, test: 0.2}}}}}}
-trainer: {{accelerator: cpu, devices: 1, max_epochs: 2, log_every_n_steps: 1, enable_progress_bar: false}}
-"""
-
-
-@pytest.mark.slow
-def test_torchrun_fits_as_one_process_and_one_process_tests_the_checkpoint(folder):
-    config = folder / "config.yaml"
-    config.write_text(CONFIG.format(folder=folder))
-    one, two = folder / "cli one", folder / "cli two"
-    with quiet():
-        build("fit", ["--config", str(config), "--run_dir", str(one)]).execute()
-    overlay = str(ROOT / "configs" / "parallel" / "torchrec.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "apps.cli"]
-    flags = ["--config", str(config), "--config", overlay, "--trainer.devices", "2", "--data.batch_size", "8"]
-    own = {"env": environment(OMP_NUM_THREADS="1"), "capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run([*launch, "fit", *flags, "--run_dir", str(two)], **own)
-    assert done.returncode == 0, done.stderr[-2000:]
-    expected, actual = losses(one), losses(two)
-    assert (len(expected["train/loss"]), actual.keys()) == (14, expected.keys())
-    for name, curve in expected.items():
-        assert actual[name] == pytest.approx(curve, abs=TOLERANCE), name
-    alone = ["--trainer.strategy", "auto", "--trainer.devices", "1"]
-    with quiet():
-        build("test", ["--config", str(config), "--run_dir", str(one)]).execute()
-        build("test", ["--ckpt_path", str(two / "checkpoints" / "best.ckpt"), "--run_dir", str(two), *alone]).execute()
-    a, b = (json.loads((run / "test.json").read_text()) for run in (one, two))
-    assert b["checkpoint"].endswith("best.ckpt")
-    a, b = ({k: v for k, v in values.items() if k not in ("checkpoint", "measured")} for values in (a, b))
-    assert b == pytest.approx(a, abs=TOLERANCE)
