@@ -56,21 +56,13 @@ def test_roles_and_reasons(name, values, role, reason):
 
 @pytest.mark.parametrize(
     "values",
-    [
-        [dt.date(2024, 6, day) for day in DAYS],
-        [dt.datetime(2024, 6, day) for day in DAYS],
-        [f"2024-06-{day:02}" for day in DAYS],
-        [f"2024/6/{day}" for day in DAYS],
-        [f"{day:02}.06.2024" for day in DAYS],
-        [f"6/{day}/2024" for day in DAYS],
-        [f"2024-06-{day:02}T02:00:00+02:00" for day in DAYS],
-        [*(f"6/{day}/2024 0:00" for day in DAYS), "NA", ""],
-        [20240600 + day for day in DAYS],
-        [86_400 + second for second in SECONDS],
-        [1000 * (86_400 + second) for second in SECONDS],
-        [10**9 * (86_400 + second) for second in SECONDS],
-    ],
-)
+    [[dt.date(2024, 6, day) for day in DAYS], [dt.datetime(2024, 6, day) for day in DAYS],
+     [f"2024-06-{day:02}" for day in DAYS], [f"2024/6/{day}" for day in DAYS], [f"{day:02}.06.2024" for day in DAYS],
+     [f"6/{day}/2024" for day in DAYS], [f"2024-06-{day:02}T02:00:00+02:00" for day in DAYS],
+     [*(f"6/{day}/2024 0:00" for day in DAYS), "NA", ""], [20240600 + day for day in DAYS],
+     [86_400 + second for second in SECONDS], [1000 * (86_400 + second) for second in SECONDS],
+     [10**9 * (86_400 + second) for second in SECONDS]],
+)  # fmt: skip
 def test_dates_of_every_form(values):
     role, reason = of(values)
     assert role == "date"
@@ -94,16 +86,11 @@ def test_what_is_no_date_and_no_list():
 
 @pytest.mark.parametrize(
     ("values", "separator"),
-    [
-        (["a|b", "b", "a|b|c", "c|a"], "|"),
-        (["a;b", "b", "a;b;c", "c;a"], ";"),
-        (["a, b", "b", "a, b, c", "c, a"], ","),
-        (['["a", "b"]', '["b"]', '["a"]', "[]"], None),
-        (["['a', 'b']", "['b']", "['a']", "[]"], None),
-        ([["a", "b"], ["b"], ["a"], []], None),
-        ([[1, 2], [2], [1], []], None),
-    ],
-)
+    [(["a|b", "b", "a|b|c", "c|a"], "|"), (["a;b", "b", "a;b;c", "c;a"], ";"),
+     (["a, b", "b", "a, b, c", "c, a"], ","), (['["a", "b"]', '["b"]', '["a"]', "[]"], None),
+     (["['a', 'b']", "['b']", "['a']", "[]"], None), ([["a", "b"], ["b"], ["a"], []], None),
+     ([[1, 2], [2], [1], []], None)],
+)  # fmt: skip
 def test_lists_of_every_form(values, separator):
     found = guess("tags", pa.chunked_array([pa.array(values * 5)]))
     assert (found.role, found.separator) == ("list", separator)

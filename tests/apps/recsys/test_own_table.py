@@ -4,7 +4,6 @@ import datetime as dt
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from refusals import refused
@@ -90,10 +89,8 @@ def test_every_role_has_its_place_and_its_reason(tmp_path):
     assert comments["day"] == "date, 2024-06-01 to 2024-06-28"
     assert comments["bought"] == "binary, 'yes' in 50.0%"
     assert made.above[*TABLE, "tasks"][1:] == (
-        "  order: id, it counts the rows",
-        "  same: 'x' in every row",
-        "  none: no value in any row",
-    )
+        "  order: id, it counts the rows", "  same: 'x' in every row", "  none: no value in any row",
+    )  # fmt: skip
     assert made.warnings == (
         "order is left out: id, it counts the rows",
         "same is left out: 'x' in every row",
@@ -190,13 +187,10 @@ def test_labels_in_words(tmp_path):
         ({"clicked": [0, 1] * 100}, "bought", "by its name and its two values; also likely: clicked"),
         ({"bought": None, "zone": [0, 1] * 100}, "zone", "the last column, of two values"),
         ({"bought": None}, "town", "the only column of two values"),
-        (
-            {"bought": None, "town": None, "sale_price": [i % 70 + 0.5 for i in range(N)]},
-            "sale_price",
-            "the last column, by its name",
-        ),
+        ({"bought": None, "town": None, "sale_price": [i % 70 + 0.5 for i in range(N)]}, "sale_price",
+         "the last column, by its name"),
     ],
-)
+)  # fmt: skip
 def test_the_likeliest_target(tmp_path, changed, target, why):
     made = described(tmp_path, None, **changed)
     assert list(table_of(made)["tasks"]) == [target]
@@ -256,11 +250,8 @@ def test_options_name_columns_as_the_file_does_and_a_user_s_rows_fall_on_one_sid
     made = described(tmp_path, time="ship.day", user="who.is", exclude=("a.size", "town"), **changed)
     table = table_of(made)
     assert (table["time"], table["user"], table["categorical"], table["continuous"]) == (
-        "ship_day",
-        "who_is",
-        ["who_is"],
-        ["heat"],
-    )
+        "ship_day", "who_is", ["who_is"], ["heat"],
+    )  # fmt: skip
     assert [line for line in made.warnings if "size" in line or "town" in line] == []  # who excludes it knows
     # A time split tests the last rows, which the table has first.
     assert data_of(made, tmp_path).rows("test")[:].index_B.tolist() == list(range(50))
@@ -299,18 +290,12 @@ def test_any_target_becomes_two_classes(tmp_path, suffix, values, config, meanin
 
 @pytest.mark.parametrize(
     ("values", "kind", "found"),
-    [
-        ([x / 8 for x in range(N)], None, "regression"),
-        ([1, 2, 3, 5] * 50, None, "ordinal"),
-        ([1, 2, 3, 5] * 50, "regression", "regression"),
-        ([1, 2, 3, 5] * 50, "multiclass", "multiclass"),
-        ([1, 2] * 100, "regression", "regression"),
-        ([0, 2.5, 0, 1.5] * 50, None, "revenue"),
-        ([0, 0, 0, 1.5] * 50, "tweedie", "tweedie"),
-        (["a", "b", "c", "d"] * 50, None, "multiclass"),
-        (["a", "b"] * 100, "multiclass", "multiclass"),
-    ],
-)
+    [([x / 8 for x in range(N)], None, "regression"), ([1, 2, 3, 5] * 50, None, "ordinal"),
+     ([1, 2, 3, 5] * 50, "regression", "regression"), ([1, 2, 3, 5] * 50, "multiclass", "multiclass"),
+     ([1, 2] * 100, "regression", "regression"), ([0, 2.5, 0, 1.5] * 50, None, "revenue"),
+     ([0, 0, 0, 1.5] * 50, "tweedie", "tweedie"), (["a", "b", "c", "d"] * 50, None, "multiclass"),
+     (["a", "b"] * 100, "multiclass", "multiclass")],
+)  # fmt: skip
 def test_the_kind_of_a_target_is_as_asked_or_that_of_its_values(tmp_path, values, kind, found):
     made = described(tmp_path, kind=kind, bought=values)
     assert data_of(made, tmp_path).features.target_of_task[0].kind == found
@@ -360,10 +345,8 @@ def test_a_file_of_utf_16_is_read(tmp_path):
     ("changed", "message"),
     [
         ({"target": None, "bought": None, "town": None}, "has no column that is plainly the label: give --target, one"),
-        (
-            {"target": None, "is_read": False},
-            "is a table and needs --target, the column to predict: order, town, heat, bou",
-        ),
+        ({"target": None, "is_read": False},
+         "is a table and needs --target, the column to predict: order, town, heat, bou"),
         ({"target": "bougt"}, r"--target 'bougt' is not a column of .*; did you mean 'bought'\?"),
         ({"target": "bought", "more": ("hat",)}, "--target 'hat' is not a column of"),
         ({"exclude": ("town", "heaat")}, r"--exclude 'heaat' is not a column of .*; did you mean 'heat'\?"),
@@ -380,7 +363,7 @@ def test_a_file_of_utf_16_is_read(tmp_path):
         ({"exclude": ("town", "heat")}, "has no column to predict 'bought' from: order, town, heat left out"),
         ({"town": None, "heat": None}, "has no column to predict 'bought' from: order left out"),
     ],
-)
+)  # fmt: skip
 def test_refused(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message) as error:
         described(tmp_path, **changed)

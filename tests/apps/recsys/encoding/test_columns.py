@@ -199,16 +199,14 @@ def test_values_of_other_types_meet_their_text(one, other):
 
 @pytest.mark.parametrize(
     ("values", "task", "expected"),
-    [
-        (["0", "1", None], TaskConfig("y"), [0, 1, np.nan]),
-        (["0", "NA", "1", "?"], TaskConfig("y"), [0, np.nan, 1, np.nan]),
-        ([True, False, None], TaskConfig("y"), [1, 0, np.nan]),
-        ([1.0, 0.0, float("nan")], TaskConfig("y"), [1, 0, np.nan]),
-        ([" 50+.", "-50", "", "49+"], TaskConfig("y", positive=("50+.", "49+")), [1, 0, np.nan, 1]),
-        ([3, 4, 5, None], TaskConfig("y", at_least=4), [0, 1, 1, np.nan]),
-        (["3.5", "4", ""], TaskConfig("y", at_least=4), [0, 1, np.nan]),
-    ],
-)
+    [(["0", "1", None], TaskConfig("y"), [0, 1, np.nan]),
+     (["0", "NA", "1", "?"], TaskConfig("y"), [0, np.nan, 1, np.nan]),
+     ([True, False, None], TaskConfig("y"), [1, 0, np.nan]),
+     ([1.0, 0.0, float("nan")], TaskConfig("y"), [1, 0, np.nan]),
+     ([" 50+.", "-50", "", "49+"], TaskConfig("y", positive=("50+.", "49+")), [1, 0, np.nan, 1]),
+     ([3, 4, 5, None], TaskConfig("y", at_least=4), [0, 1, 1, np.nan]),
+     (["3.5", "4", ""], TaskConfig("y", at_least=4), [0, 1, np.nan])],
+)  # fmt: skip
 def test_values_as_labels(values, task, expected):
     labels = to_labels([part(values)], "t", task)
     assert np.array_equal(labels, np.array(expected, dtype=np.float32), equal_nan=True)

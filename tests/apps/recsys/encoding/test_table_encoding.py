@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import pytest
 import torch
 from own_table import CONFIG, NAN, TEST, TRAIN, by_row, changed, same, write
@@ -33,13 +31,9 @@ SWAPPED = changed(
     age=["1", "2", "", "3", "inf", "4"],
 )
 NEW = {
-    "key": ["k0", "k1", "k2"],
-    "city": ["Oslo", "Paris", ""],
-    "tags": ["z|y", "", "w"],
-    "user": [1, 2, 77],
-    "age": ["25", "", "30"],
-    "shop": ["fr", "de", "de"],
-}
+    "key": ["k0", "k1", "k2"], "city": ["Oslo", "Paris", ""], "tags": ["z|y", "", "w"], "user": [1, 2, 77],
+    "age": ["25", "", "30"], "shop": ["fr", "de", "de"],
+}  # fmt: skip
 
 
 def test_a_vocabulary_finds_its_texts_few_or_many_and_decimals_as_they_are_written_now():
@@ -97,28 +91,22 @@ def test_what_a_table_taught_is_used_again_where_it_is_the_same_and_encodes_anot
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"categorical": ("city",), "hash_rows": {}},
-            "column 'user', which the model reads, is missing: table.categorical must",
-        ),
+        ({"categorical": ("city",), "hash_rows": {}},
+         "column 'user', which the model reads, is missing: table.categorical must"),
         ({"continuous": ()}, "column 'age', which the model reads, is missing: table.continuous must name it"),
         ({"continuous": (), "categorical": ("city", "user", "age")}, "column 'age' is continuous there and categor"),
-        (
-            {"continuous": ("age", "stars2")},
-            r"column 'stars2' \(continuous\) is none that the model reads: leave it out",
-        ),
+        ({"continuous": ("age", "stars2")},
+         r"column 'stars2' \(continuous\) is none that the model reads: leave it out"),
         ({"categorical": ("user", "city")}, "column 'user' stands where 'city' does there: name the columns in the"),
         ({"hash_rows": {"user": 50}}, "hash_rows of column 'user' is 100 there and 50 here"),
         ({"hash_rows": {}, "num_rows": {"user": 100}}, "hash_rows of column 'user' is 100 there and None here"),
         ({"num_rows": {"city": 9}}, "num_rows of column 'city' is None there and 9 here"),
         ({"tasks": {"like": TaskConfig("click")}}, "the tasks are click, like there and like here"),
-        (
-            {"tasks": {**CONFIG.tasks, "like": TaskConfig("stars", kind="count")}},
-            "kind of task 'like' is 'binary' there and 'count' here",
-        ),
+        ({"tasks": {**CONFIG.tasks, "like": TaskConfig("stars", kind="count")}},
+         "kind of task 'like' is 'binary' there and 'count' here"),
         ({"domain": None}, "table.domain is 'shop' there and None here"),
     ],
-)
+)  # fmt: skip
 def test_a_table_that_the_checkpoint_is_not_of_is_refused(own, tmp_path, changes, message):
     state = own().encoding_state
     write(tmp_path, train={**TRAIN, "stars2": [1] * 6}, test={**TEST, "stars2": [1] * 2})
@@ -203,13 +191,11 @@ def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path
     ("columns", "message"),
     [
         ({"age": ["1", "old", "2"]}, "column 'age' of the rows to predict must hold numbers: row 1 holds 'old'"),
-        (
-            {"shop": ["de", "it", "fr"]},
-            "column 'shop' names the domain, but holds 'it', which training lacks, in row 1",
-        ),
+        ({"shop": ["de", "it", "fr"]},
+         "column 'shop' names the domain, but holds 'it', which training lacks, in row 1"),
         ({c: [] for c in NEW}, "the rows to predict: there are none"),
     ],
-)
+)  # fmt: skip
 def test_rows_that_cannot_be_encoded_are_named(own, tmp_path, columns, message):
     pa.parquet.write_table(pa.table({**NEW, **columns}), tmp_path / "new.parquet")
     data = own(predict_file="new.parquet")
@@ -259,12 +245,10 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     Path("shop.yaml").write_text(config)
     Path("new.csv").write_text(new)
     events = {
-        "user": ["ann", "bob", "cy", "dot"] * 30,
-        "item": (["tea"] * 3 + ["cup"] * 2) * 24,
-        "price": [3.5, 3.5, 3.5, 8.0, 8.0] * 24,
-        "clicked": ([1, 0, 1, 1, 0, 0, 1] * 18)[:120],
+        "user": ["ann", "bob", "cy", "dot"] * 30, "item": (["tea"] * 3 + ["cup"] * 2) * 24,
+        "price": [3.5, 3.5, 3.5, 8.0, 8.0] * 24, "clicked": ([1, 0, 1, 1, 0, 0, 1] * 18)[:120],
         "bought": ([1, 0, 0] * 40),
-    }
+    }  # fmt: skip
     pa.csv.write_csv(pa.table(events), "events.csv")
     fit, predict = (line.replace("'", "").split(" ", 1)[1] for line in commands.strip().splitlines())
     assert main(fit.split()) == 0

@@ -4,7 +4,6 @@ import gzip
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from made_sources import ADULT, CENSUS, census_line, check_config, write, write_adult, write_census
 from refusals import refused

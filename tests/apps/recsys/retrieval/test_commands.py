@@ -4,8 +4,6 @@ import itertools
 import json
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import pytest
 import torch
 import yaml

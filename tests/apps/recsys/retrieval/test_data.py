@@ -1,7 +1,6 @@
 """Pairs of users and items from a table, and the catalog, by hand."""
 
 import pyarrow as pa
-import pyarrow.csv
 import pytest
 import torch
 from made_pairs import FILMS, ROWS, TABLE, columns as made_columns, made_pairs, retriever
@@ -144,11 +143,9 @@ def test_row_numbers_are_kept_and_0_is_missing_where_values_are(tmp_path):
     data = made_pairs(tmp_path, train_file=file, table=table, item_columns=["film", *columns])
     (items,) = data.catalog.batches(data.item_features)
     assert raw_columns(items, encoding_of_part(data.encoding, names_of(data.item_features))).to_pydict() == {
-        "film": list(FILMS),
-        "kind": [0, 1, 2, 3, 4],
-        "part": [None, 3, 3, 3, 3],
+        "film": list(FILMS), "kind": [0, 1, 2, 3, 4], "part": [None, 3, 3, 3, 3],
         "tags": [[0, 2], [1, 0], [1, 0], [], [1, 0]],
-    }
+    }  # fmt: skip
 
 
 def test_a_user_s_last_items_are_columns_of_its_tower(tmp_path):
@@ -221,22 +218,18 @@ def test_a_catalog_grows_and_takes_what_the_new_rows_lack_from_the_checkpoint(da
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [
-        ({"item_column": "flim"}, "item_column='flim' is no categorical column; did you mean 'film'"),
-        ({"item_column": "genres"}, "item_column='genres' has several values a row"),
-        ({"item_columns": ["film", "yaer"]}, "item_columns names 'yaer', which is no column of the data; did you mean"),
-        ({"item_columns": []}, "item_columns names no column"),
-        ({"user_columns": ["age", "year"]}, "column 'year' is among user_columns and item_columns"),
-        ({"item_columns": ["year"], "user_columns": ["film"]}, "user_columns has 'film', which is item_column"),
-        ({"user_column": "age"}, "user_column='age' is no categorical column"),
-        ({"positive": "like it"}, "positive='like it'"),
-        ({"exclude_seen": True}, "exclude_seen=True needs user_column"),
-        ({"num_uniform": -1}, "num_uniform=-1 must not be negative"),
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"rank": "runs/x", "candidates": 5}, "candidates=5 are fewer than the 10 items"),
-        ({"negatives": {"per_positive": 4}}, "num_uniform gives a retriever further ones"),
-    ],
-)
+    [({"item_column": "flim"}, "item_column='flim' is no categorical column; did you mean 'film'"),
+     ({"item_column": "genres"}, "item_column='genres' has several values a row"),
+     ({"item_columns": ["film", "yaer"]}, "item_columns names 'yaer', which is no column of the data; did you mean"),
+     ({"item_columns": []}, "item_columns names no column"),
+     ({"user_columns": ["age", "year"]}, "column 'year' is among user_columns and item_columns"),
+     ({"item_columns": ["year"], "user_columns": ["film"]}, "user_columns has 'film', which is item_column"),
+     ({"user_column": "age"}, "user_column='age' is no categorical column"),
+     ({"positive": "like it"}, "positive='like it'"), ({"exclude_seen": True}, "exclude_seen=True needs user_column"),
+     ({"num_uniform": -1}, "num_uniform=-1 must not be negative"), ({"top_k": 0}, "top_k=0 must be at least 1"),
+     ({"rank": "runs/x", "candidates": 5}, "candidates=5 are fewer than the 10 items"),
+     ({"negatives": {"per_positive": 4}}, "num_uniform gives a retriever further ones")],
+)  # fmt: skip
 def test_bad_options_are_refused(tmp_path, changed, message):
     refused(message, lambda: made_pairs(tmp_path, **changed).setup("fit"))
 

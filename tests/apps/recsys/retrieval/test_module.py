@@ -136,17 +136,14 @@ def test_it_learns_what_each_user_likes_and_survives_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [
-        ({"ks": ()}, "must be ascending numbers of at least 1"),
-        ({"ks": (3, 1)}, r"ks=\[3, 1\] must be ascending"),
-        ({"ks": (1, 5)}, r"ks=\[1, 5\]: the last must be below the 5 items"),
-        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
-        ({"temperature": 0.001, "learn_temperature": True}, "temperature=0.001 is below 0.01"),
-        ({"dense_ffn": core.DenseFFN(8)}, "is for a dense model"),
-        ({"moe_blocks": [3]}, "moe_blocks index 3 is out of range for depth=1"),
-        ({"moe": core.MoEConfig(4, core.Hash(vocab_size=9), MOE.expert)}, "needs context.token_ids_BS"),
-    ],
-)
+    [({"ks": ()}, "must be ascending numbers of at least 1"), ({"ks": (3, 1)}, r"ks=\[3, 1\] must be ascending"),
+     ({"ks": (1, 5)}, r"ks=\[1, 5\]: the last must be below the 5 items"),
+     ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+     ({"temperature": 0.001, "learn_temperature": True}, "temperature=0.001 is below 0.01"),
+     ({"dense_ffn": core.DenseFFN(8)}, "is for a dense model"),
+     ({"moe_blocks": [3]}, "moe_blocks index 3 is out of range for depth=1"),
+     ({"moe": core.MoEConfig(4, core.Hash(vocab_size=9), MOE.expert)}, "needs context.token_ids_BS")],
+)  # fmt: skip
 def test_bad_options_are_refused(data, changed, message):
     described = {name: getattr(data, name) for name in TwoTowerRetriever.data_arguments}
     refused(message, lambda: TwoTowerRetriever(**{**described, "moe": MOE, "ks": (1, 3), **changed}))

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pytest
 import torch
 from doc_scripts import script
@@ -61,10 +60,8 @@ def test_the_items_are_those_of_the_largest_products(model):
         assert best == films[:2]
     without = model.predict(USERS, top=9)
     assert [sorted(films) for films in by_user(without, "film")] == [
-        ["Alien", "Brazil"],
-        ["Dune", "Fargo"],
-        list(FILMS),
-    ]
+        ["Alien", "Brazil"], ["Dune", "Fargo"], list(FILMS),
+    ]  # fmt: skip
 
 
 def test_users_come_in_many_kinds(model, tmp_path):

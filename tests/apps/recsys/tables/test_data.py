@@ -7,8 +7,6 @@ import pickle
 
 import jsonargparse
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule

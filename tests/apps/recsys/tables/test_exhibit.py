@@ -81,13 +81,11 @@ def test_the_answer_is_the_models_and_the_weights_are_the_gates(made):
 
 @pytest.mark.parametrize(
     "changed, line",
-    [
-        ({"age": "old"}, "age='old' is not a number"),
-        ({"city": "Roma"}, "city='Roma' is none of the 3 values that the model knows; did you mean 'Rome'?"),
-        ({"tags": "x|q"}, "tags: 'q' is none of the 3 values that the model knows"),
-        ({"shop": ""}, "shop='' is none of the 2 values that the model knows"),
-    ],
-)
+    [({"age": "old"}, "age='old' is not a number"),
+     ({"city": "Roma"}, "city='Roma' is none of the 3 values that the model knows; did you mean 'Rome'?"),
+     ({"tags": "x|q"}, "tags: 'q' is none of the 3 values that the model knows"),
+     ({"shop": ""}, "shop='' is none of the 2 values that the model knows")],
+)  # fmt: skip
 def test_a_value_that_the_model_cannot_take(made, changed, line):
     _, page = made
     with pytest.raises(ValueError) as refused:
@@ -141,15 +139,9 @@ ENCODING = Encoding(FEATURES, {"city": CITIES}, "shop", Vocabulary.of(pa.array([
 JSON_ROWS = Row.of(ENCODING)
 SCHEMA = item_of(JSON_ROWS.columns, "Row", "A row.", takes_others=True)
 JSON_ROW = {
-    "shop": "fr",
-    "city": "Rome",
-    "row": 1,
-    "tags": ["a value"],
-    "seen": [0.0, 0.0],
-    "visited": ["Oslo"],
-    "at": "2024-05-31 12:00",
-    "age": 30.0,
-}
+    "shop": "fr", "city": "Rome", "row": 1, "tags": ["a value"], "seen": [0.0, 0.0], "visited": ["Oslo"],
+    "at": "2024-05-31 12:00", "age": 30.0,
+}  # fmt: skip
 
 
 def test_the_example_is_a_row_of_the_schema_and_a_time_that_is_none_is_refused():
@@ -164,20 +156,9 @@ def test_the_example_is_a_row_of_the_schema_and_a_time_that_is_none_is_refused()
 
 @pytest.mark.parametrize(
     "column, value",
-    [
-        ("shop", None),
-        ("shop", "es"),
-        ("city", ["Rome"]),
-        ("row", 10),
-        ("row", "1"),
-        ("tags", "a|b"),
-        ("seen", [0.0]),
-        ("visited", [None]),
-        ("at", True),
-        ("age", "30"),
-        ("age", 1e39),
-    ],
-)
+    [("shop", None), ("shop", "es"), ("city", ["Rome"]), ("row", 10), ("row", "1"), ("tags", "a|b"), ("seen", [0.0]),
+     ("visited", [None]), ("at", True), ("age", "30"), ("age", 1e39)],
+)  # fmt: skip
 def test_what_a_column_does_not_take(column, value):
     with pytest.raises(jsonschema_rs.ValidationError):
         jsonschema_rs.validate(SCHEMA, {**JSON_ROW, column: value})
@@ -199,12 +180,9 @@ def test_rows_become_a_table_whatever_the_types_of_their_values():
 
 # Values that training has and lacks, and missing ones.
 ROWS = {
-    "city": ["Oslo", "Paris", "", "Rome", "Rome"],
-    "tags": ["z|y", "", "w", "x", "x|y"],
-    "user": [1, 2, 77, 3, 1],
-    "age": [25.0, None, 30.0, 31.5, 40.0],
-    "shop": ["fr", "de", "de", "fr", "de"],
-}
+    "city": ["Oslo", "Paris", "", "Rome", "Rome"], "tags": ["z|y", "", "w", "x", "x|y"], "user": [1, 2, 77, 3, 1],
+    "age": [25.0, None, 30.0, 31.5, 40.0], "shop": ["fr", "de", "de", "fr", "de"],
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -89,15 +89,10 @@ def test_every_layer_trains_on_every_kind_of_columns(shared):
 
 @pytest.mark.parametrize(
     ("interaction", "dense", "kind"),
-    [
-        ("concat", DenseConfig(), "joined"),
-        ("dot", DenseConfig("quantile"), "joined"),
-        ("cross", DenseConfig("piecewise_linear", dim=2), "joined"),
-        ("concat", DenseConfig("quantile"), "collection"),
-        ("dot", DenseConfig("piecewise_linear", dim=2), "collection"),
-        ("cross", DenseConfig(), "collection"),
-    ],
-)
+    [("concat", DenseConfig(), "joined"), ("dot", DenseConfig("quantile"), "joined"),
+     ("cross", DenseConfig("piecewise_linear", dim=2), "joined"), ("concat", DenseConfig("quantile"), "collection"),
+     ("dot", DenseConfig("piecewise_linear", dim=2), "collection"), ("cross", DenseConfig(), "collection")],
+)  # fmt: skip
 def test_single_task_models_share_nothing(interaction, dense, kind):
     options = {"interaction": InteractionConfig(interaction), "dense": dense, "embedding": EmbeddingConfig(kind, dim=4)}
     model, rows = build(SingleTask(expert=core.MLP((6,))), **options), batch()
@@ -203,21 +198,15 @@ def test_a_bottoms_costs_are_counted(kind, expert):
         (lambda: InteractionConfig("dot", low_rank=2), "low_rank=2 needs kind='cross'"),
         (lambda: InteractionArch(InteractionConfig("dot"), 2, (2, 3)), "one width; there is 2, 3"),
         (lambda: InteractionArch(InteractionConfig("dot"), 2, ()), "one width; there is none"),
-        (
-            lambda: build()(dataclasses.replace(batch(), dense_BC=batch().dense_BC[:, :1])),
-            "1 contin.*, the model 2",
-        ),
+        (lambda: build()(dataclasses.replace(batch(), dense_BC=batch().dense_BC[:, :1])), "1 contin.*, the model 2"),
         (lambda: build(of=WIDER)(batch()), "1 columns of one value and 1 of several, the model 2 and 1"),
         (
             lambda: SharedBottom(2),
             "num_experts=2: SharedBottom has one network.*over another layer's configuration set "
             r"--model\.shared\.init_args\.num_experts 1",
         ),
-        (
-            lambda: SingleTask(expert_dropout=0.1),
-            "expert_dropout=0.1 has no meaning for SingleTask",
-        ),
+        (lambda: SingleTask(expert_dropout=0.1), "expert_dropout=0.1 has no meaning for SingleTask"),
     ],
-)
+)  # fmt: skip
 def test_what_has_no_meaning_is_refused(make, match):
     refused(match, make)

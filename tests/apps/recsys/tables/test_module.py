@@ -219,39 +219,30 @@ def test_an_ensemble_is_its_members():
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [
-        ({"features": Features(features().categorical)}, r"features.tasks=\(\) names no task"),
-        ({"features": Features(tasks=("click",))}, "features has no column"),
-        ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
-        ({"num_members": 0}, "num_members=0 is not at least 1"),
-        ({"embedding": EmbeddingConfig("collection", dims={"town": 4})}, "embedding.dims names 'town'"),
-        ({"weighting": WeightingConfig(weights={"like": 1.0})}, "weighting.weights names 'like'"),
-        ({"weighting": WeightingConfig("gradnorm"), "num_members": 2}, "num_members=2 has as many"),
-        ({"weighting": WeightingConfig("gradnorm"), "shared": SingleTask()}, "SingleTask shares nothing"),
-        ({"interaction": DOT, "embedding": EmbeddingConfig("collection", dims={"city": 4})}, "dot"),
-        ({"shared": core.MMoE(4, core.MLP((8,)), num_domain_experts=1)}, "needs num_domains, which is 0"),
-    ],
-)
+    [({"features": Features(features().categorical)}, r"features.tasks=\(\) names no task"),
+     ({"features": Features(tasks=("click",))}, "features has no column"),
+     ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"), ({"num_members": 0}, "num_members=0 is not at least 1"),
+     ({"embedding": EmbeddingConfig("collection", dims={"town": 4})}, "embedding.dims names 'town'"),
+     ({"weighting": WeightingConfig(weights={"like": 1.0})}, "weighting.weights names 'like'"),
+     ({"weighting": WeightingConfig("gradnorm"), "num_members": 2}, "num_members=2 has as many"),
+     ({"weighting": WeightingConfig("gradnorm"), "shared": SingleTask()}, "SingleTask shares nothing"),
+     ({"interaction": DOT, "embedding": EmbeddingConfig("collection", dims={"city": 4})}, "dot"),
+     ({"shared": core.MMoE(4, core.MLP((8,)), num_domain_experts=1)}, "needs num_domains, which is 0")],
+)  # fmt: skip
 def test_bad_arguments_are_refused(options, match):
     refused(match, lambda: build(**options))
 
 
 @pytest.mark.parametrize(
     "shared",
-    [
-        core.MMoE(8, core.MLP((16,))),
-        core.MMoE(8, core.MLP((16, 8), norm="batch", activation="silu")),
-        core.PLE(4, core.MLP((16,)), num_task_experts=2),
-        core.MMoE(32, core.MLP((8,)), router=core.TokenChoice(top_k=4)),
-        core.CGC(4, core.FFN(16), num_task_experts=2),
-        core.HoME(4, core.MLP((16,)), categories=(0, 1)),
-        core.M3oE(4, core.MLP((16,))),
-        core.STAR(expert=core.MLP((64,))),
-        core.SMES(8, core.MLP((16, 8)), 2, 0),
-        core.RankMixer(num_tokens=4, token_dim=16),
-    ],
+    [core.MMoE(8, core.MLP((16,))), core.MMoE(8, core.MLP((16, 8), norm="batch", activation="silu")),
+     core.PLE(4, core.MLP((16,)), num_task_experts=2),
+     core.MMoE(32, core.MLP((8,)), router=core.TokenChoice(top_k=4)), core.CGC(4, core.FFN(16), num_task_experts=2),
+     core.HoME(4, core.MLP((16,)), categories=(0, 1)), core.M3oE(4, core.MLP((16,))),
+     core.STAR(expert=core.MLP((64,))), core.SMES(8, core.MLP((16, 8)), 2, 0),
+     core.RankMixer(num_tokens=4, token_dim=16)],
     ids=["mmoe", "deep", "ple", "sparse", "ffn", "home", "m3oe", "star", "smes", "rank mixer"],
-)
+)  # fmt: skip
 def test_baselines_cost_what_the_shared_layer_does(shared):
     domains = 3 if isinstance(shared, core.M3oE | core.STAR) else 0
     module, rows = build(shared, features=features(num_domains=domains)), batch(64, num_domains=domains)
@@ -278,11 +269,9 @@ def test_the_widths_of_bottoms_by_hand():
     shared = core.MMoE(8, core.MLP((16,)))
     widths = {n: w.width for p in BOTTOMS for n, w in bottom_widths(p, shared, 10, features()).items()}
     assert widths == {
-        "shared_bottom_equal_flops": 170,
-        "shared_bottom_equal_params": 143,
-        "single_task_equal_flops": 85,
+        "shared_bottom_equal_flops": 170, "shared_bottom_equal_params": 143, "single_task_equal_flops": 85,
         "single_task_equal_params": 71,
-    }
+    }  # fmt: skip
     assert bottom(SingleTask, shared, 85) == SingleTask(expert=core.MLP((85,)))
     # D = 1, one expert of 1, 2 tasks: 2 parameters of gates and 2 of the expert; two models of width h have 4 h: equal.
     # FLOPs: 2 of the expert, 2 * 2 * (1 + 1) = 8 of the gates, 10 in all, against 4 h: 8 or 12.

@@ -4,8 +4,6 @@ import json
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import pytest
 import torch
 from made_encoder import write_encoder

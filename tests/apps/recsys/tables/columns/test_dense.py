@@ -15,10 +15,8 @@ NAN, INF = math.nan, math.inf
 HOURS = ContinuousFeature("hours", mean=5.0, std=2.0, quantiles=(5.0,))
 ALL = [DenseConfig(), DenseConfig(log1p=True), DenseConfig("quantile"), DenseConfig("piecewise_linear")]
 ALL += [
-    DenseConfig("piecewise_linear", dim=3),
-    DenseConfig("quantile_normal"),
-    DenseConfig("quantile_normal", num_bins=3),
-]
+    DenseConfig("piecewise_linear", dim=3), DenseConfig("quantile_normal"), DenseConfig("quantile_normal", num_bins=3),
+]  # fmt: skip
 
 
 def column(*values):

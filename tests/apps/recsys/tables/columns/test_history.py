@@ -227,15 +227,12 @@ def described(column, **options):
 
 @pytest.mark.parametrize(
     ("make", "match"),
-    [
-        (lambda: attends(WORDS), "needs a sequence that names its items, and words names none"),
-        (lambda: attends(LAST, embedding=EmbeddingConfig("fused")), "which embedding.kind='fused' cannot"),
-        (lambda: HistoryConfig(normalize=True), r"history.normalize=True has no meaning with history.pooling='mean'"),
-        (lambda: described("last", items="itm"), r"sequences\['last'\].items='itm' is no cat.*; did you mean 'item'"),
-        (lambda: described("last", length=0), r"length=0 is not at least 1"),
-        (lambda: described("item"), r"column 'item' is listed twice: under categorical and sequences"),
-    ],
-)
+    [(lambda: attends(WORDS), "needs a sequence that names its items, and words names none"),
+     (lambda: attends(LAST, embedding=EmbeddingConfig("fused")), "which embedding.kind='fused' cannot"),
+     (lambda: HistoryConfig(normalize=True), r"history.normalize=True has no meaning with history.pooling='mean'"),
+     (lambda: described("last", items="itm"), r"sequences\['last'\].items='itm' is no cat.*; did you mean 'item'"),
+     (lambda: described("item"), r"column 'item' is listed twice: under categorical and sequences")],
+)  # fmt: skip
 def test_what_has_no_meaning_is_refused(make, match):
     refused(match, make)
 
@@ -249,11 +246,9 @@ def made(tmp_path):
     rows = {"item": item_N.tolist(), "last": last, "click": click}
     pq.write_table(pa.table(rows), tmp_path / "table.parquet")
     config = TableConfig(
-        ("item",),
-        tasks={"click": TaskConfig("click")},
-        split=SplitConfig(val=0.2, test=0.2),
+        ("item",), tasks={"click": TaskConfig("click")}, split=SplitConfig(val=0.2, test=0.2),
         sequences={"last": SequenceConfig("item", 4)},
-    )
+    )  # fmt: skip
     return TableData("table", str(tmp_path), str(tmp_path / "cache"), train_file="table.parquet", table=config)
 
 
@@ -318,16 +313,14 @@ def test_a_vector_is_mapped_as_it_is_scaled_and_a_missing_one_is_nan():
 
 @pytest.mark.parametrize(
     ("values", "match"),
-    [
-        ((["a"],), "'title' of the training table holds lists of string, not of numbers"),
-        ((1.5,), "'title' of the training table holds values of type double, not lists of numbers"),
-        (("1 2",), "holds values of type string, not lists of numbers: a vector is a list, which"),
-        (([1.0, 2.0], [1.0]), "the vector in row 1 has 1 numbers, and must have 2, as the others have"),
-        (([1.0, None],), "the vector in row 0 holds a number that is missing or not finite"),
-        (([1.0], [np.inf]), "the vector in row 1 holds a number that is missing or not finite"),
-        (([],), "lists of null, not of numbers"),
-    ],
-)
+    [((["a"],), "'title' of the training table holds lists of string, not of numbers"),
+     ((1.5,), "'title' of the training table holds values of type double, not lists of numbers"),
+     (("1 2",), "holds values of type string, not lists of numbers: a vector is a list, which"),
+     (([1.0, 2.0], [1.0]), "the vector in row 1 has 1 numbers, and must have 2, as the others have"),
+     (([1.0, None],), "the vector in row 0 holds a number that is missing or not finite"),
+     (([1.0], [np.inf]), "the vector in row 1 holds a number that is missing or not finite"),
+     (([],), "lists of null, not of numbers")],
+)  # fmt: skip
 def test_what_is_no_vector_is_refused(values, match):
     refused(re.escape(match), lambda: to_vectors(column(*values), "title"))
     if values == ("1 2",):  # repeated text is refused by its own type

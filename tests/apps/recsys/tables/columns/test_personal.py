@@ -123,13 +123,11 @@ def test_personal_columns_are_read_where_they_stand_and_a_domain_s_logits_are_ad
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"gate_embeddings": -1}, "gate_embeddings=-1 is negative"),
-        ({"gate_embeddings": 4, "num_domains": 0}, r"gate_embeddings=4 goes by the domain, and .* table\.domain"),
-        ({"head": HeadConfig(domain_dim=4), "num_domains": 0}, r"head\.domain_dim=4 goes by the domain"),
-        ({"head": HeadConfig(personal=("town",))}, r"head\.personal names 'town', which has no embedding; .* city"),
-        ({"shared": SingleTask(), **PEPNET}, "gate_embeddings=3 joins tasks that SingleTask keeps apart"),
-    ],
-)
+    [({"gate_embeddings": -1}, "gate_embeddings=-1 is negative"),
+     ({"gate_embeddings": 4, "num_domains": 0}, r"gate_embeddings=4 goes by the domain, and .* table\.domain"),
+     ({"head": HeadConfig(domain_dim=4), "num_domains": 0}, r"head\.domain_dim=4 goes by the domain"),
+     ({"head": HeadConfig(personal=("town",))}, r"head\.personal names 'town', which has no embedding; .* city"),
+     ({"shared": SingleTask(), **PEPNET}, "gate_embeddings=3 joins tasks that SingleTask keeps apart")],
+)  # fmt: skip
 def test_gates_without_a_ground_are_refused(options, message):
     refused(message, lambda: build(**options))

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet
 import pytest
 from own_table import TRAIN, changed, config_of, write
 from refusals import refused
@@ -45,11 +44,9 @@ def test_a_time_that_is_a_category_too_is_read_as_text_like_rows_to_predict(own,
 def test_an_id_of_the_rows_is_one_warning_of_the_training(own, tmp_path, caplog):
     # 200 orders, of which the last row repeats the first; 180 train by time. Of 180 prices 180 are distinct as well.
     rows = {
-        "order": [*(f"o{i}" for i in range(199)), "o0"],
-        "city": ["Rome", "Oslo"] * 100,
-        "price": list(range(200)),
+        "order": [*(f"o{i}" for i in range(199)), "o0"], "city": ["Rome", "Oslo"] * 100, "price": list(range(200)),
         "click": [0, 1, 1, 0] * 50,
-    }
+    }  # fmt: skip
     roles = {"categorical": ("order", "city"), "continuous": ("price",), "time": "price"}
     config = config_of(**roles, split=SplitConfig("time", val=0, test=0.1))
     pa.csv.write_csv(pa.table(rows), tmp_path / "train.csv")
@@ -101,42 +98,23 @@ def test_a_folder_and_the_bytes_of_another_format_are_named_in_a_line_of_text(ow
         (TRAIN, config_of(tasks={"c": TaskConfig("clicks")}), r"'clicks' \(task c\) is not in .*did you mean 'click'"),
         (changed(click=[1] * 6), config_of(), "task 'click' has positive labels alone in the train split"),
         (changed(click=[0] * 6), config_of(), "task 'click' has no positive label in the train split"),
-        (
-            changed(stars=[""] * 6),
-            config_of(tasks={"l": TaskConfig("stars", at_least=4)}),
-            "task 'l' has no label in the train split",
-        ),
-        (
-            changed(age=["1", "2", "old", "3", "?", "4"]),
-            config_of(continuous=("age",)),
-            "column 'age' of the training table must hold numbers: row 2 holds 'old'; leave missing numbers empty",
-        ),
+        (changed(stars=[""] * 6), config_of(tasks={"l": TaskConfig("stars", at_least=4)}),
+         "task 'l' has no label in the train split"),
+        (changed(age=["1", "2", "old", "3", "?", "4"]), config_of(continuous=("age",)),
+         "column 'age' of the training table must hold numbers: row 2 holds 'old'; leave missing numbers empty"),
         (TRAIN, config_of(num_rows={"city": 5}), "column 'city' holds 'Rome' in row 0: num_rows=5 takes row numbers"),
-        (
-            TRAIN,
-            config_of(categorical=("user",), num_rows={"user": 9}),
-            "column 'user' holds '9' in row 7: num_rows=9 takes row numbers 0 to 8",
-        ),
-        (
-            changed(shop=["de"] * 6),
-            config_of(domain="shop"),
-            "names the domain, but holds 'fr', which training lacks,",
-        ),
+        (TRAIN, config_of(categorical=("user",), num_rows={"user": 9}),
+         "column 'user' holds '9' in row 7: num_rows=9 takes row numbers 0 to 8"),
+        (changed(shop=["de"] * 6), config_of(domain="shop"), "names the domain, but holds 'fr', which training lacks,"),
         (changed(shop=["de", "fr", "", "fr", "de", "de"]), config_of(domain="shop"), "holds no value in row 2"),
-        (
-            changed(user=["1", "", "2", "2", "3", "3"]),
-            config_of(user="user"),
-            "column 'user' names the users, but has no value in row 1",
-        ),
-        (
-            changed(stars=["1", "2", "3", "", "5", "6"]),
-            config_of(time="stars", split=SplitConfig("time")),
-            "column 'stars' orders the rows, but has no value in row 3",
-        ),
+        (changed(user=["1", "", "2", "2", "3", "3"]), config_of(user="user"),
+         "column 'user' names the users, but has no value in row 1"),
+        (changed(stars=["1", "2", "3", "", "5", "6"]), config_of(time="stars", split=SplitConfig("time")),
+         "column 'stars' orders the rows, but has no value in row 3"),
         ({k: [] for k in TRAIN}, config_of(), "the training table has no rows"),
         (TRAIN, config_of(split=SplitConfig("given", val=0.01)), "the validation split is empty"),
     ],
-)
+)  # fmt: skip
 def test_a_table_that_does_not_fit_its_description_is_refused_in_one_line(own, tmp_path, train, config, message):
     write(tmp_path, train=train)
     with pytest.raises(ValueError, match=message) as error:
@@ -264,12 +242,9 @@ def test_names_of_splits_are_checked_and_a_domain_that_is_a_feature_has_its_own_
 def test_a_split_by_group_and_rows_of_cold_users_and_items(own, tmp_path):
     # Sessions s0 to s9 of three rows; a session's user and item are its number modulo 4 and its row.
     rows = {
-        "session": [f"s{i // 3}" for i in range(30)],
-        "user": [f"u{i // 3 % 4}" for i in range(30)],
-        "item": ["a", "b", ""] * 9 + ["new", "a", "b"],
-        "city": ["Rome", "Oslo"] * 15,
-        "click": [0, 1, 1] * 10,
-    }
+        "session": [f"s{i // 3}" for i in range(30)], "user": [f"u{i // 3 % 4}" for i in range(30)],
+        "item": ["a", "b", ""] * 9 + ["new", "a", "b"], "city": ["Rome", "Oslo"] * 15, "click": [0, 1, 1] * 10,
+    }  # fmt: skip
     pa.csv.write_csv(pa.table(rows), tmp_path / "train.csv")
     split = SplitConfig("group", val=0.25, test=0.2, column="session", seed=1)
     data = own(config_of(split=split, user="user", item="item"), test_file=None)

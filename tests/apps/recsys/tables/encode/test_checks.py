@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pytest
 from own_table import config_of
 from refusals import refused

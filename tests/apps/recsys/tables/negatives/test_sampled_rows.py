@@ -24,11 +24,9 @@ THREE = NegativesConfig(3, "click")
 def data_of(tmp_path, negatives=THREE, **options):
     """10 clicks, of which 5 are liked, 90 others, of which none is, and 4 rows without a click's label."""
     rows = {
-        "city": ["Rome", "Oslo"] * 52,
-        "click": [1] * 10 + [0] * 90 + [None] * 4,
-        "like": [1] * 5 + [0] * 95 + [1] * 4,
+        "city": ["Rome", "Oslo"] * 52, "click": [1] * 10 + [0] * 90 + [None] * 4, "like": [1] * 5 + [0] * 95 + [1] * 4,
         "price": [2.5] * 50 + [1.0] * 54,
-    }
+    }  # fmt: skip
     pq.write_table(pa.table(rows), tmp_path / "table.parquet")
     tasks = {"click": TaskConfig("click"), "like": TaskConfig("like"), "price": TaskConfig("price", kind="regression")}
     config = TableConfig(("city",), tasks=tasks, split=SplitConfig(val=0, test=0))
@@ -132,13 +130,10 @@ def test_all_negatives_train_where_there_are_no_more(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [
-        ({"per_positive": 0}, r"negatives.per_positive=0 is not above 0"),
-        ({}, "negatives.task=None: name one of the tasks click, like, price"),
-        ({"task": "clicks"}, "negatives.task='clicks' is not one of click, like, price; did you mean 'click'"),
-        ({"task": "price"}, "negatives.task='price' is of kind 'regression', which has no negative rows"),
-    ],
-)
+    [({}, "negatives.task=None: name one of the tasks click, like, price"),
+     ({"task": "clicks"}, "negatives.task='clicks' is not one of click, like, price; did you mean 'click'"),
+     ({"task": "price"}, "negatives.task='price' is of kind 'regression', which has no negative rows")],
+)  # fmt: skip
 def test_refused(tmp_path, options, match):
     refused(match, lambda: data_of(tmp_path, options).train_dataloader())
 

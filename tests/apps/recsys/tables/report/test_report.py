@@ -64,12 +64,9 @@ def test_gates_are_read_over_batches_and_have_their_names():
     reader = read(recommender(core.HoME(1, MLP, categories=(0, 1))), batch())
     gates = reader.gates()
     assert [g.name for g in gates] == [
-        "level 0: category 0",
-        "level 0: category 1",
-        "level 0: shared representation",
-        "level 1: click",
+        "level 0: category 0", "level 0: category 1", "level 0: shared representation", "level 1: click",
         "level 1: buy",
-    ]
+    ]  # fmt: skip
     assert gates[4].expert_labels == ("shared 0", "category 1 0", "buy 0")
     zeros = reader.zero_share()
     assert list(zeros["level 0"]) == ["shared0", "category0.0", "category-self0.0", "category1.0", "category-self1.0"]
@@ -99,16 +96,14 @@ def test_gates_are_read_over_batches_and_have_their_names():
 
 @pytest.mark.parametrize(
     "shared, names",
-    [
-        (core.MMoE(3, MLP), ["shared0", "shared1", "shared2"]),
-        (core.CGC(2, MLP, num_task_experts=1), ["shared0", "shared1", "task0.0", "task1.0"]),
-        (core.CGC(1, MLP, num_task_experts=1, self_gate=1), ["shared0", "task0.0", "self0.0", "task1.0", "self1.0"]),
-        (core.CGC(1, MLP, num_task_experts=(0, 2)), ["shared0", "task1.0", "task1.1"]),
-        (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3)), ["0", "1", "2"]),
-        (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3), selection="shared"), ["shared0", "shared1", "shared2"]),
-    ],
+    [(core.MMoE(3, MLP), ["shared0", "shared1", "shared2"]),
+     (core.CGC(2, MLP, num_task_experts=1), ["shared0", "shared1", "task0.0", "task1.0"]),
+     (core.CGC(1, MLP, num_task_experts=1, self_gate=1), ["shared0", "task0.0", "self0.0", "task1.0", "self1.0"]),
+     (core.CGC(1, MLP, num_task_experts=(0, 2)), ["shared0", "task1.0", "task1.1"]),
+     (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3)), ["0", "1", "2"]),
+     (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3), selection="shared"), ["shared0", "shared1", "shared2"])],
     ids=["mmoe", "cgc", "self_gate", "uneven", "sparse", "selected"],
-)
+)  # fmt: skip
 def test_a_dead_expert_is_found_whichever_it_is(shared, names):
     for dead, name in enumerate(names):
         module = recommender(shared)
@@ -236,17 +231,11 @@ def run(module: MultiTaskRecommender, tmp_path, data=None) -> Trainer:
 
 @pytest.mark.parametrize(
     "shared",
-    [
-        core.MMoE(3, MLP),
-        core.PLE(2, MLP, num_task_experts=1),
-        core.MMoE(40, MLP, router=core.TokenChoice(top_k=2)),
-        core.MMoE(4, MLP, router=core.TokenChoice(top_k=2), selection="shared"),
-        core.OMoE(2, MLP),
-        core.SMES(8, MLP, 2, 1),
-        core.RankMixer(3, router=core.TokenChoice(2), num_tokens=2, token_dim=4, depth=1),
-    ],
+    [core.MMoE(3, MLP), core.PLE(2, MLP, num_task_experts=1), core.MMoE(40, MLP, router=core.TokenChoice(top_k=2)),
+     core.MMoE(4, MLP, router=core.TokenChoice(top_k=2), selection="shared"), core.OMoE(2, MLP),
+     core.SMES(8, MLP, 2, 1), core.RankMixer(3, router=core.TokenChoice(2), num_tokens=2, token_dim=4, depth=1)],
     ids=["mmoe", "ple", "sparse", "selected", "omoe", "smes", "rank mixer"],
-)
+)  # fmt: skip
 def test_a_test_writes_its_report(shared, tmp_path, capsys):
     pictures = shared.num_experts == 3 and isinstance(shared, core.MMoE)
     module = recommender(shared, report=RecommenderReportConfig(pictures=pictures))

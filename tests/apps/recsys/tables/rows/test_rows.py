@@ -4,8 +4,6 @@ import datetime
 import threading
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import pytest
 import torch
 from own_table import by_row, config_of, same

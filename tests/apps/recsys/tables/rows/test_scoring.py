@@ -2,8 +2,6 @@
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import pytest
 import torch
 from own_table import write
@@ -17,13 +15,10 @@ from apps.train.checkpoint.checkpoints import BestAndLast
 
 # Values that training has and lacks, missing ones, other columns; no label.
 NEW = {
-    "city": ["Oslo", "Paris", "", "Rome", "Rome"],
-    "tags": ["z|y", "", "w", "x", "x|y"],
-    "user": [1, 2, 77, 3, 1],
-    "age": [25.0, None, 30.0, float("inf"), 40.0],
-    "shop": ["fr", "de", "de", "fr", "de"],
+    "city": ["Oslo", "Paris", "", "Rome", "Rome"], "tags": ["z|y", "", "w", "x", "x|y"], "user": [1, 2, 77, 3, 1],
+    "age": [25.0, None, 30.0, float("inf"), 40.0], "shop": ["fr", "de", "de", "fr", "de"],
     "key": ["a", "b", "c", "d", "e"],
-}
+}  # fmt: skip
 NAMES = ["probability_click", "probability_like"]
 
 
@@ -118,16 +113,14 @@ def test_frames_keep_their_index_and_a_series_is_a_row_or_the_one_column(loaded)
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [
-        ({"city": None}, r"^column 'city' \(categorical\) is not in the rows to predict$"),
-        ({"age": None, "Age": [1] * 5}, r"^column 'age' \(continuous\) is not in .*; did you mean 'Age'\?$"),
-        ({"age": [1, 2, 3, "old", 5]}, "^column 'age' of the rows to predict is no column of one type: "),
-        ({"age": ["1", "2", "3", "old", "5"]}, "^column 'age' of the rows to predict must hold numbers: row 3 holds"),
-        ({"shop": ["de"] * 4 + ["it"]}, "^column 'shop' names the domain, but holds 'it', which .* in row 4$"),
-        ({"shop": ["de"]}, "^column 'shop' has 1 values, and column 'city' 5$|^column 'city' has 5 .* 'shop' 1$"),
-        ({"city": "Rome"}, "^column 'city' is 'Rome', not a list of values$"),
-    ],
-)
+    [({"city": None}, r"^column 'city' \(categorical\) is not in the rows to predict$"),
+     ({"age": None, "Age": [1] * 5}, r"^column 'age' \(continuous\) is not in .*; did you mean 'Age'\?$"),
+     ({"age": [1, 2, 3, "old", 5]}, "^column 'age' of the rows to predict is no column of one type: "),
+     ({"age": ["1", "2", "3", "old", "5"]}, "^column 'age' of the rows to predict must hold numbers: row 3 holds"),
+     ({"shop": ["de"] * 4 + ["it"]}, "^column 'shop' names the domain, but holds 'it', which .* in row 4$"),
+     ({"shop": ["de"]}, "^column 'shop' has 1 values, and column 'city' 5$|^column 'city' has 5 .* 'shop' 1$"),
+     ({"city": "Rome"}, "^column 'city' is 'Rome', not a list of values$")],
+)  # fmt: skip
 def test_rows_that_cannot_be_scored_are_named(loaded, changed, message):
     rows = {c: v for c, v in {**NEW, **changed}.items() if v is not None}
     with pytest.raises(ValueError, match=message) as error:

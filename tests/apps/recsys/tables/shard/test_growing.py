@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pytest
 import torch
 from own_table import CONFIG, TRAIN, config_of, write
@@ -26,12 +25,9 @@ MORE = {
     "age": ["1", "2", "3", "4", "5", "6"],
 }
 OLD = {
-    "city": ["Rome", "NA", "Oslo", ""],
-    "tags": ["x|y", "", "z", "y"],
-    "user": [1, 2, 3, 77],
-    "age": [10.0, None, 30.0, 50.0],
-    "shop": ["de", "fr", "fr", "de"],
-}
+    "city": ["Rome", "NA", "Oslo", ""], "tags": ["x|y", "", "z", "y"], "user": [1, 2, 3, 77],
+    "age": [10.0, None, 30.0, 50.0], "shop": ["de", "fr", "fr", "de"],
+}  # fmt: skip
 UNSEEN = {**OLD, "city": ["Bern", "Lima", "Rome", "Bern"], "tags": ["w", "x|w", "", "y"]}
 
 KINDS = {

@@ -256,10 +256,8 @@ def test_deferred_tables_start_alike_each_time_and_need_the_strategy(folder):
         ("uvm", "compute_kernel='fused_uvm' needs a GPU"),
         ("adam", "embedding_optimizer='adam' needs a GPU"),
         ("width", "table_city is 6 wide; the kernels of sharded tables take multiples of 4"),
-        (
-            "greedy",
-            "configure_optimizers of TakesAll takes .*table_city.weight, whose rows are stepped in the backward",
-        ),
+        ("greedy",
+         "configure_optimizers of TakesAll takes .*table_city.weight, whose rows are stepped in the backward"),
         ("mesh", "experts=3 does not divide the 2 ranks"),
         ("dense gates", "layer 'model.shared', MultiGateMoE, has experts that cannot be sharded over ranks"),
         ("three experts", "layer 'model.shared' has 3 experts .*, which 2 ranks do not divide"),
@@ -267,7 +265,7 @@ def test_deferred_tables_start_alike_each_time_and_need_the_strategy(folder):
         ("another model", "process 1 has another model.* than process 0: all of them need the same"),
         ("resume a file", "last.ckpt is not sharded: its optimizer's state is of other parameters"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_a_line_on_every_process(ranks, name, message):
     for rank in ranks:
         assert rank[name].startswith("ValueError: ")
