@@ -62,8 +62,7 @@ def test_counts_have_poisson_s_loss_and_classes_that_of_a_softmax():
     z = outputs(0.0, math.log(2), 0.0)  # 1/4, 1/2, 1/4
     assert loss(COLOUR, z, 2.0) == pytest.approx(math.log(4))
     columns = kind_of(COLOUR).columns("colour", z)
-    assert columns["value_colour"] == ["red"]
-    assert columns["probability_colour"].tolist() == pytest.approx([0.5])
+    assert (columns["value_colour"], columns["probability_colour"].tolist()) == (["red"], pytest.approx([0.5]))
 
 
 def test_watch_times_are_the_odds_of_a_weighted_logistic_and_tweedie_s_loss_the_half_deviance():
@@ -73,8 +72,7 @@ def test_watch_times_are_the_odds_of_a_weighted_logistic_and_tweedie_s_loss_the_
     cost = kind.loss(z, torch.tensor([20.0], dtype=torch.float64))
     assert float(cost) == pytest.approx(math.log(3) + 2 * math.log(1.5))
     cost.backward()
-    assert float(z.grad) == pytest.approx(0, abs=1e-12)
-    assert float(kind.value(z.detach())) == pytest.approx(20)
+    assert (float(z.grad), float(kind.value(z.detach()))) == (pytest.approx(0, abs=1e-12), pytest.approx(20))
     for y in (0.0, 3.0):
         z = outputs(0.7)
         value = float(kind_of(COST).value(z))
@@ -156,8 +154,7 @@ def test_metrics_of_amounts_by_hand():
     assert amount_metrics(value, label)["decile_error"] == amount_metrics(np.full(10, 2.0), label)["decile_error"] == 0
     assert gini(np.ones(4), np.array([0.0, 2.0, 0.0, 6.0])) == pytest.approx(0)
     own = quantile_metrics(np.array([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]), np.array([1.0, 4.0]))
-    assert own["coverage_80"] == 0.5
-    assert own["pinball"] == pytest.approx((0.1 + 0 + 0.1 + 0.4 + 1.5 + 1.8) / 6)
+    assert (own["coverage_80"], own["pinball"]) == (0.5, pytest.approx((0.1 + 0 + 0.1 + 0.4 + 1.5 + 1.8) / 6))
 
 
 @pytest.mark.parametrize("target", [Target(), PRICE, WATCHED, VISITS, STARS, COLOUR, SPENT, COST])
@@ -224,8 +221,7 @@ def test_errors_of_numbers():
     assert values["spearman"] == pytest.approx(1)
     # 30 predictions of 0 and 30 of 1: two bins, whatever the 15 that there may be.
     made = number_metrics(np.repeat([0.0, 1.0], 30), np.repeat([0.5, 2.0], 30)).bins
-    assert (made.counts.tolist(), made.prediction.tolist()) == ([30, 30], [0, 1])
-    assert made.label.tolist() == [0.5, 2]
+    assert (made.counts.tolist(), made.prediction.tolist(), made.label.tolist()) == ([30, 30], [0, 1], [0.5, 2])
 
 
 def test_metrics_of_values_are_those_of_scikit_learn_and_the_means_of_examples():

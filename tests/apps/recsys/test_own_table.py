@@ -86,8 +86,7 @@ def test_every_role_has_its_place_and_its_reason(tmp_path):
     assert comments["price"].startswith("money, ")
     assert comments["heat"].startswith("number, ")
     assert comments["size"].endswith("30 to 98, 1% missing")  # 2 of 200
-    assert comments["day"] == "date, 2024-06-01 to 2024-06-28"
-    assert comments["bought"] == "binary, 'yes' in 50.0%"
+    assert (comments["day"], comments["bought"]) == ("date, 2024-06-01 to 2024-06-28", "binary, 'yes' in 50.0%")
     assert made.above[*TABLE, "tasks"][1:] == (
         "  order: id, it counts the rows", "  same: 'x' in every row", "  none: no value in any row",
     )  # fmt: skip

@@ -75,8 +75,7 @@ def test_values_of_any_type_are_text(values, kind, expected):
 def test_a_number_and_its_text_are_one_value_and_lists_are_refused():
     train = ("the training table", pa.chunked_array([pa.array([5, 7]), pa.array([7])]))
     codes = factorize([train, part(["7", "8"]), part([5.0])], "c")
-    assert decoded(codes) == ["5", "7", "7", "7", "8", "5"]
-    assert codes.values.to_pylist() == ["5", "7", "8"]
+    assert (decoded(codes), codes.values.to_pylist()) == (["5", "7", "7", "7", "8", "5"], ["5", "7", "8"])
     with pytest.raises(ValueError, match=r"'c' .* type list<.*it must have one value a row; a feature of lists"):
         factorize([part([[1]])], "c")
 
@@ -94,8 +93,7 @@ def test_a_vocabulary_has_the_frequent_values_first_and_only_those_of_training()
     train = np.array([1, 1, 1, 1, 1, 1, 1, 0], dtype=bool)
     # counts in training: a 2, b 2, c 1, d 1; e is not there. Ties by text.
     rows = to_vocabulary(codes, train)
-    assert rows.values.to_pylist() == ["a", "b", "c", "d"]
-    assert rows.rows.tolist() == [2, 1, 3, 1, 4, 2, 0, 0]
+    assert (rows.values.to_pylist(), rows.rows.tolist()) == (["a", "b", "c", "d"], [2, 1, 3, 1, 4, 2, 0, 0])
     assert rows.unseen.tolist() == [False] * 7 + [True]  # a missing value is not an unseen one
     assert rows.num_rows == 5
     rare = to_vocabulary(codes, train, min_count=2)
@@ -170,8 +168,7 @@ def test_multi_valued_columns_as_text_and_as_lists(parts):
 )
 def test_text_is_a_list_where_python_or_json_would_read_one(text, expected):
     offsets, codes = split_values([part([text, "z"])], "g", "|")
-    assert decoded(codes) == [*expected, "z"]
-    assert offsets.tolist() == [0, len(expected), len(expected) + 1]
+    assert (decoded(codes), offsets.tolist()) == ([*expected, "z"], [0, len(expected), len(expected) + 1])
     offsets, codes = split_values([part([[1, None], [2]])], "g", "|")  # a missing element is a missing value
     assert (offsets.tolist(), decoded(codes)) == ([0, 2, 3], ["1", None, "2"])
 

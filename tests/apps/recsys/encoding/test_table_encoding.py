@@ -132,15 +132,12 @@ def test_a_loaded_module_scores_by_its_own_rows_whatever_the_data_would_learn(ow
     expected, scores = model.eval()(data.rows("test")[:]).sigmoid(), model.predict(NEW)
     write(tmp_path, train=SWAPPED)
     pa.csv.write_csv(pa.table(NEW), tmp_path / "new.csv")
-
     loaded = MultiTaskRecommender.load_from_checkpoint(tmp_path / "it.ckpt")
     (predicted,) = quiet_trainer(tmp_path).predict(loaded, datamodule=own())
     assert torch.equal(torch.stack([predicted["probability_click"], predicted["probability_like"]], 1), expected)
-
     (predicted,) = quiet_trainer(tmp_path).predict(loaded, datamodule=own(predict_file="new.csv"))
     assert list(predicted) == ["index", "probability_click", "probability_like"]
     assert predicted["probability_click"].tolist() == scores["probability_click"].tolist()
-
     other, run, it = own(), quiet_trainer(tmp_path), tmp_path / "it.ckpt"
     run.test(module_of(data), datamodule=data, ckpt_path=it, weights_only=True, verbose=False)
     with pytest.raises(ValueError, match=r"model.features does not fit the data: positives|continuous"):
@@ -252,7 +249,6 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     pa.csv.write_csv(pa.table(events), "events.csv")
     fit, predict = (line.replace("'", "").split(" ", 1)[1] for line in commands.strip().splitlines())
     assert main(fit.split()) == 0
-
     # All events, without their labels and without the file that trained.
     path = Path("runs/shop/predictions.jsonl")
     Path("events.csv").unlink()
@@ -261,15 +257,13 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     every = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["index"] for row in every] == list(range(120))
     scores = apps.load("runs/shop").predict("all.parquet")
-    assert [row["probability_click"] for row in every] == scores["probability_click"].tolist()
-
+    assert [row["probability_click"] for row in every] == pytest.approx(scores["probability_click"].tolist(), rel=1e-6)
     head, _, rest = predict.partition(" --data.predict_columns ")
     assert main([*head.split(), "--overwrite", "--data.predict_columns", rest]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [list(row) for row in rows] == [["index", "user", "item", "probability_click", "probability_buy"]] * 2
     assert [(row["user"], row["item"]) for row in rows] == [("ann", "tea"), ("zoe", "tea")]
     assert rows[0]["probability_buy"] == pytest.approx(every[0]["probability_buy"], rel=1e-5)  # the first event
-
     # The test rows of another split, whose training rows would teach otherwise, have the same predictions.
     pa.csv.write_csv(pa.table(events), "events.csv")
     other = ["--data.split.kind", "random", "--data.split.seed", "7", "--overwrite"]

@@ -110,18 +110,14 @@ def test_ali_ccp_as_released(tmp_path: Path, folders: bool) -> None:
     raw = read_ali_ccp(tmp_path)
     check_config(raw)
     table = raw.train
-    assert table["click"].to_pylist() == [0.0, 1.0, 1.0]
-    assert table["purchase"].to_pylist() == [0.0, 1.0, 0.0]
+    assert (table["click"].to_pylist(), table["purchase"].to_pylist()) == ([0.0, 1.0, 1.0], [0.0, 1.0, 0.0])
     # each row has the features of its user's line: bb, aa, aa
     assert (table["101"].to_pylist(), table["121"].to_pylist()) == (["8", "7", "7"], [None, "3", "3"])
     assert table["109_14"].to_pylist() == [[], ["40", "41"], ["40", "41"]]
     # and its own
-    assert table["205"].to_pylist() == ["900", "901", "902"]
-    assert table["301"].to_pylist() == ["2", None, "1"]
-    assert table["210"].to_pylist() == [[], ["60", "61"], []]
-    assert table["508"].to_pylist() == ["5", None, None]
-    assert table["D508"].to_pylist() == [0.25, None, None]
-    assert table["D853"].to_pylist() == [None, None, None]
+    assert (table["205"].to_pylist(), table["301"].to_pylist()) == (["900", "901", "902"], ["2", None, "1"])
+    assert (table["210"].to_pylist(), table["508"].to_pylist()) == ([[], ["60", "61"], []], ["5", None, None])
+    assert (table["D508"].to_pylist(), table["D853"].to_pylist()) == ([0.25, None, None], [None, None, None])
 
 
 def test_ali_ccp_truncated(tmp_path: Path) -> None:

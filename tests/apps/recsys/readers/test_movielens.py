@@ -51,8 +51,7 @@ def test_what_is_watched_next_and_before_by_hand():
     user = np.array([7, 3, 7, 3, 7])
     time = np.array([131, 5, 10, 5, 70])
     soon, known = watched_next(user, time)
-    assert known.tolist() == [True, False, False, True, True]
-    assert soon[known].tolist() == [False, True, True]
+    assert (known.tolist(), soon[known].tolist()) == ([True, False, False, True, True], [False, True, True])
     # The labels of the first rows by time are the same without the rows after them.
     rng = np.random.default_rng(0)
     user, time = rng.integers(0, 5, 200), np.sort(rng.integers(0, 2000, 200))

@@ -73,5 +73,4 @@ def test_ids_are_drawn_as_one_over_their_rank_and_move_the_labels_and_their_shar
     # Half of the rows have ids of their own; what the frequent ones add is common to many rows, so the share is rough.
     assert made.label.mean() == pytest.approx(0.2, abs=0.06)
     table = made.tables()
-    assert table.config.categorical == ("id",)
-    assert table.train["id"].to_pylist()[:3] == made.ids[:3].tolist()
+    assert (table.config.categorical, table.train["id"].to_pylist()[:3]) == (("id",), made.ids[:3].tolist())

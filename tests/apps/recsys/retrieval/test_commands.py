@@ -76,7 +76,6 @@ def test_items_of_a_file_of_users_are_those_of_a_script(runs):
     assert [film for line in lines for film in line["film"]] == list(script["film"])
     assert [x for line in lines for x in line["score"]] == pytest.approx(list(script["score"]), rel=1e-5)
     assert set(lines[0]["film"]) == {"Alien", "Brazil"}  # cy has rated the other three
-
     ranked = predicted(folder, "--data.rank", str(folder / "rank"), "--data.candidates", "4")
     script = model.predict(USERS, top=2, rank=folder / "rank", candidates=4)
     assert [list(line) for line in ranked] == [["index", "user", "film", "score", "probability_like"]] * 2

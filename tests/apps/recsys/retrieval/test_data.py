@@ -22,8 +22,7 @@ def data(tmp_path):
 
 
 def test_liked_rows_are_pairs_and_the_catalog_has_each_item_as_its_last_training_row_has_it(data):
-    assert data.describe() == "table: 6 train, 2 val, 3 test pairs, 5 items"
-    assert data.item_values == ("", *FILMS)
+    assert (data.describe(), data.item_values) == ("table: 6 train, 2 val, 3 test pairs, 5 items", ("", *FILMS))
     train = data.examples("train").__getitems__(range(6))
     films = [data.item_values[i] for i in train.item_B.tolist()]
     assert films == ["Alien", "Brazil", "Alien", "Dune", "Dune", "Casablanca"]
@@ -31,8 +30,7 @@ def test_liked_rows_are_pairs_and_the_catalog_has_each_item_as_its_last_training
     assert (train.own_B.tolist(), train.count_U.tolist()) == ([0, 1, 0, 3, 3, 2], [2, 1, 1, 2])
     assert_close(train.log_q_U.exp(), torch.tensor([2, 1, 1, 2]) / 7)  # Fargo counts as if one liked it
     assert names_of(data.user_features) == ("user", "age")
-    assert train.user.dense_BC[:, 0].tolist() == [30, 30, 40, 40, 50, 50]
-    assert train.user.single_FB.shape == (1, 6)
+    assert (train.user.dense_BC[:, 0].tolist(), train.user.single_FB.shape) == ([30, 30, 40, 40, 50, 50], (1, 6))
     assert data.examples("test").__getitems__([0, 1, 2]).seen_BH.tolist() == [[1, 2, 3], [1, 2, 4], [3, 4, 5]]
     assert data.examples("val").__getitems__([1]).seen_BH.tolist() == [[3, 4, 5]]  # cy, the second of two
     catalog = data.catalog
@@ -47,8 +45,7 @@ def test_liked_rows_are_pairs_and_the_catalog_has_each_item_as_its_last_training
     # a pair's item has the catalogue's columns: Casablanca's year of bob's row is another
     test = data.examples("test").__getitems__([0, 1, 2])
     assert test.item_B.tolist() == [0, 3, 1]  # training lacks Eraserhead
-    assert test.count_U.tolist() == [1, 1]
-    assert test.item.dense_BC[test.own_B[1:], 0].tolist() == [1943, 1979]
+    assert (test.count_U.tolist(), test.item.dense_BC[test.own_B[1:], 0].tolist()) == ([1, 1], [1943, 1979])
 
 
 def test_rows_of_rare_users_whose_items_stay_candidates_are_counted(tmp_path, caplog):
@@ -75,8 +72,7 @@ def test_seen_lists_and_last_rows_by_hand():
 
 def test_without_a_task_all_rows_are_pairs_and_a_table_without_labels_is_enough(tmp_path):
     data = made_pairs(tmp_path, positive=None, user_columns=["age"])
-    assert data.sizes() == {"train": 9, "val": 3, "test": 3}
-    assert data.catalog.count_I.tolist() == [2, 2, 2, 2, 1]
+    assert (data.sizes(), data.catalog.count_I.tolist()) == ({"train": 9, "val": 3, "test": 3}, [2, 2, 2, 2, 1])
     assert data.catalog.seen is None
     assert data.examples("test").__getitems__([0]).seen_BH is None
     assert names_of(data.user_features) == ("age",)

@@ -78,8 +78,7 @@ def test_ties_go_against_the_item_and_candidates_may_be_few():
 
 
 def test_a_file_keeps_an_index_and_its_numbers(tmp_path):
-    assert whole_numbers(["7", "-1", "20"]) == (7, -1, 20)
-    assert whole_numbers(["7", "007"]) == ("7", "007")
+    assert (whole_numbers(["7", "-1", "20"]), whole_numbers(["7", "007"])) == ((7, -1, 20), ("7", "007"))
     assert ItemIndex(["7", "30"], torch.ones(2, 1)).named([2, 1, 2]) == [30, 7, 30]
     index = ItemIndex(["7", "30", "é"], torch.randn(3, 4), made_by="abc")
     index.save(tmp_path / "items.safetensors")

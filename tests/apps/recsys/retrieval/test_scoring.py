@@ -56,8 +56,7 @@ def test_the_items_are_those_of_the_largest_products(model):
     for films, scores, best in zip(
         *(by_user(whole, c) for c in ("film", "score")), by_user(predicted, "film"), strict=True
     ):
-        assert (sorted(films), scores) == (list(FILMS), sorted(scores, reverse=True))
-        assert best == films[:2]
+        assert (sorted(films), scores, best) == (list(FILMS), sorted(scores, reverse=True), films[:2])
     without = model.predict(USERS, top=9)
     assert [sorted(films) for films in by_user(without, "film")] == [
         ["Alien", "Brazil"], ["Dune", "Fargo"], list(FILMS),
@@ -186,7 +185,6 @@ def test_the_items_of_a_script_and_of_the_model_are_those_of_the_weights(tmp_pat
         found = exported.predict(USERS, top=9, include_seen=seen)
         assert list(found["film"]) == list(expected["film"])
         np.testing.assert_allclose(found["score"], expected["score"], rtol=1e-5)
-
     lines = [",".join(USERS), *(",".join(map(str, row)) for row in zip(*USERS.values(), strict=True))]
     (tmp_path / "users.csv").write_text("\n".join(lines) + "\n")
     printed = output_in_torch(

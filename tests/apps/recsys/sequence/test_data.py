@@ -212,7 +212,6 @@ def test_movielens(tmp_path: Path) -> None:
     (tmp_path / "users.dat").write_text("1::F::1::10::1\n2::M::56::16::2\n")
     with pytest.raises(ValueError, match=r"ratings\.dat is truncated: 4 rows, not 1,000,209"):
         HistoryData("movielens_1m", root=str(tmp_path)).setup()
-
     from apps.recsys.readers.movielens import read_ratings_1m
     from apps.recsys.sequence.histories import Items, from_ratings
 
@@ -317,8 +316,7 @@ def test_ids_stand_for_themselves_in_their_order(tmp_path):
     (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
     (tmp_path / "b.csv").write_text("user,item,time\n08,NA,2\n08,01,3\n")
     data = ready(str(tmp_path / "?.csv"))
-    assert data.user_names == ("007", "7", "08")
-    assert data.item_names == ("", "01", "1", "2020-01-01", "NA", "true")
+    assert (data.user_names, data.item_names) == (("007", "7", "08"), ("", "01", "1", "2020-01-01", "NA", "true"))
     assert data.histories.item_N.tolist() == [1, 2, 3, 2, 5, 1, 2, 4, 1]
     predicted = NextItemRecommender(data.num_items, 4).predict_step(next(iter(data.predict_dataloader())), 0)
     assert predicted.user_name == ["0", "1", "2"]  # without a trainer there is no data module to ask

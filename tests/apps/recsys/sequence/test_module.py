@@ -314,7 +314,6 @@ def test_it_learns_what_can_be_learned_and_survives_a_checkpoint(tmp_path):
     first = run.predict(module, datamodule=Cycles())[0]
     assert first.item[0][0] == "3"  # after 1, 2; the data have names alone
     assert first.name[0][0] == "c"
-
     path = tmp_path / "it.ckpt"
     run.save_checkpoint(path)
     again = NextItemRecommender.load_from_checkpoint(path).eval()

@@ -21,6 +21,8 @@ from apps.recsys.sequence.model import HistoryModelConfig
 from apps.recsys.sequence.module import NextItemRecommender
 from apps.recsys.sequence.task import NextItem, different_names
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 # By time: ann 10 20 30 40 50, bob 50 10 (the same second, in this order) 20, cy 30 20, dot 40.
 EVENTS = {
     "who": ["ann", "ann", "bob", "ann", "bob", "ann", "dot", "ann", "bob", "cy", "cy"],
@@ -67,7 +69,6 @@ def assert_same(actual: list[tuple[Any, float]], expected: list[tuple[Any, float
     np.testing.assert_allclose([score for _, score in actual], [score for _, score in expected], rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_lists_have_the_items_that_the_command_line_predicts(plain) -> None:
     model, written = plain
     for best, user in zip(model.predict(LISTS, include_seen=True, batch_size=3), USERS, strict=True):
@@ -82,7 +83,6 @@ def test_lists_have_the_items_that_the_command_line_predicts(plain) -> None:
     assert [item for item, _ in model.predict(texts)[2]] == [str(item) for item, _ in model.predict(LISTS)[2]]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_events_have_the_same_in_every_form(plain, tmp_path: Path) -> None:
     model, _ = plain
     users, items, scores = zip(
@@ -124,7 +124,6 @@ def test_items_are_integers_where_all_of_the_model_s_are(
     assert model.predict(events, include_seen=True)["item"].combine_chunks() == of_events
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_events_have_their_times_and_lists_are_of_one_time(tmp_path: Path) -> None:
     days = {**EVENTS, "when": [86_400 * time for time in EVENTS["when"]]}
     config = HistoryModelConfig(dim=8, depth=1, mixing="hstu", time_buckets=64)
@@ -146,7 +145,6 @@ def test_events_have_their_times_and_lists_are_of_one_time(tmp_path: Path) -> No
         assert len(history) == 1 or not torch.allclose(scores[1:], once[1:])
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_items_that_the_model_does_not_know_are_left_out_and_counted(plain, caplog) -> None:
     model, _ = plain
     expected = model.predict(LISTS)
@@ -159,7 +157,6 @@ def test_items_that_the_model_does_not_know_are_left_out_and_counted(plain, capl
     assert (caplog.messages, model.predict([[60]]), model.predict([])) == ([message], [[]], [])
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_low_ratings_are_left_out_as_in_training_and_names_stand_beside_the_items(tmp_path: Path) -> None:
     events = {**EVENTS, "stars": [5, 4, 4, 2, 4, 5, 4, 3, 5, 4, 4], "title": [f"film {i}" for i in EVENTS["what"]]}
     options = {"rating_column": "stars", "min_rating": 3, "name_column": "title"}
@@ -170,7 +167,6 @@ def test_low_ratings_are_left_out_as_in_training_and_names_stand_beside_the_item
     assert result["name"].tolist() == [f"film {i}" for i in result["what"]]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_histories_that_are_none_are_named(plain) -> None:
     for histories, message in (
         ([10, 20], r"^histories\[0\]=10 is not a list of items: give a list of histories$"),
@@ -244,7 +240,6 @@ def test_the_items_of_a_script_and_of_the_model_are_those_of_the_weights(tmp_pat
     model = NextItemRecommender(data.num_items, data.max_length, config, report=None).eval()
     torch.nn.init.normal_(model.model.item_embed.weight)
     model.adopt_encoding({"encoding": data.encoding_state})
-
     exported, export = reexported(model, tmp_path)
     expected = model.predict(HISTORIES)
     for own, best in zip(exported.predict(HISTORIES), expected, strict=True):

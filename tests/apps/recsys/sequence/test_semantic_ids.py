@@ -250,8 +250,7 @@ def test_a_search_that_keeps_all_finds_what_scoring_each_sequence_does():
     # Left out: the best two of the first row.
     left_out = torch.stack((found[0, :2], torch.tensor([-1, -1])))
     without, _ = trie_search(trie, given, 2, 40, trie.emptied(left_out))
-    assert without[0].tolist() == [*found[0, 2:].tolist(), -1, -1]
-    assert without[1].tolist() == found[1].tolist()
+    assert (without[0].tolist(), without[1].tolist()) == ([*found[0, 2:].tolist(), -1, -1], found[1].tolist())
 
 
 def test_a_narrow_beam_keeps_the_best_prefixes():

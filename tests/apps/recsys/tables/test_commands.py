@@ -177,7 +177,6 @@ def test_a_run_says_what_its_columns_are_worth_and_how_new_rows_differ(tmp_path,
         assert message in capsys.readouterr().err
         assert not Path(output).exists()
     assert Path("p.importance.csv").read_text() == "mine"
-
     # Rows 0 to 60 train: 80 before the test, of which the last 16 validate, and two gaps of 3.
     assert main(["doctor", "--ckpt_path", "run", "--data", "rows.csv"]) == 1
     out = capsys.readouterr().out.splitlines()

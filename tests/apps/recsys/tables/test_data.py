@@ -41,9 +41,7 @@ def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
     assert (age.name, age.mean, age.std, age.quantiles) == ("age", 30, 250**0.5, (10, 20, 40))
     assert age.missing == pytest.approx(2 / 6)
     # stars >= 4 in 2 of the 5 rows that have some
-    assert (features.tasks, features.positives) == (("click", "like"), (0.5, 0.4))
-    assert features.num_domains == 2
-
+    assert (features.tasks, features.positives, features.num_domains) == (("click", "like"), (0.5, 0.4), 2)
     train = by_row(data.rows("train")[:], features)
     assert [r["index"] for r in train] == [0, 1, 2, 3, 4, 5]
     assert [r["city"] for r in train] == [[1], [1], [2], [3], [0], [1]]
@@ -52,7 +50,6 @@ def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
     assert same([r["label"] for r in train], [[1.0, 1.0], [0.0, 1.0], [1.0, NAN], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     assert [r["domain"] for r in train] == [0, 1, 0, 0, 1, 0]
     assert [r["group"] for r in train] == [0, 0, 1, 1, 2, 2]
-
     test = data.rows("test")[:]
     assert [f.name for f in data.features.categorical] == ["city", "user", "tags"]
     assert test.single_FB[0].tolist() == [0, 1]  # Paris: not seen in training
@@ -63,7 +60,6 @@ def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
     assert test.single_FB[1, 0] == user["1"]
     assert 1 <= test.single_FB[1, 1] < 100  # user 9 is new, but hashed
     assert same([r["dense"] for r in by_row(test, features)], [[30.0], [NAN]])
-
     findings = data.findings
     assert findings.rows == {"train": 6, "val": 0, "test": 2}
     assert findings.missing["city"] == {"train": 1 / 6, "val": 0, "test": 0}
@@ -168,8 +164,7 @@ def test_lightning_trains_validates_tests_and_predicts(own, tmp_path):
     assert model.seen[2] == model.seen[5] == [6, 7, 8]
     model.seen.clear()
     trainer.test(model, datamodule=data, verbose=False)
-    assert model.seen == [[9, 10]]
-    assert torch.cat(trainer.predict(model, datamodule=data)).tolist() == [9, 10]
+    assert (model.seen, torch.cat(trainer.predict(model, datamodule=data)).tolist()) == ([[9, 10]], [9, 10])
 
 
 def test_yaml_describes_a_table(tmp_path):

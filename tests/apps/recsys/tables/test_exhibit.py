@@ -208,7 +208,6 @@ def test_the_scores_of_a_script_and_of_the_model_are_those_of_the_weights(model,
     for name, values in expected.items():
         np.testing.assert_allclose(scores[name], values, rtol=1e-5)
     assert exported.encoding_state.keys() == model.encoding_state.keys()
-
     columns = list(ROWS)
     lines = [
         ",".join(columns),

@@ -41,8 +41,7 @@ def test_concat_and_dot_by_hand():
     assert (y_BD.tolist(), arch.out_dim) == ([[2.0, 3.0, 5.0, 4.0, 1.0]], 5)
     # Without numbers the first column's embedding stands in their place.
     arch = InteractionArch(InteractionConfig("dot"), 0, (2, 2))
-    assert arch(None, torch.tensor([[1.0, 1.0, -1.0, 2.0]])).tolist() == [[1.0, 1.0, 1.0]]
-    assert arch.out_dim == 3
+    assert (arch(None, torch.tensor([[1.0, 1.0, -1.0, 2.0]])).tolist(), arch.out_dim) == ([[1.0, 1.0, 1.0]], 3)
 
 
 def test_the_path_of_an_example():

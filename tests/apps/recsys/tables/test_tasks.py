@@ -179,8 +179,7 @@ def test_targets_weights_and_labels_are_those_of_the_training_rows(tmp_path):
     assert clicked.kind == "binary"
     assert (price.mean, price.std) == (6.0, 2.0)  # 4 and 8: the masked row has no price
     assert (visits.mean, visits.std) == (1.0, pytest.approx(math.sqrt(1.5)))
-    assert (stars.levels, stars.shares) == ((1.0, 3.0, 5.0), (0.25, 0.5, 0.25))
-    assert colour.classes == ("blue", "red")
+    assert (stars.levels, stars.shares, colour.classes) == ((1.0, 3.0, 5.0), (0.25, 0.5, 0.25), ("blue", "red"))
     assert colour.shares == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert features.positives == (0.5, 0.5, 0.5, 0.5, 0.5)
     # Labels are numbers and places.

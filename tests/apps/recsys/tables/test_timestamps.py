@@ -114,7 +114,6 @@ def test_dates_as_numbers_are_dates_in_training_predictions_and_the_service(tmp_
     first = 54 * 365 + 13 + 152
     assert numbers.encoding.timestamps == {"at": [first, first + 5]}  # the training rows: the 1st to the 6th
     assert type(numbers.encoding).from_state(numbers.encoding_state) == numbers.encoding
-
     model = MultiTaskRecommender(numbers.features)
     model.adopt_encoding({"encoding": numbers.encoding_state})
     sunday = model.predict({"city": ["Rome"], "at": ["2024-06-09"]})["probability_click"]

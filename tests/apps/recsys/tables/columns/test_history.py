@@ -81,7 +81,6 @@ def test_sequences_of_unknown_values_are_named(tmp_path, monkeypatch, caplog):
         monkeypatch.setitem(globals(), name, {**rows, "last": [text.upper() for text in rows["last"]]})
     (warning,) = [w for w in data_of(tmp_path).findings.warnings if "alike" in w]
     assert warning == "column 'last': 100% of the test values are not in training: are they written alike there?"
-
     monkeypatch.undo()
     data = data_of(tmp_path)
     assert not any("alike" in warning for warning in data.findings.warnings)

@@ -106,8 +106,7 @@ def test_gaps_by_hand():
     day = np.arange(20.0)
     config = SplitConfig("time", val=0.25, test=0.2, gap=2)
     splits = split_rows(config, 20, time=day)
-    assert lists(splits) == ([*range(10)], [12, 13], [16, 17, 18, 19])
-    assert splits.in_gap == 4
+    assert (lists(splits), splits.in_gap) == (([*range(10)], [12, 13], [16, 17, 18, 19]), 4)
     # A gap of 7 days reaches beyond the validation's 4.
     with pytest.raises(ValueError, match=r"the validation split is empty: .*, gap=7 on 20 rows"):
         split_rows(SplitConfig("time", val=0.25, test=0.2, gap=7), 20, time=day)

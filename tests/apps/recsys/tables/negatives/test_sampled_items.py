@@ -186,8 +186,7 @@ def test_evaluation_draws_once_and_its_metrics_are_of_the_drawn_rows(tmp_path):
         assert repr(rows_of(first, [batch])) == repr(rows_of(second, [other]))
         begin = {"val": 8, "test": 10}[split]
         assert batch.index_B.tolist() == [begin] * 3 + [begin + 1] * 3
-        assert batch.label_Bt[:, 0].tolist() == [1, 0, 0] * 2
-        assert (batch.weight_Bt, other.weight_Bt) == (None, None)
+        assert (batch.label_Bt[:, 0].tolist(), batch.weight_Bt, other.weight_Bt) == ([1, 0, 0] * 2, None, None)
         # 2 of the 3 others are drawn; of all 4 where training lacks the row's item, the nut of row 11.
         left = [3, 4] if split == "test" else [3, 3]
         assert_close(batch.offset_Bt[:, 0], torch.tensor([math.log(n / 2) for n in left]).repeat_interleave(3))
@@ -245,6 +244,8 @@ def test_rows_without_an_item_do_not_train_and_a_column_that_stays_is_named(tmp_
     batches = epoch_of(data.train_dataloader())
     assert sorted({int(row) for batch in batches for row in batch.index_B}) == [*range(1, 8)]
     # A column that stays with the positive is named.
+    caplog.clear()
+    caplog.set_level("WARNING")
     data_of(tmp_path, rule={**RULE, "item_features": ["tags", "image"]}).setup("fit")
     lines = [record.getMessage() for record in caplog.records]
     assert [line.partition(" has one value for each item and is not in")[0] for line in lines] == [

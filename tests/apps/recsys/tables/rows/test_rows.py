@@ -92,8 +92,7 @@ def test_subsets_and_excluded_features_leave_what_was_learned(own):
     data = own(subset=4)
     chosen = data.rows("train").index.tolist()
     assert (len(chosen), data.features) == (4, own().features)
-    assert chosen == own(subset=4, seed=7).rows("train").index.tolist()
-    assert len(data.rows("test")) == 2
+    assert (chosen, len(data.rows("test"))) == (own(subset=4, seed=7).rows("train").index.tolist(), 2)
     refused("subset=7 exceeds the 6 training rows", lambda: own(subset=7).rows("train"))
     refused("subset=1 leaves task 'click' one class", lambda: own(subset=1).rows("train"))
     data = own(exclude=["age", "tags"])
@@ -171,6 +170,7 @@ def test_one_item_is_made_ahead():
         raise ValueError("the fourth")
 
     coming = one_ahead(items())
-    assert (made, next(coming), [next(coming), next(coming)]) == ([], 0, [1, 2])
+    assert made == []
+    assert [next(coming), next(coming), next(coming)] == [0, 1, 2]
     refused("the fourth", lambda: next(coming))
     assert made == [(0, False), (1, False), (2, False)]

@@ -13,6 +13,8 @@ from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.rows import scoring
 from apps.train.checkpoint.checkpoints import BestAndLast
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 # Values that training has and lacks, missing ones, other columns; no label.
 NEW = {
     "city": ["Oslo", "Paris", "", "Rome", "Rome"], "tags": ["z|y", "", "w", "x", "x|y"], "user": [1, 2, 77, 3, 1],
@@ -40,7 +42,6 @@ def loaded(own, tmp_path):
     return loaded
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_test_rows_have_the_scores_of_their_evaluation(loaded, tmp_path):
     write(tmp_path)
     table = pa.csv.read_csv(tmp_path / "test.csv")  # with numbers as numbers, and with labels
@@ -51,7 +52,6 @@ def test_the_test_rows_have_the_scores_of_their_evaluation(loaded, tmp_path):
     assert np.array_equal(p_Nt, loaded.expected.detach().numpy())
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_every_form_of_the_rows_has_the_same_scores(loaded, tmp_path):
     loaded.train()
     expected = loaded.predict(NEW)
@@ -79,7 +79,6 @@ def test_every_form_of_the_rows_has_the_same_scores(loaded, tmp_path):
     assert loaded.predict({c: [] for c in NEW})["probability_click"].shape == (0,)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_dicts_may_lack_values_and_have_others(loaded):
     dicts = pa.table(NEW).to_pylist()
     del dicts[0]["city"]  # the first one does not say which columns there are
@@ -93,7 +92,6 @@ def test_dicts_may_lack_values_and_have_others(loaded):
         np.testing.assert_array_equal(scores[name], expected[name])
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_frames_keep_their_index_and_a_series_is_a_row_or_the_one_column(loaded):
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(NEW, index=["v", "w", "x", "y", "z"]).sample(frac=1, random_state=0)
@@ -137,7 +135,6 @@ def test_a_column_that_is_read_as_another_is_not_suggested(tmp_path):
             assert str(error.value).partition("; did")[2] == end.partition("; did")[2]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_row_of_a_later_piece_is_named_by_its_place_in_the_file(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "_BATCHES", 1)
     text = {**NEW, "age": ["1", "2", "3", "old", "5"]}
@@ -166,13 +163,12 @@ def test_a_script_hears_nothing_of_lightning_from_our_own_calls(own, tmp_path, c
     assert [str(w.message) for w in recwarn] == []
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_model_that_knows_no_values_says_so_and_an_encoding_is_read_once(loaded, own):
+def test_a_model_that_knows_no_values_says_so_and_an_encoding_is_read_once(loaded):
     first = loaded.encoding
     assert loaded.encoding is first
     loaded.predict(NEW)
     assert loaded.task.encoding is first
     loaded.adopt_encoding({"encoding": {**first.state(), "separator": ";"}})
     assert (loaded.encoding.separator, first.separator) == (";", "|")
-    model = MultiTaskRecommender(own().features, report=None)
+    model = MultiTaskRecommender(loaded.features, report=None)
     refused(r"^this MultiTaskRecommender does not know what its numbers stand for: load", lambda: model.predict(NEW))

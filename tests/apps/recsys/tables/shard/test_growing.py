@@ -8,6 +8,7 @@ import pytest
 import torch
 from own_table import CONFIG, TRAIN, config_of, write
 from quiet_trainer import quiet_trainer
+from refusals import refused
 
 import apps
 import core
@@ -15,6 +16,8 @@ from apps.cli import main
 from apps.recsys.schema import SequenceConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Of the new values "Bern" comes twice and "Lima" once; "w" is a new tag, and "it" a new shop.
 MORE = {
@@ -67,7 +70,6 @@ def grown(own, checkpoint, embedding, members=1):
     return data, model
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_new_values_get_the_rows_after_the_old_ones_and_no_prediction_changes(own, tmp_path, kind):
     members = 2 if kind == "joined" else 1
@@ -77,8 +79,7 @@ def test_new_values_get_the_rows_after_the_old_ones_and_no_prediction_changes(ow
     write(tmp_path, train=MORE)
     data, model = grown(own, checkpoint, KINDS[kind], members)
     assert data.vocabulary("city") == (None, "Rome", "NA", "Oslo", "Bern", "Lima")
-    assert data.vocabulary("tags") == (*first.vocabulary("tags"), "w")
-    assert data.domain_values == ("de", "fr", "it")
+    assert (data.vocabulary("tags"), data.domain_values) == ((*first.vocabulary("tags"), "w"), ("de", "fr", "it"))
     assert data.features.continuous == first.features.continuous  # the means and bins of the first table
     assert data.findings.added == {"domain shop": 1, "column city": 2, "column tags": 1}
     for rows in (OLD, UNSEEN):
@@ -91,7 +92,6 @@ def test_new_values_get_the_rows_after_the_old_ones_and_no_prediction_changes(ow
     assert torch.equal(tables["user"], before.members[-1].sparse.tables()["user"])
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_only_values_that_are_frequent_enough_get_a_row(own, tmp_path):
     state = own().encoding_state
     write(tmp_path, train={**MORE, "shop": TRAIN["shop"]})
@@ -105,7 +105,6 @@ def test_only_values_that_are_frequent_enough_get_a_row(own, tmp_path):
     assert again.encoding == data.encoding
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_without_new_values_a_checkpoint_has_only_the_profiles_of_the_new_rows(own, tmp_path):
     data = own()
     checkpoint = trained(data, tmp_path, KINDS["joined"])
@@ -133,7 +132,6 @@ def test_the_table_of_a_sequence_grows(own, tmp_path):
     assert model(data.rows("train")[:]).shape == (6, 1)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_fused_optimizer_keeps_its_state_of_old_rows(own, tmp_path):
     checkpoint = trained(own(), tmp_path, KINDS["fused"])
     old = checkpoint["fused_embeddings"][0]["table_city.weight"]
@@ -146,12 +144,11 @@ def test_the_fused_optimizer_keeps_its_state_of_old_rows(own, tmp_path):
             assert not value[len(old[name]) :].any()
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_cannot_grow_is_named(own, tmp_path):
     first = own()
     state = first.encoding_state
 
-    def refused(message, **arguments):
+    def cannot_grow(message, **arguments):
         data = own()
         data.extend(state)
         old, new = (MultiTaskRecommender(d.features, report=None, **arguments) for d in (first, data))
@@ -160,12 +157,12 @@ def test_what_cannot_grow_is_named(own, tmp_path):
     # 6 * 4^(1/4) = 8.5 is 12 wide, and 6 * 22^(1/4) = 13.0 is 16.
     many = {column: values * 3 for column, values in TRAIN.items()}
     write(tmp_path, train={**many, "city": [f"c{i}" for i in range(18)]})
-    refused(
+    cannot_grow(
         r"^column 'city' has 22 rows now, which would make its embedding 16 wide by .*, and it is 12 wide in the",
         embedding=EmbeddingConfig("collection", dim=16, by_cardinality=True),
     )
     write(tmp_path, train=MORE)
-    refused(
+    cannot_grow(
         "^column 'shop' has the new domain 'it', and the model cannot be given a part for it: only the gates'",
         shared=core.PLE(1, core.MLP((4,)), num_task_experts=1, num_domain_experts=1),
     )
@@ -185,7 +182,6 @@ trainer: {max_epochs: 1, accelerator: cpu}
 """
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_command_line_fits_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
