@@ -1,7 +1,5 @@
 """A table of every kind of column."""
 
-from __future__ import annotations
-
 import pytest
 from own_table import CONFIG, write
 

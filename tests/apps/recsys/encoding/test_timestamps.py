@@ -1,13 +1,12 @@
 """Timestamps of every form as seconds, hours, weekdays and days."""
 
-from __future__ import annotations
-
 import datetime as dt
 from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from refusals import refused
 
 from apps.recsys.encoding.timestamps import to_seconds, with_parts
 
@@ -23,42 +22,25 @@ def seconds(values, kind=None, known=None):
 
 @pytest.mark.parametrize(
     ("values", "kind"),
-    [
-        ([SECONDS], pa.int64()),
-        ([float(SECONDS)], pa.float64()),
-        ([Decimal(SECONDS)], None),
-        ([str(SECONDS)], None),
-        ([str(SECONDS)], pa.string_view()),
-        ([dt.datetime(2024, 5, 31, 13, 30, 15)], pa.timestamp("s")),
-        ([dt.datetime(2024, 5, 31, 13, 30, 15)], pa.timestamp("ns")),
-        ([dt.datetime(2024, 5, 31, 11, 30, 15, tzinfo=dt.timezone(-dt.timedelta(hours=2)))], None),
-        (["2024-05-31 13:30:15"], None),
-        (["2024/05/31 13:30:15"], None),
-        (["31.05.2024 13:30:15"], None),
-        (["31.5.2024 13:30:15"], None),
-        (["5/31/2024 13:30:15"], None),
-        (["05/31/2024 13:30:15"], None),
-        (["2024/5/31 13:30:15"], None),
-        (["2024-5-31T13:30:15"], None),
-        (["31.5.2024 15:30:15+02:00"], None),
-        (["2024-05-31 13:30:15 UTC"], None),
-        ([1000 * SECONDS], pa.int64()),
-        ([str(1000 * SECONDS)], None),
-        ([SECONDS, 1000 * SECONDS], None),
-        ([10**6 * SECONDS, 10**9 * SECONDS], None),
-        ([" 2024-05-31T13:30:15Z"], None),
-        (["2024-05-31T15:30:15+02:00"], None),
-        (["2024-05-31 15:30:15.000+0200"], None),
-        (["2024-05-31 15:30:15"], pa.timestamp("us", "Europe/Berlin")),
-    ],
-)
+    [([SECONDS], pa.int64()), ([float(SECONDS)], pa.float64()), ([Decimal(SECONDS)], None), ([str(SECONDS)], None),
+     ([str(SECONDS)], pa.string_view()), ([dt.datetime(2024, 5, 31, 13, 30, 15)], pa.timestamp("s")),
+     ([dt.datetime(2024, 5, 31, 13, 30, 15)], pa.timestamp("ns")),
+     ([dt.datetime(2024, 5, 31, 11, 30, 15, tzinfo=dt.timezone(-dt.timedelta(hours=2)))], None),
+     (["2024-05-31 13:30:15"], None), (["2024/05/31 13:30:15"], None), (["31.05.2024 13:30:15"], None),
+     (["31.5.2024 13:30:15"], None), (["5/31/2024 13:30:15"], None), (["05/31/2024 13:30:15"], None),
+     (["2024/5/31 13:30:15"], None), (["2024-5-31T13:30:15"], None), (["31.5.2024 15:30:15+02:00"], None),
+     (["2024-05-31 13:30:15 UTC"], None), ([1000 * SECONDS], pa.int64()), ([str(1000 * SECONDS)], None),
+     ([SECONDS, 1000 * SECONDS], None), ([10**6 * SECONDS, 10**9 * SECONDS], None), ([" 2024-05-31T13:30:15Z"], None),
+     (["2024-05-31T15:30:15+02:00"], None), (["2024-05-31 15:30:15.000+0200"], None),
+     (["2024-05-31 15:30:15"], pa.timestamp("us", "Europe/Berlin"))],
+)  # fmt: skip
 def test_one_moment_in_many_forms(values, kind):
     if kind == pa.timestamp("us", "Europe/Berlin"):  # it says 15:30 there at 13:30 UTC
         values = [dt.datetime(2024, 5, 31, 13, 30, 15, tzinfo=dt.UTC)]
     assert seconds(values, kind) == [SECONDS] * len(values)
 
 
-def test_dates_and_mixed_texts():
+def test_dates_and_mixed_texts_and_the_parts_of_a_timestamp():
     assert seconds([dt.date(2024, 5, 31)], pa.date32()) == [MIDNIGHT]
     # 2999 has more microseconds than a float has integers; 402 years have 146,827 days.
     assert (
@@ -72,6 +54,12 @@ def test_dates_and_mixed_texts():
     assert np.isnan(seconds([None])).all()
     np.testing.assert_array_equal(seconds(["NA", "2024-05-31", "?"]), [nan, MIDNIGHT, nan])
     assert seconds(["1.6.2024 9:05", "6/1/2024 9:05"]) == [MIDNIGHT + 86_400 + 9 * 3600 + 300] * 2
+    # 1970-01-01 00:00 was a Thursday; a second before it, Wednesday at 23.
+    table = with_parts(pa.table({"t": pa.array([0, -1, SECONDS, None])}), {"t": None}, "the rows")
+    assert table.column_names == ["t", "t_hour", "t_weekday", "t_days"]
+    assert table["t_hour"].to_pylist() == ["0", "23", "13", None]
+    assert table["t_weekday"].to_pylist() == ["Thursday", "Wednesday", "Friday", None]
+    np.testing.assert_array_equal(table["t_days"].to_numpy(), [0, -1 / 86_400, SECONDS / 86_400, np.nan])
 
 
 @pytest.mark.parametrize(
@@ -92,17 +80,7 @@ def test_dates_and_mixed_texts():
     ],
 )
 def test_what_is_no_timestamp_is_named(values, match):
-    with pytest.raises(ValueError, match=match):
-        seconds(values)
-
-
-def test_the_parts_of_a_timestamp():
-    # 1970-01-01 00:00 was a Thursday; a second before it, Wednesday at 23.
-    table = with_parts(pa.table({"t": pa.array([0, -1, SECONDS, None])}), {"t": None}, "the rows")
-    assert table.column_names == ["t", "t_hour", "t_weekday", "t_days"]
-    assert table["t_hour"].to_pylist() == ["0", "23", "13", None]
-    assert table["t_weekday"].to_pylist() == ["Thursday", "Wednesday", "Friday", None]
-    np.testing.assert_array_equal(table["t_days"].to_numpy(), [0, -1 / 86_400, SECONDS / 86_400, np.nan])
+    refused(match, lambda: seconds(values))
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.string()])
@@ -124,7 +102,6 @@ def test_training_says_how_numbers_are_read():
     assert seconds([20240531, SECONDS, 0, 99991231], known=(19_800, 19_900)) == [MIDNIGHT, SECONDS, 0, 99991231]
     assert seconds(["20240531", str(SECONDS)], known=(19_800, 19_900)) == [MIDNIGHT, SECONDS]
     born = [-1_000_000_000, -1_100_000_000]  # 1938, 1935
-    with pytest.raises(ValueError, match=r"which is read as 1938-"):
-        seconds(born)
+    refused(r"which is read as 1938-", lambda: seconds(born))
     assert seconds(born, known=(-20_000, 10_000)) == born
     assert seconds([SECONDS, SECONDS, *born]) == [SECONDS, SECONDS, *born]  # half is not most

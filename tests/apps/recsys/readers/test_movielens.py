@@ -1,12 +1,11 @@
 """MovieLens 1M and 100k, on files of a few rows in the layouts of their sources."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made_sources import FILMS, check_config, write, write_100k, write_grouplens_1m, write_recbole_1m
+from refusals import refused
 
 from apps.recsys.readers.movielens import (
     last_items,
@@ -41,41 +40,29 @@ def test_movielens_1m(tmp_path: Path, layout: str) -> None:
     assert [r["watched_next"] for r in rows] == [0.0, None, None, 0.0, 1.0]
     assert rows[1]["genres"] == ["Animation", "Children's", "Comedy"]
     assert read_ratings_1m(tmp_path, 5).titles == tuple(title for _, title, _ in FILMS)
-
-
-def test_movielens_protocol(tmp_path: Path) -> None:
-    config = read_movielens_1m(write_recbole_1m(tmp_path), num_ratings=None).config
-    assert config.tasks["like"].column == "rating"
-    assert config.tasks["like"].at_least == 4
-    assert config.multi_valued == ("genres",)
+    config, like = raw.config, raw.config.tasks["like"]
+    assert (like.column, like.at_least, config.multi_valued) == ("rating", 4, ("genres",))
     assert (config.user, config.time, config.split.kind) == ("user_id", "timestamp", "leave_last_out")
     assert not {"rating", "timestamp", "watched_next"} & set(config.features)
 
 
-def test_watched_next_by_hand() -> None:
+def test_what_is_watched_next_and_before_by_hand():
     # User 7: 10, 70 (60 s later: next), 131 (61 s: not). User 3: 5, 5 (0 s: next). Rows in the order of the file.
     user = np.array([7, 3, 7, 3, 7])
     time = np.array([131, 5, 10, 5, 70])
     soon, known = watched_next(user, time)
-    assert known.tolist() == [True, False, False, True, True]
-    assert soon[known].tolist() == [False, True, True]
-
-
-def test_the_last_items_are_those_before_a_rating():
-    # User 7 rates 5, 6, 8, 9 in this order, the middle two in one second; user 3 rates 4. Rows are as in the file.
-    user, time, item = np.array([7, 3, 7, 7, 7]), np.array([30, 1, 20, 20, 10]), np.array([9, 4, 6, 8, 5])
-    assert last_items(user, time, item).to_pylist() == [[5, 6, 8], [], [5], [5, 6], []]
-    assert last_items(user, time, item, length=2).to_pylist() == [[6, 8], [], [5], [5, 6], []]
-    assert last_items(user[:0], time[:0], item[:0]).to_pylist() == []
-
-
-def test_watched_next_knows_no_later_row() -> None:
-    """The labels of the first rows by time are the same without the rows after them."""
+    assert (known.tolist(), soon[known].tolist()) == ([True, False, False, True, True], [False, True, True])
+    # The labels of the first rows by time are the same without the rows after them.
     rng = np.random.default_rng(0)
     user, time = rng.integers(0, 5, 200), np.sort(rng.integers(0, 2000, 200))
     whole, half = watched_next(user, time), watched_next(user[:100], time[:100])
     for a, b in zip(whole, half, strict=True):
         assert (a[:100] == b).all()
+    # User 7 rates 5, 6, 8, 9 in this order, the middle two in one second; user 3 rates 4. Rows are as in the file.
+    user, time, item = np.array([7, 3, 7, 7, 7]), np.array([30, 1, 20, 20, 10]), np.array([9, 4, 6, 8, 5])
+    assert last_items(user, time, item).to_pylist() == [[5, 6, 8], [], [5], [5, 6], []]
+    assert last_items(user, time, item, length=2).to_pylist() == [[6, 8], [], [5], [5, 6], []]
+    assert last_items(user[:0], time[:0], item[:0]).to_pylist() == []
 
 
 @pytest.mark.parametrize("layout", ["grouplens", "recbole"])
@@ -92,8 +79,7 @@ def test_movielens_100k(tmp_path: Path, layout: str) -> None:
 
 def test_movielens_truncated(tmp_path: Path) -> None:
     root = write_recbole_1m(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"ml-1m\.inter is truncated: 5 rows, not 1,000,209"):
-        read_movielens_1m(root)
+    refused(r"ml-1m\.inter is truncated: 5 rows, not 1,000,209", lambda: read_movielens_1m(root))
     films = (root / "ml-1m.item").read_text("utf8").splitlines(keepends=True)
     (root / "ml-1m.item").write_text("".join(films[:-1]), "utf8")
     with pytest.raises(
@@ -105,11 +91,9 @@ def test_movielens_truncated(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ratings\.dat has a rating of user 2, whom the file of users lacks"):
         read_movielens_1m(root, num_ratings=5)
     write(root / "ratings.dat", "1::1::5")
-    with pytest.raises(ValueError, match=r"ratings\.dat is corrupt: .*Expected 4 columns, got 3"):
-        read_movielens_1m(root, num_ratings=None)
+    refused(r"ratings\.dat is corrupt: .*Expected 4 columns, got 3", lambda: read_movielens_1m(root, num_ratings=None))
     write(root / "ratings.dat", "1::1::55::7")
     with pytest.raises(ValueError, match=r"ratings\.dat is corrupt: ratings go from 1 to 5, not 55 to 55"):
         read_movielens_1m(root, num_ratings=None)
     (root / "movies.dat").unlink()
-    with pytest.raises(ValueError, match=r"movies\.dat is missing"):
-        read_movielens_1m(root, num_ratings=None)
+    refused(r"movies\.dat is missing", lambda: read_movielens_1m(root, num_ratings=None))

@@ -1,7 +1,5 @@
 """Made tasks: the correlation that is asked for, and the one the labels are said to have."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -10,16 +8,7 @@ import pytest
 from apps.recsys.readers.synthetic import SyntheticConfig, generate, label_correlation
 
 
-def test_y_is_the_formula_of_the_paper():
-    config = SyntheticConfig(0.3, num_rows=50, num_features=5, scale=2.0, noise_std=0.0)
-    made = generate(config)
-    for k in range(2):
-        s = made.x @ made.weights[k]
-        y = s + sum(np.sin(a * s + b) for a, b in zip(config.alphas, config.betas, strict=True))
-        assert np.allclose(made.y[:, k], y, atol=1e-12)
-
-
-@pytest.mark.parametrize("p", [-1.0, -0.4, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("p", [-1.0, 0.5])
 def test_weights_have_the_chosen_cosine_and_length(p):
     made = generate(SyntheticConfig(p, num_rows=10, scale=2.0))
     # |w|^2 = c^2 = 4, w_1 . w_2 = c^2 p
@@ -28,7 +17,7 @@ def test_weights_have_the_chosen_cosine_and_length(p):
     assert np.allclose(three.weights @ three.weights.T, (1 - max(p, -0.5)) * np.eye(3) + max(p, -0.5), atol=1e-12)
 
 
-@pytest.mark.parametrize("p", [-0.8, 0.0, 0.5, 0.9])
+@pytest.mark.parametrize("p", [-0.8, 0.0, 0.5])
 def test_linear_tasks_have_the_closed_form_of_two_signs(p):
     # Without sines, and noise too, y_1 and y_2 are normal with correlation r = p c^2 / (c^2 + noise^2), and the signs
     # of two such have correlation 2 / pi arcsin r (Sheppard).
@@ -49,35 +38,20 @@ def test_the_labels_have_the_correlation_and_the_share_that_are_said(p, positive
         assert made.label_correlation == pytest.approx(0, abs=1e-9)
 
 
-def test_the_seed_decides():
+def test_the_seed_decides_and_y_is_the_formula_of_the_paper():
     a, b = (generate(SyntheticConfig(num_rows=20)) for _ in range(2))
     assert np.array_equal(a.x, b.x)
     assert np.array_equal(a.label, b.label)
     assert not np.array_equal(a.x, generate(SyntheticConfig(num_rows=20, seed=1)).x)
+    config = SyntheticConfig(0.3, num_rows=50, num_features=5, scale=2.0, noise_std=0.0)
+    made = generate(config)
+    for k in range(2):
+        s = made.x @ made.weights[k]
+        y = s + sum(np.sin(a * s + b) for a, b in zip(config.alphas, config.betas, strict=True))
+        assert np.allclose(made.y[:, k], y, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"correlation": 1.1}, r"correlation=1.1 of 2 tasks must lie in \[-1, 1\]"),
-        ({"correlation": -0.6, "num_tasks": 3}, r"correlation=-0.6 of 3 tasks must lie in \[-0.5, 1\]"),
-        ({"num_features": 1}, "num_features=1 must be at least num_tasks=2"),
-        ({"alphas": (1.0,)}, "alphas has 1 values, betas 4"),
-        ({"positives": 1.0}, "positives=1.0 is not in"),
-        ({"noise_std": -1.0}, "noise_std=-1.0 is not at least 0"),
-        ({"scale": 0.0}, "scale=0.0 is not above 0"),
-        ({"num_rows": 9}, "num_rows=9 is not at least 10"),
-        ({"num_ids": -1}, "num_ids=-1 is not at least 0"),
-        ({"id_std": -1.0}, "id_std=-1.0 is not at least 0"),
-        ({"num_tasks": 0}, "num_tasks=0 is not at least 1"),
-    ],
-)
-def test_impossible_tables_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        SyntheticConfig(**options)
-
-
-def test_ids_are_drawn_as_one_over_their_rank_and_move_the_labels():
+def test_ids_are_drawn_as_one_over_their_rank_and_move_the_labels_and_their_share():
     config = SyntheticConfig(num_rows=40_000, num_ids=1000, id_std=0.0)
     made, without = generate(config), generate(SyntheticConfig(num_rows=40_000))
     assert np.array_equal(made.x, without.x)
@@ -95,12 +69,8 @@ def test_ids_are_drawn_as_one_over_their_rank_and_move_the_labels():
     for i in range(5):
         assert np.allclose(shift[moved.ids == i], shift[moved.ids == i][0], atol=1e-9)
     assert abs(shift[moved.ids == 0][0, 0] - shift[moved.ids == 0][0, 1]) > 1e-3
-
-
-def test_the_share_of_positives_counts_what_ids_add():
     made = generate(SyntheticConfig(num_rows=20_000, num_ids=10**9, id_std=2.0, positives=0.2))
     # Half of the rows have ids of their own; what the frequent ones add is common to many rows, so the share is rough.
     assert made.label.mean() == pytest.approx(0.2, abs=0.06)
     table = made.tables()
-    assert table.config.categorical == ("id",)
-    assert table.train["id"].to_pylist()[:3] == made.ids[:3].tolist()
+    assert (table.config.categorical, table.train["id"].to_pylist()[:3]) == (("id",), made.ids[:3].tolist())

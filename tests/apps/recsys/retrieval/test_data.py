@@ -1,11 +1,11 @@
 """Pairs of users and items from a table, and the catalog, by hand."""
 
 import pyarrow as pa
-import pyarrow.csv
 import pytest
 import torch
 from made_pairs import FILMS, ROWS, TABLE, columns as made_columns, made_pairs, retriever
 from own_table import by_row
+from refusals import refused
 from torch.testing import assert_close
 
 from apps.data.array_files import ArraysInMemory
@@ -21,22 +21,18 @@ def data(tmp_path):
     return made_pairs(tmp_path, user_column="user", exclude_seen=True)
 
 
-def test_liked_rows_are_pairs(data):
-    assert data.describe() == "table: 6 train, 2 val, 3 test pairs, 5 items"
-    assert data.item_values == ("", *FILMS)
+def test_liked_rows_are_pairs_and_the_catalog_has_each_item_as_its_last_training_row_has_it(data):
+    assert (data.describe(), data.item_values) == ("table: 6 train, 2 val, 3 test pairs, 5 items", ("", *FILMS))
     train = data.examples("train").__getitems__(range(6))
     films = [data.item_values[i] for i in train.item_B.tolist()]
     assert films == ["Alien", "Brazil", "Alien", "Dune", "Dune", "Casablanca"]
     assert train.seen_BH is None
-    assert train.own_B.tolist() == [0, 1, 0, 3, 3, 2]
-    assert train.count_U.tolist() == [2, 1, 1, 2]
+    assert (train.own_B.tolist(), train.count_U.tolist()) == ([0, 1, 0, 3, 3, 2], [2, 1, 1, 2])
     assert_close(train.log_q_U.exp(), torch.tensor([2, 1, 1, 2]) / 7)  # Fargo counts as if one liked it
     assert names_of(data.user_features) == ("user", "age")
-    assert train.user.dense_BC[:, 0].tolist() == [30, 30, 40, 40, 50, 50]
-    assert train.user.single_FB.shape == (1, 6)
-
-
-def test_the_catalog_has_each_item_as_its_last_training_row_has_it(data):
+    assert (train.user.dense_BC[:, 0].tolist(), train.user.single_FB.shape) == ([30, 30, 40, 40, 50, 50], (1, 6))
+    assert data.examples("test").__getitems__([0, 1, 2]).seen_BH.tolist() == [[1, 2, 3], [1, 2, 4], [3, 4, 5]]
+    assert data.examples("val").__getitems__([1]).seen_BH.tolist() == [[3, 4, 5]]  # cy, the second of two
     catalog = data.catalog
     assert catalog.count_I.tolist() == [2, 1, 1, 2, 0]
     (items,) = catalog.batches(data.item_features)
@@ -49,13 +45,7 @@ def test_the_catalog_has_each_item_as_its_last_training_row_has_it(data):
     # a pair's item has the catalogue's columns: Casablanca's year of bob's row is another
     test = data.examples("test").__getitems__([0, 1, 2])
     assert test.item_B.tolist() == [0, 3, 1]  # training lacks Eraserhead
-    assert test.count_U.tolist() == [1, 1]
-    assert test.item.dense_BC[test.own_B[1:], 0].tolist() == [1943, 1979]
-
-
-def test_the_items_of_all_training_rows_are_seen(data):
-    assert data.examples("test").__getitems__([0, 1, 2]).seen_BH.tolist() == [[1, 2, 3], [1, 2, 4], [3, 4, 5]]
-    assert data.examples("val").__getitems__([1]).seen_BH.tolist() == [[3, 4, 5]]  # cy, the second of two
+    assert (test.count_U.tolist(), test.item.dense_BC[test.own_B[1:], 0].tolist()) == ([1, 1], [1943, 1979])
 
 
 def test_rows_of_rare_users_whose_items_stay_candidates_are_counted(tmp_path, caplog):
@@ -71,28 +61,21 @@ def test_rows_of_rare_users_whose_items_stay_candidates_are_counted(tmp_path, ca
         assert sum(line.startswith(wanted) for line in caplog.messages) == count
 
 
-def test_a_seen_list_by_hand():
+def test_seen_lists_and_last_rows_by_hand():
     # user 1 has items 3 (twice) and 1, user 2 none, user 3 item 2; user or item 0 is unknown
     seen = Seen.of(torch.tensor([1, 1, 3, 1, 0, 3]), torch.tensor([3, 1, 2, 3, 1, 0]), num_users=4)
     assert seen.by_user(torch.tensor([3, 0, 1, 2])).tolist() == [[2, 0], [0, 0], [1, 3], [0, 0]]
     assert seen.by_user(torch.tensor([2])).tolist() == [[0]]
     assert Seen.of(*torch.zeros(2, 1, dtype=torch.int64), 2).by_user(torch.tensor([1, 0])).tolist() == [[0], [0]]
-
-
-def test_the_last_rows_by_hand():
     assert last_rows(torch.tensor([2, 0, 1, 2, 1]), 2).tolist() == [4, 3]
 
 
-def test_without_a_task_all_rows_are_pairs(tmp_path):
+def test_without_a_task_all_rows_are_pairs_and_a_table_without_labels_is_enough(tmp_path):
     data = made_pairs(tmp_path, positive=None, user_columns=["age"])
-    assert data.sizes() == {"train": 9, "val": 3, "test": 3}
-    assert data.catalog.count_I.tolist() == [2, 2, 2, 2, 1]
+    assert (data.sizes(), data.catalog.count_I.tolist()) == ({"train": 9, "val": 3, "test": 3}, [2, 2, 2, 2, 1])
     assert data.catalog.seen is None
     assert data.examples("test").__getitems__([0]).seen_BH is None
     assert names_of(data.user_features) == ("age",)
-
-
-def test_a_table_without_labels_is_enough(tmp_path):
     data = made_pairs(tmp_path, table={**TABLE, "tasks": {}}, positive=None)
     assert data.describe() == "table: 9 train, 3 val, 3 test pairs, 5 items"
     batch = data.examples("train").__getitems__([0, 8])
@@ -113,7 +96,7 @@ def test_uniform_negatives_are_drawn_from_the_catalog_by_the_seed(tmp_path):
     assert int(data.examples("val").__getitems__([0, 1]).count_U.sum()) == 2
 
 
-def test_parts_of_a_batch_are_its_columns(data):
+def test_parts_of_a_batch_are_its_columns_and_a_catalog_is_kept_as_plain_values(data):
     rows = TableRows(data.opened, data.features, torch.arange(15))
     whole = by_row(rows[:], data.features)
     for part in (data.user_features, data.item_features):
@@ -121,17 +104,13 @@ def test_parts_of_a_batch_are_its_columns(data):
         for own, of_whole in zip(taken, whole, strict=True):
             assert {k: own[k] for k in own.keys() - {"dense"}} == {k: of_whole[k] for k in own.keys() - {"dense"}}
     assert take_columns(rows[:], data.features, data.item_features).dense_BC[:, 0].tolist() == [row[4] for row in ROWS]
-
-
-def test_a_catalog_is_kept_as_plain_values(data):
     again = Catalog.from_state(data.catalog.state())
     features = data.item_features
     rows, own = (by_row(next(of.batches(features)), features) for of in (again, data.catalog))
-    assert rows == own
-    assert again.seen.items.tolist() == data.catalog.seen.items.tolist()
+    assert (rows, again.seen.items.tolist()) == (own, data.catalog.seen.items.tolist())
 
 
-def test_what_users_had_is_the_checkpoint_s(data, tmp_path):
+def test_what_users_had_is_the_checkpoint_s_and_values_without_a_row_are_missing(data, tmp_path):
     state = data.encoding_state
     for exclude_seen, want in ((True, [[1, 2, 3]]), (False, None)):
         given = made_pairs(tmp_path, user_column="user", exclude_seen=exclude_seen)
@@ -139,11 +118,7 @@ def test_what_users_had_is_the_checkpoint_s(data, tmp_path):
         seen_BH = given.examples("test").__getitems__([0]).seen_BH
         assert (None if seen_BH is None else seen_BH.tolist()) == want
     data.adopt({**state, "catalogue": {**state["catalogue"], "seen": None}})
-    with pytest.raises(ValueError, match="exclude_seen=True: the checkpoint does not keep what users had"):
-        data.examples("test")
-
-
-def test_values_without_a_row_are_missing(tmp_path):
+    refused("exclude_seen=True: the checkpoint does not keep what users had", lambda: data.examples("test"))
     rare = made_pairs(tmp_path, table={**TABLE, "min_count": 3})  # sci-fi is there six times, Alien twice
     part = encoding_of_part(rare.encoding, ["film", "genres"])
     batch = TableRows(rare.opened, rare.features, torch.arange(3))[:]
@@ -164,11 +139,9 @@ def test_row_numbers_are_kept_and_0_is_missing_where_values_are(tmp_path):
     data = made_pairs(tmp_path, train_file=file, table=table, item_columns=["film", *columns])
     (items,) = data.catalog.batches(data.item_features)
     assert raw_columns(items, encoding_of_part(data.encoding, names_of(data.item_features))).to_pydict() == {
-        "film": list(FILMS),
-        "kind": [0, 1, 2, 3, 4],
-        "part": [None, 3, 3, 3, 3],
+        "film": list(FILMS), "kind": [0, 1, 2, 3, 4], "part": [None, 3, 3, 3, 3],
         "tags": [[0, 2], [1, 0], [1, 0], [], [1, 0]],
-    }
+    }  # fmt: skip
 
 
 def test_a_user_s_last_items_are_columns_of_its_tower(tmp_path):
@@ -236,31 +209,25 @@ def test_a_catalog_grows_and_takes_what_the_new_rows_lack_from_the_checkpoint(da
     assert after.predict({"user": ["ann", "dan"], "age": [32, 20]})["film"].tolist()[:1] == ["Fargo"]
     other = made_pairs(tmp_path, **options, item_columns=["film", "year"], user_columns=["user", "age"])
     other.extend(checkpoint["encoding"])
-    with pytest.raises(ValueError, match="item_columns are not those of the checkpoint, whose catalog has others"):
-        _ = other.catalog
+    refused("item_columns are not those of the checkpoint, whose catalog has others", lambda: other.catalog)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [
-        ({"item_column": "flim"}, "item_column='flim' is no categorical column; did you mean 'film'"),
-        ({"item_column": "genres"}, "item_column='genres' has several values a row"),
-        ({"item_columns": ["film", "yaer"]}, "item_columns names 'yaer', which is no column of the data; did you mean"),
-        ({"item_columns": []}, "item_columns names no column"),
-        ({"user_columns": ["age", "year"]}, "column 'year' is among user_columns and item_columns"),
-        ({"item_columns": ["year"], "user_columns": ["film"]}, "user_columns has 'film', which is item_column"),
-        ({"user_column": "age"}, "user_column='age' is no categorical column"),
-        ({"positive": "like it"}, "positive='like it'"),
-        ({"exclude_seen": True}, "exclude_seen=True needs user_column"),
-        ({"num_uniform": -1}, "num_uniform=-1 must not be negative"),
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"rank": "runs/x", "candidates": 5}, "candidates=5 are fewer than the 10 items"),
-        ({"negatives": {"per_positive": 4}}, "num_uniform gives a retriever further ones"),
-    ],
-)
+    [({"item_column": "flim"}, "item_column='flim' is no categorical column; did you mean 'film'"),
+     ({"item_column": "genres"}, "item_column='genres' has several values a row"),
+     ({"item_columns": ["film", "yaer"]}, "item_columns names 'yaer', which is no column of the data; did you mean"),
+     ({"item_columns": []}, "item_columns names no column"),
+     ({"user_columns": ["age", "year"]}, "column 'year' is among user_columns and item_columns"),
+     ({"item_columns": ["year"], "user_columns": ["film"]}, "user_columns has 'film', which is item_column"),
+     ({"user_column": "age"}, "user_column='age' is no categorical column"),
+     ({"positive": "like it"}, "positive='like it'"), ({"exclude_seen": True}, "exclude_seen=True needs user_column"),
+     ({"num_uniform": -1}, "num_uniform=-1 must not be negative"), ({"top_k": 0}, "top_k=0 must be at least 1"),
+     ({"rank": "runs/x", "candidates": 5}, "candidates=5 are fewer than the 10 items"),
+     ({"negatives": {"per_positive": 4}}, "num_uniform gives a retriever further ones")],
+)  # fmt: skip
 def test_bad_options_are_refused(tmp_path, changed, message):
-    with pytest.raises(ValueError, match=message):
-        made_pairs(tmp_path, **changed).setup("fit")
+    refused(message, lambda: made_pairs(tmp_path, **changed).setup("fit"))
 
 
 def test_tasks_of_numbers_and_items_without_values_are_refused(tmp_path):
@@ -273,5 +240,4 @@ def test_tasks_of_numbers_and_items_without_values_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"item_column='year' is in table\.num_rows, which keeps no values"):
         made_pairs(tmp_path, table=numbered, item_column="year", item_columns=["year"]).setup("fit")
     rare = made_pairs(tmp_path, table={**TABLE, "min_count": 2})  # Fargo is rated once
-    assert rare.item_values == ("", *FILMS[:4])
-    assert rare.sizes() == {"train": 6, "val": 2, "test": 3}
+    assert (rare.item_values, rare.sizes()) == (("", *FILMS[:4]), {"train": 6, "val": 2, "test": 3})

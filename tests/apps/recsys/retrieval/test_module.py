@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from made_pairs import MOE, made_pairs, retriever
+from quiet_trainer import quiet_trainer
+from refusals import refused
 from torch.testing import assert_close
 
 import core
@@ -14,8 +15,6 @@ from apps.compare.systems import find_systems
 from apps.recsys.retrieval.loss import sampled_softmax
 from apps.recsys.retrieval.module import TwoTowerRetriever
 from apps.train.step.module import OptimizerConfig
-
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +30,8 @@ def known(module, data):
     return module.eval()
 
 
-# ---- the towers and the loss
-
-
 @torch.no_grad()
-def test_vectors_have_the_length_1_and_depend_on_their_own_row_alone(data):
+def test_vectors_have_the_length_1_and_the_loss_is_the_corrected_softmax_of_their_products(data):
     module = retriever(data).eval()
     batch = data.examples("train").__getitems__(range(6))
     users, items = module(*module.example_inputs(batch))
@@ -43,10 +39,6 @@ def test_vectors_have_the_length_1_and_depend_on_their_own_row_alone(data):
     assert_close(items.norm(dim=1), torch.ones(4))  # of four different films
     alone = data.examples("train").__getitems__([4])
     assert_close(module(*module.example_inputs(alone))[0][0], users[4])
-
-
-@torch.no_grad()
-def test_the_loss_is_the_corrected_softmax_of_the_products(data):
     batch = data.examples("train").__getitems__(range(6))
     for options in ({}, {"log_q": False}, {"temperature": 0.5, "learn_temperature": True}):
         module = retriever(data, **options).train()
@@ -56,18 +48,14 @@ def test_the_loss_is_the_corrected_softmax_of_the_products(data):
         assert_close(module.task_loss(batch).loss, sampled_softmax(logits, batch.own_B, batch.count_U, log_q))
 
 
-def test_the_loss_of_an_evaluation_leaves_unknown_items_out(data):
+def test_an_evaluation_leaves_unknown_items_out_and_a_learned_temperature_has_a_floor(data):
     module = known(retriever(data), data)
     with torch.no_grad():
         out = module.task_loss(data.examples("test").__getitems__([0, 1, 2]))  # the first one is not in training
         two = module.task_loss(data.examples("test").__getitems__([1, 2]))
         none = module.task_loss(data.examples("test").__getitems__([0]))
     assert_close(out.loss, two.loss)
-    assert out.targets.tolist() == [0, 3, 1]
-    assert float(none.loss) == 0.0
-
-
-def test_a_learned_temperature_has_a_gradient_and_a_floor(data):
+    assert (out.targets.tolist(), float(none.loss)) == ([0, 3, 1], 0.0)
     module = retriever(data, learn_temperature=True).train()
     module.task_loss(data.examples("train").__getitems__(range(6))).loss.backward()
     assert float(module.log_temperature.grad.abs()) > 0
@@ -75,9 +63,6 @@ def test_a_learned_temperature_has_a_gradient_and_a_floor(data):
         module.log_temperature.fill_(-9.0)
     assert float(module.temperature.detach()) == pytest.approx(0.01)
     assert "log_temperature" not in dict(retriever(data).named_parameters())
-
-
-# ---- ranks
 
 
 @torch.no_grad()
@@ -94,7 +79,7 @@ def test_the_ranks_are_among_the_candidates_of_the_whole_catalog(data):
 
 
 @torch.no_grad()
-def test_the_index_is_made_anew_for_other_weights(data):
+def test_the_index_is_made_anew_for_other_weights_and_needs_data(data):
     module = known(retriever(data), data)
     before = module.index().vectors_ID
     assert module.index() is module.index()
@@ -106,14 +91,7 @@ def test_the_index_is_made_anew_for_other_weights(data):
         p.mul_(1.5)
     module.train()
     assert not torch.allclose(module.eval().index().vectors_ID, after)
-
-
-def test_a_model_without_data_or_checkpoint_has_no_index(data):
-    with pytest.raises(ValueError, match="does not know what its numbers stand for"):
-        retriever(data).index()
-
-
-# ---- comparisons
+    refused("does not know what its numbers stand for", lambda: retriever(data).index())
 
 
 def test_dense_towers_cost_as_much(data):
@@ -127,18 +105,14 @@ def test_dense_towers_cost_as_much(data):
     assert "token_ids" in systems["router_hash"].refused
     dense = pickle.loads(pickle.dumps(module.baselines()["dense_equal_flops"].build))()
     assert not core.moe_layers(dense)
-    assert dense.baselines() == {}
-    assert dense.ks == (1, 3)
-
-
-# ---- through Lightning
+    assert (dense.baselines(), dense.ks) == ({}, (1, 3))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_it_learns_what_each_user_likes_and_survives_a_checkpoint(tmp_path):
     data = made_pairs(tmp_path, user_column="user", num_uniform=3)
     module = retriever(data, optimizer=OptimizerConfig(lr=0.02), ema_decay=0.5)
-    trainer = Trainer(default_root_dir=tmp_path, max_epochs=20, enable_checkpointing=False, **QUIET)
+    trainer = quiet_trainer(tmp_path, max_epochs=20)
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "it.ckpt")
     predicted = module.predict({"user": ["ann", "bob", "cy"], "age": [30, 40, 50]}, top=2)
@@ -162,18 +136,14 @@ def test_it_learns_what_each_user_likes_and_survives_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [
-        ({"ks": ()}, "must be ascending numbers of at least 1"),
-        ({"ks": (3, 1)}, r"ks=\[3, 1\] must be ascending"),
-        ({"ks": (1, 5)}, r"ks=\[1, 5\]: the last must be below the 5 items"),
-        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
-        ({"temperature": 0.001, "learn_temperature": True}, "temperature=0.001 is below 0.01"),
-        ({"dense_ffn": core.DenseFFN(8)}, "is for a dense model"),
-        ({"moe_blocks": [3]}, "moe_blocks index 3 is out of range for depth=1"),
-        ({"moe": core.MoEConfig(4, core.Hash(vocab_size=9), MOE.expert)}, "needs context.token_ids_BS"),
-    ],
-)
+    [({"ks": ()}, "must be ascending numbers of at least 1"), ({"ks": (3, 1)}, r"ks=\[3, 1\] must be ascending"),
+     ({"ks": (1, 5)}, r"ks=\[1, 5\]: the last must be below the 5 items"),
+     ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+     ({"temperature": 0.001, "learn_temperature": True}, "temperature=0.001 is below 0.01"),
+     ({"dense_ffn": core.DenseFFN(8)}, "is for a dense model"),
+     ({"moe_blocks": [3]}, "moe_blocks index 3 is out of range for depth=1"),
+     ({"moe": core.MoEConfig(4, core.Hash(vocab_size=9), MOE.expert)}, "needs context.token_ids_BS")],
+)  # fmt: skip
 def test_bad_options_are_refused(data, changed, message):
     described = {name: getattr(data, name) for name in TwoTowerRetriever.data_arguments}
-    with pytest.raises(ValueError, match=message):
-        TwoTowerRetriever(**{**described, "moe": MOE, "ks": (1, 3), **changed})
+    refused(message, lambda: TwoTowerRetriever(**{**described, "moe": MOE, "ks": (1, 3), **changed}))

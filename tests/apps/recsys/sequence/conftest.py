@@ -1,7 +1,5 @@
 """Histories are encoded into a cache of the test's own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from refusals import refused
 from torch.testing import assert_close
 
 import core
@@ -34,29 +35,21 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-# ---- what a position may see
-
-
 @KINDS
-def test_a_later_item_changes_no_earlier_output(mixing, moe):
+def test_a_position_sees_what_is_before_it_and_no_padding(mixing, moe):
+    # A later item changes no earlier output.
     model = build(mixing, moe)
     with torch.no_grad():
         before, _, _ = model.encode(torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]]))
         after, _, _ = model.encode(torch.tensor([[3, 1, 4, 9, 6], [2, 7, 1, 8, 3]]))
     assert_close(after[[0, 1, 2, 5, 6, 7, 8]], before[[0, 1, 2, 5, 6, 7, 8]], rtol=0, atol=1e-12)
     assert ((after - before)[[3, 4, 9]].abs().amax(-1) > 1e-3).all()
-
-
-@KINDS
-def test_an_earlier_item_does_change_the_later_outputs(mixing, moe):
+    # An earlier one does change the later outputs.
     model = build(mixing, moe)
     with torch.no_grad():
         before, after = (model.encode(torch.tensor([[i, 1, 4, 1, 5]]))[0] for i in (3, 8))
     assert ((after - before).abs().amax(-1) > 1e-6).all()
-
-
-@KINDS
-def test_padding_changes_nothing(mixing, moe):
+    # Padding changes nothing.
     model = build(mixing, moe)
     alone = [[3, 1, 4, 1, 5], [9, 2, 6], [7]]
     left = torch.tensor([[0, 0, 3, 1, 4, 1, 5], [0, 0, 0, 0, 9, 2, 6], [0, 0, 0, 0, 0, 0, 7]])
@@ -65,10 +58,7 @@ def test_padding_changes_nothing(mixing, moe):
         expected = torch.cat([model(torch.tensor([row])) for row in alone])
         for items in (ITEMS, left, amid):
             assert_close(model(items), expected, rtol=0, atol=1e-12)
-
-
-@KINDS
-def test_padding_has_no_gradient(mixing, moe):
+    # Padding has no gradient.
     model = build(mixing, moe).train()
     h_TD, _, _ = model.encode(ITEMS)
     model.scores(h_TD)[:, 1:].logsumexp(-1).sum().backward()
@@ -77,8 +67,6 @@ def test_padding_has_no_gradient(mixing, moe):
     assert model.pos_embed.weight.grad[:5].abs().amax(-1).min() > 0
     assert not model.pos_embed.weight.grad[5:].any()
 
-
-# ---- times
 
 SECONDS = torch.tensor([[0, 0, 9, 70, 9000], [3, 4, 5, 0, 0], [8, 0, 0, 0, 0]])
 TIMED = pytest.mark.parametrize("mixing", ["attention", "mixture", "hstu"])
@@ -93,7 +81,7 @@ def timed(mixing):
 
 
 @TIMED
-def test_the_time_between_items_counts_and_no_other(mixing):
+def test_the_time_between_items_counts_and_that_of_later_ones_and_of_padding_does_not(mixing):
     model = timed(mixing)
     with torch.no_grad():
         scores = model(ITEMS, SECONDS)
@@ -104,10 +92,6 @@ def test_the_time_between_items_counts_and_no_other(mixing):
         assert_close(model(ITEMS), model(ITEMS, torch.full_like(SECONDS, 7)), rtol=0, atol=1e-12)
     assert changed[0] > 1e-4
     assert not changed[1:].any()
-
-
-@TIMED
-def test_times_of_later_items_and_of_padding_change_nothing(mixing):
     model = timed(mixing)
     places = torch.tensor([[0, 2, 3, 5, 6], [1, 3, 5, 0, 0], [2, 0, 0, 0, 0]])
     items, seconds = torch.zeros(3, 7, dtype=torch.int64), torch.full((3, 7), 12345)
@@ -124,46 +108,10 @@ def test_times_of_later_items_and_of_padding_change_nothing(mixing):
         assert_close(model.encode(ITEMS, later)[0][[0, 1, 2, 5, 6, 7, 8]], h_TD[[0, 1, 2, 5, 6, 7, 8]])
 
 
-def test_a_model_that_reads_no_times_is_given_them_in_vain():
-    model = build("hstu", None)
-    with torch.no_grad():
-        assert torch.equal(model(ITEMS, SECONDS), model(ITEMS))
-
-
-# ---- attention and convolution
-
-
-def slow_attention(x_SD, layer):
-    """Attend by one head, one query and one key at a time."""
-    S, D = x_SD.shape
-    d = D // layer.num_heads
-    q, k, v = (x_SD @ w.t() + b for w, b in zip(layer.qkv.weight.split(D), layer.qkv.bias.split(D), strict=True))
-    y = torch.zeros_like(x_SD)
-    for head in range(layer.num_heads):
-        own = slice(head * d, head * d + d)
-        for t in range(S):
-            weights = [math.exp(float(q[t, own] @ k[s, own]) / math.sqrt(d)) for s in range(t + 1)]
-            y[t, own] = sum(w / sum(weights) * v[s, own] for s, w in enumerate(weights))
-    return y
-
-
-def test_sasrec_is_the_slow_transformer():
-    model = build("attention", None)
-    with torch.no_grad():
-        h_TD, _, _ = model.encode(ITEMS)
-        expected = []
-        for row in ([3, 1, 4, 1, 5], [9, 2, 6], [7]):
-            x = model.item_embed.weight[row] * math.sqrt(8) + model.pos_embed.weight[: len(row)]
-            for block in model.blocks:
-                x = x + block.mixing.out(slow_attention(block.mixing_norm(x), block.mixing))
-                x = x + block.ffn(block.ffn_norm(x))
-            expected.append(model.norm(x))
-    assert_close(h_TD, torch.cat(expected), rtol=0, atol=1e-12)
-
-
-def test_hstu_is_its_layers_and_has_no_ffn_but_that_of_moe_blocks():
+@pytest.mark.parametrize("mixing", ["attention", "hstu"])
+def test_a_model_is_its_layers_and_hstu_has_no_ffn_but_that_of_moe_blocks(mixing):
     torch.manual_seed(0)
-    config = HistoryModelConfig(**{**SMALL, "mixing": "hstu", "hidden_dim": None})
+    config = HistoryModelConfig(**{**SMALL, "mixing": mixing, "hidden_dim": None, "distance_bias": True})
     model = HistoryModel(config, num_items=9, max_length=8, ffn=MOE, moe_blocks=[1]).double().eval()
     with torch.no_grad():
         model.pair_bias.distance_bias.normal_()
@@ -171,9 +119,11 @@ def test_hstu_is_its_layers_and_has_no_ffn_but_that_of_moe_blocks():
         mask = model.pair_bias.mask(x_BLD, None)
         for block in model.blocks:
             x_BLD = x_BLD + block.mixing(block.mixing_norm(x_BLD), mask)
-        x_BLD = x_BLD + model.blocks[1].ffn(model.blocks[1].ffn_norm(x_BLD), core.RoutingContext())
+            if block.ffn is not None:
+                own = (core.RoutingContext(),) if block is model.blocks[1] else ()
+                x_BLD = x_BLD + block.ffn(block.ffn_norm(x_BLD), *own)
         assert_close(model.encode(ITEMS[:1])[0], model.norm(x_BLD)[0], rtol=0, atol=1e-12)
-    assert model.blocks[0].ffn is None
+    assert (model.blocks[0].ffn is None) == (mixing == "hstu")
     dense = HistoryModel(HistoryModelConfig(**SMALL, mixing="hstu"), num_items=9, max_length=8)
     assert [block.ffn.w_in.out_features for block in dense.blocks] == [16, 16]  # a hidden_dim asks for it
 
@@ -192,10 +142,7 @@ def test_convolution_by_hand():
     assert_close(output.squeeze(1), z * torch.special.ndtr(z), rtol=0, atol=1e-12)
 
 
-# ---- the mixture
-
-
-def test_the_mixture_is_the_gated_sum_of_its_experts():
+def test_the_mixture_is_the_gated_sum_of_its_experts_and_the_gates_sums_are_the_load():
     torch.manual_seed(0)
     layer = TokenMixing(HistoryModelConfig(**SMALL)).double().eval()
     x_TD = torch.randn(9, 8, dtype=torch.float64)
@@ -207,9 +154,6 @@ def test_the_mixture_is_the_gated_sum_of_its_experts():
         local = layer.norms["convolution"](layer.experts["convolution"](x_TD, packing=packing))
         far = layer.norms["attention"](layer.experts["attention"](x_TD, mask, packing=packing))
         assert_close(layer(x_TD, mask, packing=packing), layer.out(g_T1 * local + (1 - g_T1) * far), rtol=0, atol=1e-12)
-
-
-def test_gates_sum_to_one_and_their_sums_are_the_load():
     model = build()
     with torch.no_grad(), core.record(model) as tape:
         model(ITEMS)
@@ -239,7 +183,7 @@ def test_a_router_of_one_expert_takes_convolution_or_attention():
     assert float(core.aux_losses(tape).terms["load_balancing_loss"]) > 0
 
 
-def test_the_gate_learns():
+def test_the_gate_learns_and_a_mixture_is_counted_as_active():
     model = build().train()
     with core.record(model) as tape:
         model(ITEMS)[:, 1:].logsumexp(-1).sum().backward()
@@ -247,6 +191,8 @@ def test_the_gate_learns():
     for block in model.blocks:
         assert block.mixing.router.gate.weight.grad.abs().max() > 0
         assert block.ffn.router.gate.weight.grad.abs().max() > 0
+    model = build(moe=None)
+    assert core.active_params(model) == sum(p.numel() for p in model.parameters())
 
 
 def test_routers_see_the_items_as_token_ids():
@@ -259,14 +205,6 @@ def test_routers_see_the_items_as_token_ids():
     of_token = dict(zip(routing.token_index_N.tolist(), routing.expert_ids_N.tolist(), strict=True))
     assert of_token[1] == of_token[3]  # both are item 1
     assert [of_token[t] for t in (8, 9, 11, 14)] == [4] * 4  # padding: no expert
-
-
-def test_a_mixture_is_counted_as_active():
-    model = build(moe=None)
-    assert core.active_params(model) == sum(p.numel() for p in model.parameters())
-
-
-# ---- costs
 
 
 def numel(module):
@@ -297,7 +235,7 @@ def test_flops_by_hand(mixing, extra):
         assert core.count_flops(model, ITEMS) == 2 * (9 * per_item + 2400) + 432
 
 
-def test_flops_of_the_experts_are_of_real_items():
+def test_experts_start_like_dense_ffns_and_their_flops_are_of_real_items():
     # Each MoE layer: 9 real items in 15 places. The gate is computed for all, 15 * 2 * 8 * 4 = 960; two experts for the
     # real ones, 9 * 2 * 4 * 8 * 12 = 6,912.
     model = build("mixture", MOE, dtype=torch.float32)
@@ -306,12 +244,6 @@ def test_flops_of_the_experts_are_of_real_items():
     with torch.no_grad():
         model(ITEMS)
         assert core.count_flops(model.blocks[0].ffn, *calls[0]) == 960 + 6912
-
-
-# ---- initial weights
-
-
-def test_experts_start_like_dense_ffns():
     # Xavier-uniform of (D, F) = (8, 12): bound sqrt(6 / 20) = 0.548, also of each expert by itself.
     model = build(dtype=torch.float32)
     shared = build(moe=dataclasses.replace(MOE, num_shared_experts=1), dtype=torch.float32).blocks[0].ffn.shared_experts
@@ -319,21 +251,13 @@ def test_experts_start_like_dense_ffns():
         assert 0.5 < float(weight.detach().abs().max()) <= math.sqrt(6 / 20)
 
 
-# ---- bad input
-
-
 def test_histories_are_checked():
     model = build(dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"item id 10 is not in 0 to num_items=9"):
-        model(torch.tensor([[1, 10]]))
-    with pytest.raises(ValueError, match=r"item id -1 is not in 0 to num_items=9"):
-        model(torch.tensor([[1, -1]]))
-    with pytest.raises(ValueError, match=r"a history of 9 items is longer than max_length=8"):
-        model(torch.ones(2, 9, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"items are torch.float32 of shape \(1, 2\), not integers \(B, S\)"):
-        model(torch.ones(1, 2))
-    with pytest.raises(ValueError, match=r"of shape \(2,\), not integers"):
-        model(torch.ones(2, dtype=torch.int64))
+    refused(r"item id 10 is not in 0 to num_items=9", lambda: model(torch.tensor([[1, 10]])))
+    refused(r"item id -1 is not in 0 to num_items=9", lambda: model(torch.tensor([[1, -1]])))
+    refused(r"a history of 9 items is longer than max_length=8", lambda: model(torch.ones(2, 9, dtype=torch.int64)))
+    refused(r"items are torch.float32 of shape \(1, 2\), not integers \(B, S\)", lambda: model(torch.ones(1, 2)))
+    refused(r"of shape \(2,\), not integers", lambda: model(torch.ones(2, dtype=torch.int64)))
     with pytest.raises(ValueError, match=r"times of shape \(2, 2\) are not of the items \(1, 2\)"):
         model(torch.ones(1, 2).long(), torch.ones(2, 2).long())
     assert model(torch.tensor([[0] * 5 + [1] * 8])).shape == (1, 10)  # padding does not count
@@ -353,52 +277,41 @@ def test_an_empty_history_scores_all_items_alike(mixing, moe):
         assert model(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 10)
 
 
-def test_scores_are_float32_under_autocast():
+def test_scores_are_float32_under_autocast_and_int32_items_are_taken():
     model = build(dtype=torch.float32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         scores, h = model(ITEMS), model.encode(ITEMS)[0]
     assert scores.dtype == torch.float32
     with torch.no_grad():
         assert_close(scores[:, 1:], h[[4, 7, 8]].float() @ model.item_embed.weight[1:].t())
-
-
-def test_int32_items_are_taken():
     model = build(dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(model(ITEMS.int()), model(ITEMS))
+    model = build("hstu", None)
+    with torch.no_grad():
+        assert torch.equal(model(ITEMS, SECONDS), model(ITEMS))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"dim": 9}, r"dim=9 is not divisible by num_heads=2"),
-        ({"mixing_router": core.ExpertChoice()}, r"router ExpertChoice.* lets later tokens change earlier ones"),
-        ({"mixing_router": core.TokenChoice(top_k=3)}, r"top_k=3 exceeds num_experts=2"),
-        (
-            {"mixing_router": core.Hash(vocab_size=8)},
-            r"router Hash.* needs context.token_ids_BS, which the mixing",
-        ),
-        ({"mixing_balance": core.Balance(load=0.1)}, r"balance.load=0.1 does not apply to Dense"),
-    ],
+    [({"dim": 9}, r"dim=9 is not divisible by num_heads=2"),
+     ({"mixing_router": core.ExpertChoice()}, r"router ExpertChoice.* lets later tokens change earlier ones"),
+     ({"mixing_router": core.TokenChoice(top_k=3)}, r"top_k=3 exceeds num_experts=2"),
+     ({"mixing_router": core.Hash(vocab_size=8)}, r"router Hash.* needs context.token_ids_BS, which the mixing"),
+     ({"mixing_balance": core.Balance(load=0.1)}, r"balance.load=0.1 does not apply to Dense")],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
-)
+)  # fmt: skip
 def test_configs_are_checked(options, message):
-    with pytest.raises(ValueError, match=message):
-        HistoryModelConfig(**{**SMALL, **options})
+    refused(message, lambda: HistoryModelConfig(**{**SMALL, **options}))
 
 
-def test_models_are_checked():
+def test_models_are_checked_and_attention_dropout_is_of_training_alone():
     config = HistoryModelConfig(**SMALL)
-    with pytest.raises(ValueError, match=r"num_items=0 must be at least 1"):
-        HistoryModel(config, num_items=0, max_length=4)
-    with pytest.raises(ValueError, match=r"max_length=0 must be at least 1"):
-        HistoryModel(config, num_items=3, max_length=0)
+    refused(r"num_items=0 must be at least 1", lambda: HistoryModel(config, num_items=0, max_length=4))
+    refused(r"max_length=0 must be at least 1", lambda: HistoryModel(config, num_items=3, max_length=0))
     acausal = core.MoEConfig(num_experts=4, router=core.ExpertChoice())
     with pytest.raises(ValueError, match=r"ExpertChoice.* lets later tokens change earlier ones"):
         HistoryModel(config, num_items=3, max_length=4, ffn=acausal)
-
-
-def test_attention_dropout_is_of_training_alone():
     model = build("attention", None, attn_dropout=0.5, dropout=0.0, embed_dropout=0.0)
     with torch.no_grad():
         assert torch.equal(model(ITEMS), model(ITEMS))

@@ -1,7 +1,5 @@
 """The report of a next-item model: groups by hand, the experts' items, and what a test leaves."""
 
-from __future__ import annotations
-
 import csv
 import math
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from quiet_trainer import quiet_trainer
 
 import core
 from apps.recsys.ranks import popularity_groups
@@ -28,7 +26,6 @@ from apps.report.page import HeatmapChart, Table, load_sections
 
 SASREC = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, dropout=0.0, mixing="attention")
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=8))
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
 
 def recommender(num_items=9, max_length=6, moe=MOE, **options):
@@ -46,17 +43,13 @@ def made_use(ranks, targets, lengths, group_V=None):
     return NextItemUse(group_V, None, users, list(lengths))
 
 
-def test_items_are_grouped_by_their_share_of_the_training():
+def test_items_are_grouped_by_their_share_and_the_metrics_of_groups_are_by_hand(tmp_path):
     # Item 2 makes up half of 8 interactions, item 1 a quarter, items 3 and 4 an eighth; item 5 trains never.
     assert popularity_groups(np.array([0, 2, 4, 1, 1, 0])).tolist() == [4, 2, 0, 3, 3, 4]
-
-
-def test_the_metrics_of_groups_by_hand(tmp_path):
     use = made_use([1, 2, 11], [1, 1, 2], [3, 3, 9], group_V=np.array([4, 0, 3]))
     section = write_ranks(use, (5,), tmp_path)
     popular, least = rows(tmp_path / "popularity.csv")
-    assert (popular["popularity"], popular["users"]) == ("most popular", "2")
-    assert float(popular["recall_10"]) == 1
+    assert (popular["popularity"], popular["users"], float(popular["recall_10"])) == ("most popular", "2", 1)
     assert float(popular["ndcg_10"]) == pytest.approx((1 + 1 / math.log2(3)) / 2)
     assert float(popular["mrr"]) == pytest.approx(0.75)
     assert (least["popularity"], float(least["recall_10"]), float(least["median_rank"])) == ("least popular", 0.0, 11.0)
@@ -87,15 +80,13 @@ def test_each_expert_s_items_are_counted_by_popularity_and_by_place():
     assert [u.best[0] for u in use.users] == scores_BI.argmax(1).tolist()
 
 
-def test_a_user_is_shown_no_item_that_it_had():
+def test_a_user_is_shown_by_name_and_no_item_that_it_had():
     module = recommender(exclude_seen=True).eval()
     use = NextItemUse.of(module, None)
     items, targets = torch.tensor([[3, 1, 4, 2, 5, 6]]), torch.tensor([[0, 0, 0, 0, 0, 9]])
     use.add(module, HistoryBatch(items, targets, torch.tensor([0]), torch.tensor([0])))
     assert sorted(use.users[0].best) == [7, 8, 9]
 
-
-def test_users_are_shown_by_the_names_of_the_data():
     class Named:
         item_names = ("", "tea", "rye", "fig")
         user_names = ("ann", "bob")
@@ -131,9 +122,9 @@ def test_training_counts_leave_out_what_is_held_out(clicks):
     )
 
 
-def test_a_test_leaves_ranks_experts_and_users(clicks, tmp_path):
+def test_a_test_leaves_ranks_experts_and_users_and_a_dense_model_no_experts(clicks, tmp_path):
     module = recommender(clicks.num_items, 8, report=NextItemReportConfig(samples=2))
-    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", **QUIET)
+    trainer = quiet_trainer(tmp_path)
     (metrics,) = trainer.test(module, clicks, verbose=False)
     folder = tmp_path / "report"
     for name in ("popularity", "lengths"):
@@ -153,14 +144,6 @@ def test_a_test_leaves_ranks_experts_and_users(clicks, tmp_path):
     (table,) = users.parts
     assert isinstance(table, Table)
     assert [row[0] for row in table.rows] == [clicks.user_names[place] for place in (3, 9)]
-
-
-def test_a_dense_model_has_ranks_and_users_alone(clicks, tmp_path):
     module = recommender(clicks.num_items, 8, moe=None, report=NextItemReportConfig(samples=0, routing_examples=5))
-    Trainer(default_root_dir=tmp_path, accelerator="cpu", **QUIET).test(module, clicks, verbose=False)
+    quiet_trainer(tmp_path).test(module, clicks, verbose=False)
     assert [s.title for s in load_sections(tmp_path / "report")] == ["Ranks of the next items"]
-
-
-def test_lengths_out_of_order_are_refused():
-    with pytest.raises(ValueError, match=r"report.lengths=\(5, 5\) must be ascending numbers of at least 1"):
-        NextItemReportConfig(lengths=(5, 5))

@@ -1,22 +1,20 @@
 """TableData: a table of every kind of column, from its file to Lightning."""
 
-from __future__ import annotations
-
+import ast
 import dataclasses
 import os
 import pickle
-import subprocess
-import sys
 
 import jsonargparse
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from own_table import CONFIG, NAN, TEST, TRAIN, by_row, config_of, same, write
+from places import ROOT
+from quiet_trainer import quiet_trainer
+from refusals import refused
 
 from apps.data import datasets
 from apps.recsys.encoding.features import CategoricalFeature
@@ -43,9 +41,7 @@ def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
     assert (age.name, age.mean, age.std, age.quantiles) == ("age", 30, 250**0.5, (10, 20, 40))
     assert age.missing == pytest.approx(2 / 6)
     # stars >= 4 in 2 of the 5 rows that have some
-    assert (features.tasks, features.positives) == (("click", "like"), (0.5, 0.4))
-    assert features.num_domains == 2
-
+    assert (features.tasks, features.positives, features.num_domains) == (("click", "like"), (0.5, 0.4), 2)
     train = by_row(data.rows("train")[:], features)
     assert [r["index"] for r in train] == [0, 1, 2, 3, 4, 5]
     assert [r["city"] for r in train] == [[1], [1], [2], [3], [0], [1]]
@@ -54,19 +50,16 @@ def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
     assert same([r["label"] for r in train], [[1.0, 1.0], [0.0, 1.0], [1.0, NAN], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     assert [r["domain"] for r in train] == [0, 1, 0, 0, 1, 0]
     assert [r["group"] for r in train] == [0, 0, 1, 1, 2, 2]
-
     test = data.rows("test")[:]
     assert [f.name for f in data.features.categorical] == ["city", "user", "tags"]
     assert test.single_FB[0].tolist() == [0, 1]  # Paris: not seen in training
     assert test.lists[0].length_B.tolist() == [2, 1]
     assert test.lists[0].values_N.tolist() == [0, 2, 3]  # w: not seen
-    assert test.index_B.tolist() == [6, 7]
-    assert test.group_B.tolist() == [0, 3]
+    assert (test.index_B.tolist(), test.group_B.tolist()) == ([6, 7], [0, 3])
     user = {str(u): int(r) for u, r in zip(TRAIN["user"], data.rows("train")[:].single_FB[1], strict=True)}
     assert test.single_FB[1, 0] == user["1"]
     assert 1 <= test.single_FB[1, 1] < 100  # user 9 is new, but hashed
     assert same([r["dense"] for r in by_row(test, features)], [[30.0], [NAN]])
-
     findings = data.findings
     assert findings.rows == {"train": 6, "val": 0, "test": 2}
     assert findings.missing["city"] == {"train": 1 / 6, "val": 0, "test": 0}
@@ -93,8 +86,7 @@ def test_types_may_differ_between_files(own, tmp_path):
     # Rows of users as numbers in one file and as text in another.
     write(tmp_path, "parquet", test={**TEST, "user": ["1", "9"]})
     data = own(kind="parquet")
-    train, test = data.rows("train")[:], data.rows("test")[:]
-    assert test.single_FB[1, 0] == train.single_FB[1, 0]
+    assert data.rows("test")[:].single_FB[1, 0] == data.rows("train")[:].single_FB[1, 0]
 
 
 def test_a_pattern_takes_several_files_and_compressed_text_is_read(own, tmp_path):
@@ -107,33 +99,15 @@ def test_a_pattern_takes_several_files_and_compressed_text_is_read(own, tmp_path
     assert compressed.features == own().features
 
 
-def test_validation_rows_from_a_file_are_numbered_after_training_rows(own, tmp_path):
-    pa.csv.write_csv(pa.table(TRAIN).slice(0, 3), tmp_path / "val.csv")
-    data = own(val_file="val.csv", split=SplitConfig("random"))
-    indices = [data.rows(s).index.tolist() for s in ("train", "val", "test")]
-    assert indices == [[0, 1, 2, 3, 4, 5], [6, 7, 8], [9, 10]]  # nothing is drawn: the files give it all
-    assert same(data.rows("val")[:].dense_BC.tolist(), [[10.0], [20.0], [NAN]])
-
-
-def test_nothing_is_learned_from_rows_that_do_not_train(own, tmp_path):
+def test_what_training_teaches_comes_from_its_rows_alone(own, tmp_path):
+    # Nothing is learned from rows that do not train.
     features = own().features
     write(tmp_path, test={**TEST, "age": ["1000", "2000"], "city": ["Rome", "Rome"]})
     assert own().features == features
     # Nor from validation rows, whose number changes what is learned.
     fewer = own(split=SplitConfig("given", val=0.5)).features
     assert fewer.continuous != features.continuous
-
-
-def test_a_column_is_a_category_and_the_time(own, tmp_path):
-    days = ["2024-05-03", "2024-05-01", "2024-05-02", "2024-05-01", "2024-05-04", "2024-05-05"]
-    write(tmp_path, train={**TRAIN, "shop": days}, test={**TEST, "shop": ["2024-05-01", "2024-05-09"]})
-    config = config_of(categorical=("shop",), time="shop", split=SplitConfig("time", val=0.34, test=0.0))
-    data = own(config)
-    assert data.vocabulary("shop")[1] == "2024-05-01"  # twice in training
-    assert data.rows("val").index.tolist() == [4, 5]
-
-
-def test_values_that_are_written_otherwise_in_another_file_are_reported(own, tmp_path):
+    # Values that are written otherwise in another file are reported.
     warning = "column 'city': 100% of the test values are not in training: are they written alike there?"
     assert warning not in own().findings.warnings
     write(tmp_path, test={**TEST, "city": ["rome", "oslo"]})
@@ -160,7 +134,7 @@ class Counting(LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.seen.append(batch.index_B.tolist())
-        assert batch.single_FB[0].tolist() == [int(CITY_ROWS[i]) for i in batch.index_B]
+        assert batch.single_FB[0].tolist() == [[1, 1, 2, 3, 0, 1][i] for i in batch.index_B]  # the cities' rows
         return (self.bias - batch.label_Bt.nan_to_num()).square().mean()
 
     def validation_step(self, batch, batch_idx):
@@ -175,15 +149,13 @@ class Counting(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-CITY_ROWS = [1, 1, 2, 3, 0, 1]
-
-
 def test_lightning_trains_validates_tests_and_predicts(own, tmp_path):
     pa.csv.write_csv(pa.table(TRAIN).slice(0, 3), tmp_path / "val.csv")
-    data = own(val_file="val.csv", batch_size=4)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(max_epochs=2, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)
-    model = Counting()
+    data, model = own(val_file="val.csv", split=SplitConfig("random"), batch_size=4), Counting()
+    # Validation rows are numbered after those of training; nothing is drawn: the files give it all.
+    assert [data.rows(s).index.tolist() for s in ("train", "val", "test")] == [[*range(6)], [6, 7, 8], [9, 10]]
+    assert same(data.rows("val")[:].dense_BC.tolist(), [[10.0], [20.0], [NAN]])
+    trainer = quiet_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0)
     trainer.fit(model, datamodule=data)
     first, second = model.seen[:2], model.seen[3:5]
     assert [len(b) for b in (*first, *second)] == [4, 2, 4, 2]
@@ -192,28 +164,16 @@ def test_lightning_trains_validates_tests_and_predicts(own, tmp_path):
     assert model.seen[2] == model.seen[5] == [6, 7, 8]
     model.seen.clear()
     trainer.test(model, datamodule=data, verbose=False)
-    assert model.seen == [[9, 10]]
-    assert torch.cat(trainer.predict(model, datamodule=data)).tolist() == [9, 10]
+    assert (model.seen, torch.cat(trainer.predict(model, datamodule=data)).tolist()) == ([[9, 10]], [9, 10])
 
 
 def test_yaml_describes_a_table(tmp_path):
-    text = """
+    table = """{categorical: [city, user], multi_valued: [tags], continuous: [age], domain: shop, user: user,
+        tasks: {click: {column: click}, like: {column: stars, at_least: 4}}, hash_rows: {user: 100},
+        split: {kind: given, val: 0}}"""
+    text = f"""
     class_path: apps.recsys.tables.data.TableData
-    init_args:
-      dataset: table
-      train_file: train.csv
-      test_file: test.csv
-      table:
-        categorical: [city, user]
-        multi_valued: [tags]
-        continuous: [age]
-        tasks:
-          click: {column: click}
-          like: {column: stars, at_least: 4}
-        domain: shop
-        user: user
-        hash_rows: {user: 100}
-        split: {kind: given, val: 0}
+    init_args: {{dataset: table, train_file: train.csv, test_file: test.csv, table: {table}}}
     """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
@@ -227,53 +187,51 @@ def test_yaml_describes_a_table(tmp_path):
 
 
 def test_importing_the_datasets_is_light():
-    code = (
-        "import sys, lightning.pytorch\n"  # brings scipy where transformers is installed
-        "before = set(sys.modules)\n"
-        "import apps.recsys.tables.data\n"
-        "heavy = ('pyarrow', 'torchrec', 'fbgemm_gpu', 'pandas', 'sklearn', 'scipy')\n"
-        "print([m for m in heavy if m in sys.modules.keys() - before])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    """What the tops of the files import, and those that they import."""
+    reached, todo = set(), ["apps.recsys.tables.data"]
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            path = ROOT / name.replace(".", "/")
+            files = [f for f in (path / "__init__.py", path.with_suffix(".py")) if f.is_file()]
+            for file, node in ((f, node) for f in files for node in ast.parse(f.read_text("utf-8")).body):
+                if not isinstance(node, ast.Import | ast.ImportFrom):
+                    continue
+                package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+                level = node.level if isinstance(node, ast.ImportFrom) else 0
+                above = package.rsplit(".", level - 1)[0] + "." if level else ""
+                start = f"{above}{node.module or ''}.".replace("..", ".") if isinstance(node, ast.ImportFrom) else ""
+                targets = [start + own.name for own in node.names]
+                todo += [t.rsplit(".", n)[0] for t in targets for n in range(t.count(".") + 1)]
+    heavy = {"pyarrow", "torchrec", "fbgemm_gpu", "pandas", "sklearn", "scipy"}
+    assert {"torch", "apps.data.datasets", "apps.recsys.encoding.features"} <= reached
+    assert {name.split(".")[0] for name in reached} & heavy == set()
     assert {"table", "synthetic"} <= {row.name for row in datasets.list_datasets() if row.app == "recsys"}
 
 
-def count_builds(monkeypatch):
-    calls = []
-    original = build_module.build
-    monkeypatch.setattr(build_module, "build", lambda *a, **k: calls.append(a) or original(*a, **k))
-    return calls
-
-
 def test_a_table_is_encoded_once_and_anew_when_anything_changes(own, tmp_path, monkeypatch):
-    calls = count_builds(monkeypatch)
+    calls, original = [], build_module.build
+    monkeypatch.setattr(build_module, "build", lambda *a, **k: calls.append(a) or original(*a, **k))
     before = own().features
-    assert own().features == before
-    assert len(calls) == 1
+    assert (own().features, len(calls)) == (before, 1)
     for change in ({"split": SplitConfig("given", val=0, seed=1)}, {"exclude": ["age"]}, {"table": config_of()}):
         _ = own(**{"config": change.pop("table", CONFIG), **change}).features
     assert len(calls) == 4
     os.utime(tmp_path / "train.csv", ns=(0, 0))  # as if it had been written anew
-    assert own().features == before
-    assert len(calls) == 5
+    assert (own().features, len(calls)) == (before, 5)
     assert not list((tmp_path / "cache" / "tables").glob(".*"))
 
 
-def test_a_column_that_is_there_is_the_domain(own):
-    without = dataclasses.replace(CONFIG, domain=None)
-    assert own(without).features.num_domains == 0
-    data = own(without, domain="shop")
-    assert data.features == own().features
-    assert data.domain_values == ("de", "fr")
-    with pytest.raises(ValueError, match=r"column 'shp' \(domain\) is not in .*train.csv'; did you mean 'shop'"):
-        _ = own(without, domain="shp").features
-    with pytest.raises(ValueError, match="column 'click' is a label and the domain"):
-        _ = own(without, domain="click").features
-
-
-def test_a_data_module_goes_to_another_process(own):
+def test_a_data_module_goes_to_another_process_and_a_column_that_is_there_is_the_domain(own):
     data = own()
     expected = by_row(data.rows("train")[:], data.features)
     assert same(by_row(pickle.loads(pickle.dumps(data)).rows("train")[:], data.features), expected)
     assert same(by_row(pickle.loads(pickle.dumps(data.rows("train")))[:], data.features), expected)
+    without = dataclasses.replace(CONFIG, domain=None)
+    assert own(without).features.num_domains == 0
+    data = own(without, domain="shop")
+    assert (data.features, data.domain_values) == (own().features, ("de", "fr"))
+    with pytest.raises(ValueError, match=r"column 'shp' \(domain\) is not in .*train.csv'; did you mean 'shop'"):
+        _ = own(without, domain="shp").features
+    refused("column 'click' is a label and the domain", lambda: own(without, domain="click").features)

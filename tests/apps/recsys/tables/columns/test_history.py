@@ -1,25 +1,33 @@
-"""Columns of sequences: what is read and refused, and how the network pools them."""
+"""Columns of sequences and of vectors: what is read and refused, and what the network makes of them."""
 
-from __future__ import annotations
+import re
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from made_table import ragged
+from quiet_trainer import quiet_trainer
+from refusals import refused
 from torch.testing import assert_close
 
+import apps
 import core
-from apps.recsys.encoding.features import CategoricalFeature, Features, SequenceFeature
+from apps.recsys.encoding.features import CategoricalFeature, Features, SequenceFeature, VectorFeature
+from apps.recsys.encoding.numbers import to_vectors, vector_scale
 from apps.recsys.schema import SequenceConfig, SplitConfig, TableConfig, TaskConfig
 from apps.recsys.tables.columns.bottoms import SingleTask
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.columns.history import Dice, HistoryArch, HistoryConfig, segment_softmax
 from apps.recsys.tables.columns.tables import sparse_arch
+from apps.recsys.tables.columns.vectors import VectorArch
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.estimators import HistGradientBoostingUntuned, LogisticRegression
+from apps.recsys.tables.model import InteractionConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.rows.batch import TableBatch
+from apps.recsys.tables.task import TASK
 
 TRAIN = {
     "item": ["tea", "tea", "rye", "oat", "tea", "rye"],
@@ -73,7 +81,6 @@ def test_sequences_of_unknown_values_are_named(tmp_path, monkeypatch, caplog):
         monkeypatch.setitem(globals(), name, {**rows, "last": [text.upper() for text in rows["last"]]})
     (warning,) = [w for w in data_of(tmp_path).findings.warnings if "alike" in w]
     assert warning == "column 'last': 100% of the test values are not in training: are they written alike there?"
-
     monkeypatch.undo()
     data = data_of(tmp_path)
     assert not any("alike" in warning for warning in data.findings.warnings)
@@ -99,19 +106,6 @@ def test_a_sequence_may_have_values_of_its_own(tmp_path):
     )
     (feature,) = data_of(tmp_path, hashed).features.sequences
     assert feature == SequenceFeature("words", 50, 9, None, hashed=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"last": {"items": "itm"}}, r"sequences\['last'\].items='itm' is no categorical column; did you mean 'item'"),
-        ({"last": {"length": 0}}, r"length=0 is not at least 1"),
-        ({"item": {}}, r"column 'item' is listed twice: under categorical and sequences"),
-    ],
-)
-def test_a_description_without_a_meaning_is_refused(options, match):
-    with pytest.raises(ValueError, match=match):
-        TableConfig(("item",), tasks=CONFIG.tasks, sequences={k: SequenceConfig(**v) for k, v in options.items()})
 
 
 ITEM, KIND = CategoricalFeature("item", 6), CategoricalFeature("kind", 3)
@@ -151,9 +145,10 @@ def test_sequences_are_averaged_whatever_the_kind(pooling, copies):
         assert_close(after["collection"][name], weight)
 
 
-@pytest.mark.parametrize("kind", ["joined", "collection"])
-@pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "copies", "normalize"),
+    [("joined", 1, True), ("joined", 2, False), ("collection", 1, False), ("collection", 2, True)],
+)
 def test_target_attention_is_a_loop_over_rows_and_items(kind, copies, normalize):
     torch.manual_seed(0)
     sparse = sparse_arch(EmbeddingConfig(kind=kind, dim=4, init_std=1.0), (KIND, ITEM), copies)
@@ -175,12 +170,9 @@ def test_target_attention_is_a_loop_over_rows_and_items(kind, copies, normalize)
     assert y[..., 1, :].eq(0).all()  # an empty history
 
 
-def test_scores_of_a_segment_sum_to_one():
+def test_scores_of_a_segment_sum_to_one_and_dice_by_hand():
     share_N = segment_softmax(torch.tensor([1000.0, 0.0, 1000.0, 7.0]), torch.tensor([0, 2, 0, 2]), 4)
     assert_close(share_N, torch.tensor([0.5, 0.000911051, 0.5, 0.999088949]))  # 1 / (1 + e^7)
-
-
-def test_dice_by_hand():
     # The column 1, 3 has the mean 2 and the variance 1: s = sigmoid(-1), sigmoid(1); a = 0.5.
     dice = Dice(1)
     dice.slope.data.fill_(0.5)
@@ -206,8 +198,6 @@ def batch(*sequences):
 @pytest.mark.parametrize("shared", [None, SingleTask()])
 @pytest.mark.parametrize("kind", ["dot", "concat"])
 def test_a_model_attends_to_items_and_averages_words(shared, kind):
-    from apps.recsys.tables.model import InteractionConfig
-
     options = {"shared": shared, "interaction": InteractionConfig(kind), "history": HistoryConfig("din")}
     model = MultiTaskRecommender(features(sequences=(WORDS, LAST)), **options).eval()
     before = model(batch(SEQUENCES["words"], SEQUENCES["last"]))
@@ -216,36 +206,9 @@ def test_a_model_attends_to_items_and_averages_words(shared, kind):
     moved = model(batch(SEQUENCES["words"], [[2, 1, 2], [], [3]]))
     assert_close(moved[:2], before[:2])
     assert (moved[2] != before[2]).any()
-    with pytest.raises(ValueError, match="the batch has 0 multi-valued columns and sequences, the model 2"):
-        model(batch())
+    refused("the batch has 0 multi-valued columns and sequences, the model 2", lambda: model(batch()))
     with pytest.raises(ValueError, match=r"column 'item' has the row 6, and its table 6 rows"):
         model(batch(SEQUENCES["words"], [[6], [], []]))
-
-
-def test_the_attention_is_among_the_flops():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def flops(history):
-        model = MultiTaskRecommender(features(sequences=(LAST,)), history=history).eval()
-        with FlopCounterMode(display=False) as counter:
-            model(batch(SEQUENCES["last"]))
-        return counter.get_total_flops()
-
-    # Four items, an MLP of 4 * 8 numbers to 10 to 1: 2 * 4 * (32 * 10 + 10).
-    assert flops(HistoryConfig("din", (10,))) - flops(HistoryConfig()) == 2640
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"sequences": (WORDS,)}, "needs a sequence that names its items, and words names none"),
-        ({"sequences": (LAST,), "embedding": EmbeddingConfig("fused")}, "which embedding.kind='fused' cannot"),
-    ],
-)
-def test_attention_that_cannot_be_is_refused(options, match):
-    sequences = options.pop("sequences")
-    with pytest.raises(ValueError, match=match):
-        MultiTaskRecommender(features(sequences=sequences), history=HistoryConfig("din"), **options)
 
 
 def test_a_table_without_sequences_has_no_history():
@@ -253,9 +216,24 @@ def test_a_table_without_sequences_has_no_history():
     assert model(batch()).shape == (3, 2)
 
 
-def test_options_without_a_meaning_are_refused():
-    with pytest.raises(ValueError, match=r"history.normalize=True has no meaning with history.pooling='mean'"):
-        HistoryConfig(normalize=True)
+def attends(sequence, **options):
+    return MultiTaskRecommender(features(sequences=(sequence,)), history=HistoryConfig("din"), **options)
+
+
+def described(column, **options):
+    return TableConfig(("item",), tasks=CONFIG.tasks, sequences={column: SequenceConfig(**options)})
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [(lambda: attends(WORDS), "needs a sequence that names its items, and words names none"),
+     (lambda: attends(LAST, embedding=EmbeddingConfig("fused")), "which embedding.kind='fused' cannot"),
+     (lambda: HistoryConfig(normalize=True), r"history.normalize=True has no meaning with history.pooling='mean'"),
+     (lambda: described("last", items="itm"), r"sequences\['last'\].items='itm' is no cat.*; did you mean 'item'"),
+     (lambda: described("item"), r"column 'item' is listed twice: under categorical and sequences")],
+)  # fmt: skip
+def test_what_has_no_meaning_is_refused(make, match):
+    refused(match, make)
 
 
 def made(tmp_path):
@@ -267,25 +245,16 @@ def made(tmp_path):
     rows = {"item": item_N.tolist(), "last": last, "click": click}
     pq.write_table(pa.table(rows), tmp_path / "table.parquet")
     config = TableConfig(
-        ("item",),
-        tasks={"click": TaskConfig("click")},
-        split=SplitConfig(val=0.2, test=0.2),
+        ("item",), tasks={"click": TaskConfig("click")}, split=SplitConfig(val=0.2, test=0.2),
         sequences={"last": SequenceConfig("item", 4)},
-    )
+    )  # fmt: skip
     return TableData("table", str(tmp_path), str(tmp_path / "cache"), train_file="table.parquet", table=config)
 
 
 def test_a_checkpoint_keeps_how_sequences_are_read(tmp_path):
-    from lightning import Trainer
-
-    import apps
-
     data = made(tmp_path)
     model = MultiTaskRecommender(data.features, history=HistoryConfig("din", (16,)))
-    trainer = Trainer(
-        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(tmp_path, max_steps=2)
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = apps.load(tmp_path / "a.ckpt")
@@ -301,9 +270,7 @@ def test_a_checkpoint_keeps_how_sequences_are_read(tmp_path):
     assert_close(torch.tensor(texts["probability_click"]), expected)
 
 
-def test_a_page_has_a_field_for_a_sequence(tmp_path):
-    from apps.recsys.tables.task import TASK
-
+def test_a_page_has_a_field_for_a_sequence_and_estimators_read_its_values(tmp_path):
     data = made(tmp_path)
     model = MultiTaskRecommender(data.features, history=HistoryConfig("din"), shared=core.MMoE(num_experts=2))
     model.adopt_encoding({"encoding": data.encoding_state})
@@ -314,10 +281,88 @@ def test_a_page_has_a_field_for_a_sequence(tmp_path):
     assert last.split("|") == [data.vocabulary("item")[i] for i in row.lists[0].values_N]
     scores = model.predict({"item": [item], "last": [last]})
     assert dict(page.answer([item, last]).parts[0].rows) == {"click": float(scores["probability_click"][0])}
-
-
-def test_estimators_read_the_values(tmp_path):
     data = made(tmp_path)
     for estimator in (HistGradientBoostingUntuned(), LogisticRegression()):
         estimator.fit(data, 0)
         assert estimator.evaluate(data, "test")["auc_click"] > 0.6  # by the number of items already
+
+
+def column(*values, kind=None):
+    return [("the training table", pa.chunked_array([pa.array(list(values), kind)]))]
+
+
+def test_a_vector_is_mapped_as_it_is_scaled_and_a_missing_one_is_nan():
+    vectors = to_vectors(column(None, [3.0, 4.0], [0.0, 0.0]), "title")
+    np.testing.assert_array_equal(vectors, np.array([[np.nan, np.nan], [3, 4], [0, 0]], np.float32))
+    assert vector_scale(vectors) == 2.5  # the root of (9 + 16 + 0 + 0) / 4
+    fixed = to_vectors(column([1.0, 2.0], None, kind=pa.list_(pa.float32(), 2)), "title")
+    np.testing.assert_array_equal(fixed, np.array([[1, 2], [np.nan, np.nan]], np.float32))
+    assert vector_scale(np.full((2, 3), np.nan, np.float32)) == 1
+    arch = VectorArch((VectorFeature("a", 2, scale=2.0), VectorFeature("b", 1)), dim=3, copies=2)
+    x_BV = torch.tensor([[2.0, 4.0, 5.0], [torch.nan, torch.nan, 1.0]])
+    with torch.no_grad():
+        arch.missing[0].fill_(7.0)
+        y_KBH = arch(x_BV)
+    assert y_KBH.shape == (2, 2, 6)
+    for k in range(2):
+        assert_close(y_KBH[k, 0, :3], torch.tensor([1.0, 2.0]) @ arch.weight[0][k])
+        assert_close(y_KBH[k, 0, 3:], 5 * arch.weight[1][k, 0])
+        assert_close(y_KBH[k, 1, :3], torch.full((3,), 7.0))
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [((["a"],), "'title' of the training table holds lists of string, not of numbers"),
+     ((1.5,), "'title' of the training table holds values of type double, not lists of numbers"),
+     (("1 2",), "holds values of type string, not lists of numbers: a vector is a list, which"),
+     (([1.0, 2.0], [1.0]), "the vector in row 1 has 1 numbers, and must have 2, as the others have"),
+     (([1.0, None],), "the vector in row 0 holds a number that is missing or not finite"),
+     (([1.0], [np.inf]), "the vector in row 1 holds a number that is missing or not finite"),
+     (([],), "lists of null, not of numbers")],
+)  # fmt: skip
+def test_what_is_no_vector_is_refused(values, match):
+    refused(re.escape(match), lambda: to_vectors(column(*values), "title"))
+    if values == ("1 2",):  # repeated text is refused by its own type
+        refused(re.escape(match), lambda: to_vectors([("a", column(*values)[0][1].dictionary_encode())], "title"))
+
+
+def vectors_table(tmp_path):
+    """The label is the sign of one direction of the vector; every tenth row has none."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(300, 4)).astype(np.float32)
+    rows = {
+        "image": [None if i % 10 == 0 else v.tolist() for i, v in enumerate(vectors)],
+        "shop": [f"shop{i % 3}" for i in range(300)],
+        "bought": (vectors @ np.array([1.0, -1.0, 0.5, 0.0]) > 0).astype(int),
+        "seen": rng.integers(0, 2, 300),
+    }
+    pq.write_table(pa.table(rows), tmp_path / "table.parquet")
+    tasks = {"bought": TaskConfig("bought"), "seen": TaskConfig("seen")}
+    config = TableConfig(("shop",), vectors=("image",), tasks=tasks, split=SplitConfig(val=0.2, test=0.2))
+    return TableData("table", str(tmp_path), str(tmp_path / "cache"), train_file="table.parquet", table=config)
+
+
+def test_networks_and_estimators_read_vectors_and_predictions_need_the_same_length(tmp_path):
+    data = vectors_table(tmp_path)
+    assert data.features.vectors[0].size == 4
+    batch = data.rows("test")[:]
+    assert batch.vector_BV.shape == (60, 4)
+    for options in ({}, {"interaction": InteractionConfig("dot")}, {"shared": SingleTask()}):
+        model = MultiTaskRecommender(data.features, **options).eval()
+        before = model(batch)
+        assert before.shape == (60, 2)
+        moved = model(type(batch)(**{**vars(batch), "vector_BV": batch.vector_BV + 1}))
+        is_there = ~batch.vector_BV[:, 0].isnan()
+        assert ((before != moved).any(1) == is_there).all()  # a missing vector is the same whatever is added
+    for estimator in (HistGradientBoostingUntuned(), LogisticRegression()):
+        estimator.fit(data, 0)
+        assert estimator.evaluate(data, "test")["auc_bought"] > 0.85
+    data = vectors_table(tmp_path)
+    model = MultiTaskRecommender(data.features)
+    quiet_trainer(tmp_path, max_steps=1).fit(model, data)
+    shops = ["shop0", "shop1"]
+    by_array = model.predict({"image": np.ones((2, 4), np.float32), "shop": shops})
+    by_lists = model.predict({"image": [[1.0] * 4] * 2, "shop": shops})
+    assert_close(by_array["probability_bought"], by_lists["probability_bought"])
+    with pytest.raises(ValueError, match=r"the rows to predict: the vector in row 0 has 3 numbers, and must have 4"):
+        model.predict({"image": np.ones((2, 3)), "shop": shops})

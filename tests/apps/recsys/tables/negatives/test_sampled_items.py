@@ -1,7 +1,5 @@
 """Items drawn as negatives for tables of positives alone: which they are, what they bring, and what is learned."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import pickle
@@ -11,13 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from own_table import by_row
+from quiet_trainer import quiet_trainer
+from refusals import refused
 from torch.testing import assert_close
 
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
+from apps.recsys.tables.negatives.draws import ItemDraws
 from apps.recsys.tables.negatives.sampled_items import DrawnRows
 from apps.recsys.tables.negatives.sampled_rows import SampledPlan
 from apps.recsys.tables.report.report import RecommenderReportConfig
@@ -45,14 +45,9 @@ COLUMNS = {
 MOVES = ("price", "kind", "tags", "image")
 RULE = {"kind": "items", "column": "item", "per_positive": 3, "item_features": MOVES, "eval_per_positive": 2}
 TABLE = TableConfig(
-    ("user", "item", "kind"),
-    ("tags",),
-    ("hour", "price"),
-    domain="shop",
-    user="user",
-    vectors=("image",),
+    ("user", "item", "kind"), ("tags",), ("hour", "price"), domain="shop", user="user", vectors=("image",),
     split=SplitConfig("given"),
-)
+)  # fmt: skip
 
 
 def data_of(tmp_path, table=TABLE, columns=COLUMNS, rule=RULE, **options):
@@ -179,11 +174,10 @@ def test_what_a_user_has_is_never_drawn(tmp_path):
     val = [(USER[row], own[0]) for row, own, *_, y in rows_of(data, [data.examples("val")[:]]) if not y[0]]
     assert val[:2] == [("ann", "fig")] * 2
     assert {user for user, _ in val[2:]} == {"zoe"}
-    with pytest.raises(ValueError, match="exclude_seen=True: the user of row 10 has all 4 items of column 'item'"):
-        data.examples("test")
+    refused("exclude_seen=True: the user of row 10 has all 4 items of column 'item'", lambda: data.examples("test"))
 
 
-def test_evaluation_draws_once_and_alike_for_all(tmp_path):
+def test_evaluation_draws_once_and_its_metrics_are_of_the_drawn_rows(tmp_path):
     first = data_of(tmp_path)
     rule = {**RULE, "per_positive": 1, "distribution": "frequency"}
     second = data_of(tmp_path, rule=rule, seed=5, batch_size=3)
@@ -192,8 +186,7 @@ def test_evaluation_draws_once_and_alike_for_all(tmp_path):
         assert repr(rows_of(first, [batch])) == repr(rows_of(second, [other]))
         begin = {"val": 8, "test": 10}[split]
         assert batch.index_B.tolist() == [begin] * 3 + [begin + 1] * 3
-        assert batch.label_Bt[:, 0].tolist() == [1, 0, 0] * 2
-        assert (batch.weight_Bt, other.weight_Bt) == (None, None)
+        assert (batch.label_Bt[:, 0].tolist(), batch.weight_Bt, other.weight_Bt) == ([1, 0, 0] * 2, None, None)
         # 2 of the 3 others are drawn; of all 4 where training lacks the row's item, the nut of row 11.
         left = [3, 4] if split == "test" else [3, 3]
         assert_close(batch.offset_Bt[:, 0], torch.tensor([math.log(n / 2) for n in left]).repeat_interleave(3))
@@ -201,9 +194,6 @@ def test_evaluation_draws_once_and_alike_for_all(tmp_path):
     assert train.label_Nt[:, 0].tolist() == [1, 0, 0] * 8
     batch, _ = (data_of(tmp_path, rule={**RULE, "correct": False}).examples(s)[:1] for s in ("val", "test"))
     assert batch.offset_Bt is None
-
-
-def test_metrics_are_of_the_drawn_rows_and_predictions_of_the_full_table(tmp_path):
     data = data_of(tmp_path)
     model = MultiTaskRecommender(data.features)
     (batch,) = data.val_dataloader()
@@ -216,7 +206,7 @@ def test_metrics_are_of_the_drawn_rows_and_predictions_of_the_full_table(tmp_pat
     assert (own.index_B.tolist(), own.label_Bt[:, 0].tolist(), own.offset_Bt) == ([10, 11], [1, 1], None)
 
 
-def test_tasks_of_positives_and_missing_labels(tmp_path):
+def test_tasks_of_positives_have_weights_and_missing_labels(tmp_path):
     columns = {**COLUMNS, "click": [1] * 12, "buy": [1, None] * 6}
     config = {"click": TaskConfig("click"), "buy": TaskConfig("buy")}
     table = TableConfig(("item",), tasks=config, weight="hour", split=SplitConfig("given"))
@@ -232,9 +222,13 @@ def test_tasks_of_positives_and_missing_labels(tmp_path):
         # The weights 0 to 7 have the mean 3.5 in clicks; a drawn row counts 3/4 as much, or 1 - 1/4.
         weights = batch.weight_Bt[of_row, 0].sort(descending=True).values
         assert_close(weights, row / 3.5 * torch.tensor([1.0, 0.75, 0.75]))
+    # 12 in all over 8 training rows, divided by their mean 3/2.
+    weight = [1.0, 2.0] * 6
+    data = data_of(tmp_path, dataclasses.replace(TABLE, weight="weight"), {**COLUMNS, "weight": weight})
+    assert_close(data.opened["weight"][:4, 0], torch.tensor([2 / 3, 4 / 3, 2 / 3, 4 / 3]))
 
 
-def test_rows_without_an_item_do_not_train(tmp_path, caplog):
+def test_rows_without_an_item_do_not_train_and_a_column_that_stays_is_named(tmp_path, caplog):
     caplog.set_level("INFO")
     columns = {**COLUMNS, "item": [None, *ITEM[1:]]}
     data = data_of(tmp_path, columns=columns)
@@ -249,9 +243,9 @@ def test_rows_without_an_item_do_not_train(tmp_path, caplog):
     assert "item_features" not in caplog.text
     batches = epoch_of(data.train_dataloader())
     assert sorted({int(row) for batch in batches for row in batch.index_B}) == [*range(1, 8)]
-
-
-def test_a_column_that_stays_with_the_positive_is_named(tmp_path, caplog):
+    # A column that stays with the positive is named.
+    caplog.clear()
+    caplog.set_level("WARNING")
     data_of(tmp_path, rule={**RULE, "item_features": ["tags", "image"]}).setup("fit")
     lines = [record.getMessage() for record in caplog.records]
     assert [line.partition(" has one value for each item and is not in")[0] for line in lines] == [
@@ -282,8 +276,7 @@ def test_the_domain_and_the_parts_of_a_time_move_too(tmp_path):
 def test_a_model_is_trained_tested_and_reported(tmp_path):
     data = data_of(tmp_path)
     model = MultiTaskRecommender(data.features, report=RecommenderReportConfig(pictures=False))
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = Trainer(max_epochs=1, enable_model_summary=False, default_root_dir=tmp_path, **options)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
     trainer.fit(model, data)
     assert 0 <= trainer.callback_metrics["val/auc_positive"] <= 1
     (metrics,) = trainer.test(model, data, verbose=False)
@@ -301,58 +294,30 @@ REFUSED = [
     ({"column": "tags", "item_features": []}, {}, "negatives.column='tags' is not one of user, item, kind"),
     ({"column": None}, {}, "negatives.kind='items' needs negatives.column, the column of the items to draw"),
     ({"per_positive": 0.5}, {}, "negatives.per_positive=0.5 must be an integer of at least 1 with kind 'items'"),
-    ({"per_positive": 0}, {}, "negatives.per_positive=0 is not above 0"),
-    ({"per_positive": math.inf}, {}, "negatives.per_positive=inf is not finite"),
-    ({"eval_per_positive": 0}, {}, "negatives.eval_per_positive=0 is not at least 1"),
-    ({"distribution": "even"}, {}, "negatives.distribution='even' is not one of uniform, frequency"),
-    ({"kind": "item"}, {}, "negatives.kind='item' is not one of rows, items; did you mean 'items'"),
     ({"kind": "rows"}, {}, "negatives.column='item' is for kind 'items', not 'rows'"),
     ({"item_features": ["item"]}, {}, "negatives.item_features names 'item', which is negatives.column itself"),
     ({"item_features": ["prize"]}, {}, "negatives.item_features='prize' is not one of .*; did you mean 'price'"),
-    (
-        {"item_features": ["hour"]},
-        {},
-        "names 'hour', which must have one value for each item, but the item 'tea' has 0 in row 0 and 2 in row 2",
-    ),
-    (
-        {},
-        {"columns": {**COLUMNS, "kind": ["drink", *COLUMNS["kind"][1:4], None, *COLUMNS["kind"][5:]]}},
-        "but the item 'tea' has 'drink' in row 0 and no known value in row 4",
-    ),
-    (
-        {},
-        {"columns": {**COLUMNS, "tags": [*COLUMNS["tags"][:6], ["x"], *COLUMNS["tags"][7:]]}},
-        r"but the item 'tea' has \['x', 'y'\] in row 0 and \['x'\] in row 6",
-    ),
+    ({"item_features": ["hour"]}, {},
+     "names 'hour', which must have one value for each item, but the item 'tea' has 0 in row 0 and 2 in row 2"),
+    ({}, {"columns": {**COLUMNS, "kind": ["drink", *COLUMNS["kind"][1:4], None, *COLUMNS["kind"][5:]]}},
+     "but the item 'tea' has 'drink' in row 0 and no known value in row 4"),
+    ({}, {"columns": {**COLUMNS, "tags": [*COLUMNS["tags"][:6], ["x"], *COLUMNS["tags"][7:]]}},
+     r"but the item 'tea' has \['x', 'y'\] in row 0 and \['x'\] in row 6"),
     ({"item_features": ["shop"]}, {}, "but the item 'tea' has 'de' in row 0 and 'fr' in row 4"),
-    (
-        {},
-        {"columns": {**COLUMNS, "item": ["tea"] * 12}},
-        "negatives.column='item' has 1 of the values that the model knows in the training rows: there must be two",
-    ),
+    ({}, {"columns": {**COLUMNS, "item": ["tea"] * 12}},
+     "negatives.column='item' has 1 of the values that the model knows in the training rows: there must be two"),
     ({"exclude_seen": True}, {"user": None}, "negatives.exclude_seen=True needs table.user"),
     ({}, {"hash_rows": {"item": 9}}, "negatives.column='item' is in hash_rows: each item must have a row of its own"),
-    (
-        {},
-        {"tasks": {"click": TaskConfig("hour", at_least=3)}},
-        "is for tables of positives alone, and task 'click' is 0 in row 0: leave such rows out, or take kind 'rows'",
-    ),
-    (
-        {},
-        {"tasks": {"click": TaskConfig("hour", at_least=0), "price": TaskConfig("hour", kind="regression")}},
-        "negatives.kind='items' needs tasks of yes and no, and task 'price' is of kind 'regression'",
-    ),
-    (
-        {"task": "buy"},
-        {"tasks": {"click": TaskConfig("hour", at_least=0)}},
-        "negatives.task='buy' names the task of a table without one, and this has click",
-    ),
-    (
-        {"item_features": ["last"]},
-        {"columns": {**COLUMNS, "last": [[]] * 12}, "sequences": {"last": {"items": "item"}}},
-        "negatives.item_features names 'last', a sequence",
-    ),
-]
+    ({}, {"tasks": {"click": TaskConfig("hour", at_least=3)}},
+     "is for tables of positives alone, and task 'click' is 0 in row 0: leave such rows out, or take kind 'rows'"),
+    ({}, {"tasks": {"click": TaskConfig("hour", at_least=0), "price": TaskConfig("hour", kind="regression")}},
+     "negatives.kind='items' needs tasks of yes and no, and task 'price' is of kind 'regression'"),
+    ({"task": "buy"}, {"tasks": {"click": TaskConfig("hour", at_least=0)}},
+     "negatives.task='buy' names the task of a table without one, and this has click"),
+    ({"item_features": ["last"]},
+     {"columns": {**COLUMNS, "last": [[]] * 12}, "sequences": {"last": {"items": "item"}}},
+     "negatives.item_features names 'last', a sequence"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rule", "changes", "match"), REFUSED)
@@ -367,8 +332,23 @@ def test_refused(tmp_path, rule, changes, match):
     assert "\n" not in str(raised.value)
 
 
-def test_rows_without_a_task_may_have_weights(tmp_path):
-    # 12 in all over 8 training rows, divided by their mean 3/2.
-    weight = [1.0, 2.0] * 6
-    data = data_of(tmp_path, dataclasses.replace(TABLE, weight="weight"), {**COLUMNS, "weight": weight})
-    assert_close(data.opened["weight"][:4, 0], torch.tensor([2 / 3, 4 / 3, 2 / 3, 4 / 3]))
+def test_draws_are_places_on_the_line_of_what_is_left():
+    # Weights 2, 0, 1, 3: the line is 0 0 2 3 3 3. Key 0 excludes item 0, key 1 items 1 and 2, key 2 none.
+    draws = ItemDraws(torch.tensor([2, 0, 1, 3]), torch.tensor([1, 0, 1, 1]), torch.tensor([2, 0, 1, 2]), 3)
+    assert (draws.total, draws.left_K.tolist()) == (6, [4, 5, 6])
+    uniform_3n = torch.tensor([[0.0, 0.24, 0.26, 0.99], [0.0, 0.39, 0.41, 0.99], [0.0, 0.34, 0.49, 0.51]]).double()
+    assert draws.items(uniform_3n, torch.arange(3)).tolist() == [[2, 2, 3, 3], [0, 0, 3, 3], [0, 2, 2, 3]]
+    generator = torch.Generator().manual_seed(0)
+    weight_I = torch.randint(0, 5, (30,), generator=generator)
+    key_M, item_M = torch.randint(0, 8, (90,), generator=generator), torch.randint(0, 30, (90,), generator=generator)
+    draws = ItemDraws(weight_I, key_M, item_M, 9)  # key 8 excludes nothing
+    key_N = torch.randint(0, 9, (200,), generator=generator)
+    uniform_Nn = torch.rand(200, 5, dtype=torch.float64, generator=generator)
+    uniform_Nn[0] = torch.tensor([0.0, 0.5, 1 - 2**-53, 1 - 2**-53, 0.0])
+    excluded = [{int(i) for k, i in zip(key_M, item_M, strict=True) if k == key} for key in range(9)]
+    expected = []
+    for key, row in zip(key_N.tolist(), uniform_Nn.tolist(), strict=True):
+        line = [i for i, weight in enumerate(weight_I.tolist()) if i not in excluded[key] for _ in range(weight)]
+        assert int(draws.left_K[key]) == len(line)
+        expected.append([line[min(int(u * len(line)), len(line) - 1)] for u in row])  # a product may round up
+    assert draws.items(uniform_Nn, key_N).tolist() == expected

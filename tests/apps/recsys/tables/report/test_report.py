@@ -1,25 +1,28 @@
-"""The report of a test: what gates and experts do, read from models whose answer is known, and the files it writes."""
-
-from __future__ import annotations
+"""The report of a test: gates, experts and columns of models whose answer is known, and the files it writes."""
 
 import csv
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from made_table import MadeTable, batch, features
+from made_table import MadeTable, batch, features, rows_of
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
 
 import core
 from apps.recsys.binary_metrics import calibration
-from apps.recsys.encoding.features import CategoricalFeature
+from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features, VectorFeature
+from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.kinds import Outputs
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables.encode import checks
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.report import gating
 from apps.recsys.tables.report.gating import Gate, GateReader, dependence, expert_use
+from apps.recsys.tables.report.importance import columns_of, shuffled, shuffled_importances
 from apps.recsys.tables.report.report import (
     RecommenderReport,
     RecommenderReportConfig,
@@ -28,9 +31,11 @@ from apps.recsys.tables.report.report import (
     write_parts,
 )
 from apps.recsys.tables.rows.arrays import join
+from apps.recsys.tables.rows.batch import TableBatch
 from apps.report.page import load_sections
 
 MLP = core.MLP((4,))
+PICTURES = ("calibration", "gates_by_task", "gates_by_value", "utilization", "polarization")
 
 
 def recommender(shared: object, **options: object) -> MultiTaskRecommender:
@@ -46,10 +51,7 @@ def read(module: MultiTaskRecommender, *batches) -> GateReader:
     return reader
 
 
-# ---- reading
-
-
-def test_the_gates_of_mmoe_are_read_over_batches():
+def test_gates_are_read_over_batches_and_have_their_names():
     module = recommender(core.MMoE(3, MLP))
     first, second = batch(6), batch(5, seed=1)
     gates = read(module, first, second).gates()
@@ -59,18 +61,12 @@ def test_the_gates_of_mmoe_are_read_over_batches():
         module(first)
     np.testing.assert_allclose(gates[1].weights_NE[:6], tape.entries[1].routing.gates_BtE[:, 1].numpy())
     np.testing.assert_allclose(gates[1].weights_NE.sum(1), np.ones(11), atol=1e-6)
-
-
-def test_the_gates_of_home_are_those_of_categories_and_tasks():
     reader = read(recommender(core.HoME(1, MLP, categories=(0, 1))), batch())
     gates = reader.gates()
     assert [g.name for g in gates] == [
-        "level 0: category 0",
-        "level 0: category 1",
-        "level 0: shared representation",
-        "level 1: click",
+        "level 0: category 0", "level 0: category 1", "level 0: shared representation", "level 1: click",
         "level 1: buy",
-    ]
+    ]  # fmt: skip
     assert gates[4].expert_labels == ("shared 0", "category 1 0", "buy 0")
     zeros = reader.zero_share()
     assert list(zeros["level 0"]) == ["shared0", "category0.0", "category-self0.0", "category1.0", "category-self1.0"]
@@ -78,69 +74,10 @@ def test_the_gates_of_home_are_those_of_categories_and_tasks():
         *("shared0", "category0.0", "task0.0", "self0.0"),
         *("category1.0", "task1.0", "self1.0"),
     ]
-
-
-def test_the_experts_of_star_are_the_domains():
     module = MultiTaskRecommender(features(num_domains=3), shared=core.STAR(expert=MLP)).eval()
     (gate,) = (reader := read(module, batch(num_domains=3))).gates()
     assert (gate.label, gate.expert_labels) == ("all tasks", ("domain 0", "domain 1", "domain 2"))
-    assert gate.entropy == 0
-    assert list(reader.zero_share()[""]) == ["domain0", "domain1", "domain2"]
-
-
-def test_reading_leaves_nothing_behind():
-    module = recommender(core.CGC(2, MLP, num_task_experts=1))
-    layer = next(iter(core.moe_layers(module).values()))
-    read(module, batch())
-    assert "each" not in vars(layer.experts)
-    assert not layer.experts._forward_hooks
-    assert not layer._tapes
-    with pytest.raises(RuntimeError, match="stop"), GateReader(module).reading():
-        raise RuntimeError("stop")
-    assert "each" not in vars(layer.experts)
-
-
-@pytest.mark.parametrize(
-    "shared, names",
-    [
-        (core.MMoE(3, MLP), ["shared0", "shared1", "shared2"]),
-        (core.CGC(2, MLP, num_task_experts=1), ["shared0", "shared1", "task0.0", "task1.0"]),
-        (core.CGC(1, MLP, num_task_experts=1, self_gate=1), ["shared0", "task0.0", "self0.0", "task1.0", "self1.0"]),
-        (core.CGC(1, MLP, num_task_experts=(0, 2)), ["shared0", "task1.0", "task1.1"]),
-        (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3)), ["0", "1", "2"]),
-        (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3), selection="shared"), ["shared0", "shared1", "shared2"]),
-    ],
-    ids=["mmoe", "cgc", "self_gate", "uneven", "sparse", "selected"],
-)
-def test_a_dead_expert_is_found_whichever_it_is(shared, names):
-    for dead, name in enumerate(names):
-        module = recommender(shared)
-        layer = next(iter(core.moe_layers(module).values()))
-        with torch.no_grad():
-            layer.experts.w_0[dead] = 0.0
-            layer.experts.b_0[dead] = -1.0  # relu(-1) = 0
-        reader = read(module, batch())
-        use = {u.name: u for u in expert_use(reader.gates(), reader.zero_share())}
-        assert set(use) == set(names)
-        assert use[name].zero_share == 1.0
-        assert "collapsed" in use[name].problem
-        assert all(u.zero_share < 1 for u in use.values() if u.name != name)
-
-
-def test_the_zero_share_is_that_of_the_outputs():
-    module = recommender(core.MMoE(2, MLP))
-    layer = next(iter(core.moe_layers(module).values()))
-    seen = []
-    hook = module.model.shared.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    shares = read(module, batch(6), batch(9, seed=1)).zero_share()[""]
-    hook.remove()
-    x = torch.cat(seen)
-    for e in range(2):
-        y = (x @ layer.experts.w_0[e] + layer.experts.b_0[e]).relu()
-        assert shares[f"shared{e}"] == pytest.approx(float((y == 0).double().mean()))
-
-
-def test_levels_and_members_have_names():
+    assert (gate.entropy, list(reader.zero_share()[""])) == (0, ["domain0", "domain1", "domain2"])
     gates = read(recommender(core.PLE(2, MLP, num_task_experts=1)), batch()).gates()
     assert [(g.block, g.label) for g in gates] == [
         ("level 0", "click"),
@@ -157,7 +94,50 @@ def test_levels_and_members_have_names():
     assert names == ["shared 3", "buy 0", "click self 1", "domain 0", "17"]
 
 
-# ---- judging
+@pytest.mark.parametrize(
+    "shared, names",
+    [(core.MMoE(3, MLP), ["shared0", "shared1", "shared2"]),
+     (core.CGC(2, MLP, num_task_experts=1), ["shared0", "shared1", "task0.0", "task1.0"]),
+     (core.CGC(1, MLP, num_task_experts=1, self_gate=1), ["shared0", "task0.0", "self0.0", "task1.0", "self1.0"]),
+     (core.CGC(1, MLP, num_task_experts=(0, 2)), ["shared0", "task1.0", "task1.1"]),
+     (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3)), ["0", "1", "2"]),
+     (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3), selection="shared"), ["shared0", "shared1", "shared2"])],
+    ids=["mmoe", "cgc", "self_gate", "uneven", "sparse", "selected"],
+)  # fmt: skip
+def test_a_dead_expert_is_found_whichever_it_is(shared, names):
+    for dead, name in enumerate(names):
+        module = recommender(shared)
+        layer = next(iter(core.moe_layers(module).values()))
+        with torch.no_grad():
+            layer.experts.w_0[dead] = 0.0
+            layer.experts.b_0[dead] = -1.0  # relu(-1) = 0
+        reader = read(module, batch())
+        use = {u.name: u for u in expert_use(reader.gates(), reader.zero_share())}
+        assert (set(use), use[name].zero_share) == (set(names), 1.0)
+        assert "collapsed" in use[name].problem
+        assert all(u.zero_share < 1 for u in use.values() if u.name != name)
+
+
+def test_the_zero_share_is_that_of_the_outputs_and_reading_leaves_nothing_behind():
+    module = recommender(core.MMoE(2, MLP))
+    layer = next(iter(core.moe_layers(module).values()))
+    seen = []
+    hook = module.model.shared.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    shares = read(module, batch(6), batch(9, seed=1)).zero_share()[""]
+    hook.remove()
+    x = torch.cat(seen)
+    for e in range(2):
+        y = (x @ layer.experts.w_0[e] + layer.experts.b_0[e]).relu()
+        assert shares[f"shared{e}"] == pytest.approx(float((y == 0).double().mean()))
+    module = recommender(core.CGC(2, MLP, num_task_experts=1))
+    layer = next(iter(core.moe_layers(module).values()))
+    read(module, batch())
+    assert "each" not in vars(layer.experts)
+    assert not layer.experts._forward_hooks
+    assert not layer._tapes
+    with pytest.raises(RuntimeError, match="stop"), GateReader(module).reading():
+        raise RuntimeError("stop")
+    assert "each" not in vars(layer.experts)
 
 
 def gate(task: int | None, experts: tuple[str, ...], *rows: tuple[float, ...]) -> Gate:
@@ -165,7 +145,7 @@ def gate(task: int | None, experts: tuple[str, ...], *rows: tuple[float, ...]) -
     return Gate("", end, task, experts, np.array(rows, dtype=np.float32), features().tasks)
 
 
-def test_entropies_by_hand():
+def test_entropies_and_polarization_by_hand():
     # One expert an example, each expert for one example: 0, and of the mean (1/2, 1/2) log 2 / log 2 = 1.
     sure = gate(0, ("shared0", "shared1"), (1.0, 0.0), (0.0, 1.0))
     assert (sure.entropy, sure.mean_entropy) == (0.0, pytest.approx(1.0))
@@ -173,18 +153,13 @@ def test_entropies_by_hand():
     assert (even.entropy, even.mean_entropy) == (pytest.approx(1.0), pytest.approx(1.0))
     # 1/4, 3/4: (log 4 / 4 + 3/4 log(4/3)) / log 2 = 0.8113
     assert gate(0, ("a", "b"), (0.25, 0.75)).entropy == pytest.approx(0.8113, abs=1e-4)
-
-
-def test_polarization_by_hand():
     click = gate(0, ("shared0", "shared1", "shared2", "task0.0"), (0.495, 0.27, 0.005, 0.23))
     buy = gate(1, ("shared0", "shared1", "shared2", "task1.0"), (0.02, 0.94, 0.0, 0.04))
     zeros = {"": {"shared0": 0.2, "shared1": 0.95, "shared2": 0.1, "task0.0": 0.3, "task1.0": 0.3}}
     by_name = {u.name: u for u in expert_use([click, buy], zeros)}
     # 0.495 of 0.515 is 96 %: taken. 0.94 of 1.21 is 78 %. 0.005 and 0, of an even share of 1/4: at most 1 % and 2 %.
-    assert by_name["shared0"].problem == "taken by click"
-    assert by_name["shared1"].problem == "collapsed"
-    assert by_name["shared2"].problem == "taken by click"
-    assert by_name["task0.0"].problem == ""
+    assert (by_name["shared0"].problem, by_name["shared1"].problem) == ("taken by click", "collapsed")
+    assert (by_name["shared2"].problem, by_name["task0.0"].problem) == ("taken by click", "")
     assert by_name["task1.0"].problem == "passed by"
     assert by_name["task1.0"].weights["click"] != by_name["task1.0"].weights["click"]  # NaN: it is not reached
     idle = gate(0, ("shared0", "shared1"), (0.996, 0.004))
@@ -208,7 +183,7 @@ def test_dependence_is_the_correlation_ratio():
     assert alike == {}
 
 
-def test_numbers_are_cut_at_quantiles():
+def test_numbers_are_cut_at_quantiles_and_the_domain_has_a_name_of_its_own():
     arrays = join([batch(8)], features())
     columns = {name: (codes, words) for name, codes, words in gating.coded_columns(arrays)}
     assert list(columns) == ["city", "age"]  # tags have several values, flat has one
@@ -219,16 +194,10 @@ def test_numbers_are_cut_at_quantiles():
         next(w for w, edge in zip(words, (20, 30, 50, np.inf), strict=False) if age <= edge)
         for age in arrays.dense_NC[2:4, 0]
     ]
-
-
-def test_the_domain_has_a_name_that_no_column_has():
     assert gating.domain_column(features(num_domains=2)) == "domain"
     named = dataclasses.replace(features(num_domains=2), categorical=(CategoricalFeature("domain", 5),))
     assert gating.domain_column(named) == "(domain)"
     assert "(domain)" in gating.coded_names(named)
-
-
-# ---- pictures
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.4])
@@ -254,31 +223,22 @@ def test_polarization_has_the_outputs_where_they_are_seen():
     assert (zeros.series, zeros.line) == ({"zero": (95, 0)}, 90)
 
 
-# ---- the whole
-
-
 def run(module: MultiTaskRecommender, tmp_path, data=None) -> Trainer:
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", default_root_dir=str(tmp_path), enable_model_summary=False, **options)
+    trainer = quiet_trainer(tmp_path)
     trainer.test(module, datamodule=data or MadeTable(), verbose=False)
     return trainer
 
 
 @pytest.mark.parametrize(
     "shared",
-    [
-        core.MMoE(3, MLP),
-        core.PLE(2, MLP, num_task_experts=1),
-        core.MMoE(40, MLP, router=core.TokenChoice(top_k=2)),
-        core.MMoE(4, MLP, router=core.TokenChoice(top_k=2), selection="shared"),
-        core.OMoE(2, MLP),
-        core.SMES(8, MLP, 2, 1),
-        core.RankMixer(3, router=core.TokenChoice(2), num_tokens=2, token_dim=4, depth=1),
-    ],
+    [core.MMoE(3, MLP), core.PLE(2, MLP, num_task_experts=1), core.MMoE(40, MLP, router=core.TokenChoice(top_k=2)),
+     core.MMoE(4, MLP, router=core.TokenChoice(top_k=2), selection="shared"), core.OMoE(2, MLP),
+     core.SMES(8, MLP, 2, 1), core.RankMixer(3, router=core.TokenChoice(2), num_tokens=2, token_dim=4, depth=1)],
     ids=["mmoe", "ple", "sparse", "selected", "omoe", "smes", "rank mixer"],
-)
+)  # fmt: skip
 def test_a_test_writes_its_report(shared, tmp_path, capsys):
-    module = recommender(shared)
+    pictures = shared.num_experts == 3 and isinstance(shared, core.MMoE)
+    module = recommender(shared, report=RecommenderReportConfig(pictures=pictures))
     logged = run(module, tmp_path).callback_metrics
     shown = repr(load_sections(tmp_path / "report"))
     for words in (
@@ -294,7 +254,7 @@ def test_a_test_writes_its_report(shared, tmp_path, capsys):
     report = tmp_path / "report"
     assert {p.name for p in report.iterdir()} == {
         *("tasks.csv", "gates.csv", "experts.csv", "dependence.csv", "sections.json"),
-        *("calibration.png", "gates_by_task.png", "gates_by_value.png", "utilization.png", "polarization.png"),
+        *(f"{name}.png" for name in PICTURES if pictures),
     }
     with open(report / "tasks.csv") as file:
         rows = {row["task"]: row for row in csv.DictReader(file)}
@@ -333,10 +293,7 @@ def test_options_of_the_report(tmp_path, capsys):
 def test_the_metrics_of_an_untrained_network_are_not_reported(steps, reports, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(checks, "suspicious_metrics", lambda by_task, split: seen.append(split) or [])
-    trainer = Trainer(
-        accelerator="cpu", max_steps=steps, num_sanity_val_steps=1, default_root_dir=str(tmp_path), logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(tmp_path, max_steps=steps, num_sanity_val_steps=1)
     # An epoch has 4 steps and a validation at its end; another one came before the first step.
     trainer.fit(recommender(core.MMoE(3, MLP)).train(), datamodule=MadeTable(steps=4))
     assert seen == ["val"] * reports
@@ -376,3 +333,64 @@ def test_cold_users_have_lines_of_their_own(tmp_path):
             ("warm", "4", "0.75"),
             ("cold_user", "3", "1.0"),
         ]
+
+
+class Known:
+    """Predicts both tasks by its column "right" and reads no other."""
+
+    features = Features(
+        continuous=tuple(map(ContinuousFeature, ("right", "noise"))),
+        tasks=("click", "none"),
+        positives=(0.5, 0.5),
+    )
+    outputs = Outputs(features.target_of_task)
+    device = torch.device("cpu")
+
+    def task_loss(self, batch):
+        z_B = batch.dense_BC[:, 0]
+        return SimpleNamespace(outputs=torch.stack((z_B, z_B), 1), targets=batch.label_Bt)
+
+
+def test_what_decides_is_worth_all_and_noise_nothing():
+    # 1,000 rows whose label is whether "right" is positive: AUC 1, and 0.5 once shuffled. The AUC of two random orders
+    # of 500 and 500 has a standard deviation of sqrt(1001 / 12 / 500 / 500) = 0.018, its mean over 5 shuffles 0.008.
+    right = torch.linspace(-1, 1, 1000)
+    dense = torch.stack((right, torch.rand(1000)), 1)
+    label = torch.stack(((right > 0).float(), torch.ones(1000)), 1)  # one class has no AUC
+    rows = TableBatch(dense, torch.zeros(0, 1000, dtype=torch.int32), label, torch.arange(1000))
+    found = shuffled_importances(Known(), rows, columns_of(Encoding(Known.features)))
+    assert [(one.column, one.task, one.metric, one.rows) for one in found] == [
+        ("right", "click", "auc", 1000),
+        ("noise", "click", "auc", 1000),
+    ]
+    assert found[0].importance == pytest.approx(0.5, abs=4 * 0.008)
+    assert 0 < found[0].ci95 < 0.1
+    assert (found[1].importance, found[1].ci95) == (0, 0)
+
+
+def test_the_parts_of_a_time_and_vectors_are_columns_of_the_table():
+    own, rows = features(num_domains=2), batch(6, num_domains=2)
+    order = torch.tensor([1, 2, 3, 4, 5, 0])
+    for column in ("city", "film.tags"):
+        new = shuffled(rows, own, {column}, order)
+        for name in ("city", "film.tags"):
+            before = rows_of(rows, own, name)
+            assert rows_of(new, own, name) == ([*before[1:], before[0]] if name == column else before)
+        assert new.dense_BC.equal(rows.dense_BC) or rows.dense_BC.isnan().any()
+        assert new.domain_B.equal(rows.domain_B)
+    new = shuffled(rows, own, {"age"}, order)
+    assert new.dense_BC[0, 0].isinf(), "row 1's"
+    assert new.dense_BC[5, 0].isnan(), "row 0's"
+    assert rows_of(new, own, "film.tags") == rows_of(rows, own, "film.tags")
+    assert shuffled(rows, own, {""}, order).domain_B.tolist() == rows.domain_B[order].tolist()
+    own = Features(vectors=(VectorFeature("a", 1), VectorFeature("b", 2)))
+    vectors = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    rows = TableBatch(
+        torch.zeros(2, 0), torch.zeros(0, 2, dtype=torch.int32), torch.zeros(2, 0), torch.arange(2), vector_BV=vectors
+    )
+    assert shuffled(rows, own, {"b"}, torch.tensor([1, 0])).vector_BV.tolist() == [[1, 5, 6], [4, 2, 3]]
+    hour, day = CategoricalFeature("ts_hour", 25), ContinuousFeature("ts_days")
+    own = Features(categorical=(hour, CategoricalFeature("tab", 3)), continuous=(day,), num_domains=2)
+    encoding = Encoding(own, domain="tab", timestamps={"ts": None})
+    assert columns_of(encoding) == {"ts": {"ts_hour", "ts_days"}, "tab": {"tab", ""}}
+    assert columns_of(Encoding(own)) == {"ts_hour": {"ts_hour"}, "tab": {"tab"}, "ts_days": {"ts_days"}}

@@ -1,9 +1,6 @@
 """A table's columns in plain tensors are those of the model, whatever the embeddings."""
 
-from __future__ import annotations
-
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -58,50 +55,45 @@ def both(model: MultiTaskRecommender, of: TableBatch) -> tuple[Tensor, Tensor]:
         return network(*inputs.values()), model(of)
 
 
-def test_the_inputs_by_hand():
+def test_inputs_and_examples_by_hand():
     lists = ragged([[6], [0, 5]], [[1, 4], []], [[], []])
     of = TableBatch(torch.tensor([[1.0, 3.0], [torch.nan, 3.0]]), torch.tensor([[2, 3]]), torch.zeros(2, 2),
                     torch.arange(2), vector_BV=torch.ones(2, 3), lists=lists)  # fmt: skip
     inputs = plain_inputs(of, whole_features())
     assert list(inputs) == ["dense", "categorical", "list_0", "list_1", "list_2", "vectors"]
-    assert inputs["categorical"].tolist() == [[2], [3]]
-    assert inputs["list_0"].tolist() == [[6, -1], [0, 5]]
+    assert (inputs["categorical"].tolist(), inputs["list_0"].tolist()) == ([[2], [3]], [[6, -1], [0, 5]])
     assert inputs["list_1"].tolist() == [[1, 4], [-1, -1]]
     assert inputs["list_2"].tolist() == [[-1], [-1]]  # at least one place
     assert dynamic_axes(inputs)["list_1"] == {0: "batch", 1: "length_1"}
     assert dynamic_axes(inputs)["dense"] == {0: "batch"}
+    inputs = example_inputs(dataclasses.replace(whole_features(), num_domains=3))
+    assert list(inputs) == ["dense", "categorical", "list_0", "list_1", "list_2", "vectors", "domain"]
+    assert inputs["dense"][0, 0].isnan()
+    assert (inputs["list_0"][0] == -1).all()
+    assert inputs["list_0"][2, :2].min() > 0
+    assert inputs["domain"].max() < 3
 
 
-KINDS = ("joined", "fused", "collection")
-DENSE = (DenseConfig(log1p=True), DenseConfig("quantile"), DenseConfig("piecewise_linear"),
-         DenseConfig("piecewise_linear", dim=4))  # fmt: skip
+NUMBERS = (
+    DenseConfig(log1p=True), DenseConfig("quantile"), DenseConfig("piecewise_linear"),
+    DenseConfig("piecewise_linear", dim=4),
+)  # fmt: skip
+ALONE = {"shared": SingleTask(expert=core.MLP((4,)))}
 
 
-@pytest.mark.parametrize("kind, dense", list(itertools.product(KINDS, DENSE)))
-def test_every_embedding_and_every_encoding_of_numbers(kind, dense):
-    model = recommender(features(), embedding=EmbeddingConfig(kind=kind, dim=4), dense=dense)
-    torch.testing.assert_close(*both(model, batch()))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("pooling", ["mean", "sum"])
-def test_lists_sequences_and_vectors(kind, pooling):
-    model = recommender(whole_features(), embedding=EmbeddingConfig(kind=kind, dim=4, pooling=pooling))
-    torch.testing.assert_close(*both(model, whole_batch()))
-
-
-@pytest.mark.parametrize("kind", ["joined", "collection"])
-@pytest.mark.parametrize("normalize, activation", [(False, "prelu"), (True, "dice")])
-def test_target_attention_over_padded_histories(kind, normalize, activation):
-    history = HistoryConfig("din", (5,), activation, normalize)
-    model = recommender(whole_features(), embedding=EmbeddingConfig(kind=kind, dim=4), history=history)
-    torch.testing.assert_close(*both(model, whole_batch()))
-
-
-def test_models_that_share_nothing_and_ensembles():
-    own = SingleTask(expert=core.MLP((4,)))
-    for kind, members in itertools.product(("joined", "fused"), (1, 2)):
-        model = recommender(whole_features(), own, embedding=EmbeddingConfig(kind=kind, dim=4), num_members=members)
+@pytest.mark.parametrize("kind", ["joined", "fused", "collection"])
+def test_every_embedding_and_encoding_of_numbers_lists_and_vectors(kind):
+    for dense in NUMBERS:
+        model = recommender(features(), embedding=EmbeddingConfig(kind=kind, dim=4), dense=dense)
+        torch.testing.assert_close(*both(model, batch()))
+    whole = [({}, pooling) for pooling in ("mean", "sum")]
+    if kind != "fused":  # histories of padded rows
+        whole += [({"history": HistoryConfig("din", (5,), "prelu")}, "mean")]
+        whole += [({"history": HistoryConfig("din", (5,), "dice", normalize=True)}, "mean")]
+    if kind != "collection":
+        whole += [(ALONE, "mean"), ({**ALONE, "num_members": 2}, "mean")]
+    for options, pooling in whole:
+        model = recommender(whole_features(), embedding=EmbeddingConfig(kind=kind, dim=4, pooling=pooling), **options)
         torch.testing.assert_close(*both(model, whole_batch()))
 
 
@@ -121,17 +113,8 @@ def test_a_row_that_its_table_lacks_is_the_row_of_unseen_values():
     torch.testing.assert_close(outputs(list_0=longer), outputs())
 
 
-def test_examples_have_what_real_rows_have():
-    inputs = example_inputs(dataclasses.replace(whole_features(), num_domains=3))
-    assert list(inputs) == ["dense", "categorical", "list_0", "list_1", "list_2", "vectors", "domain"]
-    assert inputs["dense"][0, 0].isnan()
-    assert (inputs["list_0"][0] == -1).all()
-    assert inputs["list_0"][2, :2].min() > 0
-    assert inputs["domain"].max() < 3
-
-
-@pytest.mark.parametrize("history", [HistoryConfig(), HistoryConfig("din", (5,), "dice", normalize=True)])
-def test_a_graph_takes_batches_and_lists_of_any_length(history):
+def test_a_graph_takes_batches_and_lists_of_any_length():
+    history = HistoryConfig("din", (5,), "dice", normalize=True)
     model = recommender(whole_features(), embedding=EmbeddingConfig(dim=4), history=history)
     examples = example_inputs(model.features)
     network = PlainTables(model.members, model.outputs, model.features, tuple(examples)).eval()

@@ -3,24 +3,15 @@
 One spawn runs every scenario of two processes; each test reads the outcome of its own.
 """
 
-from __future__ import annotations
-
-import errno
-import json
-import os
-import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import sharded_runs as runs
 import torch
 from made_once import made_once
-from places import ROOT, environment
+from refusals import refused
 from sharded_neurons import batch, layer, train_on_whole_batches
 from sharded_runs import COPIES, EXPERTS, SHARDINGS, WORLD, losses, module, train, weights
 from torch import nn
@@ -28,7 +19,6 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from two_ranks import fork
 
-from apps.cli.train import build, quiet
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.shard import sharding
@@ -59,12 +49,8 @@ def train_all(root: Path) -> None:
         train(root, f"one {name}", module(root, "fused", **options))
     for name, (shared, options) in EXPERTS.items():
         train(root, f"one {name}", module(root, "fused", shared=shared), callbacks=[runs.Norms()], **options)
-    fork(
-        runs.worker,
-        (str(root), runs.free_port()),
-        WORLD,
-        ["apps.recsys.tables.shard.strategy", "apps.recsys.tables.module"],
-    )
+    imported = ["apps.recsys.tables.shard.strategy", "apps.recsys.tables.module"]
+    fork(runs.worker, (str(root), runs.free_port()), WORLD, imported)
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +84,14 @@ def test_tables_and_experts_of_two_processes_train_as_one(folder, name, steps):
     assert_same_training(folder / f"one {name}", folder / f"two {name}")
 
 
-def test_a_run_prints_where_experts_and_tables_are(ranks):
+def test_a_run_prints_where_tables_are_and_counts_the_parameters_of_others(ranks):
     lines = ["model.shared: 2 of 4 experts on each of 2 ranks"]
     lines += ["table_city, table_shop, table_tags: row_wise on 2 processes"]
     assert [rank["printed"].splitlines() for rank in ranks] == [2 * lines, []]
+    # Rows: 7 cities (6 and the unseen), 33 shops, 6 tags, of 8 floats. Row-wise: 4 and 3, 17 and 16, 3 and 3.
+    assert [r["elsewhere row_wise"] for r in ranks] == [8 * (3 + 16 + 3), 8 * (4 + 17 + 3)]
+    assert sum(r["elsewhere table_wise"] for r in ranks) == 8 * (7 + 33 + 6)
+    assert [r["elsewhere data_parallel"] for r in ranks] == [0, 0]
 
 
 def test_rows_that_two_processes_cannot_share_evenly_repeat_the_first_in_the_last_step(folder):
@@ -115,23 +105,13 @@ def test_rows_that_two_processes_cannot_share_evenly_repeat_the_first_in_the_las
     assert abs(two[6] - one[6]) > 100 * TOLERANCE
 
 
-def test_the_data_order_and_the_optimizer_would_show(folder):
+def test_the_data_order_the_optimizer_and_columns_under_rowwise_adagrad_would_show(folder):
     # Otherwise the test above could not tell a wrong step from a right one.
     a, b = losses(folder / "one table_wise")["train/loss"], losses(folder / "one auto")["train/loss"]
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) > 100 * TOLERANCE
-
-
-def test_columns_under_rowwise_adagrad_train_otherwise(folder):
     # Each half of a row has the mean square of its own half: documented, and why "auto" does not choose it.
     first = losses(folder / "one table_wise")["train/loss"][:7]
     assert losses(folder / "columns")["train/loss"] != pytest.approx(first, abs=TOLERANCE)
-
-
-def test_the_parameters_of_other_processes_are_counted(ranks):
-    # Rows: 7 cities (6 and the unseen), 33 shops, 6 tags, of 8 floats. Row-wise: 4 and 3, 17 and 16, 3 and 3.
-    assert [r["elsewhere row_wise"] for r in ranks] == [8 * (3 + 16 + 3), 8 * (4 + 17 + 3)]
-    assert sum(r["elsewhere table_wise"] for r in ranks) == 8 * (7 + 33 + 6)
-    assert [r["elsewhere data_parallel"] for r in ranks] == [0, 0]
 
 
 def test_the_tables_of_peer_train_as_on_one_process(folder, ranks):
@@ -151,9 +131,6 @@ def test_the_tables_of_peer_train_as_on_one_process(folder, ranks):
         torch.testing.assert_close(r["output"], y, rtol=TOLERANCE, atol=1e-6)
 
 
-# ---- checkpoints
-
-
 @pytest.mark.parametrize("stop", ["epoch", "middle"])
 def test_a_resumed_run_ends_where_an_unbroken_one_does(folder, stop):
     there, here = weights(folder / "two row_wise"), weights(folder / f"resumed {stop}")
@@ -164,10 +141,21 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(folder, stop):
     assert losses(folder / f"resumed {stop}")["train/loss"] == unbroken[steps:]
 
 
-def test_other_shards_go_on_from_a_checkpoint(folder):
+def test_other_shards_another_number_of_processes_and_other_divisions_go_on_from_a_checkpoint(folder, alone):
     assert losses(folder / "resumed table_wise")["train/loss"] == pytest.approx(
         losses(folder / "two row_wise")["train/loss"][10:], abs=TOLERANCE
     )
+    path = folder / "two row_wise" / "middle.ckpt"
+    train(folder, "resumed alone", module(folder), TorchRecStrategy(), ckpt_path=path)
+    unbroken = losses(folder / "one table_wise")["train/loss"]
+    # The loader counts batches a process: 10 of 2 x 8 rows are 10 of 16.
+    assert losses(folder / "resumed alone")["train/loss"] == pytest.approx(unbroken[10:], abs=TOLERANCE)
+    runs.go_on_with_experts(folder, "alone", TorchRecStrategy())
+    unbroken = losses(folder / "two routers")
+    for run in ("whole", "alone"):
+        there = losses(folder / run)
+        for name in ("train/loss", "train/norm"):
+            assert there[name] == pytest.approx(unbroken[name][10:], abs=TOLERANCE)
 
 
 @pytest.fixture
@@ -178,24 +166,7 @@ def alone():
         torch.distributed.destroy_process_group()
 
 
-def test_another_number_of_processes_goes_on_from_a_checkpoint(folder, alone):
-    path = folder / "two row_wise" / "middle.ckpt"
-    train(folder, "resumed alone", module(folder), TorchRecStrategy(), ckpt_path=path)
-    unbroken = losses(folder / "one table_wise")["train/loss"]
-    # The loader counts batches a process: 10 of 2 x 8 rows are 10 of 16.
-    assert losses(folder / "resumed alone")["train/loss"] == pytest.approx(unbroken[10:], abs=TOLERANCE)
-
-
-def test_other_divisions_of_the_experts_go_on_from_a_checkpoint(folder, alone):
-    runs.go_on_with_experts(folder, "alone", TorchRecStrategy())
-    unbroken = losses(folder / "two routers")
-    for run in ("whole", "alone"):
-        there = losses(folder / run)
-        for name in ("train/loss", "train/norm"):
-            assert there[name] == pytest.approx(unbroken[name][10:], abs=TOLERANCE)
-
-
-def test_one_process_goes_on_from_shards_without_tables(folder, alone):
+def test_one_process_goes_on_from_shards_without_tables_and_never_in_inference_mode(folder, alone):
     options = {"max_epochs": 1, "limit_train_batches": 1}
     train(folder, "no tables", module(folder, "joined"), ExpertParallelStrategy(expert_parallel_size=1), **options)
     torch.distributed.destroy_process_group()
@@ -203,9 +174,6 @@ def test_one_process_goes_on_from_shards_without_tables(folder, alone):
     assert sharded.is_sharded(path)
     fitter = train(folder, "gone on", module(folder, "joined"), ckpt_path=path, **options | {"max_epochs": 2})
     assert fitter.global_step == 2
-
-
-def test_no_evaluation_is_in_inference_mode(folder, alone):
     fitter = train(folder, "short", module(folder), TorchRecStrategy(), max_epochs=1, limit_train_batches=1)
     loops = (fitter.fit_loop.epoch_loop.val_loop, fitter.validate_loop, fitter.test_loop, fitter.predict_loop)
     assert not any(loop.inference_mode for loop in loops)
@@ -235,87 +203,27 @@ def test_two_processes_test_any_checkpoint(folder, ranks, name):
             assert there == pytest.approx(here, abs=TOLERANCE)
 
 
-def test_a_module_is_built_from_a_sharded_checkpoint(folder):
+def test_a_module_is_built_from_shards_and_does_not_train_on_from_them_alone(folder):
     net = MultiTaskRecommender.load_from_checkpoint(folder / "two row_wise" / "last.ckpt")
     actual, expected = net.state_dict(), weights(folder / "two row_wise")
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
-
-
-def test_one_process_does_not_train_on_from_shards(folder):
     path = folder / "two row_wise" / "last.ckpt"
     message = runs.complaint(lambda: train(folder, "bad", module(folder), ckpt_path=path))
     assert "the checkpoint's tables are sharded: training continues from it with trainer.strategy=" in message
 
 
-def test_a_checkpoint_keeps_one_set_of_shards_and_a_file_takes_its_place(folder, tmp_path):
-    path = shutil.copytree(folder / "two row_wise" / "last.ckpt", tmp_path / "last.ckpt")
-    assert [p.name[:9] for p in sorted(path.iterdir())] == ["checkpoin", "shards-14"]
-    runs.AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, path)
-    assert path.is_file()
-
-
-def test_a_full_disk_leaves_the_earlier_checkpoint(folder, tmp_path, alone):
-    fitter = train(folder, "full", module(folder), TorchRecStrategy(), max_epochs=1)
-    path = folder / "full" / "last.ckpt"
-    before = sorted(path.rglob("*"))
-    with mock.patch.object(sharded, "replacing", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
-        message = runs.complaint(lambda: fitter.save_checkpoint(path))
-    said = f"cannot write the checkpoint {path}: No space left on device; the earlier one is intact"
-    assert message == f"EveryProcessError: {said}"
-    assert sorted(path.rglob("*")) == before
-    assert len(weights(folder / "full")) == len(weights(folder / "two row_wise"))
-
-
-def damaged(path: Path, what: str) -> None:
-    (shards,) = path.glob("shards-*")
-    if what == "cut short":
-        file = next(shards.glob("*.distcp"))
-        file.write_bytes(file.read_bytes()[:100])
-    elif what == "a shard is missing":
-        next(shards.glob("*.distcp")).unlink()
-    elif what == "no metadata":
-        (shards / ".metadata").unlink()
-    else:
-        (path / "checkpoint.pt").write_bytes(b"no checkpoint")
-
-
-@pytest.mark.parametrize("what", ["cut short", "a shard is missing", "no metadata", "another file"])
-def test_damaged_shards_are_refused_in_a_line(folder, tmp_path, what):
-    path = shutil.copytree(folder / "two row_wise" / "last.ckpt", tmp_path / "last.ckpt")
-    damaged(path, what)
-    with pytest.raises(ValueError, match=r"last.ckpt is not a readable checkpoint: damaged, cut short, or of another"):
-        sharded.read(path)
-
-
-class Touch:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (Path(self.path),))
-
-
-def test_a_table_of_contents_runs_no_code(folder, tmp_path):
-    path = shutil.copytree(folder / "two row_wise" / "last.ckpt", tmp_path / "last.ckpt")
-    (shards,) = path.glob("shards-*")
-    (shards / ".metadata").write_bytes(pickle.dumps(Touch(str(tmp_path / "ran"))))
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        sharded.read(path, device="meta")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_shapes_are_read_without_the_shards(folder, tmp_path):
+def test_a_checkpoint_keeps_one_set_of_shards_and_its_shapes_are_read_without_them(folder, tmp_path):
     path = shutil.copytree(folder / "two row_wise" / "last.ckpt", tmp_path / "last.ckpt")
     for file in path.glob("shards-*/*.distcp"):
         file.unlink()
     actual, expected = sharded.read(path, device="meta")["state_dict"], weights(folder / "two row_wise")
     assert {k: v.shape for k, v in actual.items()} == {k: v.shape for k, v in expected.items()}
+    assert [p.name[:9] for p in sorted(path.iterdir())] == ["checkpoin", "shards-14"]
+    runs.AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, path)
+    assert path.is_file()
 
 
-# ---- tables that no process holds whole
-
-
-def test_deferred_tables_start_alike_each_time_and_as_they_should(folder):
+def test_deferred_tables_start_alike_each_time_and_need_the_strategy(folder):
     first, second = weights(folder / "deferred first"), weights(folder / "deferred second")
     assert all(torch.equal(first[name], second[name]) for name in first)
     tables = {name: t for name, t in first.items() if ".table_" in name}
@@ -328,16 +236,10 @@ def test_deferred_tables_start_alike_each_time_and_as_they_should(folder):
     assert float(shop.std()) == pytest.approx(0.3, abs=0.05)
     # The halves of two processes are draws of their own.
     assert not torch.equal(shop[:8], shop[16:24])
-
-
-def test_deferred_tables_need_the_strategy(folder):
     message = runs.complaint(lambda: train(folder, "bad", module(folder, deferred=True)))
     assert message.startswith("ValueError: embedding.deferred=True leaves the tables to trainer.strategy=")
     with pytest.raises(ValueError, match=r"embedding.deferred=True needs kind='collection', not 'fused'"):
         EmbeddingConfig("fused", deferred=True)
-
-
-# ---- bad input
 
 
 @pytest.mark.parametrize(
@@ -353,10 +255,8 @@ def test_deferred_tables_need_the_strategy(folder):
         ("uvm", "compute_kernel='fused_uvm' needs a GPU"),
         ("adam", "embedding_optimizer='adam' needs a GPU"),
         ("width", "table_city is 6 wide; the kernels of sharded tables take multiples of 4"),
-        (
-            "greedy",
-            "configure_optimizers of TakesAll takes .*table_city.weight, whose rows are stepped in the backward",
-        ),
+        ("greedy",
+         "configure_optimizers of TakesAll takes .*table_city.weight, whose rows are stepped in the backward"),
         ("mesh", "experts=3 does not divide the 2 ranks"),
         ("dense gates", "layer 'model.shared', MultiGateMoE, has experts that cannot be sharded over ranks"),
         ("three experts", "layer 'model.shared' has 3 experts .*, which 2 ranks do not divide"),
@@ -364,42 +264,12 @@ def test_deferred_tables_need_the_strategy(folder):
         ("another model", "process 1 has another model.* than process 0: all of them need the same"),
         ("resume a file", "last.ckpt is not sharded: its optimizer's state is of other parameters"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_a_line_on_every_process(ranks, name, message):
     for rank in ranks:
         assert rank[name].startswith("ValueError: ")
         assert "\n" not in rank[name]
         assert re.search(message, rank[name]), rank[name]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sharding": "rows"}, "sharding='rows' is not one of auto, table_wise, row_wise"),
-        ({"table_sharding": {"shop": "x"}}, r"table_sharding\['shop'\]='x' is not one of"),
-        ({"compute_kernel": "dense"}, "compute_kernel='dense' is not one of fused"),
-        ({"memory_gib": 0}, "memory_gib=0 is not above 0"),
-    ],
-)
-def test_options_are_checked_at_once(options, message):
-    with pytest.raises(ValueError, match=message):
-        ShardingConfig(**options)
-    with pytest.raises(ValueError, match=message):
-        TorchRecStrategy(**options)
-
-
-def test_the_embedding_optimizer_is_checked_at_once():
-    with pytest.raises(
-        ValueError, match="embedding_optimizer='lamb' is not one of rowwise_adagrad, adagrad, sgd, adam"
-    ):
-        TorchRecStrategy(embedding_optimizer="lamb")
-    with pytest.raises(ValueError, match="embedding_lr=-1 must be positive"):
-        TorchRecStrategy(embedding_lr=-1)
-    with pytest.raises(ValueError, match="expert_parallel_size=0 must be at least 1"):
-        TorchRecStrategy(expert_parallel_size=0)
-
-
-# ---- the planner, for processes that are not there
 
 
 class Ids(nn.Module):
@@ -418,12 +288,14 @@ def planned(how: str, memory_gib: float, rows: int = 10**9, dim: int = 64, world
     return plan.plan["collection"]["ids"].sharding_spec.shards
 
 
-def test_a_table_of_a_billion_rows_is_planned():
+def test_tables_of_any_size_are_planned_or_refused_with_their_size():
     # 128 GPUs, 8 a node. Row-wise 10^9 / 128 rows each, on one node 10^9 / 8; in columns 64 / 4 = 16 shards of 4.
     assert [tuple(s.shard_sizes) for s in planned("row_wise", 64)] == [(7_812_500, 64)] * 128
     assert [tuple(s.shard_sizes) for s in planned("table_row_wise", 64)] == [(125_000_000, 64)] * 8
     assert [tuple(s.shard_sizes) for s in planned("column_wise", 64)] == [(10**9, 4)] * 16
     assert [tuple(s.shard_sizes) for s in planned("column_wise", 64, 10**6, 64, 2)] == [(10**6, 32)] * 2
+    # 10^9 x 64 x 4 bytes = 238.4 GiB on one GPU.
+    refused(r"do not fit: 238 GiB of weights \(the largest, ids, 238\).* table_wise", lambda: planned("table_wise", 64))
 
 
 def test_no_process_has_an_empty_part_of_a_table():
@@ -436,78 +308,3 @@ def test_no_process_has_an_empty_part_of_a_table():
     plan = sharding.local_plan(Ids(7, 8), ShardingConfig("row_wise"), shard, processes, 1024)
     sizes = [tuple(s.shard_sizes) for s in plan.plan["collection"]["ids"].sharding_spec.shards]
     assert sizes == [(2, 8), (2, 8), (2, 8), (1, 8)]
-
-
-def test_a_table_that_does_not_fit_is_refused_with_its_size():
-    # 10^9 x 64 x 4 bytes = 238.4 GiB on one GPU.
-    with pytest.raises(ValueError, match=r"do not fit: 238 GiB of weights \(the largest, ids, 238\).* table_wise"):
-        planned("table_wise", 64)
-
-
-# ---- the command line
-
-
-CONFIG = """
-seed_everything: 0
-model:
-  class_path: apps.recsys.tables.module.MultiTaskRecommender
-  init_args:
-    shared:
-      class_path: core.MMoE
-      init_args:
-        num_experts: 4
-        expert: {{class_path: core.MLP, init_args: {{hidden_dims: [8], activation: silu}}}}
-        balance: {{importance: 0.1}}
-    embedding: {{kind: fused, dim: 8, init_std: 0.3, fused_lr: 0.1}}
-    head: {{activation: silu}}
-    optimizer: {{lr: 0.01, eps: 1.0e-3, warmup_steps: 0.2}}
-    report: null
-data:
-  class_path: apps.recsys.tables.data.TableData
-  init_args:
-    dataset: table
-    train_file: {folder}/table.parquet
-    cache_dir: {folder}/cache
-    batch_size: 16
-    table:
-      categorical: [city, shop]
-      multi_valued: [tags]
-      continuous: [age]
-      tasks: {{click: {{column: click}}, buy: {{column: buy}}}}
-      hash_rows: {{shop: 33}}
-      split: {{kind: random, val: 0.2, test: 0.2}}
-trainer: {{accelerator: cpu, devices: 1, max_epochs: 2, log_every_n_steps: 1, enable_progress_bar: false}}
-"""
-
-
-@pytest.mark.slow
-def test_torchrun_fits_as_one_process_and_one_process_tests_the_checkpoint(folder):
-    config = folder / "config.yaml"
-    config.write_text(CONFIG.format(folder=folder))
-    one, two = folder / "cli one", folder / "cli two"
-    with quiet():
-        build("fit", ["--config", str(config), "--run_dir", str(one)]).execute()
-    overlay = str(ROOT / "configs" / "parallel" / "torchrec.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "apps.cli"]
-    flags = ["--config", str(config), "--config", overlay, "--trainer.devices", "2", "--data.batch_size", "8"]
-    done = subprocess.run(
-        [*launch, "fit", *flags, "--run_dir", str(two)],
-        env=environment(OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    expected, actual = losses(one), losses(two)
-    assert len(expected["train/loss"]) == 14
-    assert actual.keys() == expected.keys()
-    for name, curve in expected.items():
-        assert actual[name] == pytest.approx(curve, abs=TOLERANCE), name
-    alone = ["--trainer.strategy", "auto", "--trainer.devices", "1"]
-    with quiet():
-        build("test", ["--config", str(config), "--run_dir", str(one)]).execute()
-        build("test", ["--ckpt_path", str(two / "checkpoints" / "best.ckpt"), "--run_dir", str(two), *alone]).execute()
-    a, b = (json.loads((run / "test.json").read_text()) for run in (one, two))
-    assert b["checkpoint"].endswith("best.ckpt")
-    a, b = ({k: v for k, v in values.items() if k not in ("checkpoint", "measured")} for values in (a, b))
-    assert b == pytest.approx(a, abs=TOLERANCE)
