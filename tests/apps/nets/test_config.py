@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+import core
 from apps.nets.config import SIZES, TransformerConfig
 
 
@@ -18,9 +19,11 @@ def test_a_field_left_at_none_takes_the_sizes_value():
     assert replace(TransformerConfig(), size="base").shape == TransformerConfig("base").shape
 
 
-def test_every_size_is_a_configuration():
+def test_every_size_is_a_configuration_and_a_dense_ffn_is_its_own():
     for size in SIZES:
         assert TransformerConfig(size).shape.dim == SIZES[size].dim
+    gated = TransformerConfig(hidden_dim=8, gated=True, activation="silu", bias=False, dropout=0.0)
+    assert gated.dense_ffn == core.DenseFFN(8, "silu", gated=True, bias=False)
 
 
 def test_heads_may_be_of_any_width():

@@ -79,13 +79,28 @@ class Search:
         return (torch.tensor(sentences)[:, None] * K + copy_NK).flatten()
 
 
+ALL = [0, 1, 2, 3]
+STAYING = {
+    "all, in groups of 3": (3, [ALL] * 5),
+    # The first is kept, then a gap, then the last moves up; at last one sentence alone; the kept ones reordered.
+    "some leave": (1, [ALL, [0, 2, 3], [1, 2], [0, 1], [1]]),
+    "copies of some leave": (3, [ALL, [0, 2, 3], [1, 2], [0, 1], [1]]),
+    "they change places and come twice": (2, [[3, 1, 0, 2], [1, 1, 0], [2, 0]]),
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_reordered_within_sentences(kind, monkeypatch):
+def test_rows_go_on_from_the_past_that_they_are_given(kind, monkeypatch):
     monkeypatch.setattr(transformer, "SLOTS", 2)  # the cache grows twice
-    search = Search(build(kind), copies=3)
-    for _ in range(6):
+    model, own = build(kind), [*KINDS].index(kind)
+    for name in [*STAYING][own % 2 :: 2]:
+        copies, order = STAYING[name]
+        search = Search(model, copies)
+        for sentences in order:
+            search.check()
+            search.go_on(search.reordered(sentences))
+            assert search.cache.num_sentences == len(sentences)
         search.check()
-        search.go_on(search.reordered([0, 1, 2, 3]))
 
 
 def test_reordering_moves_no_keys():
@@ -97,27 +112,6 @@ def test_reordering_moves_no_keys():
     assert search.cache.store is store
     assert search.cache.memory is memory
     assert torch.equal(store[:, :, :, :1], before)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("copies", [1, 3])
-def test_finished_sentences_leave(copies, kind):
-    search = Search(build(kind), copies)
-    # The first is kept, then a gap, then the last moves up; at last one sentence alone; the kept ones reordered.
-    for sentences in ([0, 1, 2, 3], [0, 2, 3], [1, 2], [0, 1], [1]):
-        search.check()
-        search.go_on(search.reordered(sentences))
-        assert search.cache.num_sentences == len(sentences)
-    search.check()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_sentences_may_change_places_and_come_twice(kind):
-    search = Search(build(kind), copies=2)
-    for sentences in ([3, 1, 0, 2], [1, 1, 0], [2, 0]):
-        search.check()
-        search.go_on(search.reordered(sentences))
-    search.check()
 
 
 def test_no_row_may_stay():
@@ -157,7 +151,9 @@ def test_what_was_never_written_is_never_read():
         search.check()
         search.go_on(search.reordered([0, 1, 2, 3]))
     store = torch.full((1, 2, 4, 3, 1), float("nan"))
-    assert not Cache(store, num_kv_heads=1, group=1).expand(2).store.any()
+    cache = Cache(store, num_kv_heads=1, group=1).expand(2)
+    assert not cache.store.any()
+    assert (len(cache), cache.num_sentences, cache.copies, cache.length) == (8, 4, 2, 0)
 
 
 def test_a_language_models_cache_has_no_memory(monkeypatch):
@@ -218,9 +214,3 @@ def test_a_step_heeds_the_caches_dtype_and_needs_no_numbers():
         for _ in range(2):
             assert model.step(torch.full((6,), BOS_ID), cache).shape == (6, VOCAB)
     assert cache.extent == 4
-
-
-def test_a_cache_is_as_long_as_its_rows():
-    store = torch.empty(1, 2, 4 * 2, 3, 1)
-    cache = Cache(store, num_kv_heads=2, group=1).expand(5)
-    assert (len(cache), cache.num_sentences, cache.copies, cache.length) == (20, 4, 5, 0)

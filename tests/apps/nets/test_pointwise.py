@@ -78,42 +78,23 @@ def test_rows_without_padding_are_those_of_the_packing():
         assert_close(layer(x_TD, Mask(causal=True), packing=packing), layer(x_TD, mask, packing=packing))
 
 
-def test_two_equal_keys_count_twice():
-    # A softmax would give them half each. Before the norm, a query that sees a key twice has twice its value.
-    layer = build()
-    layer.norm, layer.out = torch.nn.Identity(), torch.nn.Identity()
-    x_1D = torch.randn(1, 6, dtype=torch.float64)
-    with torch.no_grad():
-        y_2D = layer(x_1D.expand(1, 2, 6), Mask(causal=True))[0]
-        once = layer(x_1D.expand(1, 1, 6), Mask(causal=True))[0, 0]
-    assert_close(y_2D, torch.stack((once, 2 * once)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_keys_weigh_nothing(dtype):
-    layer = build().to(dtype)
-    x_BLD = torch.randn(1, 4, 6, dtype=dtype, requires_grad=True)
-    mask = self_mask(x_BLD, 2, valid_BL=None, causal=True, relative_HLL=None)
-    layer(x_BLD, mask)[0, 1].sum().backward()
+    layer, x_BLD = build().to(dtype), torch.randn(1, 4, 6, dtype=dtype, requires_grad=True)
+    layer(x_BLD, self_mask(x_BLD, 2, valid_BL=None, causal=True, relative_HLL=None))[0, 1].sum().backward()
     assert x_BLD.grad.isfinite().all()
     assert not x_BLD.grad[0, 2:].any()
     assert x_BLD.grad[0, :2].abs().amax(-1).min() > 0
 
 
-def test_flops_by_hand():
+def test_flops_by_hand_and_dropout_of_the_weights_in_training_alone():
     # 9 tokens: u, v, q, k 2 * 6 * 24 = 288 each and the output 2 * 6 * 6 = 72; scores and sums of 3 padded rows of 5:
     # 2 * 2 * 3 * 5 * 5 * 6 = 1,800.
     layer, x_TD = build().float(), torch.randn(9, 6)
     mask = self_mask(x_TD.new_empty(3, 5, 0), 2, valid_BL=None, causal=True, relative_HLL=None)
     with torch.no_grad():
         assert core.count_flops(layer, x_TD, mask, None, packed()) == 9 * (288 + 72) + 1800
-
-
-def test_dropout_of_the_weights_is_of_training_alone():
-    layer = build()
-    layer.dropout = 0.5
-    x_BLD = torch.randn(1, 6, 6, dtype=torch.float64)
-    with torch.no_grad():
+        layer.dropout, x_BLD = 0.5, torch.randn(1, 6, 6)
         assert not torch.equal(layer(x_BLD, Mask(causal=True)), layer(x_BLD, Mask(causal=True)))
         layer.eval()
         assert torch.equal(layer(x_BLD, Mask(causal=True)), layer(x_BLD, Mask(causal=True)))

@@ -28,6 +28,7 @@ def test_sines_come_first_and_cosines_after_them():
     sin, cos = math.sin, math.cos
     expected = [[0.0, 0.0, 1.0, 1.0], [sin(1), sin(1e-4), cos(1), cos(1e-4)], [sin(2), sin(2e-4), cos(2), cos(2e-4)]]
     assert_close(sinusoids(3, 4), torch.tensor(expected))
+    assert_close(sinusoids(3, 8, start=5), sinusoids(8, 8)[5:], rtol=0, atol=0)
 
 
 def test_sinusoids_go_on_beyond_the_table():
