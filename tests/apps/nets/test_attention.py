@@ -69,35 +69,26 @@ def test_a_causal_mask_without_a_bias_is_the_same(dtype):
     assert_close(attend(q, k, v, Mask(causal=True), 0.3), attend(q, k, v, mask, 0.3))
 
 
-def test_heads_that_share_keys_equal_heads_with_copies_of_them():
-    # 4 query heads on 2: heads 0 and 1 read key head 0, heads 2 and 3 read head 1.
-    torch.manual_seed(0)
-    shared, full = SelfAttention(config(num_kv_heads=2)).double(), SelfAttention(config()).double()
-    assert shared.qkv.weight.shape == (16, 8)  # 4 + 2 + 2 heads of width 2
-    q, k, v = shared.qkv.weight.split((8, 4, 4))
-    with torch.no_grad():
-        copies = [x.view(2, 1, 2, 8).expand(2, 2, 2, 8).reshape(8, 8) for x in (k, v)]
-        full.qkv.weight.copy_(torch.cat((q, *copies)))
-        full.qkv.bias.zero_()
-        shared.qkv.bias.zero_()
-        full.out.load_state_dict(shared.out.state_dict())
-    x_BLD = torch.randn(2, 5, 8, dtype=torch.float64)
-    assert_close(shared(x_BLD, Mask()), full(x_BLD, Mask()))
-
-
 @pytest.mark.parametrize("bias, own", [*itertools.product([False, True], [None, False, True])])
 def test_bias_of_queries_keys_and_values_is_an_option_of_its_own(bias, own):
     attention, has = CrossAttention(config(bias=bias, qkv_bias=own)), bias if own is None else own
     assert [part.bias is not None for part in (attention.q, attention.kv, attention.out)] == [has, has, bias]
 
 
-def test_padding_alone_stays_finite():
+def test_padding_alone_stays_finite_and_few_scores_without_gradients_are_explicit_products():
     valid_BS = torch.zeros(1, 3, dtype=torch.bool)
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = torch.randn(3, 1, 2, 3, 4, dtype=dtype)
         assert attend(q, k, v, padding_mask(valid_BS, 2, q), 1.0).isfinite().all()
     assert key_bias(~valid_BS, 2, torch.zeros(())) is None
     assert key_bias(valid_BS, 2, torch.zeros(())).shape == (2, 1, 3)
+    q, k = torch.randn(2, 4, 8, 3), torch.randn(2, 4, 2048, 3)
+    assert _is_fused(q, k, Mask(), 0.0)
+    with torch.no_grad():
+        assert not _is_fused(q, k, Mask(), 0.0)  # 2 * 4 * 8 * 2048 = 2 ** 17
+        assert _is_fused(q, torch.randn(2, 4, 2049, 3), Mask(), 0.0)
+        y = attend(q, k, k, Mask(), 0.7)
+    assert_close(y, attend(q, k, k, Mask(), 0.7))
 
 
 @pytest.mark.parametrize(
@@ -128,24 +119,22 @@ def test_a_step_is_the_last_position_of_the_sequence(kv_heads, qk_norm, rotary):
 def test_a_step_reads_each_sentences_memory_once_for_all_its_copies(kv_heads):
     torch.manual_seed(0)
     attention = CrossAttention(config(num_kv_heads=kv_heads)).double()
-    memory_BSD = torch.randn(2, 4, 8, dtype=torch.float64)
+    memory_BSD, x_RD = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
     valid_BS = torch.tensor([[True] * 4, [True, True, False, False]])
-    x_RD = torch.randn(6, 8, dtype=torch.float64)
     store = attention.keys_and_values(memory_BSD)
     assert store.shape == (2, 2, kv_heads, 4, 8 // 4)
     y_RD = attention.step(x_RD, store.contiguous(), 3, key_bias(valid_BS, kv_heads, x_RD))
     mask = padding_mask(valid_BS, 4, x_RD)
     assert_close(y_RD.view(2, 3, 8), attention(x_RD.view(2, 3, 8), memory_BSD, mask))
-
-
-def test_without_gradients_few_scores_are_computed_by_explicit_products():
-    q, k = torch.randn(2, 4, 8, 3), torch.randn(2, 4, 2048, 3)
-    assert _is_fused(q, k, Mask(), 0.0)
-    with torch.no_grad():
-        assert not _is_fused(q, k, Mask(), 0.0)  # 2 * 4 * 8 * 2048 = 2 ** 17
-        assert _is_fused(q, torch.randn(2, 4, 2049, 3), Mask(), 0.0)
-        y = attend(q, k, k, Mask(), 0.7)
-    assert_close(y, attend(q, k, k, Mask(), 0.7))
+    # Heads that share keys equal heads with copies of them.
+    copied, (q, kv) = CrossAttention(config()).double(), (attention.q, attention.kv)
+    shared = {"q": q.state_dict(), "out": attention.out.state_dict()}
+    for name, state in shared.items():
+        getattr(copied, name).load_state_dict(state)
+    for name, own in kv.state_dict().items():
+        copies = own.unflatten(0, (2, kv_heads, 2)).repeat_interleave(4 // kv_heads, 1).flatten(0, 2)
+        copied.kv.state_dict()[name].copy_(copies)
+    assert_close(copied(x_RD.view(2, 3, 8), memory_BSD, mask), y_RD.view(2, 3, 8))
 
 
 def test_autocast_computes_as_half_precision_does():

@@ -14,14 +14,12 @@ from apps.nets.transformer import Cache, LanguageModel, TranslationModel
 VOCAB = 20
 SOURCE = torch.tensor([[5, 6, 7, 3, 0], [8, 9, 10, 11, 3], [4, 3, 0, 0, 0], [12, 13, 3, 0, 0]])
 TASKS = torch.tensor([0, 1, 1, 0])
+RELATIVE = {"positions": "relative", "relative_buckets": 8, "relative_max_distance": 16}
 KINDS = {
     "sinusoidal": {"positions": "sinusoidal"},
     "rotary, shared keys": {"positions": "rotary", "num_kv_heads": 1},
-    "relative": {"positions": "relative", "relative_buckets": 8, "relative_max_distance": 16},
-    "relative, shared keys": {
-        **{"positions": "relative", "relative_buckets": 8, "relative_max_distance": 16},
-        **{"num_heads": 4, "head_dim": 8, "num_kv_heads": 2},
-    },
+    "relative": RELATIVE,
+    "relative, shared keys": {**RELATIVE, "num_heads": 4, "head_dim": 8, "num_kv_heads": 2},
     "attention experts": {"positions": "rotary", "num_heads": 4},
     "attention experts, unequal numbers": {"positions": "learned"},
 }
@@ -112,12 +110,7 @@ def test_reordering_moves_no_keys():
     assert search.cache.store is store
     assert search.cache.memory is memory
     assert torch.equal(store[:, :, :, :1], before)
-
-
-def test_no_row_may_stay():
-    search = Search(build(), copies=2)
-    search.check()
-    search.cache.select(torch.zeros(0, dtype=torch.int64))
+    search.cache.select(torch.zeros(0, dtype=torch.int64))  # no row may stay
     assert len(search.cache) == 0
     assert search.model.step(torch.zeros(0, dtype=torch.int64), search.cache).shape == (0, VOCAB)
 
@@ -156,22 +149,7 @@ def test_what_was_never_written_is_never_read():
     assert (len(cache), cache.num_sentences, cache.copies, cache.length) == (8, 4, 2, 0)
 
 
-def test_a_language_models_cache_has_no_memory(monkeypatch):
-    monkeypatch.setattr(transformer, "SLOTS", 1)
-    torch.manual_seed(0)
-    config = TransformerConfig("nano", dim=16, hidden_dim=16, positions="rotary")
-    model = LanguageModel(config, vocab=VOCAB).double().eval()
-    cache = model.start(2).expand(2)
-    assert cache.memory is None
-    read_RT = torch.tensor([[2, 5], [2, 6], [2, 7], [2, 8]])
-    for t in range(2):
-        assert_close(model.step(read_RT[:, t], cache), model(read_RT)[:, t])
-    cache.select(torch.tensor([3, 2]))  # sentence 1 alone, its rows changed about
-    read_RT = torch.cat((read_RT[[3, 2]], torch.tensor([[9], [10]])), 1)
-    assert_close(model.step(read_RT[:, 2], cache), model(read_RT)[:, 2])
-
-
-def test_a_slot_is_given_away_when_no_copy_goes_on_from_it():
+def test_a_slot_is_given_away_when_no_copy_goes_on_from_it_and_reaches_no_other():
     cache = Cache(torch.zeros(1, 2, 2, 4, 1), num_kv_heads=1, group=1).expand(2)  # 2 sentences of 2 copies
     slots = []
     for step, parents in enumerate(([0, 1, 2, 3], [0, 0, 2, 3], [1, 0, 3, 2])):
@@ -184,9 +162,6 @@ def test_a_slot_is_given_away_when_no_copy_goes_on_from_it():
     # The first sentence's copies both go on from slots 0 and 2, so that 1 and 3 are free; the second's need all four.
     assert slots[2] == [[[[0, 2, 1], [0, 2, 3]], [[0, 2, 4], [1, 3, 5]]], 6]
     assert cache.store.shape[3] == 6
-
-
-def test_what_a_sentence_leaves_behind_reaches_no_other():
     cache = Cache(torch.zeros(1, 2, 3, 12, 1), num_kv_heads=1, group=1).expand(4)  # 3 sentences of 4 copies
     for _ in range(3):  # each copy goes on from itself
         cache.append()

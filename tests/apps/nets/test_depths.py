@@ -1,7 +1,5 @@
 """Mixture-of-Depths: which tokens enter a block, what they see there, costs, and decoding by the predictor."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -97,16 +95,11 @@ def test_capacity_counts_the_real_tokens_of_each_sequence():
 
 
 def test_capacity_one_is_the_plain_block_up_to_the_gate():
-    plain, all_in = language_model(None), language_model(MixtureOfDepths(1.0, predictor=True))
-    plain_v, all_v = vision_model(None), vision_model(MixtureOfDepths(1.0), blocks="all")
-    for own, other, layers in ((plain, all_in, all_in.decoder.layers), (plain_v, all_v, all_v.blocks)):
-        other.load_state_dict({**other.state_dict(), **own.state_dict()})
-        for layer in layers:  # r = 1 for every token of the bias-free gate: its weight is set by hand
-            layer.depth_gate.router.gate.forward = lambda x_TD, kept_TD=None: x_TD.new_ones(len(x_TD), 1)
-    with by_capacity(all_in):
-        assert_close(all_in(TEXT)[TEXT != PAD_ID], plain(TEXT)[TEXT != PAD_ID])
-    image = torch.randn(2, 1, 8, 8)
-    assert_close(all_v(image), plain_v(image))
+    plain, all_in, image = vision_model(None), vision_model(MixtureOfDepths(1.0), blocks="all"), torch.randn(2, 1, 8, 8)
+    all_in.load_state_dict({**all_in.state_dict(), **plain.state_dict()})
+    for block in all_in.blocks:  # r = 1 for every token of the bias-free gate: its weight is set by hand
+        block.depth_gate.router.gate.forward = lambda x_TD, kept_TD=None: x_TD.new_ones(len(x_TD), 1)
+    assert_close(all_in(image), plain(image))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -157,16 +150,6 @@ def test_decoding_by_the_predictor_equals_the_sequence(positions, moe, monkeypat
             assert_close(logits_RV.view(3, 2, VOCAB)[real, k], logits_BLV[real, t])
 
 
-def test_positions_that_no_row_enters_leave_nothing_of_the_memory_before_them():
-    model = language_model(seed=3)
-    for text_L in TEXT:
-        text_L = text_L[text_L != PAD_ID]
-        cache = model.start(1)
-        cache.store.fill_(torch.nan)
-        logits_LV = torch.cat([model.step(token_1, cache) for token_1 in text_L.split(1)])
-        assert_close(logits_LV, model(text_L[None])[0])
-
-
 def test_rows_of_a_search_go_on_from_the_past_that_they_are_given():
     # Rows are swapped, a sentence leaves, and each row still equals its own text as a sequence.
     model = language_model(seed=3)
@@ -175,12 +158,16 @@ def test_rows_of_a_search_go_on_from_the_past_that_they_are_given():
     for t in range(9):
         token_R = torch.randint(4, VOCAB, (len(rows),))
         rows = [[*row, token] for row, token in zip(rows, token_R.tolist(), strict=True)]
-        logits_RV = model.step(token_R, cache)
-        assert_close(logits_RV, model(torch.tensor(rows))[:, -1])
+        assert_close(model.step(token_R, cache), model(torch.tensor(rows))[:, -1])
         sentences = [n for n in range(len(rows) // 3) if not (t in (3, 6) and n == 1)]
         index = torch.tensor([3 * n + int(k) for n in sentences for k in torch.randint(3, (3,))])
         cache.select(index)
         rows = [rows[i] for i in index.tolist()]
+    for text_L in TEXT:  # positions that no row enters leave nothing of the memory before them
+        text_L, cache = text_L[text_L != PAD_ID], model.start(1)
+        cache.store.fill_(torch.nan)
+        logits_LV = torch.cat([model.step(token_1, cache) for token_1 in text_L.split(1)])
+        assert_close(logits_LV, model(text_L[None])[0])
 
 
 def test_training_learns_the_choice():
@@ -247,23 +234,27 @@ def test_flops_of_a_block_are_those_of_the_tokens_that_enter():
     assert saved == 4 * (block(16) - block(4) - 16 * MixtureOfDepths(0.25).flops_per_token(16))
 
 
+class Counted(torch.nn.Module):
+    """A language model as its cost is measured."""
+
+    module = property(lambda self: self)  # what is run is counted too
+    cost_unit = "a text".format
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def cost_inputs(self, batch: Tensor) -> tuple[Tensor]:
+        return (batch,)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.model(text)
+
+
 def test_a_language_model_is_counted_at_its_capacity_whatever_the_predictor_says():
-    class Module(torch.nn.Module):
-        module = property(lambda self: self)  # what is run is counted too
-
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-            self.cost_inputs, self.cost_unit = (lambda batch: (batch,)), (lambda batch: "a text")
-
-        def forward(self, text):
-            return self.model(text)
-
-    text = TEXT[:1].repeat(2, 1)
-    half = measure_cost(Module(language_model()), text).flops_per_example
-    again = measure_cost(Module(language_model(seed=4)), text).flops_per_example
-    assert half == again
-    assert half < measure_cost(Module(language_model(None)), text).flops_per_example
+    models = language_model(), language_model(seed=4), language_model(None)
+    half, again, plain = (measure_cost(Counted(m), TEXT[:1].repeat(2, 1)).flops_per_example for m in models)
+    assert half == again < plain
 
 
 def test_a_vision_model_trains_with_experts_inside():

@@ -1,7 +1,5 @@
 """Attention experts in the transformers: against ordinary attention, step by step, and what is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -136,23 +134,16 @@ def test_a_step_heeds_autocast_and_multiplies_by_the_keys_weights():
     assert_close(logits, expected[:, 1], rtol=0.05, atol=0.05)
 
 
-def test_initial_weights():
-    torch.manual_seed(0)
-    model = LanguageModel(config(dim=64), vocab=VOCAB, attention_moe=core.MoEConfig(4, core.TokenChoice(2), HEADS))
-    heads = model.decoder.layers[0].mixing.heads
-    bound = (6 / (64 + 12)) ** 0.5
+@pytest.mark.parametrize("kind", ["float32", "autocast"])
+def test_every_parameter_is_trained_from_its_initial_weight(kind):
+    model = translation_model(moe=MOE).float().train()
+    heads, bound = model.decoder.layers[0].mixing.heads, (6 / (16 + 12)) ** 0.5
     for weight, gain in ((heads.experts.w_q, 2**-0.5), (heads.kv.weight, 2**-0.5), (heads.experts.w_out, 1.0)):
         assert 0.9 * gain * bound < float(weight.detach().abs().max()) <= gain * bound
-
-
-@pytest.mark.parametrize("kind", ["float32", "autocast"])
-def test_every_parameter_is_trained(kind):
-    model = translation_model(moe=MOE).float().train()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"), core.record(model) as tape:
         loss = model(SOURCE, TARGET).float().logsumexp(-1).sum()
     (loss + core.aux_loss(tape)).backward()
-    untrained = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert untrained == []
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert all(p.grad.any() for n, p in model.named_parameters() if ".mixing." in n and not n.endswith("bias"))
 
 

@@ -32,7 +32,7 @@ def same(cost, plain, *weights):
         assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_by_hand():
+def test_losses_and_chunks_by_hand():
     # Logits h * (log 1, log 2, log 3). h = 1: shares 1/6, 2/6, 3/6; h = 2: 1/14, 4/14, 9/14.
     weight = torch.tensor([[1.0], [2.0], [3.0]]).log()
     cost = linear_cross_entropy(torch.tensor([[1.0], [2.0]]), weight, torch.tensor([1, 2]))
@@ -43,6 +43,12 @@ def test_by_hand():
     # A teacher's shares of 1/3 each.
     cost = OutputLogits(torch.ones(1, 1), weight).divergence(OutputLogits(torch.ones(1, 2), torch.zeros(3, 2)), 1.0)
     assert float(cost) == pytest.approx((math.log(2) + math.log(1) + math.log(2 / 3)) / 3, rel=1e-6)
+    # exp(-200) is 0 in float32: log p would be -inf.
+    cost = linear_cross_entropy(torch.tensor([[1.0]]), torch.tensor([[0.0], [200.0]]), torch.tensor([0]))
+    assert float(cost) == 200.0
+    # 2^21 / 8,000 = 262.1; of 152,000 words, 2^21 logits would be 13 rows.
+    assert [chunk_rows(4096, words) for words in (8_000, 152_000)] == [262, 64]
+    assert [chunk_rows(rows, 152_000) for rows in (0, 10)] == [1, 10]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -64,12 +70,6 @@ def test_left_out_columns_are_no_candidates(chunks):
         hidden[row, [column for column in columns if column >= 0 and column != int(target[row])]] = True
     plain = F.cross_entropy((h @ weight.t()).masked_fill(hidden, -math.inf), target)
     same(linear_cross_entropy(h, weight, target, left_out=left_out), plain, h, weight)
-
-
-def test_chunks_have_two_million_logits_and_64_rows_at_least():
-    # 2^21 / 8,000 = 262.1; of 152,000 words, 2^21 logits would be 13 rows.
-    assert [chunk_rows(4096, words) for words in (8_000, 152_000)] == [262, 64]
-    assert [chunk_rows(rows, 152_000) for rows in (0, 10)] == [1, 10]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -110,12 +110,6 @@ def test_under_autocast_gradients_are_those_of_bfloat16_products():
         for ours, theirs in zip(*(torch.autograd.grad(value, (h, weight)) for value in (cost, plain)), strict=True):
             assert ours.dtype == torch.float32
             assert float((ours - theirs).norm() / theirs.norm()) < 0.02
-
-
-def test_a_hopeless_target_costs_its_distance_and_not_infinity():
-    # exp(-200) is 0 in float32: log p would be -inf.
-    cost = linear_cross_entropy(torch.tensor([[1.0]]), torch.tensor([[0.0], [200.0]]), torch.tensor([0]))
-    assert float(cost) == 200.0
 
 
 def test_scores_of_each_target(chunks):

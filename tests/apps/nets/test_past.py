@@ -47,18 +47,6 @@ def in_parts(model, text_BL, lengths, hidden=0, memory=(), **more):
     return torch.cat(logits, 1)
 
 
-def test_join_puts_new_keys_after_the_past_ones_of_the_layer_whose_turn_it_is():
-    first, second = (torch.full((1, 1, 2, 1), value) for value in (1.0, 2.0))
-    past = Past([(first, -first), (second, -second)])
-    new = torch.full((1, 1, 1, 1), 9.0)
-    assert past.length == 2
-    k, v = past.join(new, -new)
-    assert k.flatten().tolist() == [1, 1, 9]
-    assert v.flatten().tolist() == [-1, -1, -9]
-    assert past.join(new, -new)[0].flatten().tolist() == [2, 2, 9]
-    assert [k.flatten().tolist() for k, _ in past.joined] == [[1, 1, 9], [2, 2, 9]]
-
-
 @pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary", "relative", "none"])
 def test_a_text_in_parts_equals_the_whole_text(positions):
     model = language_model(positions)
@@ -66,21 +54,23 @@ def test_a_text_in_parts_equals_the_whole_text(positions):
         assert_close(in_parts(model, TEXT, lengths), model(TEXT))
 
 
+DEPTHS = MixtureOfDepths(0.5, predictor=True)
+
+
 @pytest.mark.parametrize(
     ("parts", "hidden"),
     [
         ({"attention_moe": HEADS}, 0),
-        ({"depths": MixtureOfDepths(0.5, predictor=True)}, 1),
-        ({"depths": MixtureOfDepths(0.5, predictor=True), "positions": "relative"}, 1),
+        ({"depths": DEPTHS}, 1),
+        ({"depths": DEPTHS, "positions": "relative"}, 1),
         ({"attention_moe": HEADS, "universal": Universal(0.6)}, 0),
     ],
     ids=["attention experts", "depths", "depths, relative", "universal"],
 )
 def test_a_text_in_parts_equals_the_whole_text_where_tokens_choose_heads_and_layers(parts, hidden):
     model = language_model(**parts)
-    whole_BLV = model(TEXT)
     for lengths in ([5, 3], [1] * 8):
-        assert_close(in_parts(model, TEXT, lengths, hidden), whole_BLV)
+        assert_close(in_parts(model, TEXT, lengths, hidden), model(TEXT))
 
 
 def test_a_decoder_reads_the_keys_and_values_of_a_memory_with_padding():

@@ -1,7 +1,5 @@
 """WideNet: one set of experts for all blocks."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -222,7 +222,7 @@ def test_a_language_model_of_a_known_kind():
     steps_equal_the_sequence(model)
 
 
-def test_flops_are_those_of_a_hand_count():
+def test_costs_are_those_of_a_hand_count():
     # B=2, S=3, L=4, D=16, F=24, V=20, one layer each; two FLOPs a multiply-add. A token's projections of self-attention
     # are 4 D^2, of cross-attention 2 D^2 and 2 D^2 of each source token; scores and values 2 D for each query and key.
     B, S, L, D, F_, V = 2, 3, 4, 16, 24, 20
@@ -238,9 +238,6 @@ def test_flops_are_those_of_a_hand_count():
     sparse = build(MOE, ("all", "all"), encoder_layers=1, decoder_layers=1)
     of_ffns = 2 * B * (S + L) * 2 * D * F_
     assert core.count_flops(sparse, source, target) == by_hand - of_ffns + B * (S + L) * MOE.flops_per_token(D)
-
-
-def test_flops_of_a_step_by_hand():
     # The third position of 2 sentences of 5 copies, one layer: keys of all copies are read, and the memory once.
     N, K, S, T, D, F_, V = 2, 5, 3, 3, 16, 24, 20
     model = build(encoder_layers=1, decoder_layers=1)
@@ -250,9 +247,6 @@ def test_flops_of_a_step_by_hand():
         model.step(token_R, cache)
     by_hand = 2 * N * K * (6 * D**2 + 2 * T * K * D + 2 * S * D + 2 * D * F_ + D * V)
     assert core.count_flops(model.step, token_R, cache) == by_hand
-
-
-def test_parameters_by_hand():
     # D=16, F=24, V=20. Attention: 4 (D^2 + D); an FFN: 2 D F + F + D; a norm: 2 D.
     D, F_, V = 16, 24, 20
     attention, ffn, norm = 4 * (D**2 + D), 2 * D * F_ + F_ + D, 2 * D
@@ -297,7 +291,7 @@ def test_something_is_dropped_in_training_alone():
     assert torch.equal(model(SOURCE, TARGET), model(SOURCE, TARGET))
 
 
-def test_autocast_trains_every_parameter():
+def test_every_parameter_is_trained_but_the_embedding_of_padding():
     model = build(MOE, positions="relative", dropout=0.0).float().train()
     expected = model(SOURCE, TARGET)
     with core.record(model) as tape, torch.autocast("cpu", torch.bfloat16):
@@ -306,9 +300,6 @@ def test_autocast_trains_every_parameter():
     assert_close(logits_BLV.float(), expected, atol=0.15, rtol=0.1)
     (loss + core.aux_loss(tape)).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
-
-
-def test_gradients_of_padding_are_zero():
     # An embedding that is not tied to the output: that of padding is not trained.
     model = build(MOE, tie="none")
     model(SOURCE, TARGET)[TARGET != PAD_ID].sum().backward()

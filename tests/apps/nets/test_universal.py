@@ -1,7 +1,5 @@
 """The Sparse Universal Transformer: sticks by hand, a loop over tokens and steps, decoding, costs and refusals."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A network with MoE layers begins as a dense one: its outputs are those, and what does not fit is refused."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,6 +1,4 @@
-"""The schema of an SQLite file, as text and back, and the values that its grammar copies from a question."""
-
-from __future__ import annotations
+"""The schema of an SQLite file as text and back, queries of its grammar, and the made questions."""
 
 import random
 import sqlite3
@@ -9,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from apps.data.splits import Split
 from apps.nlp.decode.grammar import Grammar, Ref
+from apps.nlp.sql import made
 from apps.nlp.sql.execution import execute
-from apps.nlp.sql.schema import Rules, Schema, grammar_of, parsed, read_schema, serialized, sql_name
+from apps.nlp.sql.made import questions, write_databases
+from apps.nlp.sql.schema import Rules, Schema, grammar_of, parsed, read_schema, resource, serialized, sql_name
 
 _FLIGHTS = Schema(
     {"airports": {"faa": "text", "alt": "number"}, "flights": {"dest": "text", "delay": "any"}},
@@ -40,31 +41,25 @@ def test_columns_of_equal_names_join_tables_where_no_key_is_declared(tmp_path: P
     assert read_schema(path).joins == (("a", "Code", "b", "code"),)
 
 
-def test_a_schema_is_written_as_text_and_read_from_it() -> None:
+def test_a_schema_is_written_as_text_and_read_from_it_but_for_a_table_that_is_cut():
     text = serialized(_FLIGHTS)
     assert text == " |airports:faa,alt#|flights:dest=airports.faa,delay~|"
     assert parsed("How many | which?" + text) == ("How many | which? ", _FLIGHTS)
     odd = Schema({'the "order"': {"a|b:c,d=e": "text", "größe in m": "number"}})
     assert parsed(f"What?{serialized(odd)}") == ("What? ", odd)
-
-
-def test_a_table_that_is_cut_is_left_out() -> None:
     left = Schema({"airports": _FLIGHTS.tables["airports"]})
     assert parsed("How? |airports:faa,alt#|flights:dest=airports.fa") == ("How? ", left)
     with pytest.raises(ValueError, match=r"^'How\? \|airports:fa' has no tables after the question"):
         parsed("How? |airports:fa")
+    quoted = ('"order"', '"unit price"', '"1st"', '"größe"')
+    assert [sql_name(name.strip('"')) for name in (*quoted, "alt", "left", "key")] == [*quoted, "alt", "left", "key"]
+    assert sql_name('a"b') == '"a""b"'
 
 
 @pytest.mark.parametrize("script", ["", "CREATE TABLE t (a); DROP TABLE t"])
 def test_a_database_without_tables_is_an_error(tmp_path: Path, script: str) -> None:
     with pytest.raises(ValueError, match=r"^database='.*empty.sqlite' has no tables$"):
         read_schema(_made(tmp_path / "empty.sqlite", script or "VACUUM"))
-
-
-def test_names_are_quoted_where_sql_needs_it() -> None:
-    quoted = ('"order"', '"unit price"', '"1st"', '"größe"')
-    assert [sql_name(name.strip('"')) for name in (*quoted, "alt", "left", "key")] == [*quoted, "alt", "left", "key"]
-    assert sql_name('a"b') == '"a""b"'
 
 
 def _is_in(query: str, question: str) -> bool:
@@ -141,3 +136,52 @@ def test_every_sentence_of_the_grammar_runs(tmp_path: Path, name: str) -> None:
         rules = grammar_of(schema, question)
         for _ in range(60):
             execute(path, _sentence(rules, rng))
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made, "_DATABASES", {"train": 5, "val": 4})
+    monkeypatch.setattr(made, "_QUESTIONS", {"train": 10, "val": 10, "test": 10})
+
+
+def test_databases_and_questions_are_equal_by_seed(tmp_path: Path) -> None:
+    def run(folder: str, seed: int) -> tuple[list[bytes], list[dict[str, str]]]:
+        (tmp_path / folder).mkdir()
+        paths = write_databases(tmp_path / folder, "train", seed)
+        rows = [row for path in paths for row in questions(path, "train", seed)]
+        return [path.read_bytes() for path in paths], [{**row, "database": ""} for row in rows]
+
+    first, again, other = run("a", 0), run("b", 0), run("c", 1)
+    assert again == first
+    assert [a != b for a, b in zip(other, first, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_queries_return_something_and_are_in_the_grammar(tmp_path: Path, split: Split) -> None:
+    paths = write_databases(tmp_path, split, 0)
+    rows = [row for path in paths for row in questions(path, split, 0)]
+    assert len({(row["database"], row["question"]) for row in rows}) == len(rows) > 30
+    for row in rows[::7]:
+        assert any(value for answer in execute(row["database"], row["target"]) for value in answer)
+        question, schema = parsed(row["source"])
+        assert question.strip() == row["question"]
+        grammar = Grammar(grammar_of(schema, question))
+        state = grammar.start()
+        for byte in row["target"].encode():
+            state = grammar.steps(state).get(byte)
+            assert state is not None, row["target"]
+        assert grammar.ends(state)
+
+
+def test_the_test_asks_real_tables_by_templates_of_its_own(tmp_path: Path):
+    words = resource("questions.yaml")
+    for kind in ("shapes", "joins", "conditions"):
+        for own in words[kind].values():
+            assert own["held_out"]
+            assert not {*own["train"]} & {*own["held_out"]}
+    paths = {path.stem: path for path in write_databases(tmp_path, "test", 0)}
+    assert execute(paths["test_wine"], "SELECT COUNT(*), COUNT(DISTINCT cultivar) FROM wines") == [(178, 3)]
+    assert execute(paths["test_http"], "SELECT phrase FROM statuses WHERE code = 404") == [("Not Found",)]
+    if "test_zones" in paths:
+        joined = "SELECT countries.name FROM zones JOIN countries ON zones.country_code = countries.code"
+        assert execute(paths["test_zones"], f"{joined} WHERE zones.zone = 'Berlin'") == [("Germany",)]

@@ -1,7 +1,5 @@
 """Batches by a token budget: little padding, every pair once, as many batches in each epoch, and temperature."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 
@@ -27,15 +25,12 @@ def padding(source: np.ndarray, target: np.ndarray, batches: list[torch.Tensor])
     return 1 - float(source.sum() + target.sum()) / full
 
 
-def test_batches_are_cut_where_pairs_times_the_longest_exceeds_the_budget():
+def test_batches_are_cut_by_the_budget_from_neighbors_that_are_alike_and_spread():
     # 3 x 4 = 12 fit and 4 x 5 = 20 do not; 5 and 6: 2 x 6 = 12; 13 is a batch of its own, being over the budget
     longer = np.array([2, 3, 4, 5, 6, 13, 14])
     assert cut_by_tokens(longer, 12) == [0, 3, 5, 6, 7]
     assert cut_by_tokens(longer, 12, first=4) == [0, 1, 3, 5, 6, 7]  # 2 x 3 = 6 exceed 4; then 2 x 4 fit, 3 x 5 do not
     assert cut_by_tokens(np.array([5, 1, 1]), 10) == [0, 2, 3]  # in any order: 3 x 5 = 15
-
-
-def test_every_beginning_is_spread_over_all():
     assert [evenly(n) for n in (0, 1, 2, 4)] == [[], [0], [1, 0], [2, 0, 3, 1]]
     for n in (5, 8, 23):
         order = evenly(n)
@@ -43,9 +38,6 @@ def test_every_beginning_is_spread_over_all():
         assert order[0] == n // 2
         # Between the first four is a quarter of all.
         assert max(np.diff([*sorted(order[:4]), n])) <= -(-n // 4)
-
-
-def test_neighbors_are_alike_in_both_sides():
     source, target = np.array([5, 3, 4, 4, 1, 2]), np.array([1, 4, 2, 4, 5, 5])
     # a longer side of 4 (even): differences 2, 0, -1; of 5 (odd): -4, -3, 4
     order = by_length(source, target, np.arange(6))
@@ -100,7 +92,7 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert [len(b) for b in first] != sorted(len(b) for b in first)  # not from short to long
 
 
-def test_quotas_follow_the_temperature():
+def test_quotas_follow_the_temperature_and_small_groups_come_evenly():
     # 900^(1/2) : 100^(1/2) = 30 : 10
     assert quotas([900, 100], 2) == [750, 250]
     assert quotas([900, 100], 1) == [900, 100]
@@ -109,9 +101,6 @@ def test_quotas_follow_the_temperature():
     assert quotas([9, 4, 1], 2) == [7, 5, 2]
     assert quotas([10_000, 1], 1) == [10_000, 1]
     assert sum(quotas([7, 3, 3, 1], 3)) == 14
-
-
-def test_small_groups_come_more_often_and_evenly():
     group = np.array([0] * 900 + [1] * 100)
     plan = TokenBatches(*lengths(1000), 300, group, temperature=2)
     seen = Counter()

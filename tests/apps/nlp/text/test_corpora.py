@@ -1,7 +1,5 @@
 """Sentence pairs train, validate, test or are left out."""
 
-from __future__ import annotations
-
 import random
 
 import pytest
@@ -51,9 +49,20 @@ def test_what_is_wrong_is_refused(call, message):
         call()
 
 
-def test_pairs_are_two_languages():
+def test_pairs_of_both_directions_and_several_corpora_side_by_side():
     pairs = parse_pairs(["en-de", "de-en", "en-pt_BR", "eng_Latn-sr@latin"])
     assert pairs[2:] == (("en", "pt_BR"), ("eng_Latn", "sr@latin"))
+    first = {"train": [rows(("a", "A"), ("b", "B"))], "val": [rows(("v", "V"))], "test": []}
+    second = {"train": [rows(("c", "C", "K"), languages="en de fr")], "val": [], "test": []}
+    collected = collect({"x": (first, Sizes()), "y": (second, Sizes())}, ["en-de", "de-en", "fr-en"], Filters())
+    train = collected.splits["train"]
+    assert list(zip(train.source, train.target, train.pair, train.corpus, strict=True)) == [
+        *(("a", "A", 0, 0), ("b", "B", 0, 0), ("A", "a", 1, 0), ("B", "b", 1, 0)),
+        *(("c", "C", 0, 1), ("C", "c", 1, 1), ("K", "c", 2, 1)),
+    ]
+    val = collected.splits["val"]
+    assert list(zip(val.source, val.target, val.pair, strict=True)) == [("v", "V", 0), ("V", "v", 1)]
+    assert not collected.left_out
 
 
 def random_rows(count: int, seed: int) -> Rows:
@@ -112,21 +121,7 @@ def test_a_draw_is_the_one_it_was():
     assert drawn["test"].text["en"] == ["e7", "e8", "e8", "e35", "e26"]
 
 
-def test_both_directions_and_several_corpora_side_by_side():
-    first = {"train": [rows(("a", "A"), ("b", "B"))], "val": [rows(("v", "V"))], "test": []}
-    second = {"train": [rows(("c", "C", "K"), languages="en de fr")], "val": [], "test": []}
-    collected = collect({"x": (first, Sizes()), "y": (second, Sizes())}, ["en-de", "de-en", "fr-en"], Filters())
-    train = collected.splits["train"]
-    assert list(zip(train.source, train.target, train.pair, train.corpus, strict=True)) == [
-        *(("a", "A", 0, 0), ("b", "B", 0, 0), ("A", "a", 1, 0), ("B", "b", 1, 0)),
-        *(("c", "C", 0, 1), ("C", "c", 1, 1), ("K", "c", 2, 1)),
-    ]
-    val = collected.splits["val"]
-    assert list(zip(val.source, val.target, val.pair, strict=True)) == [("v", "V", 0), ("V", "v", 1)]
-    assert not collected.left_out
-
-
-def test_what_is_left_out_is_counted():
+def test_what_is_left_out_is_counted_by_words_or_characters():
     train = rows(
         ("kept as it is", "so wie es ist"),
         ("", "leer"),
@@ -152,6 +147,13 @@ def test_what_is_left_out_is_counted():
         "that hold '%|<' (train)": 1,
         "with an empty side (val)": 1,
     }
+    texts = {"a b-c  d.": 3, "": 0, "打开 USB 设备": 5, "เปิด": 4, "ファイル": 4, "파일 열기": 2}
+    assert {text: num_words(text) for text in texts} == texts
+    train = [rows(("Open the file now", "现在打开文件"), ("Open the file now", "打开"))]
+    parts = {"train": train, "val": [], "test": []}
+    collected = collect({"made": (parts, Sizes())}, ["en-de"], Filters(min_words=3, max_ratio=1.5))
+    assert collected.splits["train"].target == ["现在打开文件"]  # six characters are 1.5 times the four words
+    assert collected.left_out == {"of fewer than 3 words (train)": 1}
 
 
 def test_a_pair_of_validation_or_test_does_not_train_in_either_direction():
@@ -165,7 +167,7 @@ def test_a_pair_of_validation_or_test_does_not_train_in_either_direction():
     assert collected.splits["train"].source == ["c", "D"]
 
 
-def test_a_twentieth_of_what_the_filters_keep_is_held_out_and_files_that_are_there_are_kept():
+def test_a_share_of_what_the_filters_keep_is_held_out_and_files_that_are_there_are_kept():
     lines = [(f"e{i} " * (i % 4 + 1), f"d{i} " * (i % 4 + 1)) for i in range(40)]
 
     def sizes(own, filters=None, **more):
@@ -180,6 +182,11 @@ def test_a_twentieth_of_what_the_filters_keep_is_held_out_and_files_that_are_the
     assert three == [11, 4, 5]
     assert all(len(line.split()) >= 3 for split in collected.splits.values() for line in split.source)
     assert collected.left_out == {"of fewer than 3 words": 20}
+    parts = {"train": [rows(("t", "T"))], "val": [rows(*((f"e{i}", f"d{i}") for i in range(50)))], "test": []}
+    halves = [collect({"made": (parts, Sizes(val=0.5, seed=s))}, ["en-de"], Filters()).splits["val"] for s in (0, 0, 1)]
+    assert [len(half) for half in halves] == [25, 25, 25]
+    assert halves[0] == halves[1] != halves[2]
+    assert halves[0].source == sorted(halves[0].source, key=lambda line: int(line[1:]))  # in the order of the file
 
 
 def test_what_one_corpus_holds_out_does_not_train_in_another():
@@ -231,21 +238,3 @@ def test_rows_that_share_a_sentence_with_given_files_are_not_held_out():
         assert not set(splits["val"].source) & {line.lower() for line in splits["test"].source}
     with pytest.raises(ValueError, match=r"made.*val_size=0 holds none out"):
         collect({"made": ({"train": [rows(*lines[:20])], "test": [given]}, Sizes(val=3))}, ["en-de"], Filters())
-
-
-def test_words_of_scripts_without_spaces_are_characters():
-    texts = {"a b-c  d.": 3, "": 0, "打开 USB 设备": 5, "เปิด": 4, "ファイル": 4, "파일 열기": 2}
-    assert {text: num_words(text) for text in texts} == texts
-    train = [rows(("Open the file now", "现在打开文件"), ("Open the file now", "打开"))]
-    parts = {"train": train, "val": [], "test": []}
-    collected = collect({"made": (parts, Sizes())}, ["en-de"], Filters(min_words=3, max_ratio=1.5))
-    assert collected.splits["train"].target == ["现在打开文件"]  # six characters are 1.5 times the four words
-    assert collected.left_out == {"of fewer than 3 words (train)": 1}
-
-
-def test_so_many_rows_of_a_split_with_files_are_drawn():
-    parts = {"train": [rows(("t", "T"))], "val": [rows(*((f"e{i}", f"d{i}") for i in range(50)))], "test": []}
-    halves = [collect({"made": (parts, Sizes(val=0.5, seed=s))}, ["en-de"], Filters()).splits["val"] for s in (0, 0, 1)]
-    assert [len(half) for half in halves] == [25, 25, 25]
-    assert halves[0] == halves[1] != halves[2]
-    assert halves[0].source == sorted(halves[0].source, key=lambda line: int(line[1:]))  # in the order of the file

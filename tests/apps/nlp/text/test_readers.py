@@ -1,7 +1,5 @@
 """Parallel text as it lies on disk: lines, Moses files, columns, gettext catalogs, the table of verses."""
 
-from __future__ import annotations
-
 import bz2
 import functools
 import gzip
