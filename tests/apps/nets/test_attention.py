@@ -1,5 +1,6 @@
 """Attention against a loop over its equation."""
 
+import itertools
 import math
 
 import pytest
@@ -40,9 +41,7 @@ def looped(q, k, v, scale, allowed, bias=None):
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["fused", "explicit"])
-@pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded, causal, relative", [*itertools.product([False, True], repeat=3)])
 def test_output_and_gradients_are_those_of_the_equation(padded, causal, relative, learned):
     torch.manual_seed(0)
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 4, 5, 3, dtype=torch.float64))
@@ -53,15 +52,11 @@ def test_output_and_gradients_are_those_of_the_equation(padded, causal, relative
         bias_HLL = (torch.zeros(4, 5, 5, dtype=torch.float64) if bias_HLL is None else bias_HLL).requires_grad_()
     mask = self_mask(torch.empty(2, 5, 8).double(), 4, valid_BL=valid_BL, causal=causal, relative_HLL=bias_HLL)
     allowed = torch.ones(2, 5, 5, dtype=torch.bool)
-    if causal:
-        allowed = allowed.tril()
-    if padded:
-        allowed = allowed & valid_BL[:, None]
-    expected = looped(q, k, v, 0.7, allowed, bias_HLL)
-    y = attend(q, k, v, mask, 0.7)
+    allowed = allowed.tril() if causal else allowed
+    allowed = allowed & valid_BL[:, None] if padded else allowed
+    expected, y = looped(q, k, v, 0.7, allowed, bias_HLL), attend(q, k, v, mask, 0.7)
     assert_close(y, expected)
-    leaves = (q, k, v, bias_HLL) if learned else (q, k, v)
-    dy = torch.randn_like(y)
+    leaves, dy = (q, k, v, bias_HLL) if learned else (q, k, v), torch.randn_like(y)
     assert_close(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy))
 
 
@@ -74,76 +69,35 @@ def test_a_causal_mask_without_a_bias_is_the_same(dtype):
     assert_close(attend(q, k, v, Mask(causal=True), 0.3), attend(q, k, v, mask, 0.3))
 
 
-def test_heads_that_share_keys_equal_heads_with_copies_of_them():
-    # 4 query heads on 2: heads 0 and 1 read key head 0, heads 2 and 3 read head 1.
-    torch.manual_seed(0)
-    shared, full = SelfAttention(config(num_kv_heads=2)).double(), SelfAttention(config()).double()
-    assert shared.qkv.weight.shape == (16, 8)  # 4 + 2 + 2 heads of width 2
-    q, k, v = shared.qkv.weight.split((8, 4, 4))
-    with torch.no_grad():
-        copies = [x.view(2, 1, 2, 8).expand(2, 2, 2, 8).reshape(8, 8) for x in (k, v)]
-        full.qkv.weight.copy_(torch.cat((q, *copies)))
-        full.qkv.bias.zero_()
-        shared.qkv.bias.zero_()
-        full.out.load_state_dict(shared.out.state_dict())
-    x_BLD = torch.randn(2, 5, 8, dtype=torch.float64)
-    assert_close(shared(x_BLD, Mask()), full(x_BLD, Mask()))
+@pytest.mark.parametrize("bias, own", [*itertools.product([False, True], [None, False, True])])
+def test_bias_of_queries_keys_and_values_is_an_option_of_its_own(bias, own):
+    attention, has = CrossAttention(config(bias=bias, qkv_bias=own)), bias if own is None else own
+    assert [part.bias is not None for part in (attention.q, attention.kv, attention.out)] == [has, has, bias]
 
 
-def test_attention_by_hand():
-    # One head of width 2, keys and queries the identity, scale 1: token (ln 3, 0) has the scores (ln 3)^2 with itself
-    # and 0 with the zero token.
-    attention = SelfAttention(config(dim=2, num_heads=1, bias=False, attention_scale=1.0))
-    with torch.no_grad():
-        attention.qkv.weight.copy_(torch.eye(2).repeat(3, 1))
-        attention.out.weight.copy_(torch.eye(2))
-    x = math.log(3)
-    weight = math.exp(x * x) / (math.exp(x * x) + 1)
-    y = attention(torch.tensor([[[x, 0.0], [0.0, 0.0]]]), Mask())
-    assert_close(y, torch.tensor([[[weight * x, 0.0], [0.5 * x, 0.0]]]))
-
-
-def test_bias_of_queries_keys_and_values_is_an_option_of_its_own():
-    for bias in (False, True):
-        for own in (None, False, True):
-            attention = CrossAttention(config(bias=bias, qkv_bias=own))
-            has = bias if own is None else own
-            assert (attention.q.bias is not None, attention.kv.bias is not None) == (has, has)
-            assert (attention.out.bias is not None) == bias
-
-
-def test_padding_alone_stays_finite():
+def test_padding_alone_stays_finite_and_few_scores_without_gradients_are_explicit_products():
     valid_BS = torch.zeros(1, 3, dtype=torch.bool)
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = torch.randn(3, 1, 2, 3, 4, dtype=dtype)
         assert attend(q, k, v, padding_mask(valid_BS, 2, q), 1.0).isfinite().all()
     assert key_bias(~valid_BS, 2, torch.zeros(())) is None
     assert key_bias(valid_BS, 2, torch.zeros(())).shape == (2, 1, 3)
+    q, k = torch.randn(2, 4, 8, 3), torch.randn(2, 4, 2048, 3)
+    assert _is_fused(q, k, Mask(), 0.0)
+    with torch.no_grad():
+        assert not _is_fused(q, k, Mask(), 0.0)  # 2 * 4 * 8 * 2048 = 2 ** 17
+        assert _is_fused(q, torch.randn(2, 4, 2049, 3), Mask(), 0.0)
+        y = attend(q, k, k, Mask(), 0.7)
+    assert_close(y, attend(q, k, k, Mask(), 0.7))
 
 
-def test_weights_are_shares_of_the_real_keys():
-    torch.manual_seed(0)
-    attention = CrossAttention(config()).double()
-    x_BLD, memory_BSD = torch.randn(2, 3, 8).double(), torch.randn(2, 4, 8).double()
-    valid_BS = torch.tensor([[True] * 4, [True, True, False, False]])
-    mask = padding_mask(valid_BS, 4, x_BLD)
-    weights = attention.weights(x_BLD, memory_BSD, mask)
-    assert weights.shape == (2, 4, 3, 4)
-    assert_close(weights.sum(-1), torch.ones(2, 4, 3).double())
-    assert not weights[1, ..., 2:].any()
-    # They are what the output is made of.
-    v_BSHd = attention.kv(memory_BSD)[..., 8:].unflatten(-1, (4, 2))
-    y = attention.out(torch.einsum("bhls,bshd->blhd", weights, v_BSHd).flatten(2))
-    assert_close(y, attention(x_BLD, memory_BSD, mask))
-
-
-@pytest.mark.parametrize("kv_heads, qk_norm", [(4, "none"), (2, "head"), (2, "all"), (1, "none")])
-@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize(
+    "kv_heads, qk_norm, rotary", [(4, "none", False), (2, "head", True), (2, "all", False), (1, "none", True)]
+)
 def test_a_step_is_the_last_position_of_the_sequence(kv_heads, qk_norm, rotary):
     torch.manual_seed(0)
-    options = config(
-        num_kv_heads=kv_heads, positions="relative", relative_buckets=4, relative_max_distance=3, qk_norm=qk_norm
-    )
+    relatives = {"positions": "relative", "relative_buckets": 4, "relative_max_distance": 3}
+    options = config(num_kv_heads=kv_heads, qk_norm=qk_norm, **relatives)
     attention, relative = SelfAttention(options).double(), RelativeBias(options, causal=True).double()
     torch.nn.init.normal_(relative.weight)
     x_BLD = torch.randn(3, 5, 8, dtype=torch.float64)
@@ -156,8 +110,7 @@ def test_a_step_is_the_last_position_of_the_sequence(kv_heads, qk_norm, rotary):
         cache.append()
         bias = relative.last(t + 1).unflatten(0, (kv_heads, -1)).repeat(3, 1, 1)
         given = Step(cache, core.RoutingContext(), bias, None if turns is None else turns[:, t : t + 1])
-        y_RD = attention.step(x_BLD[:, t], 1, given)
-        assert_close(y_RD, expected[:, t])
+        assert_close(attention.step(x_BLD[:, t], 1, given), expected[:, t])
         cache.length += 1
     assert store[0].isnan().all()  # another layer's
 
@@ -166,77 +119,53 @@ def test_a_step_is_the_last_position_of_the_sequence(kv_heads, qk_norm, rotary):
 def test_a_step_reads_each_sentences_memory_once_for_all_its_copies(kv_heads):
     torch.manual_seed(0)
     attention = CrossAttention(config(num_kv_heads=kv_heads)).double()
-    memory_BSD = torch.randn(2, 4, 8, dtype=torch.float64)
+    memory_BSD, x_RD = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
     valid_BS = torch.tensor([[True] * 4, [True, True, False, False]])
-    x_RD = torch.randn(6, 8, dtype=torch.float64)
     store = attention.keys_and_values(memory_BSD)
     assert store.shape == (2, 2, kv_heads, 4, 8 // 4)
     y_RD = attention.step(x_RD, store.contiguous(), 3, key_bias(valid_BS, kv_heads, x_RD))
     mask = padding_mask(valid_BS, 4, x_RD)
     assert_close(y_RD.view(2, 3, 8), attention(x_RD.view(2, 3, 8), memory_BSD, mask))
+    # Heads that share keys equal heads with copies of them.
+    copied, (q, kv) = CrossAttention(config()).double(), (attention.q, attention.kv)
+    shared = {"q": q.state_dict(), "out": attention.out.state_dict()}
+    for name, state in shared.items():
+        getattr(copied, name).load_state_dict(state)
+    for name, own in kv.state_dict().items():
+        copies = own.unflatten(0, (2, kv_heads, 2)).repeat_interleave(4 // kv_heads, 1).flatten(0, 2)
+        copied.kv.state_dict()[name].copy_(copies)
+    assert_close(copied(x_RD.view(2, 3, 8), memory_BSD, mask), y_RD.view(2, 3, 8))
 
 
-def test_without_gradients_few_scores_are_computed_by_explicit_products():
-    q, k = torch.randn(2, 4, 8, 3), torch.randn(2, 4, 2048, 3)
-    assert _is_fused(q, k, Mask(), 0.0)
-    with torch.no_grad():
-        assert not _is_fused(q, k, Mask(), 0.0)  # 2 * 4 * 8 * 2048 = 2 ** 17
-        assert _is_fused(q, torch.randn(2, 4, 2049, 3), Mask(), 0.0)
-        y = attend(q, k, k, Mask(), 0.7)
-    assert_close(y, attend(q, k, k, Mask(), 0.7))
-
-
-def test_weights_are_dropped_in_training_alone():
+def test_autocast_computes_as_half_precision_does():
     torch.manual_seed(0)
-    attention = SelfAttention(config(attn_dropout=0.5))
-    x_BLD = torch.randn(2, 6, 8)
-    assert not torch.equal(attention(x_BLD, Mask()), attention(x_BLD, Mask()))
-    attention.eval()
-    assert torch.equal(attention(x_BLD, Mask()), attention(x_BLD, Mask()))
-
-
-@pytest.mark.parametrize("qk_norm", ["none", "head"])
-def test_autocast_computes_as_half_precision_does(qk_norm):
-    torch.manual_seed(0)
-    attention = SelfAttention(config(qk_norm=qk_norm))
-    x_BLD = torch.randn(2, 5, 8)
+    attention, x_BLD = SelfAttention(config(qk_norm="head")), torch.randn(2, 5, 8)
     with torch.autocast("cpu", torch.bfloat16):
         mask = self_mask(x_BLD, 4, valid_BL=None, causal=True, relative_HLL=None)
-        assert mask.bias.dtype == torch.bfloat16
         y = attention(x_BLD, mask)
+    assert mask.bias.dtype == y.dtype == torch.bfloat16
     expected = attention(x_BLD, self_mask(x_BLD, 4, valid_BL=None, causal=True, relative_HLL=None))
-    assert y.dtype == torch.bfloat16
     assert_close(y.float(), expected, atol=0.03, rtol=0.03)
 
 
-def test_rotations_are_of_queries_and_keys_alone():
-    torch.manual_seed(0)
-    attention = SelfAttention(config()).double()
-    x = torch.randn(1, 3, 8, dtype=torch.float64)
-    turns = rotations(0, 3, 2, 10.0, x)
-    q, k, v = attention.qkv(x).unflatten(-1, (3, 4, 2)).unbind(2)
-    y = attend(*(z.transpose(1, 2) for z in (rotate(q, turns), rotate(k, turns), v)), Mask(), 2**-0.5)
-    assert_close(attention(x, Mask(), turns), attention.out(y.transpose(1, 2).flatten(2)))
-
-
-@pytest.mark.parametrize("qk_norm, numbers", [("head", 2), ("all", 8)])
-def test_queries_and_keys_are_normed_before_their_rotations(qk_norm, numbers):
+@pytest.mark.parametrize("qk_norm, numbers", [("head", 2), ("all", 8), ("none", 0)])
+def test_queries_and_keys_alone_are_normed_and_then_rotated(qk_norm, numbers):
     # Over the 2 numbers of each head, or the 8 of all four; keys of one head have 2 either way.
     torch.manual_seed(0)
     attention = SelfAttention(config(num_kv_heads=1, qk_norm=qk_norm, norm_eps=0.01)).double()
-    q_norm, k_norm = attention.q_norm.weight, attention.k_norm.weight
-    assert (q_norm.shape, k_norm.shape) == ((numbers,), (2,))
-    for weight in (q_norm, k_norm):
-        torch.nn.init.normal_(weight)
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     turns = rotations(0, 3, 2, 10.0, x)
     q, k, v = attention.qkv(x).split((8, 2, 2), -1)
 
-    def normed(z, width, weight):
+    def normed(z, width, norm):
+        assert norm.weight.shape == (width,)
+        torch.nn.init.normal_(norm.weight)
         z = z.unflatten(-1, (-1, width))
-        return (z / (z.square().mean(-1, keepdim=True) + 0.01).sqrt() * weight).flatten(-2)
+        return (z / (z.square().mean(-1, keepdim=True) + 0.01).sqrt() * norm.weight).flatten(-2)
 
-    q, k = normed(q, numbers, q_norm).unflatten(-1, (4, 2)), normed(k, 2, k_norm).unflatten(-1, (1, 2))
-    q, k, v = rotate(q, turns), rotate(k, turns).expand(-1, -1, 4, -1), v.unflatten(-1, (1, 2)).expand(-1, -1, 4, -1)
+    if numbers:
+        q, k = normed(q, numbers, attention.q_norm), normed(k, 2, attention.k_norm)
+    q, k, v = q.unflatten(-1, (4, 2)), k.unflatten(-1, (1, 2)), v.unflatten(-1, (1, 2)).expand(-1, -1, 4, -1)
+    q, k = rotate(q, turns), rotate(k, turns).expand(-1, -1, 4, -1)
     y = attend(*(z.transpose(1, 2) for z in (q, k, v)), Mask(), 2**-0.5)
     assert_close(attention(x, Mask(), turns), attention.out(y.transpose(1, 2).flatten(2)))

@@ -55,20 +55,19 @@ def test_refused_blocks_name_the_value_and_the_rule(blocks, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_block_has_the_dense_ffn_unless_it_is_named():
+def test_each_block_has_the_dense_ffn_or_the_layer_that_is_listed_for_it():
     dense, moe = core.DenseFFN(8), core.MoEConfig(4)
     assert ffn_configs(dense, 3, moe, (1,)) == [dense, moe, dense]
     assert ffn_configs(dense, 2, core.DenseFFN(16), (0, 1)) == [core.DenseFFN(16)] * 2
     assert ffn_configs(dense, 2, None, (0, 1)) == [dense] * 2
-
-
-def test_a_module_s_blocks_have_experts_or_another_dense_ffn():
-    assert one_ffn(None, None) is None
-    assert one_ffn(None, core.DenseFFN(8)) == core.DenseFFN(8)
-    with pytest.raises(
-        ValueError, match=r"dense_ffn=DenseFFN\(hidden_dim=8, .* is for a dense model: with moe, set moe"
-    ):
-        one_ffn(core.MoEConfig(4), core.DenseFFN(8))
+    dense = core.DenseFFN()
+    assert ffn_configs(dense, 4, [FEW, MANY], (1, 3)) == [dense, FEW, dense, MANY]
+    # Of two stacks the first one's blocks come first.
+    assert ffns_of([FEW, FEW, MANY], (0, 1), (1,)) == [[FEW, FEW], [MANY]]
+    assert ffns_of(MANY, (0, 1), (1,)) == [[MANY, MANY], [MANY]]
+    assert ffns_of(None, (), ()) == [[], []]
+    assert (moe_configs(None), moe_configs(FEW), moe_configs([FEW, MANY])) == ((), (FEW,), (FEW, MANY))
+    assert (one_ffn(None, None), one_ffn(None, dense), one_ffn([FEW, MANY], None)) == (None, dense, [FEW, MANY])
 
 
 def test_an_moe_layer_gets_packed_tokens_by_sequence():
@@ -88,33 +87,20 @@ def test_an_moe_layer_gets_packed_tokens_by_sequence():
 FEW, MANY = core.MoEConfig(2), core.MoEConfig(8)
 
 
-def test_a_list_has_a_layer_for_each_sparse_block_in_their_order():
-    dense = core.DenseFFN()
-    assert ffn_configs(dense, 4, [FEW, MANY], (1, 3)) == [dense, FEW, dense, MANY]
-    # Of two stacks the first one's blocks come first.
-    assert ffns_of([FEW, FEW, MANY], (0, 1), (1,)) == [[FEW, FEW], [MANY]]
-    assert ffns_of(MANY, (0, 1), (1,)) == [[MANY, MANY], [MANY]]
-    assert ffns_of(None, (), ()) == [[], []]
-    assert (moe_configs(None), moe_configs(FEW), moe_configs([FEW, MANY])) == ((), (FEW,), (FEW, MANY))
-    assert one_ffn([FEW, MANY], None) == [FEW, MANY]
+DENSE_ALONE = r"dense_ffn=DenseFFN\(hidden_dim=8, .* is for a dense model: with moe, set moe\.expert$"
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("build", "args", "message"),
     [
-        (
-            lambda: ffn_configs(core.DenseFFN(), 4, [FEW, MANY], (1, 2, 3)),
-            r"^moe lists 2 layers for 3 sparse blocks, \[1, 2, 3\]: it needs one each$",
-        ),
-        (
-            lambda: ffns_of([FEW], (1,), (0, 1)),
-            r"^moe lists 1 layers for 3 sparse blocks, \[1\] and \[0, 1\]: it needs one each$",
-        ),
-        (lambda: one_ffn([], None), r"^moe=\[\] is neither one MoEConfig nor a list of one for each sparse block$"),
-        (lambda: one_ffn([FEW, 3], None), r"^moe=\[.*, 3\] is neither one MoEConfig nor a list"),
-        (lambda: one_ffn([FEW], core.DenseFFN()), r"is for a dense model: with moe, set moe\.expert$"),
+        (ffn_configs, (core.DenseFFN(), 4, [FEW, MANY], (1, 2, 3)), r"moe lists 2 layers for 3 .*, \[1, 2, 3\]: it"),
+        (ffns_of, ([FEW], (1,), (0, 1)), r"moe lists 1 layers for 3 .*, \[1\] and \[0, 1\]: it needs one each$"),
+        (one_ffn, ([], None), r"^moe=\[\] is neither one MoEConfig nor a list of one for each sparse block$"),
+        (one_ffn, ([FEW, 3], None), r"^moe=\[.*, 3\] is neither one MoEConfig nor a list"),
+        (one_ffn, ([FEW], core.DenseFFN(8)), DENSE_ALONE),
+        (one_ffn, (FEW, core.DenseFFN(8)), DENSE_ALONE),
     ],
 )
-def test_a_list_of_another_length_or_of_other_things_is_one_line(build, message):
+def test_a_list_of_another_length_or_of_other_things_is_one_line(build, args, message):
     with pytest.raises(ValueError, match=message):
-        build()
+        build(*args)

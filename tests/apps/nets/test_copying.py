@@ -1,7 +1,5 @@
 """A read-out that copies: the mixture by plain loops, step by step as whole, and in every search."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -33,11 +31,19 @@ def model() -> TranslationModel:
     return model
 
 
-def test_the_mixture_by_hand():
+def test_the_mixture_by_hand_has_words_that_the_vocabulary_excludes():
     # The vocabulary says (1/2, 1/4, 1/4); the source is (2, 0, 2) with attention (.5, .2, .3), and g = 0.6.
     logits, ids = torch.tensor([[math.log(2), 0.0, 0.0]]), torch.tensor([[2, 0, 2]])
     log_p = CopyGate.mix(logits, torch.tensor([[0.5, 0.2, 0.3]]), torch.tensor([[0.6]]), ids)
     assert log_p.exp()[0].tolist() == pytest.approx([0.3 + 0.08, 0.15, 0.15 + 0.4 * 0.8])
+    torch.manual_seed(0)
+    gate = CopyGate(4)
+    torch.nn.init.constant_(gate.gate.bias, -50.0)  # g = 0: only copies
+    source = Memory(torch.randn(1, 3, 4), torch.tensor([[True, True, False]]), ids_BS=torch.tensor([[5, 6, 0]]))
+    weight, g = gate(torch.randn(1, 2, 4), source)
+    logits = torch.zeros(1, 2, 8).index_fill(2, torch.tensor([5, 6]), -math.inf)
+    p = gate.mix(logits, weight, g, torch.tensor([[[5, 6, 0]]]).expand(-1, 2, -1)).exp()
+    assert p[..., [5, 6]].sum(-1).tolist() == [pytest.approx([1.0, 1.0], abs=1e-6)]
 
 
 def test_log_probabilities_are_those_of_plain_loops_over_the_places_of_the_source(model):
@@ -87,17 +93,6 @@ def test_searches_are_those_of_plain_loops(model, method):
     assert [s for (s,) in found.scores] == pytest.approx([s for (s,) in expected.scores])
 
 
-def test_a_word_that_the_vocabulary_excludes_is_copied():
-    torch.manual_seed(0)
-    gate = CopyGate(4)
-    torch.nn.init.constant_(gate.gate.bias, -50.0)  # g = 0: only copies
-    source = Memory(torch.randn(1, 3, 4), torch.tensor([[True, True, False]]), ids_BS=torch.tensor([[5, 6, 0]]))
-    weight, g = gate(torch.randn(1, 2, 4), source)
-    logits = torch.zeros(1, 2, 8).index_fill(2, torch.tensor([5, 6]), -math.inf)
-    p = gate.mix(logits, weight, g, torch.tensor([[[5, 6, 0]]]).expand(-1, 2, -1)).exp()
-    assert p[..., [5, 6]].sum(-1).tolist() == [pytest.approx([1.0, 1.0], abs=1e-6)]
-
-
 def test_log_probabilities_have_the_loss_and_the_scores_of_logits():
     generator = torch.Generator().manual_seed(0)
     h, weight = torch.randn(5, 4, generator=generator), torch.randn(7, 4, generator=generator)
@@ -117,13 +112,10 @@ def test_log_probabilities_have_the_loss_and_the_scores_of_logits():
             own.divergence(teacher, 1.0)
 
 
-def test_shares_add_up_to_1_in_half_precision(model):
+def test_shares_add_up_to_1_in_half_precision_and_need_one_vocabulary(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         log_p = model.float()(SOURCE, TARGET)
     assert log_p.dtype == torch.float32
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(3, 3), atol=2e-5, rtol=0)
-
-
-def test_copying_needs_one_vocabulary():
     with pytest.raises(ValueError, match=r"copy=True .* data.tokenizer.joint=true"):
         TranslationModel(CONFIG, source_vocab=12, target_vocab=9, copies=True)

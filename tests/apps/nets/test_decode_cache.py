@@ -14,14 +14,12 @@ from apps.nets.transformer import Cache, LanguageModel, TranslationModel
 VOCAB = 20
 SOURCE = torch.tensor([[5, 6, 7, 3, 0], [8, 9, 10, 11, 3], [4, 3, 0, 0, 0], [12, 13, 3, 0, 0]])
 TASKS = torch.tensor([0, 1, 1, 0])
+RELATIVE = {"positions": "relative", "relative_buckets": 8, "relative_max_distance": 16}
 KINDS = {
     "sinusoidal": {"positions": "sinusoidal"},
     "rotary, shared keys": {"positions": "rotary", "num_kv_heads": 1},
-    "relative": {"positions": "relative", "relative_buckets": 8, "relative_max_distance": 16},
-    "relative, shared keys": {
-        **{"positions": "relative", "relative_buckets": 8, "relative_max_distance": 16},
-        **{"num_heads": 4, "head_dim": 8, "num_kv_heads": 2},
-    },
+    "relative": RELATIVE,
+    "relative, shared keys": {**RELATIVE, "num_heads": 4, "head_dim": 8, "num_kv_heads": 2},
     "attention experts": {"positions": "rotary", "num_heads": 4},
     "attention experts, unequal numbers": {"positions": "learned"},
 }
@@ -79,13 +77,28 @@ class Search:
         return (torch.tensor(sentences)[:, None] * K + copy_NK).flatten()
 
 
+ALL = [0, 1, 2, 3]
+STAYING = {
+    "all, in groups of 3": (3, [ALL] * 5),
+    # The first is kept, then a gap, then the last moves up; at last one sentence alone; the kept ones reordered.
+    "some leave": (1, [ALL, [0, 2, 3], [1, 2], [0, 1], [1]]),
+    "copies of some leave": (3, [ALL, [0, 2, 3], [1, 2], [0, 1], [1]]),
+    "they change places and come twice": (2, [[3, 1, 0, 2], [1, 1, 0], [2, 0]]),
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_reordered_within_sentences(kind, monkeypatch):
+def test_rows_go_on_from_the_past_that_they_are_given(kind, monkeypatch):
     monkeypatch.setattr(transformer, "SLOTS", 2)  # the cache grows twice
-    search = Search(build(kind), copies=3)
-    for _ in range(6):
+    model, own = build(kind), [*KINDS].index(kind)
+    for name in [*STAYING][own % 2 :: 2]:
+        copies, order = STAYING[name]
+        search = Search(model, copies)
+        for sentences in order:
+            search.check()
+            search.go_on(search.reordered(sentences))
+            assert search.cache.num_sentences == len(sentences)
         search.check()
-        search.go_on(search.reordered([0, 1, 2, 3]))
 
 
 def test_reordering_moves_no_keys():
@@ -97,33 +110,7 @@ def test_reordering_moves_no_keys():
     assert search.cache.store is store
     assert search.cache.memory is memory
     assert torch.equal(store[:, :, :, :1], before)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("copies", [1, 3])
-def test_finished_sentences_leave(copies, kind):
-    search = Search(build(kind), copies)
-    # The first is kept, then a gap, then the last moves up; at last one sentence alone; the kept ones reordered.
-    for sentences in ([0, 1, 2, 3], [0, 2, 3], [1, 2], [0, 1], [1]):
-        search.check()
-        search.go_on(search.reordered(sentences))
-        assert search.cache.num_sentences == len(sentences)
-    search.check()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_sentences_may_change_places_and_come_twice(kind):
-    search = Search(build(kind), copies=2)
-    for sentences in ([3, 1, 0, 2], [1, 1, 0], [2, 0]):
-        search.check()
-        search.go_on(search.reordered(sentences))
-    search.check()
-
-
-def test_no_row_may_stay():
-    search = Search(build(), copies=2)
-    search.check()
-    search.cache.select(torch.zeros(0, dtype=torch.int64))
+    search.cache.select(torch.zeros(0, dtype=torch.int64))  # no row may stay
     assert len(search.cache) == 0
     assert search.model.step(torch.zeros(0, dtype=torch.int64), search.cache).shape == (0, VOCAB)
 
@@ -157,25 +144,12 @@ def test_what_was_never_written_is_never_read():
         search.check()
         search.go_on(search.reordered([0, 1, 2, 3]))
     store = torch.full((1, 2, 4, 3, 1), float("nan"))
-    assert not Cache(store, num_kv_heads=1, group=1).expand(2).store.any()
+    cache = Cache(store, num_kv_heads=1, group=1).expand(2)
+    assert not cache.store.any()
+    assert (len(cache), cache.num_sentences, cache.copies, cache.length) == (8, 4, 2, 0)
 
 
-def test_a_language_models_cache_has_no_memory(monkeypatch):
-    monkeypatch.setattr(transformer, "SLOTS", 1)
-    torch.manual_seed(0)
-    config = TransformerConfig("nano", dim=16, hidden_dim=16, positions="rotary")
-    model = LanguageModel(config, vocab=VOCAB).double().eval()
-    cache = model.start(2).expand(2)
-    assert cache.memory is None
-    read_RT = torch.tensor([[2, 5], [2, 6], [2, 7], [2, 8]])
-    for t in range(2):
-        assert_close(model.step(read_RT[:, t], cache), model(read_RT)[:, t])
-    cache.select(torch.tensor([3, 2]))  # sentence 1 alone, its rows changed about
-    read_RT = torch.cat((read_RT[[3, 2]], torch.tensor([[9], [10]])), 1)
-    assert_close(model.step(read_RT[:, 2], cache), model(read_RT)[:, 2])
-
-
-def test_a_slot_is_given_away_when_no_copy_goes_on_from_it():
+def test_a_slot_is_given_away_when_no_copy_goes_on_from_it_and_reaches_no_other():
     cache = Cache(torch.zeros(1, 2, 2, 4, 1), num_kv_heads=1, group=1).expand(2)  # 2 sentences of 2 copies
     slots = []
     for step, parents in enumerate(([0, 1, 2, 3], [0, 0, 2, 3], [1, 0, 3, 2])):
@@ -188,9 +162,6 @@ def test_a_slot_is_given_away_when_no_copy_goes_on_from_it():
     # The first sentence's copies both go on from slots 0 and 2, so that 1 and 3 are free; the second's need all four.
     assert slots[2] == [[[[0, 2, 1], [0, 2, 3]], [[0, 2, 4], [1, 3, 5]]], 6]
     assert cache.store.shape[3] == 6
-
-
-def test_what_a_sentence_leaves_behind_reaches_no_other():
     cache = Cache(torch.zeros(1, 2, 3, 12, 1), num_kv_heads=1, group=1).expand(4)  # 3 sentences of 4 copies
     for _ in range(3):  # each copy goes on from itself
         cache.append()
@@ -218,9 +189,3 @@ def test_a_step_heeds_the_caches_dtype_and_needs_no_numbers():
         for _ in range(2):
             assert model.step(torch.full((6,), BOS_ID), cache).shape == (6, VOCAB)
     assert cache.extent == 4
-
-
-def test_a_cache_is_as_long_as_its_rows():
-    store = torch.empty(1, 2, 4 * 2, 3, 1)
-    cache = Cache(store, num_kv_heads=2, group=1).expand(5)
-    assert (len(cache), cache.num_sentences, cache.copies, cache.length) == (20, 4, 5, 0)

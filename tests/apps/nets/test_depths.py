@@ -1,9 +1,6 @@
 """Mixture-of-Depths: which tokens enter a block, what they see there, costs, and decoding by the predictor."""
 
-from __future__ import annotations
-
 import copy
-import io
 
 import pytest
 import torch
@@ -35,24 +32,12 @@ def gate(weight: list[float], **options: object) -> DepthGate:
 
 
 def language_model(
-    depths: MixtureOfDepths | None = HALF,
-    moe: core.MoEConfig | None = None,
-    blocks: str = "all",
-    seed: int = 0,
-    **options: object,
+    depths: MixtureOfDepths | None = HALF, moe: core.MoEConfig | None = None, blocks="all", seed: int = 0, **options
 ) -> LanguageModel:
     torch.manual_seed(seed)
-    small = {
-        "dim": 16,
-        "hidden_dim": 24,
-        "relative_buckets": 8,
-        "relative_max_distance": 16,
-        "decoder_layers": 3,
-        "dropout": 0.0,
-    }
-    config = TransformerConfig("nano", **{**small, **options})
-    model = LanguageModel(config, vocab=VOCAB, ffn=moe, depths=depths, depth_blocks=blocks)
-    model = model.double().eval()
+    small = {"dim": 16, "hidden_dim": 24, "relative_buckets": 8, "relative_max_distance": 16, "decoder_layers": 3}
+    config = TransformerConfig("nano", **{**small, "dropout": 0.0, **options})
+    model = LanguageModel(config, vocab=VOCAB, ffn=moe, depths=depths, depth_blocks=blocks).double().eval()
     gates = [layer.depth_gate for layer in model.decoder.layers if layer.depth_gate is not None]
     for of_layer in gates:  # as if trained: about half of the tokens enter
         inputs: list[Tensor] = []
@@ -72,9 +57,6 @@ def vision_model(depths: MixtureOfDepths | None, blocks: str = "every2", **optio
     torch.manual_seed(0)
     vit = ViTConfig(patch_size=2, embed_dim=16, depth=4, num_heads=2, pool="avg")
     return VMoE(vit, image_size=8, in_chans=1, num_classes=3, depths=depths, depth_blocks=blocks, **options).eval()
-
-
-# ---- the choice
 
 
 def test_the_best_tokens_enter_and_the_others_pass_by():
@@ -107,25 +89,17 @@ def test_capacity_counts_the_real_tokens_of_each_sequence():
     entered = layer(x.masked_fill(~valid[..., None], torch.nan), context)
     assert entered.enters_BS.sum(1).tolist() == [4, 4, 2, 0]
     for b, count in enumerate((4, 4, 2)):
-        best = x[b, valid[b], 0].topk(count).indices.sort().values
-        assert entered.index_BC[b, :count].tolist() == best.tolist()
+        assert entered.index_BC[b, :count].tolist() == sorted(x[b, valid[b], 0].topk(count).indices.tolist())
     y = layer.enter(x.masked_fill(~valid[..., None], torch.nan), context, lambda x_BCD, _: x_BCD + 1)
     assert y[valid].isfinite().all()
 
 
 def test_capacity_one_is_the_plain_block_up_to_the_gate():
-    plain, all_in = language_model(None), language_model(MixtureOfDepths(1.0, predictor=True))
+    plain, all_in, image = vision_model(None), vision_model(MixtureOfDepths(1.0), blocks="all"), torch.randn(2, 1, 8, 8)
     all_in.load_state_dict({**all_in.state_dict(), **plain.state_dict()})
-    for layer in all_in.decoder.layers:  # r = 1 for every token of the bias-free gate: its weight is set by hand
-        layer.depth_gate.router.gate.forward = lambda x_TD, kept_TD=None: x_TD.new_ones(len(x_TD), 1)
-    with by_capacity(all_in):
-        assert_close(all_in(TEXT)[TEXT != PAD_ID], plain(TEXT)[TEXT != PAD_ID])
-    plain_v, all_v = vision_model(None), vision_model(MixtureOfDepths(1.0), blocks="all")
-    all_v.load_state_dict({**all_v.state_dict(), **plain_v.state_dict()})
-    for block in all_v.blocks:
+    for block in all_in.blocks:  # r = 1 for every token of the bias-free gate: its weight is set by hand
         block.depth_gate.router.gate.forward = lambda x_TD, kept_TD=None: x_TD.new_ones(len(x_TD), 1)
-    image = torch.randn(2, 1, 8, 8)
-    assert_close(all_v(image), plain_v(image))
+    assert_close(all_in(image), plain(image))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -158,18 +132,10 @@ def test_tokens_that_enter_see_each_other_alone_at_their_own_places(positions):
     for name, p in model.named_parameters():
         if "depth_gate" not in name:
             assert_close(p.grad, of_slow[name].grad)
-    assert_close(layer_of(model).router.gate.weight.grad, depth.router.gate.weight.grad)
+    assert_close(model.decoder.layers[1].depth_gate.router.gate.weight.grad, depth.router.gate.weight.grad)
 
 
-def layer_of(model: LanguageModel) -> DepthGate:
-    return model.decoder.layers[1].depth_gate
-
-
-# ---- the predictor
-
-
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "sparse"])
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("positions, moe", [*zip(POSITIONS, (MOE, None, MOE, None, None), strict=True)])
 def test_decoding_by_the_predictor_equals_the_sequence(positions, moe, monkeypatch):
     monkeypatch.setattr(transformer, "SLOTS", 1)
     model = language_model(moe=moe, positions=positions, seed=3)
@@ -179,20 +145,9 @@ def test_decoding_by_the_predictor_equals_the_sequence(positions, moe, monkeypat
     assert all(0 < n < (TEXT != PAD_ID).sum() for n in counts), counts  # some enter, some pass by
     cache = model.start(3).expand(2)
     for t in range(TEXT.shape[1]):
-        logits_RV = model.step(TEXT[:, t].repeat_interleave(2), cache)
-        real = TEXT[:, t] != PAD_ID
+        logits_RV, real = model.step(TEXT[:, t].repeat_interleave(2), cache), TEXT[:, t] != PAD_ID
         for k in range(2):
             assert_close(logits_RV.view(3, 2, VOCAB)[real, k], logits_BLV[real, t])
-
-
-def test_positions_that_no_row_enters_leave_nothing_of_the_memory_before_them():
-    model = language_model(seed=3)
-    for text_L in TEXT:
-        text_L = text_L[text_L != PAD_ID]
-        cache = model.start(1)
-        cache.store.fill_(torch.nan)
-        logits_LV = torch.cat([model.step(token_1, cache) for token_1 in text_L.split(1)])
-        assert_close(logits_LV, model(text_L[None])[0])
 
 
 def test_rows_of_a_search_go_on_from_the_past_that_they_are_given():
@@ -203,24 +158,25 @@ def test_rows_of_a_search_go_on_from_the_past_that_they_are_given():
     for t in range(9):
         token_R = torch.randint(4, VOCAB, (len(rows),))
         rows = [[*row, token] for row, token in zip(rows, token_R.tolist(), strict=True)]
-        logits_RV = model.step(token_R, cache)
-        assert_close(logits_RV, model(torch.tensor(rows))[:, -1])
+        assert_close(model.step(token_R, cache), model(torch.tensor(rows))[:, -1])
         sentences = [n for n in range(len(rows) // 3) if not (t in (3, 6) and n == 1)]
         index = torch.tensor([3 * n + int(k) for n in sentences for k in torch.randint(3, (3,))])
         cache.select(index)
         rows = [rows[i] for i in index.tolist()]
+    for text_L in TEXT:  # positions that no row enters leave nothing of the memory before them
+        text_L, cache = text_L[text_L != PAD_ID], model.start(1)
+        cache.store.fill_(torch.nan)
+        logits_LV = torch.cat([model.step(token_1, cache) for token_1 in text_L.split(1)])
+        assert_close(logits_LV, model(text_L[None])[0])
 
 
-def test_evaluation_is_causal_and_training_learns_the_choice():
+def test_training_learns_the_choice():
     model = language_model()
-    changed = TEXT.clone()
-    changed[0, 5:] = 19
-    assert_close(model(TEXT)[0, :5], model(changed)[0, :5])
     torch.manual_seed(0)
     model.float().train()
-    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "predictor" in n], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "predictor" in n], lr=2e-2)
     losses = []
-    for _ in range(100):
+    for _ in range(50):
         with core.record(model) as tape:
             model(TEXT)
         aux = core.aux_losses(tape)
@@ -240,35 +196,19 @@ def test_evaluation_is_causal_and_training_learns_the_choice():
     assert (first == second).float().mean() > 0.8
 
 
-def test_a_compiled_layer_fills_up_in_place_of_waiting():
+def test_a_compiled_layer_fills_up_in_place_of_waiting_and_half_precision_is_finite():
     model = language_model(seed=3)
-    expected = model(TEXT)
     torch._dynamo.reset()
     layer, given = model.decoder.layers[1].depth_gate, core.RoutingContext(valid_BS=TEXT != PAD_ID)
+
+    def entered(x, given):
+        return layer.enter(x, given, lambda x_BCD, _: 2 * x_BCD)
+
     x = torch.randn(3, 8, 16).double()
-    y = layer.enter(x, given, lambda x_BCD, _: 2 * x_BCD)
-    compiled = torch.compile(
-        lambda x, given: layer.enter(x, given, lambda x_BCD, _: 2 * x_BCD), fullgraph=True, backend="aot_eager"
-    )(x, given)
-    assert_close(compiled, y)
-    assert_close(model(TEXT), expected)
-
-
-def test_a_model_is_saved_loaded_and_copied():
-    model, file = language_model(), io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    other = language_model(seed=1)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert torch.equal(other(TEXT), model(TEXT))
-    assert torch.equal(copy.deepcopy(model)(TEXT), model(TEXT))
-    half = language_model().bfloat16()
-    assert half(TEXT).isfinite().all()
+    assert_close(torch.compile(entered, fullgraph=True, backend="aot_eager")(x, given), entered(x, given))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert language_model().float()(TEXT).isfinite().all()
-
-
-# ---- costs
+        assert model.float()(TEXT).isfinite().all()
+    assert model.bfloat16()(TEXT).isfinite().all()
 
 
 @pytest.mark.parametrize("predictor", [False, True])
@@ -294,26 +234,27 @@ def test_flops_of_a_block_are_those_of_the_tokens_that_enter():
     assert saved == 4 * (block(16) - block(4) - 16 * MixtureOfDepths(0.25).flops_per_token(16))
 
 
+class Counted(torch.nn.Module):
+    """A language model as its cost is measured."""
+
+    module = property(lambda self: self)  # what is run is counted too
+    cost_unit = "a text".format
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def cost_inputs(self, batch: Tensor) -> tuple[Tensor]:
+        return (batch,)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.model(text)
+
+
 def test_a_language_model_is_counted_at_its_capacity_whatever_the_predictor_says():
-    class Module(torch.nn.Module):
-        module = property(lambda self: self)  # what is run is counted too
-
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-            self.cost_inputs, self.cost_unit = (lambda batch: (batch,)), (lambda batch: "a text")
-
-        def forward(self, text):
-            return self.model(text)
-
-    text = TEXT[:1].repeat(2, 1)
-    half = measure_cost(Module(language_model()), text).flops_per_example
-    again = measure_cost(Module(language_model(seed=4)), text).flops_per_example
-    assert half == again
-    assert half < measure_cost(Module(language_model(None)), text).flops_per_example
-
-
-# ---- in models
+    models = language_model(), language_model(seed=4), language_model(None)
+    half, again, plain = (measure_cost(Counted(m), TEXT[:1].repeat(2, 1)).flops_per_example for m in models)
+    assert half == again < plain
 
 
 def test_a_vision_model_trains_with_experts_inside():

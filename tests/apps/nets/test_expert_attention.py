@@ -1,7 +1,5 @@
 """Attention experts in the transformers: against ordinary attention, step by step, and what is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -25,6 +23,9 @@ ATTENTION = core.MoEConfig(4, core.TokenChoice(2), HEADS)
 MOE = core.MoEConfig(4, core.TokenChoice(2), core.FFN(12))
 
 
+CONVOLUTIONS = core.MoEConfig(4, core.TokenChoice(2), core.Convolution())
+
+
 def config(**options):
     return TransformerConfig("nano", **{"dim": 16, "hidden_dim": 24, **options})
 
@@ -38,9 +39,6 @@ def translation_model(attention=ATTENTION, moe=None, **options):
 def language_model(attention=ATTENTION, moe=None, **options):
     torch.manual_seed(0)
     return LanguageModel(config(**options), vocab=VOCAB, ffn=moe, attention_moe=attention).double().eval()
-
-
-# ---- the whole sequence
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -70,23 +68,6 @@ def test_one_expert_of_all_heads_is_self_attention(positions, bias):
     assert not torch.equal(sparse.train()(x, mask, turns, core.RoutingContext()), dense(x, many, turns))
 
 
-def test_a_score_scale_of_the_transformer_s_is_heeded():
-    x = torch.tensor([SOURCE[1].tolist()])
-    assert not torch.allclose(language_model()(x), language_model(attention_scale=2.0)(x))
-    assert_close(language_model()(x), language_model(attention_scale=6**-0.5)(x))
-
-
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_a_later_token_changes_no_earlier_one_and_padding_changes_nothing(positions):
-    model = translation_model(positions=positions)
-    logits = model(SOURCE, TARGET)
-    changed = TARGET.clone()
-    changed[:, 2:] = 13
-    assert_close(model(SOURCE, changed)[:, :2], logits[:, :2])
-    for row, (S, L) in enumerate(((4, 4), (5, 4), (2, 2))):
-        assert_close(model(SOURCE[row : row + 1, :S], TARGET[row : row + 1, :L])[0], logits[row, :L])
-
-
 def test_padding_is_not_routed_and_every_layer_records():
     model = translation_model(moe=MOE)
     with core.record(model) as tape:
@@ -98,13 +79,10 @@ def test_padding_is_not_routed_and_every_layer_records():
         assert int(entry.routing.tokens_per_expert_E.sum()) == 2 * real
 
 
-# ---- step by step
-
-
-@pytest.mark.parametrize("moe", [None, MOE], ids=["dense FFNs", "sparse FFNs"])
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_steps_equal_the_whole_sequence(positions, norm, moe, monkeypatch):
+@pytest.mark.parametrize(
+    "positions, norm, moe", [*zip(POSITIONS, ("layer", "rms") * 2, (MOE, MOE, None, None), strict=True)]
+)
+def test_steps_equal_the_whole_sequence_and_padding_changes_nothing(positions, norm, moe, monkeypatch):
     monkeypatch.setattr(transformer, "SLOTS", 1)
     real_BL = TARGET != PAD_ID
     model = translation_model(moe=moe, positions=positions, norm=norm)
@@ -118,6 +96,11 @@ def test_steps_equal_the_whole_sequence(positions, norm, moe, monkeypatch):
     # Keys and values of 2 heads, however many experts read them.
     assert cache.store.shape[:3] == (2, 2, 3 * HEADS.heads_per_expert)
     assert cache.store.shape[4] == HEADS.head_dim
+    for row, (S, L) in enumerate(((4, 4), (5, 4), (2, 2))):
+        assert_close(model(SOURCE[row : row + 1, :S], TARGET[row : row + 1, :L])[0], logits[row, :L])
+    # A scale of the scores is heeded.
+    scaled = (language_model(moe=moe, positions=positions, norm=norm, attention_scale=s) for s in (6**-0.5, 2.0))
+    assert [torch.allclose(own(TARGET), alone_logits) for own in scaled] == [True, False]
 
 
 def test_steps_equal_the_whole_sequence_with_every_router_that_a_decoder_accepts():
@@ -151,30 +134,21 @@ def test_a_step_heeds_autocast_and_multiplies_by_the_keys_weights():
     assert_close(logits, expected[:, 1], rtol=0.05, atol=0.05)
 
 
-# ---- weights
-
-
-def test_initial_weights():
-    torch.manual_seed(0)
-    model = LanguageModel(config(dim=64), vocab=VOCAB, attention_moe=core.MoEConfig(4, core.TokenChoice(2), HEADS))
-    heads = model.decoder.layers[0].mixing.heads
-    bound = (6 / (64 + 12)) ** 0.5
+@pytest.mark.parametrize("kind", ["float32", "autocast"])
+def test_every_parameter_is_trained_from_its_initial_weight(kind):
+    model = translation_model(moe=MOE).float().train()
+    heads, bound = model.decoder.layers[0].mixing.heads, (6 / (16 + 12)) ** 0.5
     for weight, gain in ((heads.experts.w_q, 2**-0.5), (heads.kv.weight, 2**-0.5), (heads.experts.w_out, 1.0)):
         assert 0.9 * gain * bound < float(weight.detach().abs().max()) <= gain * bound
-
-
-@pytest.mark.parametrize("kind", ["float32", "autocast"])
-def test_every_parameter_is_trained(kind):
-    model = translation_model(moe=MOE).float().train()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"), core.record(model) as tape:
         loss = model(SOURCE, TARGET).float().logsumexp(-1).sum()
     (loss + core.aux_loss(tape)).backward()
-    untrained = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert untrained == []
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert all(p.grad.any() for n, p in model.named_parameters() if ".mixing." in n and not n.endswith("bias"))
 
 
-# ---- what is refused
+NOT_CAUSAL = core.MoEConfig(4, core.ExpertChoice(), HEADS)
+ODD = core.MoEConfig(4, core.TokenChoice(2), core.AttentionExperts(5))
 
 
 @pytest.mark.parametrize(
@@ -183,34 +157,15 @@ def test_every_parameter_is_trained(kind):
         (MOE, {}, "^attention_moe.expert is FFN, and must be AttentionExperts$"),
         (ATTENTION, {"qk_norm": "head"}, "^qk_norm='head' is of fixed heads, and attention_moe's are chosen$"),
         (ATTENTION, {"positions": "relative"}, "^positions='relative' has a bias for each head, which attention_moe's"),
-        (
-            core.MoEConfig(4, core.TokenChoice(2), core.AttentionExperts(5)),
-            {"positions": "rotary"},
-            "^attention_moe.expert.head_dim=5 must be even for positions='rotary'$",
-        ),
-        (
-            core.MoEConfig(4, core.ExpertChoice(), HEADS),
-            {},
-            "lets later tokens change earlier ones: not for a causal decoder",
-        ),
+        (ODD, {"positions": "rotary"}, "^attention_moe.expert.head_dim=5 must be even for positions='rotary'$"),
+        (NOT_CAUSAL, {}, "lets later tokens change earlier ones: not for a causal decoder"),
+        (None, {"moe": ATTENTION}, "^moe.expert is AttentionExperts, which is no FFN: AttentionExperts stand in at"),
+        (None, {"moe": CONVOLUTIONS}, "^moe.expert is Convolution, which is no FFN$"),
     ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_what_cannot_be_built_is_refused_in_one_line(attention, options, message):
     for build in (translation_model, language_model):
         with pytest.raises(ValueError, match=message) as error:
             build(attention, **options)
         assert "\n" not in str(error.value)
-
-
-def test_attention_experts_are_no_ffn():
-    message = "^moe.expert is AttentionExperts, which is no FFN: AttentionExperts stand in attention_moe$"
-    for build in (translation_model, language_model):
-        with pytest.raises(ValueError, match=message):
-            build(None, moe=ATTENTION)
-
-
-def test_convolution_experts_are_no_ffn_of_a_text_model():
-    moe = core.MoEConfig(4, core.TokenChoice(2), core.Convolution())
-    for build in (translation_model, language_model):
-        with pytest.raises(ValueError, match=r"^moe.expert is Convolution, which is no FFN$"):
-            build(None, moe=moe)

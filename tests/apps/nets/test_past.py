@@ -8,7 +8,6 @@ import core
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.past import Past
-from apps.nets.positions import sinusoids
 from apps.nets.transformer import LanguageModel, TranslationModel
 from apps.nets.universal import Universal
 
@@ -20,7 +19,7 @@ HEADS = core.MoEConfig(4, core.TokenChoice(top_k=2), core.AttentionExperts(head_
 
 def config(**options):
     small = {"dim": 16, "hidden_dim": 24, "relative_buckets": 8, "relative_max_distance": 16}
-    return TransformerConfig("nano", **{**small, **options})
+    return TransformerConfig("nano", **small, **options)
 
 
 def language_model(positions="rotary", **parts):
@@ -48,41 +47,30 @@ def in_parts(model, text_BL, lengths, hidden=0, memory=(), **more):
     return torch.cat(logits, 1)
 
 
-def test_join_puts_new_keys_after_the_past_ones_of_the_layer_whose_turn_it_is():
-    first, second = (torch.full((1, 1, 2, 1), value) for value in (1.0, 2.0))
-    past = Past([(first, -first), (second, -second)])
-    new = torch.full((1, 1, 1, 1), 9.0)
-    assert past.length == 2
-    k, v = past.join(new, -new)
-    assert k.flatten().tolist() == [1, 1, 9]
-    assert v.flatten().tolist() == [-1, -1, -9]
-    assert past.join(new, -new)[0].flatten().tolist() == [2, 2, 9]
-    assert [k.flatten().tolist() for k, _ in past.joined] == [[1, 1, 9], [2, 2, 9]]
-
-
 @pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary", "relative", "none"])
 def test_a_text_in_parts_equals_the_whole_text(positions):
     model = language_model(positions)
-    whole_BLV = model(TEXT)
     for lengths in ([8], [5, 3], [1] * 8):
-        assert_close(in_parts(model, TEXT, lengths), whole_BLV)
+        assert_close(in_parts(model, TEXT, lengths), model(TEXT))
+
+
+DEPTHS = MixtureOfDepths(0.5, predictor=True)
 
 
 @pytest.mark.parametrize(
     ("parts", "hidden"),
     [
         ({"attention_moe": HEADS}, 0),
-        ({"depths": MixtureOfDepths(0.5, predictor=True)}, 1),
-        ({"depths": MixtureOfDepths(0.5, predictor=True), "positions": "relative"}, 1),
+        ({"depths": DEPTHS}, 1),
+        ({"depths": DEPTHS, "positions": "relative"}, 1),
         ({"attention_moe": HEADS, "universal": Universal(0.6)}, 0),
     ],
     ids=["attention experts", "depths", "depths, relative", "universal"],
 )
 def test_a_text_in_parts_equals_the_whole_text_where_tokens_choose_heads_and_layers(parts, hidden):
     model = language_model(**parts)
-    whole_BLV = model(TEXT)
     for lengths in ([5, 3], [1] * 8):
-        assert_close(in_parts(model, TEXT, lengths, hidden), whole_BLV)
+        assert_close(in_parts(model, TEXT, lengths, hidden), model(TEXT))
 
 
 def test_a_decoder_reads_the_keys_and_values_of_a_memory_with_padding():
@@ -95,7 +83,3 @@ def test_a_decoder_reads_the_keys_and_values_of_a_memory_with_padding():
     whole_BLV = model(source_BS, TEXT, task_B)
     read = in_parts(model, TEXT, [1, 4, 3], memory=pairs, task_ids_B=task_B, memory_valid_BS=memory.valid_BS)
     assert_close(read, whole_BLV)
-
-
-def test_sinusoids_from_a_position_on_are_the_rows_of_the_whole_table():
-    assert_close(sinusoids(3, 8, start=5), sinusoids(8, 8)[5:], rtol=0, atol=0)

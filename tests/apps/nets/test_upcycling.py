@@ -1,6 +1,6 @@
 """A network with MoE layers begins as a dense one: its outputs are those, and what does not fit is refused."""
 
-from __future__ import annotations
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,11 +21,13 @@ MOE = core.MoEConfig(4, core.TokenChoice(2), core.FFN(6, "gelu_tanh", bias=True)
 
 @pytest.mark.parametrize("start", ["copy", core.convert.DropStart(0.0)])
 def test_the_outputs_are_the_dense_networks(start):
-    dense, sparse = net(DENSE, DENSE), net(DENSE, MOE)
+    dense, sparse, other = net(DENSE, DENSE), net(DENSE, MOE), net(DENSE, DENSE)
     begin_as(sparse, dense, MOE, start)
+    begin_as(other, dense, None)  # without a mixture it is the dense network itself
     x = torch.randn(2, 5, 3)
     assert_close(sparse(x), dense(x), rtol=1e-5, atol=1e-6)
     assert_close(sparse[2].experts.w_in[3], dense[2].w_in.weight.T)
+    assert torch.equal(other(x), dense(x))
 
 
 def test_each_layer_has_gates_of_its_own():
@@ -39,29 +41,23 @@ def test_each_layer_has_gates_of_its_own():
     assert torch.equal(gates[0], again[1].router.gate.weight)
 
 
-def test_no_mixture_is_the_dense_network_itself():
-    dense, other = net(DENSE), net(DENSE)
-    begin_as(other, dense, None)
-    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), other.parameters(), strict=True))
+TOP1 = core.MoEConfig(4, core.TokenChoice(1), MOE.expert)
+OTHERS = {
+    r"layer '1' has experts FFN\(hidden_dim=6.*set moe.expert to that kind and width": core.FFN(6, "gelu_tanh"),
+    "begin as is FFN": core.FFN(8, "gelu_tanh", bias=True),
+    "the network that they begin as is FFN": core.FFN(6, "gelu", bias=True),
+}
 
 
 @pytest.mark.parametrize(
-    ("expert", "match"),
+    ("sparse", "dense", "moe", "message"),
     [
-        (core.FFN(6, "gelu_tanh"), r"layer '1' has experts FFN\(hidden_dim=6.*set moe.expert to that kind and width"),
-        (core.FFN(8, "gelu_tanh", bias=True), "begin as is FFN"),
-        (core.FFN(6, "gelu", bias=True), "begin as is FFN"),
+        *(((moe,), (DENSE,), moe, text) for text, own in OTHERS.items() for moe in [replace(MOE, expert=own)]),
+        ((TOP1,), (DENSE,), TOP1, r"layer '1' cannot begin as the dense network: .* do not sum to a constant"),
+        ((MOE, DENSE), (DENSE, core.DenseFFN(7)), MOE, r"differs outside its MoE layers: 2\.w_in\.weight"),
     ],
+    ids=["no biases", "width", "activation", "one by its score", "outside"],
 )
-def test_experts_of_another_form_are_refused(expert, match):
-    moe = core.MoEConfig(4, core.TokenChoice(2), expert)
-    with pytest.raises(ValueError, match=match):
-        begin_as(net(moe), net(DENSE), moe)
-
-
-def test_what_does_not_fit_is_refused():
-    top1 = core.MoEConfig(4, core.TokenChoice(1), MOE.expert)
-    with pytest.raises(ValueError, match=r"layer '1' cannot begin as the dense network: .* do not sum to a constant"):
-        begin_as(net(top1), net(DENSE), top1)
-    with pytest.raises(ValueError, match=r"differs outside its MoE layers: 2\.w_in\.weight"):
-        begin_as(net(MOE, DENSE), net(DENSE, core.DenseFFN(7)), MOE)
+def test_what_does_not_fit_is_refused(sparse, dense, moe, message):
+    with pytest.raises(ValueError, match=message):
+        begin_as(net(*sparse), net(*dense), moe)

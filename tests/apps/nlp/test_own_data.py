@@ -1,7 +1,5 @@
 """Two text files of a user's become a configuration."""
 
-from __future__ import annotations
-
 import pytest
 
 from apps.data.given import GivenData
@@ -25,9 +23,7 @@ def test_two_files_are_a_pair_of_languages(tmp_path):
     assert data.pairs == ("en-de",)
     # A tenth of 240 tests, a twentieth validates.
     assert data.sizes() == {"train": 204, "val": 12, "test": 24}
-
-
-def test_names_without_a_language_are_source_and_target(tmp_path):
+    # Names without a language are source and target.
     paths = (write(tmp_path / "left.txt", 240, "red"), write(tmp_path / "right.txt", 240, "rot"))
     made = config_for(GivenData(paths, None, tmp_path / "made"))
     assert made.config["data"]["init_args"]["pairs"] == ["source-target"]

@@ -1,7 +1,5 @@
 """Lines of translations, in order and as they come."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +10,7 @@ from apps.nlp.predict import Line, as_text, checked_texts, given_lines, in_order
 from apps.nlp.translation.data import TranslationData
 
 
-def test_a_line_comes_as_soon_as_all_before_it_are_there():
+def test_a_line_comes_as_soon_as_all_before_it_are_there_and_none_is_lost_or_doubled():
     asked = []
 
     def batches():
@@ -22,28 +20,23 @@ def test_a_line_comes_as_soon_as_all_before_it_are_there():
 
     lines = in_order(batches())
     assert asked == []
-    assert next(lines) == "a"
-    assert asked == [[2, 0]]
-    assert next(lines) == "b"
-    assert next(lines) == "c"
-    assert asked == [[2, 0], [1]]
+    assert (next(lines), asked) == ("a", [[2, 0]])
+    assert (next(lines), next(lines), asked) == ("b", "c", [[2, 0], [1]])
     assert list(lines) == ["d"]
-
-
-def test_no_line_is_lost_or_doubled():
-    with pytest.raises(ValueError, match="line 2 is missing"):
-        list(in_order([([0, 2], ["a", "c"])]))
-    with pytest.raises(ValueError, match="line 1 comes twice"):
-        list(in_order([([0, 1], ["a", "b"]), ([0], ["a"])]))
-    with pytest.raises(ValueError, match="line 3 is missing"):
-        list(in_order([([3], ["d"])], start=2))
+    for given, start, message in (
+        ([([0, 2], ["a", "c"])], 0, "line 2 is missing"),
+        ([([0, 1], ["a", "b"]), ([0], ["a"])], 0, "line 1 comes twice"),
+        ([([3], ["d"])], 2, "line 3 is missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(in_order(given, start=start))
 
 
 def test_a_line_that_is_no_utf8_is_an_error_or_replaced_or_left_empty(tmp_path, caplog):
     path = tmp_path / "in.txt"
     path.write_bytes("\ufeffgrün\n".encode() + b"b\xffd\n" + b"\n" + b"\xfe\n")
     with pytest.raises(
-        ValueError, match=r"in\.txt, line 2: byte 0xff .*; bad_lines \(--data\.bad_lines replace, or skip"
+        ValueError, match=r"in\.txt, line 2: byte 0xff .*; bad_lines \(--data\.bad_lines replace, or sk"
     ):
         list(given_lines(None, str(path)))
     assert list(given_lines(None, str(path), "replace")) == ["grün", "b\ufffdd", "", "\ufffd"]
@@ -66,9 +59,7 @@ def test_texts_and_options_of_a_caller_are_checked():
     assert decoding(DecodeConfig(), {"num_beams": 2}).num_beams == 2
     with pytest.raises(ValueError, match=r"option='beam' is not one of .*did you mean 'num_beams'"):
         decoding(DecodeConfig(), {"beam": 2})
-
-
-def test_candidates_are_lines_of_number_score_and_text():
+    # Candidates are lines of number, score and text.
     line = Line(4, "größer", [Candidate("greater", -0.25), Candidate("bigger", -1.5)])
     assert as_text(line, 1) == ["greater"]
     assert as_text(line, 2) == ["5\t-0.2500\tgreater", "5\t-1.5000\tbigger"]

@@ -1,7 +1,5 @@
 """Classes of subwords, counts from tapes that are written down, and what they say."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,19 +7,8 @@ import pytest
 import torch
 
 import core
-from apps.nlp.specialization import (
-    CLASSES,
-    TextUse,
-    by_class,
-    by_label,
-    side_of,
-    specialization,
-    token_classes,
-    tokens,
-)
+from apps.nlp.specialization import CLASSES, TextUse, by_class, by_label, side_of, specialization, token_classes, tokens
 from apps.report.use import entropy
-
-# ---- classes
 
 
 def classes(pieces, counts):
@@ -29,57 +16,34 @@ def classes(pieces, counts):
 
 
 def test_what_is_no_word_is_told_by_its_characters():
-    pieces = ["<unk>", "<s>", "</s>", "<2de>", "<0xE4>", "▁24", "7", ".", "▁-", "▁€"]
-    assert classes(pieces, [9] * 10) == [
-        "byte or unknown",
-        "begin of sentence",
-        "end of sentence",
-        "language tag",
-        "byte or unknown",
-        "digits",
-        "digits",
-        "punctuation",
-        "punctuation",
-        "punctuation",
-    ]
-
-
-def test_letters_with_digits_or_signs_are_words_in_any_script():
+    told = {"<unk>": "byte or unknown", "<s>": "begin of sentence", "</s>": "end of sentence", "<2de>": "language tag"}
+    told |= {
+        "<0xE4>": "byte or unknown",
+        "▁24": "digits",
+        "7": "digits",
+        **dict.fromkeys((".", "▁-", "▁€"), "punctuation"),
+    }
+    assert classes([*told], [9] * 10) == [*told.values()]
     # "हि" is a letter and a vowel sign, "ि" that sign alone; a mark alone starts a word that is spelled after it.
-    pieces = ["▁T-Shirt", "▁1st", "чер", "▁हि", "ि", "▁"]
-    named = classes(pieces, [1] * 6)
-    assert [c.split(",")[0] for c in named] == [
-        "function-like" if p == "▁1st" else "word start" if p.startswith("▁") else "continuation" for p in pieces
-    ]
+    words = {"▁T-Shirt": "word start", "▁1st": "function-like", "чер": "continuation", "▁हि": "word start"}
+    words |= {"ि": "continuation", "▁": "word start"}
+    assert [c.split(",")[0] for c in classes([*words], [1] * 6)] == [*words.values()]
 
 
 def test_words_are_quartered_by_the_tokens_before_them():
     # 40 tokens with letters. Before "ing" are 10 of them: the second quarter. What is no word does not count.
-    pieces = ["▁the", "▁playing", "ing", "▁dog", "s", "▁cat", "er", "▁owl", "."]
-    assert classes(pieces, [5, 5, 5, 5, 5, 5, 5, 5, 1000]) == [
-        "function-like",
-        "word start, frequent",
-        "continuation, 2nd quarter",
-        "word start, 2nd quarter",
-        "continuation, 3rd quarter",
-        "word start, 3rd quarter",
-        "continuation, rare",
-        "word start, rare",
-        "punctuation",
-    ]
-
-
-def test_a_frequent_word_counts_by_where_it_begins_and_an_unseen_one_as_rare():
-    # "a" makes up 90 of 100 tokens: it begins the first quarter; "on", after it, belongs to the last.
+    quartered = {"▁the": "function-like", "▁playing": "word start, frequent", "ing": "continuation, 2nd quarter"}
+    quartered |= {
+        "▁dog": "word start, 2nd quarter",
+        "s": "continuation, 3rd quarter",
+        "▁cat": "word start, 3rd quarter",
+    }
+    quartered |= {"er": "continuation, rare", "▁owl": "word start, rare", ".": "punctuation"}
+    assert classes([*quartered], [5] * 8 + [1000]) == [*quartered.values()]
+    # "a" makes up 90 of 100 tokens: it begins the first quarter; "on", after it, belongs to the last; unseen is rare.
     assert classes(["▁on", "▁a", "x"], [10, 90, 0]) == ["word start, rare", "function-like", "continuation, rare"]
-
-
-def test_long_words_and_continuations_are_not_like_function_words():
-    assert classes(["▁under"], [1]) == ["word start, frequent"]
-    assert classes(["ing"], [1]) == ["continuation, frequent"]
-
-
-# ---- counts
+    # Long words and continuations are not like function words.
+    assert classes(["▁under"], [1]) + classes(["ing"], [1]) == ["word start, frequent", "continuation, frequent"]
 
 
 @dataclass(frozen=True)
@@ -134,16 +98,6 @@ def test_pairs_are_counted_by_sentence_and_by_subword_without_padding_and_what_w
     }
 
 
-def test_a_layer_used_twice_counts_twice():
-    passes = [entry("encoder.layers.0.ffn", [[4]], [[0]]), entry("encoder.layers.0.ffn", [[4]], [[1]])]
-    (layer,) = use_of(["en-de"], (passes, [0])).layers
-    assert layer.by_sentence.tolist() == [[1, 1]]
-
-
-def test_layers_are_named_by_stack_and_number():
-    assert (side_of("decoder 3"), side_of("model.encoder.layers.0.ffn")) == ("target", "source")
-
-
 @pytest.mark.parametrize(
     ("pairs", "expected"),
     [
@@ -155,24 +109,15 @@ def test_layers_are_named_by_stack_and_number():
         (["en-de", "en-fr", "de-en", "fr-en"], ["source language", "target language", "pair"]),
     ],
 )
-def test_sentences_are_labeled_by_what_tells_them_apart(pairs, expected):
+def test_sentences_are_labeled_by_what_tells_them_apart_in_the_order_of_mention(pairs, expected):
     use = TextUse(tokens, WORDS, pairs)  # type: ignore[arg-type]
-    use.pair_B = np.arange(len(pairs))
-    assert list(use.labels()) == expected
-
-
-def test_labels_are_numbered_by_their_first_mention():
-    use = TextUse(tokens, WORDS, ["en-de", "en-fr", "de-en", "fr-en"])  # type: ignore[arg-type]
-    use.pair_B = np.array([3, 0, 1, 2])
+    use.pair_B = np.roll(np.arange(len(pairs)), 1)
     labels = {about: (label_B.tolist(), names) for about, (label_B, names) in use.labels().items()}
-    assert labels == {
-        "source language": ([2, 0, 0, 1], ("en", "de", "fr")),
-        "target language": ([2, 0, 1, 2], ("de", "fr", "en")),
-        "pair": ([3, 0, 1, 2], ("en-de", "en-fr", "de-en", "fr-en")),
-    }
-
-
-# ---- metrics
+    assert list(labels) == expected
+    if "pair" in expected:
+        assert labels["source language"] == ([2, 0, 0, 1], ("en", "de", "fr"))
+        assert labels["target language"] == ([2, 0, 1, 2], ("de", "fr", "en"))
+        assert labels["pair"] == ([3, 0, 1, 2], tuple(pairs))
 
 
 def two_languages(experts):
@@ -181,22 +126,20 @@ def two_languages(experts):
     return use_of(["en-de", "en-fr"], *batches)
 
 
-def test_an_expert_a_language_is_all_there_can_be():
+def test_what_an_expert_says_of_languages_and_classes_by_itself_and_by_chance():
     about = {s.about: s for s in specialization(two_languages([0, 1]))}
     languages = about["target language"]
     assert (languages.bits, languages.share, languages.num_labels, languages.num_pairs) == (1.0, 1.0, 2, 40)
     # Shuffled, 40 sentences still say about 1 / (2 * 40 * ln 2) = 0.018 bits.
     assert 0.005 < languages.by_chance < 0.05
-    # All tokens are one subword.
-    assert (about["token class"].bits, about["token class"].share, about["token class"].by_chance) == (0.0, 0.0, 0.0)
-
-
-def test_one_expert_for_both_languages_says_nothing():
     first = specialization(two_languages([1, 1]))[0]
-    assert (first.about, first.bits, first.share, first.by_chance) == ("target language", 0.0, 0.0, 0.0)
-
-
-def test_the_chance_of_token_classes_is_the_bias_of_so_many_pairs():
+    for nothing in (about["token class"], first):  # all tokens are one subword
+        assert (nothing.bits, nothing.share, nothing.by_chance) == (0.0, 0.0, 0.0)
+    assert first.about == "target language"
+    # A layer used twice counts twice.
+    passes = [entry("encoder.layers.0.ffn", [[4]], [[expert]]) for expert in (0, 1)]
+    assert use_of(["en-de"], (passes, [0])).layers[0].by_sentence.tolist() == [[1, 1]]
+    assert (side_of("decoder 3"), side_of("model.encoder.layers.0.ffn")) == ("target", "source")
     # 3 begins by expert 0, 5 dogs by expert 1: (2 - 1) (2 - 1) / (2 * 8 ln 2).
     use = use_of(["en-de"], ([entry("decoder.layers.0.ffn", [[2, 2, 2, 4, 4, 4, 4, 4]], [[0] * 3 + [1] * 5])], [0]))
     (row,) = specialization(use)

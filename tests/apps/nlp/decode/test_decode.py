@@ -1,8 +1,5 @@
 """Searches on tables worked out by hand, and against plain loops over sentences and hypotheses."""
 
-from __future__ import annotations
-
-import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -36,35 +33,31 @@ def decoded(model: Table, num_sentences: int = 1, **options: Any) -> tuple[list[
     return out.ids[0], out.scores[0]
 
 
-# ---- by hand
-
-
-def test_greedy_takes_the_best_id_each_step_and_is_closed_by_an_end_at_its_maximal_length():
+def test_greedy_takes_the_best_id_each_step_up_to_its_maximal_length_and_ends_not_before_its_minimal():
     ids, scores = decoded(Table(PROBS), method="greedy", length_penalty=0.0)
     assert ids == [[A, A]]
     assert scores == [pytest.approx(math.log(0.5 * 0.4 * 0.3))]
     # Of length 3, the end included.
     assert decoded(Table(PROBS), method="greedy")[1] == [pytest.approx(math.log(0.06) / 3)]
+    ends = Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}})
+    assert decoded(ends, method="greedy")[0] == [[A]]
+    assert decoded(ends, method="greedy", min_new_tokens=0)[0] == [[]]
+    ids, scores = decoded(ends, min_new_tokens=5, num_beams=3)
+    assert ids == [[A] * 5]  # beats the maximum of 2
+    assert scores == pytest.approx([(math.log(0.2) + 4 * math.log(0.1) + math.log(0.9)) / 6])
 
 
 def test_beam_of_2_by_hand():
     """Open after one id: a .5, b .4. Then b-end .36 is finished; a-a .20 and a-b .15 stay open, for a-end .15 is third.
     At the maximum of 2 both are closed: a-a-end .06, a-b-end .135. The lengths are 2, 3 and 3."""
     options = {"num_beams": 2, "num_return_sequences": 2, "num_sentences": 3}
-    ids, scores = decoded(Table(PROBS), length_penalty=0.0, **options)
-    assert ids == [[B], [A, B]]
-    assert scores == pytest.approx([math.log(0.36), math.log(0.135)])
-    ids, scores = decoded(Table(PROBS), length_penalty=1.0, **options)
-    assert ids == [[B], [A, B]]
-    assert scores == pytest.approx([math.log(0.36) / 2, math.log(0.135) / 3])
+    b, ab = math.log(0.36), math.log(0.135)
+    assert decoded(Table(PROBS), length_penalty=0.0, **options) == ([[B], [A, B]], pytest.approx([b, ab]))
+    assert decoded(Table(PROBS), length_penalty=1.0, **options) == ([[B], [A, B]], pytest.approx([b / 2, ab / 3]))
     # -1.02 / 4 = -0.255 and -2.00 / 9 = -0.222: a strong penalty prefers the longer one.
-    ids, scores = decoded(Table(PROBS), length_penalty=2.0, **options)
-    assert ids == [[A, B], [B]]
-    assert scores == pytest.approx([math.log(0.135) / 9, math.log(0.36) / 4])
-
-
-def test_a_sentence_is_done_when_no_open_hypothesis_can_win():
-    """After two steps b-end has .36 and the best open one .20. Undivided it cannot rise; divided by 3 ** 2 it might."""
+    assert decoded(Table(PROBS), length_penalty=2.0, **options) == ([[A, B], [B]], pytest.approx([ab / 9, b / 4]))
+    # A sentence is done when no open hypothesis can win. After two steps b-end has .36 and the best open one .20:
+    # undivided it cannot rise; divided by 3 ** 2 it might.
     for penalty, steps in ((0.0, 2), (2.0, 3)):
         model = Table(PROBS)
         decoded(model, num_beams=2, length_penalty=penalty)
@@ -84,102 +77,46 @@ def test_a_better_hypothesis_that_is_still_open_is_waited_for():
     assert decoded(Table(probs), **options, early_stopping=True) == too_early
 
 
-def test_a_beam_scores_at_least_as_much_as_greedy_search_that_is_sure():
-    """If greedy search's ids have more than half of all probability, they lead the beam in every step, so that only a
-    search that ends too early can miss them. Sharp random models, whose end is often likely or unlikely, have many."""
-    num_sure = lost_by_ending_early = 0
-    for seed in range(12):
-        model, batch = Recurrent(seed=seed, sharpness=20.0), sources([3, 7, 5, 9, 4, 6, 8, 2], seed=seed)
-        model.out.data[:, EOS_ID] *= 3
-        greedy = translate_ids(model, batch, DecodeConfig(method="greedy", min_new_tokens=0))
-        is_sure = [math.exp(s * (len(i) + 1)) > 0.5 for (s,), (i,) in zip(greedy.scores, greedy.ids, strict=True)]
-        num_sure += sum(is_sure)
-        for num_beams, early_stopping in itertools.product((2, 5, 10), ("never", True)):
-            config = DecodeConfig(num_beams=num_beams, min_new_tokens=0, early_stopping=early_stopping)
-            scores = zip(translate_ids(model, batch, config).scores, greedy.scores, is_sure, strict=True)
-            loses = [beam < best - 1e-9 and sure for (beam,), (best,), sure in scores]  # sums are rounded
-            assert early_stopping is True or not any(loses)
-            lost_by_ending_early += sum(loses)
-    assert num_sure == 70
-    assert lost_by_ending_early == 3
-
-
-def test_an_end_before_the_minimal_length_is_not_allowed():
-    assert decoded(Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), method="greedy")[0] == [[A]]
-    ids = decoded(Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), method="greedy", min_new_tokens=0)[
-        0
-    ]
-    assert ids == [[]]
-    ids, scores = decoded(
-        Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), min_new_tokens=5, num_beams=3
-    )
-    assert ids == [[A] * 5]  # beats the maximum of 2
-    assert scores == pytest.approx([(math.log(0.2) + 4 * math.log(0.1) + math.log(0.9)) / 6])
-
-
-def test_padding_and_begin_are_never_produced():
+def test_padding_and_begin_are_never_produced_and_of_equals_the_lower_id_goes_first():
     probs = {i: {PAD_ID: 0.5, BOS_ID: 0.3, UNK_ID: 0.12, EOS_ID: 0.08} for i in (BOS_ID, UNK_ID)}
     for method in ("greedy", "beam", "sample"):
         ids, scores = decoded(Table(probs), method=method, min_new_tokens=2, length_penalty=0.0)
         assert ids == [[UNK_ID, UNK_ID]]
         # Their share of the probability is not given to the others.
         assert scores == pytest.approx([math.log(0.12 * 0.12 * 0.08)])
-
-
-def test_of_equals_the_lower_id_and_the_better_hypothesis_go_first():
     probs = {BOS_ID: {A: 0.5, B: 0.5}, A: {A: 0.25, B: 0.25, EOS_ID: 0.5}, B: {A: 0.25, B: 0.25, EOS_ID: 0.5}}
     assert decoded(Table(probs), method="greedy", min_new_tokens=2)[0] == [[A, A]]
     ids = decoded(Table(probs), num_beams=3, num_return_sequences=3, min_new_tokens=2)[0]
     assert ids == [[A, A], [A, B], [B, A]]
 
 
-def test_a_sentence_s_longest_translation_depends_on_its_own_length():
-    forever = Table({BOS_ID: {A: 0.9, EOS_ID: 0.1}, A: {A: 0.9, EOS_ID: 0.1}})
-    config = DecodeConfig(method="greedy", max_length_ratio=1.5, max_length_extra=1)
-    out = translate_ids(forever, sources([1, 2, 4, 9], VOCAB), config)
-    assert [len(ids) for ids in out.best] == [2, 4, 7, 14]  # floor(1.5 S + 1)
-    assert len(forever.steps) == 15
-
-
-def test_finished_sentences_leave_the_batch():
-    """Limits of 2, 4, 7 and 14 ids and the end: rows leave after steps 3, 5, 8 and 15."""
+def test_a_sentence_s_longest_translation_depends_on_its_own_length_and_finished_ones_leave():
+    """Limits of 2, 4, 7 and 14 ids, floor(1.5 S + 1), and the end: rows leave after steps 3, 5, 8 and 15."""
     forever = Table({BOS_ID: {A: 0.9, EOS_ID: 0.1}, A: {A: 0.9, EOS_ID: 0.1}})
     config = DecodeConfig(method="greedy", max_length_ratio=1.5, max_length_extra=1)
     pruned = translate_ids(forever, sources([1, 2, 4, 9], VOCAB), config)
+    assert [len(ids) for ids in pruned.best] == [2, 4, 7, 14]
     assert forever.steps == [4] * 3 + [3] * 2 + [2] * 3 + [1] * 7
     forever.steps = []
     assert translate_ids(forever, sources([1, 2, 4, 9], VOCAB), replace(config, prune=False)) == pruned
     assert forever.steps == [4] * 15
 
 
-def test_no_sentences_and_no_finite_end():
+def test_no_sentences_no_finite_end_and_more_texts_than_hypotheses():
     assert translate_ids(Table(PROBS), torch.zeros(0, 3, dtype=torch.int64), DecodeConfig()).ids == []
     model = Table(PROBS)
     model.table.data.fill_(math.nan)
     for method in ("beam", "greedy", "sample"):
         with pytest.raises(ValueError, match="sentence 0 of the batch has no end with a finite log-probability"):
             decoded(model, method=method)
+    for method, most in (("beam", 5), ("greedy", 1)):
+        with pytest.raises(
+            ValueError, match=f"num_return_sequences=6 exceeds the {most} hypotheses of method={method}"
+        ):
+            DecodeConfig(method, num_return_sequences=6)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_return_sequences": 6}, "num_return_sequences=6 exceeds the 5 hypotheses of method=beam"),
-        (
-            {"num_return_sequences": 2, "method": "greedy"},
-            "num_return_sequences=2 exceeds the 1 hypotheses of method=greedy",
-        ),
-    ],
-)
-def test_impossible_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        DecodeConfig(**options)
-
-
-# ---- sampling
-
-
-def test_what_an_id_is_drawn_with():
+def test_what_an_id_is_drawn_with_and_by_which_draw():
     logits = torch.tensor([0.125, 0.5, 0.125, 0.25], dtype=torch.float64).log()
 
     def probs(**options: Any) -> list[float]:
@@ -195,10 +132,7 @@ def test_what_an_id_is_drawn_with():
     assert probs(top_k=2, top_p=0.66) == [0, 1, 0, 0]  # 2/3 by itself is enough
     assert probs(temperature=0.5) == pytest.approx([1 / 22, 16 / 22, 1 / 22, 4 / 22])  # squares
     assert probs(temperature=0.5, top_p=0.7) == [0, 1, 0, 0]
-
-
-def test_a_draw_takes_the_first_id_whose_cumulative_probability_exceeds_it():
-    """1,000 draws of one id each: a where the draw is under .75, b above."""
+    # 1,000 draws of one id each: a where the draw is under .75, b above.
     model = Table({BOS_ID: {A: 0.75, B: 0.25}, A: {EOS_ID: 1.0}, B: {EOS_ID: 1.0}})
     config = DecodeConfig(method="sample", num_return_sequences=1000, max_length_ratio=0.0, max_length_extra=1, seed=3)
     out = translate_ids(model, sources([3]), config)
@@ -208,92 +142,54 @@ def test_a_draw_takes_the_first_id_whose_cumulative_probability_exceeds_it():
 
 
 def test_a_sentence_s_draws_depend_on_the_seed_and_its_number_alone():
-    model = Recurrent()
-    config = DecodeConfig(method="sample", num_return_sequences=2, seed=1)
-    batch = sources([3, 9, 1, 5])
-    out = translate_ids(model, batch, config)
+    model, batch, config = Recurrent(), sources([3, 9, 1, 5]), DecodeConfig("sample", num_return_sequences=2, seed=1)
+    out, state = translate_ids(model, batch, config), torch.get_rng_state()
     assert translate_ids(model, batch, config) == out
+    assert torch.equal(torch.get_rng_state(), state)
     close(translate_ids(model, batch, replace(config, prune=False)), out)
     assert translate_ids(model, batch, replace(config, seed=2)).ids != out.ids
     for b in range(4):
         alone = translate_ids(model, batch[b : b + 1], config, index_B=torch.tensor([b]))
         assert alone.ids == out.ids[b : b + 1]
-    state = torch.get_rng_state()
-    translate_ids(model, batch, config)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-# ---- against the plain loops
-
-
-@pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0])
-@pytest.mark.parametrize("method", ["greedy", 1, 2, 5])
-def test_every_id_is_that_of_the_plain_loops(method, penalty):
-    search = {"method": "greedy"} if method == "greedy" else {"method": "beam", "num_beams": method}
-    for seed, sharpness in ((0, 3.0), (1, 6.0), (2, 1.0)):
-        model = Recurrent(seed=seed, sharpness=sharpness)
-        batch = sources([1, 9, 4, 2, 6, 3], seed=seed)
-        for more in ({"max_length_ratio": 1.5}, {"max_length_ratio": 0.5, "max_length_extra": 0}):
-            config = DecodeConfig(
-                **search,
-                length_penalty=penalty,
-                num_return_sequences=min(search.get("num_beams", 1), 3),
-                min_new_tokens=seed,
-                **more,
-            )
-            for early_stopping in ("never", False, True) if search.get("num_beams", 1) > 1 else ("never",):
-                config = replace(config, early_stopping=early_stopping)
-                fast = translate_ids(model, batch, config)
-                close(fast, naive.translate_ids(model, batch, config))
-                close(translate_ids(model, batch, replace(config, prune=False)), fast)
-
-
-def test_sampled_ids_are_those_of_the_plain_loops():
-    model = Recurrent()
-    batch = sources([1, 9, 4, 2, 6, 3])
-    for more in (
-        {},
-        {"top_k": 3},
-        {"top_p": 0.8},
-        {"temperature": 2.0, "top_k": 7, "top_p": 0.9},
-        {"min_new_tokens": 4},
-    ):
+    mixed = {"temperature": 2.0, "top_k": 7, "top_p": 0.9}
+    for more in ({}, {"top_k": 3}, {"top_p": 0.8}, mixed, {"min_new_tokens": 4}):
         config = DecodeConfig(method="sample", num_return_sequences=3, length_penalty=0.6, **more)
         close(translate_ids(model, batch, config), naive.translate_ids(model, batch, config))
 
 
+@pytest.mark.parametrize("method, penalty", [("greedy", 0.6), (1, 1.0), (2, 0.0), (2, 2.0), (5, 0.6), (5, 1.0)])
+def test_every_id_is_that_of_the_plain_loops(method, penalty):
+    search = {"method": "greedy"} if method == "greedy" else {"method": "beam", "num_beams": method}
+    beams = search.get("num_beams", 1)
+    search |= {"length_penalty": penalty, "num_return_sequences": min(beams, 3)}
+    limits = ({"max_length_ratio": 1.5}, {"max_length_ratio": 0.5, "max_length_extra": 0}, {"max_length_ratio": 1.0})
+    for (seed, sharpness), more in zip(((0, 3.0), (1, 6.0), (2, 1.0)), limits, strict=True):
+        model, batch = Recurrent(seed=seed, sharpness=sharpness), sources([1, 9, 4, 2, 6, 3], seed=seed)
+        model.out.data[:, EOS_ID] *= 1 + seed  # its end is often likely or unlikely
+        for early_stopping in ("never", False, True) if beams > 1 else ("never",):
+            config = DecodeConfig(**search, min_new_tokens=seed, early_stopping=early_stopping, **more)
+            fast = translate_ids(model, batch, config)
+            close(fast, naive.translate_ids(model, batch, config))
+            close(translate_ids(model, batch, replace(config, prune=False)), fast)
+
+
 def test_a_vocabulary_smaller_than_the_beam():
     """Two ids beside the end: fewer hypotheses than the beam has rows in the first steps."""
-    g = torch.Generator().manual_seed(0)
-    model = Table(
-        {i: dict(zip((A, B, EOS_ID), torch.rand(3, generator=g).tolist(), strict=True)) for i in range(VOCAB)}
-    )
+    rows, ids = torch.rand(VOCAB, 3, generator=torch.Generator().manual_seed(0)).tolist(), (A, B, EOS_ID)
+    model, batch = Table({i: dict(zip(ids, row, strict=True)) for i, row in enumerate(rows)}), sources([3, 1, 2], VOCAB)
     for k in (2, 5, 9):
         config = DecodeConfig(num_beams=k, num_return_sequences=k, max_length_ratio=0.0, max_length_extra=4)
-        batch = sources([3, 1, 2], VOCAB)
         close(translate_ids(model, batch, config), naive.translate_ids(model, batch, config))
-
-
-def test_beam_of_1_is_greedy():
-    model, batch = Recurrent(), sources([1, 9, 4, 2, 6, 3])
-    assert translate_ids(model, batch, DecodeConfig(num_beams=1)) == translate_ids(
-        model, batch, DecodeConfig(method="greedy")
-    )
 
 
 def test_scores_are_the_teacher_s_log_probabilities():
     model, batch = Recurrent(), sources([1, 9, 4, 2, 6, 3])
     for config in (DecodeConfig(length_penalty=0.6), DecodeConfig(method="sample", temperature=2.0, top_k=5)):
         out = translate_ids(model, batch, config)
-        longest = max(len(ids) for ids in out.best)
-        target = torch.full((len(batch), longest + 2), PAD_ID)
-        for row, ids in zip(target, out.best, strict=True):
-            row[: len(ids) + 2] = torch.tensor([BOS_ID, *ids, EOS_ID])
-        log_prob_BLV = model(batch, target[:, :-1]).log_softmax(-1)
-        log_prob_BL = log_prob_BLV.gather(-1, target[:, 1:, None]).squeeze(-1)
-        log_prob_B = log_prob_BL.masked_fill(target[:, 1:] == PAD_ID, 0.0).sum(1).tolist()
-        expected = [x / (len(ids) + 1) ** config.length_penalty for x, ids in zip(log_prob_B, out.best, strict=True)]
-        assert [scores[0] for scores in out.scores] == pytest.approx(expected, abs=1e-10)
+        for source_S, ids, (score,) in zip(batch, out.best, out.scores, strict=True):
+            log_p_LV = model(source_S[None], torch.tensor([[BOS_ID, *ids]]))[0].log_softmax(-1)
+            total = sum(log_p_LV[at, i].item() for at, i in enumerate([*ids, EOS_ID]))
+            assert score == pytest.approx(total / (len(ids) + 1) ** config.length_penalty, abs=1e-10)
 
 
 def test_prompts_of_unequal_length_are_continued_as_each_by_itself():
@@ -315,9 +211,6 @@ def test_prompts_of_unequal_length_are_continued_as_each_by_itself():
             close(alone, SimpleNamespace(ids=out.ids[b : b + 1], scores=out.scores[b : b + 1]))
     with pytest.raises(ValueError, match="prompt 1 is empty: it needs one id at least, such as EOS_ID"):
         generate_ids(model, torch.tensor([[BOS_ID], [PAD_ID]]), config)
-
-
-# ---- the models of the tree
 
 
 def transformer(kind: str, vocab: int = 40, **options: Any) -> TranslationModel:
@@ -345,17 +238,11 @@ def transformer(kind: str, vocab: int = 40, **options: Any) -> TranslationModel:
 )
 def test_transformers_with_a_cache_say_what_the_plain_loops_say(kind, positions):
     model = transformer(kind, positions=positions, max_length=14)
-    batch = sources([1, 9, 4, 2], 40)
-    context = {"task_ids_B": torch.tensor([0, 1, 1, 0])}
+    batch, context = sources([1, 9, 4, 2], 40), {"task_ids_B": torch.tensor([0, 1, 1, 0])}
     lengths = set()
-    for k, penalty in ((1, 0.0), (3, 1.0), (2, 2.0)):
-        config = DecodeConfig(
-            num_beams=k,
-            num_return_sequences=min(k, 2),
-            length_penalty=penalty,
-            max_length_ratio=1.2,
-            max_length_extra=3,
-        )
+    for k, penalty in ((1, 0.0), (3, 1.0)):
+        limits = {"max_length_ratio": 1.2, "max_length_extra": 3}
+        config = DecodeConfig(num_beams=k, num_return_sequences=min(k, 2), length_penalty=penalty, **limits)
         out = translate_ids(model, batch, config, **context)
         close(out, naive.translate_ids(model, batch, config, **context))
         close(translate_ids(model, batch, replace(config, prune=False), **context), out)
@@ -364,10 +251,9 @@ def test_transformers_with_a_cache_say_what_the_plain_loops_say(kind, positions)
     assert max(lengths) <= 13 or positions != "learned"  # BOS_ID takes the first of 14 positions
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 0.25])
-def test_a_sparse_language_model_continues_prompts(capacity_factor):
+def test_a_sparse_language_model_continues_prompts():
     torch.manual_seed(0)
-    moe = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), capacity_factor=capacity_factor)
+    moe = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), capacity_factor=0.25)
     model = LanguageModel(TransformerConfig("nano", positions="rotary", tie="none"), vocab=40, ffn=moe).double().eval()
     prompts = torch.tensor([[BOS_ID, 7, 9, 11], [BOS_ID, PAD_ID, PAD_ID, PAD_ID], [BOS_ID, 8, PAD_ID, PAD_ID]])
     for method in ("greedy", "beam", "sample"):
@@ -375,33 +261,18 @@ def test_a_sparse_language_model_continues_prompts(capacity_factor):
         close(generate_ids(model, prompts, config), naive.generate_ids(model, prompts, config))
 
 
-def test_a_sentence_alone_is_translated_as_in_a_batch_of_27():
-    """Exactly in float64; in float32, where the rounding of a product depends on its size, 99.5 %: here all."""
-    model = transformer("top2", vocab=200)
-    batch = sources([1 + i % 9 for i in range(27)], 200)
-    config = DecodeConfig(num_beams=3, max_length_ratio=0.7, max_length_extra=2)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
-        model.to(dtype)
-        together = translate_ids(model, batch, config)
-        alone = [translate_ids(model, row[row != PAD_ID][None], config) for row in batch]
-        close(SimpleNamespace(ids=[h.ids[0] for h in alone], scores=[h.scores[0] for h in alone]), together, tolerance)
-    assert len({tuple(ids) for ids in together.best}) > 15
-
-
 def capacities(model: nn.Module) -> list[core.Capacity]:
     return [layer.router.capacity for layer in core.moe_layers(model).values()]
 
 
-def test_training_s_capacity_is_none_of_decoding_s():
+def test_training_s_capacity_is_none_of_decoding_s_and_evaluation_s_is_and_is_told_once(caplog):
     """A capacity counts rows: of 4 at a step an expert would take ceil(0.25 * 4 / 4) = 1, and of one row that row."""
-    model = transformer("capacity", vocab=200)
-    before, batch = capacities(model), sources([5, 9, 4, 7], 200)
-    target = torch.full((4, 3), BOS_ID)
+    model = transformer("capacity", vocab=100)
+    before, batch, target = capacities(model), sources([5, 9, 4, 7], 100), torch.full((4, 3), BOS_ID)
     limited = model(batch, target)
     for config in (DecodeConfig(num_beams=3, length_penalty=0.6), DecodeConfig(method="greedy")):
         out = translate_ids(model, batch, config)
         close(translate_ids(model, batch, replace(config, prune=False)), out)
-        close(naive.translate_ids(model, batch, config), out)
         alone = [translate_ids(model, row[row != PAD_ID][None], config) for row in batch]
         close(SimpleNamespace(ids=[h.ids[0] for h in alone], scores=[h.scores[0] for h in alone]), out)
         with core.set_capacity_factor(model, None):
@@ -413,26 +284,19 @@ def test_training_s_capacity_is_none_of_decoding_s():
     with pytest.raises(ValueError, match="no end with a finite log-probability"):
         translate_ids(model, batch, config)
     assert capacities(model) == before
-
-
-def test_a_capacity_that_was_set_for_evaluation_holds_in_decoding_and_is_told_once(caplog):
-    model, batch, config = transformer("own capacity"), sources([5, 9, 4, 7], 40), DecodeConfig(num_beams=3)
+    model = transformer("own capacity", vocab=100)
     before = capacities(model)
     warn_once.cache_clear()
-    limited = [translate_ids(model, batch, config) for _ in range(2)]
+    first, second = (translate_ids(model, batch, config) for _ in range(2))
     (warning,) = caplog.messages
     assert warning.startswith("eval_capacity_factor=0.25 holds in decoding too: what comes out can depend on what else")
     with core.set_capacity_factor(model, None):
-        assert translate_ids(model, batch, config).scores != limited[0].scores
-    assert limited[0] == limited[1]
-    assert capacities(model) == before
+        assert translate_ids(model, batch, config).scores != first.scores
+    assert (first, capacities(model)) == (second, before)
     assert len(caplog.messages) == 1
 
 
-# ---- the parts
-
-
-@pytest.mark.parametrize("vocab", [5, 8, 63, 640, 1000, 1345])
+@pytest.mark.parametrize("vocab", [5, 8, 63, 640, 1345])
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (1, 2), (2, 4), (5, 10)])
 def test_the_largest_sums_with_equals_by_row_and_id(vocab, k, m):
     g = torch.Generator().manual_seed(vocab)
@@ -455,16 +319,14 @@ def test_the_largest_sums_with_equals_by_row_and_id(vocab, k, m):
 
 
 def test_bfloat16_is_of_a_copy_and_scores_add_up_in_float32():
-    model = Recurrent().float()
+    model, batch = Recurrent().float(), sources([1, 9, 4, 2])
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    batch = sources([1, 9, 4, 2])
     config = DecodeConfig(dtype="bfloat16", min_new_tokens=20, max_length_extra=30)
     out = translate_ids(model, batch, config)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     cast = in_dtype(model, "bfloat16")
     assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}
-    assert in_dtype(cast, "bfloat16") is cast
-    assert in_dtype(model, None) is model
+    assert (in_dtype(cast, "bfloat16"), in_dtype(model, None)) == (cast, model)
     close(out, naive.translate_ids(cast, batch, replace(config, dtype=None)), tolerance=1e-5)
     assert out.scores != translate_ids(model, batch, replace(config, dtype=None)).scores
 

@@ -1,8 +1,5 @@
 """TextData: one stream of documents, cut into blocks of which each token is said once."""
 
-from __future__ import annotations
-
-import itertools
 import json
 from types import SimpleNamespace
 
@@ -43,23 +40,25 @@ def stream(loader, size: int) -> list[int]:
     return [rows[0][0], *(token for i in range(len(rows)) for token in rows[i][1:] if token != PAD_ID)]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("size", [1, 8, 1000])
+@pytest.mark.parametrize("size, workers", [(1, 0), (8, 1), (1000, 0)])
 def test_each_token_is_said_once_and_documents_end(root, size, workers):
     data = make(root, block_size=size, num_workers=workers)
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
         lines = [line for line in (root / f"{split}.txt").read_text().split("\n") if line]
-        expected = [EOS_ID]
-        for row in data.subwords.encode(lines, "target"):
-            expected += [*row, EOS_ID]
+        expected = [EOS_ID, *(i for row in data.subwords.encode(lines, "target") for i in (*row, EOS_ID))]
         assert stream(loader, size) == expected
         assert data.size(split).tokens == len(expected) - 1
     assert data.size("val") == (2, data.size("val").tokens, 5, len("the bird runs") + len("the Ж".encode()))
 
 
-def test_a_run_of_spaces_that_is_read_as_one_is_one_byte(root):
-    (root / "val.txt").write_text(" a    dog\t \tЖ\n")
-    assert make(root).size("val")[2:] == (3, len("a dog Ж".encode()))
+def test_epochs_are_shuffled_and_overfitting_repeats_one(root):
+    loader = make(root, batch_size=1).train_dataloader()
+    whole = [batch.index_B.tolist() for batch in loader]
+    assert len(whole) > 4
+    assert whole != sorted(whole)
+    overfitted = make(root, batch_size=1)
+    overfitted.trainer = SimpleNamespace(overfit_batches=2)
+    assert [b.index_B.tolist() for b in overfitted.train_dataloader()] == sorted(whole)
 
 
 def test_subwords_are_learned_from_the_training_text_and_may_be_given(root):
@@ -69,26 +68,6 @@ def test_subwords_are_learned_from_the_training_text_and_may_be_given(root):
     other = make(root, train_files="other.txt", subwords=data.subwords)
     assert other.subwords == data.subwords
     assert next(iter(other.train_dataloader())).tokens_BL.max() < data.subwords.size("target")
-
-
-def test_a_resumed_epoch_goes_on_where_it_was(root):
-    def served(loader, epoch):
-        loader.batch_sampler.sampler.set_epoch(epoch)
-        return [batch.index_B.tolist() for batch in loader]
-
-    whole = served(make(root, batch_size=1).train_dataloader(), 1)
-    assert len(whole) > 4
-    assert whole != sorted(whole)
-    stopped = make(root, batch_size=1).train_dataloader()
-    stopped.batch_sampler.sampler.set_epoch(1)
-    for _ in itertools.islice(stopped, 3):
-        pass
-    resumed = make(root, batch_size=1).train_dataloader()
-    resumed.load_state_dict(stopped.state_dict())
-    assert served(resumed, 1) == whole[3:]
-    overfitted = make(root, batch_size=1)
-    overfitted.trainer = SimpleNamespace(overfit_batches=2)
-    assert [b.index_B.tolist() for b in overfitted.train_dataloader()] == sorted(whole)
 
 
 @pytest.mark.parametrize(
@@ -153,27 +132,31 @@ def test_documents_of_files_that_are_in_training_too_are_told(root, caplog):
     assert "test_files" not in caplog.text
 
 
-def test_which_file_is_of_which_split_is_part_of_what_is_kept(root):
-    both = make(root, train_files=["train.txt", "val.txt"], val_files=None, val_size=1)
+def test_which_file_is_of_which_split_is_part_of_what_is_kept_and_a_file_is_read_once(root):
+    both = make(root, train_files=["train.txt", "t*n.txt", "val.txt"], val_files=None, val_size=1)
     assert [both.size(split).documents for split in ("train", "val", "test")] == [5, 1, 1]
     apart = make(root)
     assert [apart.size(split).documents for split in ("train", "val", "test")] == [4, 2, 1]
+    (root / "val.txt").write_text(" a    dog\t \tЖ\n")  # a run of spaces that is read as one is one byte
+    assert make(root).size("val")[2:] == (3, len("a dog Ж".encode()))
+    data = make(root, test_files=None, test_size=0)
+    assert len(data.val_dataloader())
+    with pytest.raises(ValueError, match="text has no test tokens: give test_files, or a test_size that"):
+        data.test_dataloader()
 
 
 def test_one_language_of_a_parallel_corpus(root):
     for split in ("train", "val", "test_2016_flickr"):
         for language in ("en", "de"):
-            (root / f"{split}.{language}").write_text(
-                f"{split} in {language}\n{split} in {language}\nanother {split}\n"
-            )
-    files = {"train_files": None, "val_files": None, "test_files": None}
-    data = make(root, dataset="multi30k", language="de", **files)
+            text = f"{split} in {language}\n"
+            (root / f"{split}.{language}").write_text(f"{text}{text}another {split}\n")
+    german = {**PARALLEL, "language": "de"}
+    data = make(root, **german)
     assert [data.size(split).documents for split in ("train", "val", "test")] == [2, 2, 2]  # each sentence once
-    smaller = make(root, dataset="multi30k", language="de", val_size=1, **files)
-    assert smaller.size("val").documents == 1
+    assert make(root, **german, val_size=1).size("val").documents == 1
     with pytest.raises(ValueError, match="document='file' is for dataset='text', not 'multi30k'"):
-        make(root, dataset="multi30k", language="de", document="file", **files)
-    (batch,) = make(root, dataset="multi30k", language="de", block_size=200, **files).test_dataloader()
+        make(root, **german, document="file")
+    (batch,) = make(root, **german, block_size=200).test_dataloader()
     assert data.subwords.decode(batch.tokens_BL.tolist(), "target")[0].startswith("test_2016_flickr in de")
 
 
@@ -184,7 +167,7 @@ def test_a_language_of_a_corpus_has_its_sentences_whatever_the_others_lack(root,
         path = root / f"{language}/LC_MESSAGES/gramps.mo"
         path.parent.mkdir(parents=True)
         path.write_text("\n".join(f'msgid "word {i}"\nmsgstr "{language} {max(i, 11)}"' for i in numbers))
-    options = {"dataset": "gramps", "train_files": None, "val_files": None, "test_files": None}
+    options = {**PARALLEL, "dataset": "gramps"}
 
     def count(**more):
         data = make(root, **options, **more)
@@ -193,35 +176,28 @@ def test_a_language_of_a_corpus_has_its_sentences_whatever_the_others_lack(root,
     assert count(val_size=4, test_size=2) == [34, 4, 2]  # English: all 40
     with caplog.at_level("INFO"):
         assert count(language="de", val_size=4, test_size=2) == [23, 4, 2]  # 30, of which two say "de 11"
-    assert (
-        "gramps in de: left out: 1 lines that are empty or come again, 0 of validation or test (train)" in caplog.text
-    )
-
-
-def test_a_file_that_is_named_twice_is_read_once(root):
-    assert make(root, train_files=["train.txt", "t*n.txt"]).size("train").documents == 4
-
-
-def test_an_empty_test_split_is_no_test(root):
-    data = make(root, test_files=None, test_size=0)
-    assert len(data.val_dataloader())
-    with pytest.raises(ValueError, match="text has no test tokens: give test_files, or a test_size that"):
-        data.test_dataloader()
+    assert "gramps in de: left out: 1 lines that are empty or come again, 0 of validation or test" in caplog.text
 
 
 def test_prompts_are_read_one_by_one(root):
     data = make(root, text=["the dog", "", "a"])
     batches = list(data.predict_dataloader())
     assert [b.index_B.tolist() for b in batches] == [[0], [1], [2]]
-    assert batches[0].tokens_BL.tolist() == [[EOS_ID, *data.subwords.encode(["the dog"], "target")[0]]]
-    assert batches[1].tokens_BL.tolist() == [[EOS_ID]]
+    first = [EOS_ID, *data.subwords.encode(["the dog"], "target")[0]]
+    assert [b.tokens_BL.tolist() for b in batches[:2]] == [[first], [[EOS_ID]]]
     assert batches[0].tokens_BL.dtype == torch.int64
-    (root / "prompts.txt").write_text("the dog\n\na\n")
-    from_file = list(make(root, predict_file=str(root / "prompts.txt"), subwords=data.subwords).predict_dataloader())
-    assert [b.tokens_BL.tolist() for b in from_file] == [b.tokens_BL.tolist() for b in batches]
-    assert [b.index_B.tolist() for b in from_file] == [[0], [1], [2]]
     with pytest.raises(ValueError, match=r"there is nothing to continue: give text \(--data.text\) or predict_file"):
         make(root).predict_dataloader()
+    # With given subwords no corpus is needed.
+    (root / "prompts.txt").write_text("the dog\n\na\n")
+    (root / "train.txt").unlink()
+    from_file = make(root, predict_file=str(root / "prompts.txt"), subwords=data.subwords)
+    from_file.prepare_data()
+    given = [(b.tokens_BL.tolist(), b.index_B.tolist()) for b in from_file.predict_dataloader()]
+    assert given == [(b.tokens_BL.tolist(), b.index_B.tolist()) for b in batches]
+
+
+PARALLEL = {"dataset": "multi30k", "train_files": None, "val_files": None, "test_files": None}
 
 
 @pytest.mark.parametrize(
@@ -237,39 +213,18 @@ def test_prompts_are_read_one_by_one(root):
         ({"val_size": 3}, r"val_size=3 is of train_files: val_files='val\.txt' are taken whole"),
         ({"language": "de"}, "language='de' is of a parallel corpus, not of dataset='text'"),
         ({"text": "a", "predict_file": "-"}, "text and predict_file are both given"),
-        (
-            {"dataset": "multi30k", "train_files": None, "val_files": None, "test_files": None, "language": "es"},
-            "language='es' is not one of en, de, fr, cs",
-        ),
+        ({**PARALLEL, "language": "es"}, "language='es' is not one of en, de, fr, cs"),
+        ({"train_files": "nothing.txt"}, r"nothing\.txt is missing"),
+        ({"train_files": "empty.txt"}, r"empty\.txt is empty"),
+        ({"train_files": "blank.txt"}, r"there is no text to train on in blank\.txt"),
+        ({"train_files": "bad.txt"}, r"bad\.txt, line 2: byte 0xe4 is not valid UTF-8"),
     ],
 )
-def test_impossible_options_are_refused(root, options, message):
+def test_impossible_options_and_files_are_refused(root, options, message):
+    for name, content in (("empty", b""), ("blank", b"\n\n"), ("bad", b"a\n\xe4\n")):
+        (root / f"{name}.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        make(root, **options)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"train\.txt is missing"),
-        (b"", r"train\.txt is empty"),
-        (b"\n\n", r"there is no text to train on in train\.txt"),
-        (b"a\n\xe4\n", r"train\.txt, line 2: byte 0xe4 is not valid UTF-8"),
-    ],
-)
-def test_files_that_are_no_text_are_refused_when_they_are_needed(root, content, message):
-    (root / "train.txt").unlink() if content is None else (root / "train.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        make(root).setup()
-
-
-def test_a_prompt_for_given_subwords_needs_no_corpus(root):
-    subwords = make(root).subwords
-    (root / "train.txt").unlink()
-    data = make(root, subwords=subwords, text="the dog")
-    data.prepare_data()
-    (batch,) = data.predict_dataloader()
-    assert batch.tokens_BL.tolist() == [[EOS_ID, *subwords.encode(["the dog"], "target")[0]]]
+        make(root, **options).setup()
 
 
 def several(root, **options):
@@ -279,6 +234,23 @@ def several(root, **options):
     domains = {name: TextCorpus(root=str(root), train_files=f"{name}.txt", val_size=4) for name in ("law", "sea")}
     known = {"cache_dir": str(root / "cache"), "tokenizer": SMALL, "block_size": 8, "batch_size": 2, "seed": 0}
     return TextData(**{**known, "domains": domains, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": {"law": 1}}, "weights are of law, and the domains are law, sea: one for each"),
+        ({"weights": {"law": 1, "lake": 1}}, "weights are of law, lake, and the domains are law, sea"),
+        ({"weights": {"law": -1, "sea": 1}}, r"weights\.law=-1 must not be negative"),
+        ({"weights": {"law": 0, "sea": 0}}, "are not finite, or all 0"),
+        ({"weights": {"law": 1}, "domains": None, "train_files": "law.txt"}, "and the domains are none"),
+        ({"train_files": "law.txt"}, "train_files and their like are of text without domains"),
+        ({"domains": {"law": TextCorpus(document="file")}}, "dataset='text' needs train_files"),
+    ],
+)
+def test_impossible_domains_are_refused(root, options, message):
+    with pytest.raises(ValueError, match=message):
+        several(root, **options)
 
 
 def test_a_block_is_of_one_domain_and_a_domain_is_as_it_is_alone(root):
@@ -296,6 +268,9 @@ def test_a_block_is_of_one_domain_and_a_domain_is_as_it_is_alone(root):
     batches = list(several(root, eval_batch_size=1).val_dataloader())
     assert sorted(int(batch.index_B) for batch in batches) == list(range(len(batches)))
     assert {int(batch.domain_B) for batch in batches[:4]} == {0, 1}  # the first few are of all
+    (root / "law.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"of 0 documents in law\.txt none is left to train on"):
+        TextData(domains=data.domains, cache_dir=str(root / "cache")).setup()
 
 
 def test_an_epoch_has_domains_by_weight_and_no_block_twice(root):
@@ -319,23 +294,6 @@ def test_an_epoch_has_domains_by_weight_and_no_block_twice(root):
     assert len(only.blocks("val")["law"])  # it is evaluated
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weights": {"law": 1}}, "weights are of law, and the domains are law, sea: one for each"),
-        ({"weights": {"law": 1, "lake": 1}}, "weights are of law, lake, and the domains are law, sea"),
-        ({"weights": {"law": -1, "sea": 1}}, r"weights\.law=-1 must not be negative"),
-        ({"weights": {"law": 0, "sea": 0}}, "are not finite, or all 0"),
-        ({"weights": {"law": 1}, "domains": None, "train_files": "law.txt"}, "and the domains are none"),
-        ({"train_files": "law.txt"}, "train_files and their like are of text without domains"),
-        ({"domains": {"law": TextCorpus(document="file")}}, "dataset='text' needs train_files"),
-    ],
-)
-def test_impossible_domains_are_refused(root, options, message):
-    with pytest.raises(ValueError, match=message):
-        several(root, **options)
-
-
 def test_documents_that_train_in_another_domain_are_told(root, caplog):
     data = several(root)
     data.setup()
@@ -348,10 +306,3 @@ def test_documents_that_train_in_another_domain_are_told(root, caplog):
     assert "4 of 4 documents of sea (val) are in all (train) too: what is measured" in caplog.text
     assert "9 of 9 documents of sea (test) are in all (train) too" in caplog.text
     assert "of all (" not in caplog.text
-
-
-def test_a_domain_without_text_is_named(root):
-    data = several(root)
-    (root / "law.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"of 0 documents in law\.txt none is left to train on"):
-        TextData(domains=data.domains, cache_dir=str(root / "cache")).setup()

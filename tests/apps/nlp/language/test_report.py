@@ -1,7 +1,5 @@
 """The report of a language model: losses by hand, a piece of text, and what a test leaves."""
 
-from __future__ import annotations
-
 import csv
 import math
 import random
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from copying import MOE, TRANSFORMER
-from lightning.pytorch import Trainer
+from quiet_trainer import quiet_trainer
 
 import core
 from apps.data.subwords import PAD_ID, SubwordConfig
@@ -24,7 +22,6 @@ from apps.report.page import Words, load_sections
 
 PIECES = ["<pad>", "\u2581the", "\u2581a", "ing", "\u25811", "."]
 DOCUMENTS = ["red blue green black", "one two three four", "north, east; 7 south west", "spring summer autumn winter"]
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -43,29 +40,21 @@ def added(*batches) -> TokenLosses:
     return losses
 
 
-def test_losses_by_class_and_by_place_are_means_over_tokens():
+def test_losses_by_class_and_by_place_are_means_over_tokens_and_blocks_are_cut():
     losses = added([[1, 1, 3], [4, 5, 0]], [[1, 1, 3, 2]])
     places = losses.places()
-    assert [(row["first"], row["last"], row["tokens"]) for row in places] == [
-        (1, 1, 3),
-        (2, 2, 3),
-        (3, 3, 2),
-        (4, 4, 1),
-    ]
+    spans = [(row["first"], row["last"], row["tokens"]) for row in places]
+    assert spans == [(1, 1, 3), (2, 2, 3), (3, 3, 2), (4, 4, 1)]
     assert [row["loss"] for row in places] == pytest.approx([0.1, 0.2, 0.3, 0.4])
     by_class = {row["class"]: row for row in losses.classes(PIECES)}
     # "the" is the first quarter of 7 tokens with letters, "ing" comes after 4 of them, "a" after 6.
-    assert list(by_class) == [
-        *("digits", "punctuation", "function-like", "word start, rare", "continuation, 3rd quarter", "all")
-    ]
+    told = ("digits", "punctuation", "function-like", "word start, rare", "continuation, 3rd quarter", "all")
+    assert tuple(by_class) == told
     assert by_class["function-like"]["loss"] == pytest.approx((0.1 + 0.2 + 0.1 + 0.2) / 4)
     assert by_class["function-like"]["token_accuracy"] == 1
     assert by_class["digits"]["perplexity"] == pytest.approx(math.exp(0.1))
     assert by_class["all"]["tokens"] == 9
     assert by_class["all"]["loss"] == pytest.approx((3 * 0.1 + 3 * 0.2 + 2 * 0.3 + 0.4) / 9)
-
-
-def test_long_blocks_are_cut_into_parts():
     losses = TokenLosses(len(PIECES))
     losses.by_place = np.stack((np.arange(128.0), np.ones(128)))
     places = losses.places()
@@ -74,9 +63,6 @@ def test_long_blocks_are_cut_into_parts():
     # Parts of one size: 33 of two places, and the last one has one.
     losses.by_place = np.stack((np.zeros(67), np.ones(67)))
     assert [row["tokens"] for row in losses.places()] == [2] * 33 + [1]
-
-
-def test_an_excerpt_begins_with_a_word_after_a_third_of_the_block():
     ids, nll = [1, 2, 3, 3, 1, 3, 4, 5, 2], [0.1 * i for i in range(1, 9)]
     piece = excerpt(1, ids, nll, core.Tape(), PIECES)
     # Place 3 is "ing", place 4 "the"; the last id is read by no layer.
@@ -90,18 +76,16 @@ def data(tmp_path_factory) -> TextData:
     folder = tmp_path_factory.mktemp("text")
     (folder / "train.txt").write_text("\n".join(random.Random(0).choices(DOCUMENTS, k=120)) + "\n")
     (folder / "val.txt").write_text("\n".join(DOCUMENTS * 3) + "\n")
-    files = {"train_files": "train.txt", "val_files": "val.txt", "test_files": "val.txt"}
-    subwords = SubwordConfig(vocab_size=400)
-    return TextData(
-        root=str(folder), cache_dir=str(folder / "cache"), tokenizer=subwords, block_size=20, eval_batch_size=2, **files
-    )
+    given = {"train_files": "train.txt", "val_files": "val.txt", "test_files": "val.txt", "root": str(folder)}
+    given |= {"cache_dir": str(folder / "cache"), "tokenizer": SubwordConfig(vocab_size=400)}
+    return TextData(**given, block_size=20, eval_batch_size=2)
 
 
 def after_test(data, folder, **options) -> tuple[dict[str, float], LanguageModeler]:
     torch.manual_seed(0)
     given = {"transformer": TRANSFORMER, "moe": MOE, "moe_blocks": [1], **options}
     module = LanguageModeler(data.subwords, **given)
-    (metrics,) = Trainer(default_root_dir=folder, accelerator="cpu", **QUIET).test(module, data, verbose=False)
+    (metrics,) = quiet_trainer(folder).test(module, data, verbose=False)
     return dict(metrics), module
 
 
@@ -138,25 +122,19 @@ def test_a_test_leaves_losses_experts_and_pieces_of_text(data, tmp_path):
     assert words.labels == piece.labels
 
 
-def test_the_gates_before_blocks_are_not_shown_as_experts(data, tmp_path):
-    after_test(data, tmp_path, depths=MixtureOfDepths(0.5, predictor=True), depth_blocks="all")
-    shown = [part for section in load_sections(tmp_path / "report") for part in section.parts]
-    assert [part.labels for part in shown if isinstance(part, Words)] == [{}, {}]
-    assert "depth gate" not in repr(shown)
-
-
 def pieces_of(module) -> list[str]:
     return module.subwords.pieces(range(module.subwords.size("target")), "target")
 
 
-def test_a_dense_model_has_losses_and_text_alone(data, tmp_path):
+def test_a_dense_model_has_losses_and_text_alone_and_no_examples_leave_no_report(data, tmp_path):
+    after_test(data, tmp_path / "none", report=LanguageReportConfig(routing_examples=0))
+    assert not list((tmp_path / "none" / "report").glob("*"))
     after_test(data, tmp_path, moe=None, report=LanguageReportConfig(sentences=1, routing_examples=4))
     foreseen, sentences = load_sections(tmp_path / "report")
     (words,) = sentences.parts
-    assert words.labels == {}
-    assert words.title == "Text 1, with the loss of each subword"
-
-
-def test_no_examples_leave_no_report(data, tmp_path):
-    after_test(data, tmp_path, report=LanguageReportConfig(routing_examples=0))
-    assert not list((tmp_path / "report").glob("*"))
+    assert (words.labels, words.title) == ({}, "Text 1, with the loss of each subword")
+    # The gates before blocks are not shown as experts.
+    after_test(data, tmp_path / "gates", depths=MixtureOfDepths(0.5, predictor=True), depth_blocks="all")
+    shown = [part for section in load_sections(tmp_path / "gates" / "report") for part in section.parts]
+    assert [part.labels for part in shown if isinstance(part, Words)] == [{}, {}]
+    assert "depth gate" not in repr(shown)

@@ -1,7 +1,5 @@
 """The page and the service of a language model have its own texts, and the experts of each subword."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Sentence pairs train, validate, test or are left out."""
 
-from __future__ import annotations
-
 import random
 
 import pytest
@@ -15,29 +13,56 @@ def rows(*lines: tuple[str, ...], languages: str = "en de") -> Rows:
     return Rows({lang: list(column) for lang, column in zip(languages.split(), columns, strict=True)}, "made")
 
 
-def test_pairs_are_two_languages():
-    assert parse_pairs(["en-de", "de-en", "en-pt_BR", "eng_Latn-sr@latin"])[2:] == (
-        ("en", "pt_BR"),
-        ("eng_Latn", "sr@latin"),
-    )
+def made(*pairs: str) -> object:
+    parts = {"train": [rows(("a", ""), ("b", "B"))], "val": [rows(("b", "B"))], "test": []}
+    return collect({"made": (parts, Sizes())}, pairs, Filters())
+
+
+def four_rows(val: float, test: float) -> object:
+    return draw_split(rows(*((f"{i}", f"{i}") for i in range(4))), val, test, 0)
+
+
+LEFT = r"val_size={} and test_size={} leave none of made's 4 rows"
 
 
 @pytest.mark.parametrize(
-    ("pairs", "message"),
+    ("call", "message"),
     [
-        ([], "pairs is empty"),
-        (["en-en"], "pair 'en-en' translates a language into itself"),
-        (["ende"], "pair 'ende' is not SOURCE-TARGET"),
-        (["en-de-fr"], "pair 'en-de-fr' is not SOURCE-TARGET"),
-        (["en-de", "en-fr", "en-de"], "pairs names 'en-de' twice"),
+        (lambda: parse_pairs([]), "pairs is empty"),
+        (lambda: parse_pairs(["en-en"]), "pair 'en-en' translates a language into itself"),
+        (lambda: parse_pairs(["ende"]), "pair 'ende' is not SOURCE-TARGET"),
+        (lambda: parse_pairs(["en-de-fr"]), "pair 'en-de-fr' is not SOURCE-TARGET"),
+        (lambda: parse_pairs(["en-de", "en-fr", "en-de"]), "pairs names 'en-de' twice"),
+        (lambda: made("en-cs"), "'en-cs' has no training sentences in made: nothing is in 'cs', only in de, en"),
+        (lambda: made("en-de"), "pair 'en-de' has no training sentences in made: none is left"),
+        (lambda: Filters(max_words=0), "max_words=0 is not at least 1"),
+        (lambda: Filters(max_ratio=0.5), "max_ratio=0.5 is not at least 1"),
+        (lambda: Filters(min_words=5, max_words=4), "min_words=5 exceeds max_words=4"),
+        (lambda: Filters(without="("), r"without='\(' is no regular expression"),
+        (lambda: four_rows(2, 2), LEFT.format(2, 2)),
+        (lambda: four_rows(0.6, 0.5), LEFT.format(0.6, 0.5)),
+        (lambda: four_rows(-1, 0), LEFT.format(-1, 0)),
     ],
 )
-def test_what_is_no_pair_is_refused(pairs, message):
+def test_what_is_wrong_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
-        parse_pairs(pairs)
+        call()
 
 
-# --- drawing ---
+def test_pairs_of_both_directions_and_several_corpora_side_by_side():
+    pairs = parse_pairs(["en-de", "de-en", "en-pt_BR", "eng_Latn-sr@latin"])
+    assert pairs[2:] == (("en", "pt_BR"), ("eng_Latn", "sr@latin"))
+    first = {"train": [rows(("a", "A"), ("b", "B"))], "val": [rows(("v", "V"))], "test": []}
+    second = {"train": [rows(("c", "C", "K"), languages="en de fr")], "val": [], "test": []}
+    collected = collect({"x": (first, Sizes()), "y": (second, Sizes())}, ["en-de", "de-en", "fr-en"], Filters())
+    train = collected.splits["train"]
+    assert list(zip(train.source, train.target, train.pair, train.corpus, strict=True)) == [
+        *(("a", "A", 0, 0), ("b", "B", 0, 0), ("A", "a", 1, 0), ("B", "b", 1, 0)),
+        *(("c", "C", 0, 1), ("C", "c", 1, 1), ("K", "c", 2, 1)),
+    ]
+    val = collected.splits["val"]
+    assert list(zip(val.source, val.target, val.pair, strict=True)) == [("v", "V", 0), ("V", "v", 1)]
+    assert not collected.left_out
 
 
 def random_rows(count: int, seed: int) -> Rows:
@@ -51,21 +76,6 @@ def draw_split(own: Rows, val: float, test: float, seed: int) -> dict[str, Rows]
     return drawn
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_no_sentence_of_either_side_is_in_two_splits(seed):
-    drawn = draw_split(random_rows(500, seed), 40, 0.1, seed)
-    assert {name: len(part) for name, part in drawn.items()} == {"train": 410, "val": 40, "test": 50}
-    for side in ("en", "de"):
-        train, val, test = (set(drawn[name].text[side]) for name in ("train", "val", "test"))
-        assert not train & val and not train & test and not val & test  # noqa: PT018
-
-
-def test_a_draw_depends_on_its_seed_alone():
-    a, b, c = (draw_split(random_rows(200, 0), 20, 20, seed) for seed in (3, 3, 4))
-    assert a == b
-    assert a != c
-
-
 def test_rows_that_share_sentences_over_others_stay_together_in_training_if_they_are_too_many():
     # hi-hallo, hi-tag, day-tag are one group of three; letter case and spaces do not count
     chain = [("Hi", "Hallo"), ("hi ", "Tag"), ("Day", "tag")]
@@ -74,23 +84,22 @@ def test_rows_that_share_sentences_over_others_stay_together_in_training_if_they
         drawn = draw_split(rows(*chain, *alone), 2, 2, seed)
         assert {"Hallo", "Tag", "tag"} <= set(drawn["train"].text["de"])
         assert [len(drawn[name]) for name in ("val", "test")] == [2, 2]
-
-
-def test_an_empty_side_connects_nothing():
-    drawn = draw_split(rows(("a", ""), ("b", ""), ("c", ""), ("d", "")), 1, 1, 0)
+    drawn = draw_split(rows(("a", ""), ("b", ""), ("c", ""), ("d", "")), 1, 1, 0)  # an empty side connects nothing
     assert [len(part) for part in drawn.values()] == [2, 1, 1]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_no_sentence_is_in_two_splits_of_several_files(seed):
+def test_no_sentence_is_in_two_splits_of_one_or_several_files(seed):
+    drawn = draw_split(random_rows(500, seed), 40, 0.1, seed)
+    assert {name: len(part) for name, part in drawn.items()} == {"train": 410, "val": 40, "test": 50}
+    for side in ("en", "de"):
+        assert len(set().union(*(parts := [{*part.text[side]} for part in drawn.values()]))) == sum(map(len, parts))
     draw = random.Random(seed)
     english = [f"e{draw.randrange(300)}" for _ in range(400)]
     # The same English twice, as of {pair}/train.{lang}; a part of it in a small file; and a file that is all training.
     files = [
-        rows(*((line, f"d{i}") for i, line in enumerate(english))),
-        rows(*((line, f"f{i}") for i, line in enumerate(english)), languages="en fr"),
-        rows(*((line, f"c{i}") for i, line in enumerate(english[:60])), languages="en cs"),
-        rows(*((line, f"r{i}") for i, line in enumerate(english[200:250])), languages="en ru"),
+        rows(*((line, f"{other}{i}") for i, line in enumerate(own)), languages=f"en {other}")
+        for other, own in (("de", english), ("fr", english), ("cs", english[:60]), ("ru", english[200:250]))
     ]
     drawn = draw_splits(files, [(20, 0.1), (20, 40), (3, 3), (0, 0)], [seed] * 4)
     sizes = [{name: len(part) for name, part in parts.items()} for parts in drawn]
@@ -98,12 +107,11 @@ def test_no_sentence_is_in_two_splits_of_several_files(seed):
     assert sizes[2:] == [{"train": 54, "val": 3, "test": 3}, {"train": 50, "val": 0, "test": 0}]
     of_split = [{line for parts in drawn for line in parts[name].text["en"]} for name in ("train", "val", "test")]
     assert sum(map(len, of_split)) == len(set(english))
-    # Files without a sentence in common are drawn as each would be alone.
+    # Files without a sentence in common are drawn as each would be alone, by their seeds.
     apart = [random_rows(100, 1), rows(*((f"x{i}", f"y{i}") for i in range(50)))]
-    assert draw_splits(apart, [(9, 9), (0.1, 5)], [seed, 7]) == [
-        draw_split(apart[0], 9, 9, seed),
-        draw_split(apart[1], 0.1, 5, 7),
-    ]
+    alone = [draw_split(apart[0], 9, 9, seed), draw_split(apart[1], 0.1, 5, 7)]
+    assert draw_splits(apart, [(9, 9), (0.1, 5)], [seed, 7]) == alone
+    assert draw_split(apart[0], 9, 9, seed + 1) != alone[0]
 
 
 def test_a_draw_is_the_one_it_was():
@@ -113,35 +121,7 @@ def test_a_draw_is_the_one_it_was():
     assert drawn["test"].text["en"] == ["e7", "e8", "e8", "e35", "e26"]
 
 
-def test_sizes_that_leave_nothing_are_refused():
-    for val, test in ((2, 2), (0.6, 0.5), (-1, 0)):
-        with pytest.raises(ValueError, match=rf"val_size={val} and test_size={test} leave none of made's 4 rows"):
-            draw_split(rows(*((f"{i}", f"{i}") for i in range(4))), val, test, 0)
-
-
-# --- collecting ---
-
-
-def test_both_directions_and_several_corpora_side_by_side():
-    first = {"train": [rows(("a", "A"), ("b", "B"))], "val": [rows(("v", "V"))], "test": []}
-    second = {"train": [rows(("c", "C", "K"), languages="en de fr")], "val": [], "test": []}
-    collected = collect({"x": (first, Sizes()), "y": (second, Sizes())}, ["en-de", "de-en", "fr-en"], Filters())
-    train = collected.splits["train"]
-    assert list(zip(train.source, train.target, train.pair, train.corpus, strict=True)) == [
-        ("a", "A", 0, 0),
-        ("b", "B", 0, 0),
-        ("A", "a", 1, 0),
-        ("B", "b", 1, 0),
-        ("c", "C", 0, 1),
-        ("C", "c", 1, 1),
-        ("K", "c", 2, 1),
-    ]
-    val = collected.splits["val"]
-    assert list(zip(val.source, val.target, val.pair, strict=True)) == [("v", "V", 0), ("V", "v", 1)]
-    assert not collected.left_out
-
-
-def test_what_is_left_out_is_counted():
+def test_what_is_left_out_is_counted_by_words_or_characters():
     train = rows(
         ("kept as it is", "so wie es ist"),
         ("", "leer"),
@@ -167,6 +147,13 @@ def test_what_is_left_out_is_counted():
         "that hold '%|<' (train)": 1,
         "with an empty side (val)": 1,
     }
+    texts = {"a b-c  d.": 3, "": 0, "打开 USB 设备": 5, "เปิด": 4, "ファイル": 4, "파일 열기": 2}
+    assert {text: num_words(text) for text in texts} == texts
+    train = [rows(("Open the file now", "现在打开文件"), ("Open the file now", "打开"))]
+    parts = {"train": train, "val": [], "test": []}
+    collected = collect({"made": (parts, Sizes())}, ["en-de"], Filters(min_words=3, max_ratio=1.5))
+    assert collected.splits["train"].target == ["现在打开文件"]  # six characters are 1.5 times the four words
+    assert collected.left_out == {"of fewer than 3 words (train)": 1}
 
 
 def test_a_pair_of_validation_or_test_does_not_train_in_either_direction():
@@ -180,24 +167,26 @@ def test_a_pair_of_validation_or_test_does_not_train_in_either_direction():
     assert collected.splits["train"].source == ["c", "D"]
 
 
-def test_held_out_rows_are_drawn_from_what_the_filters_keep():
+def test_a_share_of_what_the_filters_keep_is_held_out_and_files_that_are_there_are_kept():
     lines = [(f"e{i} " * (i % 4 + 1), f"d{i} " * (i % 4 + 1)) for i in range(40)]
-    collected = collect({"made": ({"train": [rows(*lines)]}, Sizes(val=4, test=5))}, ["en-de"], Filters(min_words=3))
+
+    def sizes(own, filters=None, **more):
+        collected = collect({"made": ({"train": [rows(*lines)], **more}, own)}, ["en-de"], filters or Filters())
+        return [len(collected.splits[name]) for name in ("train", "val", "test")], collected
+
+    assert sizes(Sizes())[0] == [36, 2, 2]
+    assert sizes(Sizes(val=0.25), test=[rows(("t", "T"))])[0] == [30, 10, 1]
+    assert sizes(Sizes(val=0), test=[rows(("t", "T"))])[0] == [40, 0, 1]
     # 10 of 40 have three words and 10 have four
-    assert [len(collected.splits[name]) for name in ("train", "val", "test")] == [11, 4, 5]
+    three, collected = sizes(Sizes(val=4, test=5), Filters(min_words=3))
+    assert three == [11, 4, 5]
     assert all(len(line.split()) >= 3 for split in collected.splits.values() for line in split.source)
     assert collected.left_out == {"of fewer than 3 words": 20}
-
-
-def test_a_twentieth_is_held_out_and_files_that_are_there_are_kept():
-    lines = [(f"e{i}", f"d{i}") for i in range(40)]
-    collected = collect({"made": ({"train": [rows(*lines)]}, Sizes())}, ["en-de"], Filters())
-    assert [len(collected.splits[name]) for name in ("train", "val", "test")] == [36, 2, 2]
-    parts = {"train": [rows(*lines)], "test": [rows(("t", "T"))]}
-    collected = collect({"made": (parts, Sizes(val=0.25))}, ["en-de"], Filters())
-    assert [len(collected.splits[name]) for name in ("train", "val", "test")] == [30, 10, 1]
-    collected = collect({"made": (parts, Sizes(val=0))}, ["en-de"], Filters())
-    assert [len(collected.splits[name]) for name in ("train", "val", "test")] == [40, 0, 1]
+    parts = {"train": [rows(("t", "T"))], "val": [rows(*((f"e{i}", f"d{i}") for i in range(50)))], "test": []}
+    halves = [collect({"made": (parts, Sizes(val=0.5, seed=s))}, ["en-de"], Filters()).splits["val"] for s in (0, 0, 1)]
+    assert [len(half) for half in halves] == [25, 25, 25]
+    assert halves[0] == halves[1] != halves[2]
+    assert halves[0].source == sorted(halves[0].source, key=lambda line: int(line[1:]))  # in the order of the file
 
 
 def test_what_one_corpus_holds_out_does_not_train_in_another():
@@ -227,10 +216,8 @@ def test_rows_that_are_asked_for_and_cannot_be_held_out_are_an_error_that_names_
     assert sizes(1) == [1, 0]
     assert not caplog.text
     assert sizes(3) == [1, 0]
-    warning = (
-        "val_size=3: 1 of german's 20 rows can be held out: those that share sentences stay together, 19 of french too"
-    )
-    assert warning in caplog.text
+    warning = "1 of german's 20 rows can be held out: those that share sentences stay together, 19 of french too"
+    assert f"val_size=3: {warning}" in caplog.text
     with pytest.raises(ValueError, match=r"^val_size=3: 0 of german's 20 .*, 19 of french too; val_size=0 holds none"):
         sizes(3, 1)
     with pytest.raises(ValueError, match=r"^test_size=3: 0 of made's 25 rows can be held out: those that share sente"):
@@ -251,57 +238,3 @@ def test_rows_that_share_a_sentence_with_given_files_are_not_held_out():
         assert not set(splits["val"].source) & {line.lower() for line in splits["test"].source}
     with pytest.raises(ValueError, match=r"made.*val_size=0 holds none out"):
         collect({"made": ({"train": [rows(*lines[:20])], "test": [given]}, Sizes(val=3))}, ["en-de"], Filters())
-
-
-def test_words_of_scripts_without_spaces_are_characters():
-    assert [num_words(line) for line in ("a b-c  d.", "", "打开 USB 设备", "เปิด", "ファイル", "파일 열기")] == [
-        3,
-        0,
-        5,
-        4,
-        4,
-        2,
-    ]
-    parts = {
-        "train": [rows(("Open the file now", "现在打开文件"), ("Open the file now", "打开"))],
-        "val": [],
-        "test": [],
-    }
-    collected = collect({"made": (parts, Sizes())}, ["en-de"], Filters(min_words=3, max_ratio=1.5))
-    assert collected.splits["train"].target == ["现在打开文件"]  # six characters are 1.5 times the four words
-    assert collected.left_out == {"of fewer than 3 words (train)": 1}
-
-
-def test_so_many_rows_of_a_split_with_files_are_drawn():
-    parts = {"train": [rows(("t", "T"))], "val": [rows(*((f"e{i}", f"d{i}") for i in range(50)))], "test": []}
-    halves = [collect({"made": (parts, Sizes(val=0.5, seed=s))}, ["en-de"], Filters()).splits["val"] for s in (0, 0, 1)]
-    assert [len(half) for half in halves] == [25, 25, 25]
-    assert halves[0] == halves[1] != halves[2]
-    assert halves[0].source == sorted(halves[0].source, key=lambda line: int(line[1:]))  # in the order of the file
-
-
-@pytest.mark.parametrize(
-    ("pair", "message"),
-    [
-        ("en-cs", "pair 'en-cs' has no training sentences in made: nothing is in 'cs', only in de, en"),
-        ("en-de", "pair 'en-de' has no training sentences in made: none is left"),
-    ],
-)
-def test_a_pair_without_sentences_is_refused(pair, message):
-    parts = {"train": [rows(("a", ""), ("b", "B"))], "val": [rows(("b", "B"))], "test": []}
-    with pytest.raises(ValueError, match=message):
-        collect({"made": (parts, Sizes())}, [pair], Filters())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_words": 0}, "max_words=0 is not at least 1"),
-        ({"max_ratio": 0.5}, "max_ratio=0.5 is not at least 1"),
-        ({"min_words": 5, "max_words": 4}, "min_words=5 exceeds max_words=4"),
-        ({"without": "("}, r"without='\(' is no regular expression"),
-    ],
-)
-def test_impossible_filters_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Filters(**options)

@@ -1,11 +1,8 @@
 """TextToTextData: files of one's own, what is rejected, what is held out, and what is to be predicted."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tasked import WORDS, options_of, task_data
 
@@ -84,14 +81,11 @@ def test_a_pattern_of_files_of_lines_pairs_each_source_with_its_target(tmp_path)
         _ = make(tmp_path, "lines", train_files="part-*").opened
 
 
-def test_several_right_texts_are_kept_and_the_first_is_trained_on(tmp_path):
+def test_several_right_texts_are_kept_and_zero_is_a_text_and_the_name_of_a_task(tmp_path):
     rows = [{**row, "target": [row["target"], "other"]} for row in some(40)]
     data = make(tmp_path, "jsonl", train_files=json_file(tmp_path, "rows.jsonl", rows), val_size=4, test_size=0)
     assert [row["references"] for row in data.rows("val")] == [[r, "other"] for r in data.references("val")]
     assert data.rows("test") == []
-
-
-def test_zero_is_a_text_and_the_name_of_a_task(tmp_path):
     rows = [{**row, "target": 0, "task": task} for row, task in zip(some(40), (0, 1, None, "") * 10, strict=True)]
     files = [json_file(tmp_path, f"{len(own)}.jsonl", own) for own in (rows[:36], rows[36:])]
     data = make(tmp_path, "jsonl", train_files=files[0], val_files=files[1], test_size=0)
@@ -99,7 +93,7 @@ def test_zero_is_a_text_and_the_name_of_a_task(tmp_path):
     assert data.references("val") == ["0"] * 4
 
 
-def test_rows_of_one_source_are_never_in_two_splits(tmp_path):
+def test_rows_of_one_source_are_never_in_two_splits_and_long_sides_are_cut_and_counted(tmp_path):
     rows = [row for row in some(100) for _ in range(2)]
     data = make(tmp_path, "jsonl", train_files=json_file(tmp_path, "r.jsonl", rows), val_size=20, test_size=0.1)
     held = [data.sources(split) for split in ("val", "test")]
@@ -107,6 +101,18 @@ def test_rows_of_one_source_are_never_in_two_splits(tmp_path):
     assert all(own.count(text) == 2 for own in held for text in own)
     assert not {*held[0]} & {*held[1]}
     assert len(data.examples("train")) == 160
+    again, other = (
+        make(tmp_path, "jsonl", train_files="r.jsonl", val_size=20, test_size=0.1, split_seed=s) for s in (0, 1)
+    )
+    assert again.sources("val") == held[0] != other.sources("val")
+    rows = [{"source": " ".join(WORDS * 9) + f" {i}", "target": "red"} for i in range(20)] + some(20)
+    file = json_file(tmp_path, "rows.jsonl", rows)
+    data = make(tmp_path, "jsonl", train_files=file, val_size=0, test_size=0, max_length=12)
+    batch = data.examples("train").__getitems__(range(40))
+    assert batch.source_BS.shape[1] == 12
+    assert batch.source_BS[0, -1] == EOS_ID
+    assert "20 of more than 12 tokens are cut (train)" in data.describe()
+    assert len(data._plan(data.examples("train"))) >= 1
 
 
 def test_rows_without_a_group_are_each_their_own_and_too_few_that_are_held_out_are_said(tmp_path, caplog):
@@ -144,49 +150,34 @@ def test_rows_of_given_validation_and_test_files_do_not_train(tmp_path):
         _ = make(tmp_path, "jsonl", train_files=train, test_files=train, val_size=0).opened
 
 
-def test_long_sides_are_cut_and_counted(tmp_path):
-    rows = [{"source": " ".join(WORDS * 9) + f" {i}", "target": "red"} for i in range(20)] + some(20)
-    file = json_file(tmp_path, "rows.jsonl", rows)
-    data = make(tmp_path, "jsonl", train_files=file, val_size=0, test_size=0, max_length=12)
-    batch = data.examples("train").__getitems__(range(40))
-    assert batch.source_BS.shape[1] == 12
-    assert batch.source_BS[0, -1] == EOS_ID
-    assert "20 of more than 12 tokens are cut (train)" in data.describe()
-    assert len(data._plan(data.examples("train"))) >= 1
-
-
 BAD = [
-    ('{"source": "a", "target": ""}', r"rows.jsonl, line 2: the target is empty"),
-    ('{"source": " ", "target": "b"}', r"rows.jsonl, line 2: the source is empty"),
-    ('{"source": null, "target": "b"}', r"rows.jsonl, line 2: the source is empty"),
-    ('{"source": "a", "target": []}', r"rows.jsonl, line 2: the target is empty"),
-    ('{"source": "a", "target": {"b": 1}}', r"rows.jsonl, line 2: the target is a dict, and not a text"),
-    ('{"source": "a", "target": {}}', r"rows.jsonl, line 2: the target is a dict, and not a text"),
-    ('{"source": "a"}', r"rows.jsonl, line 2: no column 'target' \(target\), only source"),
-    ('{"source": "a", "target": "b", "task": "x y"}', r"line 2: task='x y' has spaces or angle brackets"),
-    ('["a", "b"]', r"rows.jsonl, line 2 is \[.a., .b.\], not an object"),
-    ('{"source": ', r"rows.jsonl, line 2 is no JSON"),
+    ({"source": "a", "target": ""}, "the target is empty"),
+    ({"source": " ", "target": "b"}, "the source is empty"),
+    ({"source": None, "target": "b"}, "the source is empty"),
+    ({"source": "a", "target": []}, "the target is empty"),
+    ({"source": "a", "target": {"b": 1}}, "the target is a dict, and not a text"),
+    ({"source": "a", "target": {}}, "the target is a dict, and not a text"),
+    ({"source": "a"}, r"no column 'target' \(target\), only source"),
+    ({"source": "a", "target": "b", "task": "x y"}, "task='x y' has spaces or angle brackets"),
+]
+GOOD = '{"source": "a", "target": "b"}\n'
+FILES = [
+    ("jsonl", {"rows.jsonl": GOOD + '["a", "b"]'}, r"rows.jsonl, line 2 is \[.a., .b.\], not an object"),
+    ("jsonl", {"rows.jsonl": GOOD + '{"source": '}, "rows.jsonl, line 2 is no JSON"),
+    ("csv", {"rows.csv": "source,target\na,b\na,b,c\n"}, "rows.csv, line 3: not the 2 columns of line 1"),
+    ("lines", {"rows.source": "a\nb\n", "rows.target": "a\n"}, r"rows.source and .*rows.target have 2 and 1 lines"),
+    ("jsonl", {}, "rows.jsonl is missing"),
+    *(("jsonl", {"rows.jsonl": GOOD + json.dumps(row)}, f"rows.jsonl, line 2: {message}") for row, message in BAD),
 ]
 
 
-@pytest.mark.parametrize("line, message", BAD)
-def test_a_bad_row_is_named_by_its_line(tmp_path, line, message):
-    (tmp_path / "rows.jsonl").write_text('{"source": "a", "target": "b"}\n' + line + "\n")
+@pytest.mark.parametrize("kind, files, message", FILES, ids=[message for _, _, message in FILES])
+def test_a_bad_row_is_named_by_its_line(tmp_path, kind, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        _ = make(tmp_path, "jsonl", train_files="rows.jsonl").opened
+        _ = make(tmp_path, kind, train_files="rows" if kind == "lines" else f"rows.{kind}").opened
     assert not [*tmp_path.rglob("manifest.json")]
-
-
-def test_tables_and_lines_that_do_not_fit(tmp_path):
-    (tmp_path / "rows.csv").write_text("source,target\na,b\na,b,c\n")
-    with pytest.raises(ValueError, match=r"rows.csv, line 3: not the 2 columns of line 1"):
-        _ = make(tmp_path, "csv", train_files="rows.csv").opened
-    (tmp_path / "t.source").write_text("a\nb\n")
-    (tmp_path / "t.target").write_text("a\n")
-    with pytest.raises(ValueError, match=r"t.source and .*t.target have 2 and 1 lines"):
-        _ = make(tmp_path, "lines", train_files="t").opened
-    with pytest.raises(ValueError, match=r"nothing.jsonl is missing"):
-        _ = make(tmp_path, "jsonl", train_files="nothing.jsonl").opened
 
 
 @pytest.mark.parametrize(
@@ -195,11 +186,12 @@ def test_tables_and_lines_that_do_not_fit(tmp_path):
         ({"dataset": "xsun"}, "dataset='xsun'"),
         ({"dataset": "jsonl"}, "dataset='jsonl' needs train_files"),
         ({"dataset": "squad", "val_files": "x"}, "val_files='x' is for files of yours, not for squad"),
-        ({"language": "nl"}, "language='nl'"),
+        *(
+            ({name: value}, f"{name}='?{value}")
+            for name, value in (("language", "nl"), ("max_length", 3), ("subset", 0))
+        ),
         ({"dataset": "xsum", "language": "de"}, "language='de'"),
         ({"val_size": 1.5}, "val_size=1.5 is neither"),
-        ({"max_length": 3}, "max_length=3"),
-        ({"subset": 0}, "subset=0"),
     ],
 )
 def test_wrong_options(options, message):
@@ -214,14 +206,15 @@ def test_tasks_are_chosen_and_unknown_ones_are_named(tasks, tmp_path):
     assert alone.subwords.languages == ()
     with pytest.raises(ValueError, match="task 'middle' has no training rows: there are first, last"):
         _ = task_data(tasks, tasks=["last", "middle"]).opened
-    train = json_file(tmp_path, "train.jsonl", some(40, task="a"))
-    test = json_file(tmp_path, "test.jsonl", some(4, task="b"))
+    train, test = (json_file(tmp_path, f"{name}.jsonl", some(40, task=name)) for name in "ab")
     with pytest.raises(ValueError, match=r"task 'b' \(test\) is none of training's: a"):
         _ = make(tmp_path, "jsonl", train_files=train, test_files=test).opened
-    with pytest.raises(ValueError, match=r"predict_task .* must name one of first, last"):
-        next(task_data(tasks, text="red").given_batches())
-    with pytest.raises(ValueError, match="predict_task='middle'"):
-        next(task_data(tasks, text="red", predict_task="middle").given_batches())
+    for given, message in (
+        (None, r"predict_task .* must name one of first, last"),
+        ("middle", "predict_task='middle'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(task_data(tasks, text="red", predict_task=given).given_batches())
 
 
 def test_given_texts_need_the_subwords_and_the_tasks_alone(tasks):
@@ -233,13 +226,3 @@ def test_given_texts_need_the_subwords_and_the_tasks_alone(tasks):
     assert set(batch.pair_B.tolist()) == {1}
     tag = known.subwords.tag_id("last")
     assert [row[0] for row in batch.source_BS.tolist()] == [EOS_ID, tag, tag]
-
-
-def test_equal_options_give_equal_splits_and_batches(tmp_path):
-    file = json_file(tmp_path, "rows.jsonl", some(100))
-    one, other = (make(tmp_path, "jsonl", train_files=file, split_seed=s, val_size=10) for s in (0, 0))
-    third = make(tmp_path, "jsonl", train_files=file, split_seed=1, val_size=10)
-    assert one.sources("val") == other.sources("val") != third.sources("val")
-    plans = [[part.tolist() for part in d._plan(d.examples("train")).batches(0, 0)] for d in (one, other)]
-    assert plans[0] == plans[1]
-    assert sorted(np.concatenate(plans[0]).tolist()) == list(range(len(one.examples("train"))))

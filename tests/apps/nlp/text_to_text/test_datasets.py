@@ -1,7 +1,5 @@
 """Known tasks, each from a few rows in the form of its own files."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json
@@ -37,16 +35,8 @@ Description-en: library of foos - headers
 Package: empty
 Description-md5: 3
 Description-en: a synopsis alone
-
-Package: libfoo1
-Description-md5: 1
-Description-en: library of foos
- A foo is a bar.
- .
- This package has the library:
-  * of foos
-  * of bars
 """
+DESCRIPTIONS += DESCRIPTIONS[: DESCRIPTIONS.index("\n\n") + 1]  # the first one again
 PACKAGES = """Package: libfoo1
 Source: foo-1.2 (1.2-3)
 Section: libs
@@ -75,7 +65,7 @@ def json_lines(root: Path, name: str, *rows) -> None:
 
 
 @pytest.mark.parametrize("ending", ["", ".xz", ".gz", ".lz4"])
-def test_debian(tmp_path, ending):
+def test_debian(tmp_path, ending, monkeypatch):
     for name, text in (("d_main_i18n_Translation-en", DESCRIPTIONS), ("d_main_binary-amd64_Packages", PACKAGES)):
         path = write(tmp_path, name, text)
         if ending == ".lz4":
@@ -87,20 +77,13 @@ def test_debian(tmp_path, ending):
             path.unlink()
             path.with_name(name + ending).write_bytes(packed)
     first, second = rows_of("debian_synopsis", tmp_path)["train"]
-    assert first == {
-        "source": "A foo is a bar.\nThis package has the library:\n * of foos\n * of bars",
-        "target": "library of foos",
-        "package": "libfoo1",
-        "section": "libs",
-        "group": "foo-",
-    }
+    described = "A foo is a bar.\nThis package has the library:\n * of foos\n * of bars"
+    own = {"source": described, "target": "library of foos", "package": "libfoo1", "section": "libs", "group": "foo-"}
+    assert first == own
     assert (second["target"], second["group"]) == ("library of foos - headers", "foo-")
     with pytest.raises(ValueError, match=r"no Translation-de .* `apt-get -o Acquire::Languages=de update` as root"):
         rows_of("debian_synopsis", tmp_path, "de")
-
-
-def test_without_lists_of_apt_the_error_says_how_to_get_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "LISTS", tmp_path)
+    monkeypatch.setattr(datasets, "LISTS", tmp_path / "none")
     with pytest.raises(DataError, match="run `apt-get -o Acquire::Languages=en update` as root"):
         _ = TextToTextData("debian_synopsis", cache_dir=str(tmp_path / "cache")).opened
 
@@ -121,25 +104,21 @@ def test_debian_s_packages_of_one_source_are_in_one_split(tmp_path):
 def test_xsum(tmp_path):
     write(tmp_path, "XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json", {"train": ["1"], "validation": ["2"], "test": ["3"]})
     for i in (1, 2, 3):
-        parts = (
-            f"[SN]URL[SN]\nhttp\n\n[SN]TITLE[SN]\nT\n\n[SN]FIRST-SENTENCE[SN]\nIn short {i}.\n\n[SN]RESTBODY[SN]\nLong"
-        )
-        write(tmp_path, f"bbc-summary-data/{i}.summary", parts + f"\nstory {i}.\n")
+        parts = {"URL": "http", "TITLE": "T", "FIRST-SENTENCE": f"In short {i}.", "RESTBODY": f"Long\nstory {i}."}
+        content = "\n".join(f"[SN]{name}[SN]\n{part}\n" for name, part in parts.items())
+        write(tmp_path, f"bbc-summary-data/{i}.summary", content)
     rows = rows_of("xsum", tmp_path)
     assert [(own[0]["source"].split(), own[0]["target"].strip(), own[0]["id"]) for own in rows.values()] == [
         (["Long", "story", f"{i}."], f"In short {i}.", str(i)) for i in (1, 2, 3)
     ]
     assert TASK_DATASETS["xsum"].missing(tmp_path) is None
-
-
-def test_summaries_in_json_lines(tmp_path):
-    for name in ("train", "validation", "test"):
-        json_lines(tmp_path, f"{name}.jsonl", {"document": f"d {name}", "summary": "s", "id": "1"})
-    rows = rows_of("xsum", tmp_path)
-    assert rows["val"] == [{"source": "d validation", "target": "s", "id": "1"}]
-    for name in ("train", "validation", "test"):
-        json_lines(tmp_path, f"{name}.jsonl", {"article": f"d {name}", "highlights": "s", "id": "1"})
-    assert rows_of("cnn_dailymail", tmp_path)["test"] == [{"source": "d test", "target": "s", "id": "1"}]
+    # Summaries in JSON lines.
+    for dataset, source, target in (("xsum", "document", "summary"), ("cnn_dailymail", "article", "highlights")):
+        root = tmp_path / dataset
+        for name in ("train", "validation", "test"):
+            json_lines(root, f"{name}.jsonl", {source: f"d {name}", target: "s", "id": "1"})
+        for split, name in (("val", "validation"), ("test", "test")):
+            assert rows_of(dataset, root)[split] == [{"source": f"d {name}", "target": "s", "id": "1"}]
 
 
 def test_cnn_dailymail(tmp_path):
@@ -164,14 +143,8 @@ def test_squad(tmp_path):
         write(tmp_path, name, {"data": [{"title": "Paris", "paragraphs": [asked]}]})
     rows = rows_of("squad", tmp_path)
     assert set(rows) == {"train", "test"}
-    assert rows["test"] == [
-        {
-            "source": "question: Where? context: Paris is a city.",
-            "target": ["Paris", "in Paris"],
-            "id": "q",
-            "group": "Paris",
-        }
-    ]
+    source = "question: Where? context: Paris is a city."
+    assert rows["test"] == [{"source": source, "target": ["Paris", "in Paris"], "id": "q", "group": "Paris"}]
 
 
 def test_spider(tmp_path):
@@ -184,18 +157,8 @@ def test_spider(tmp_path):
     for name in ("train_spider.json", "dev.json"):
         write(tmp_path, name, [{"db_id": "zoo", "question": "How many?", "query": "SELECT count(*) FROM animal"}])
     rows = rows_of("spider", tmp_path)
-    assert (
-        rows["train"]
-        == rows["test"]
-        == [
-            {
-                "source": "How many? |animal:id#,name|keeper:age#|",
-                "target": "SELECT count(*) FROM animal",
-                "database": str(database),
-                "group": "zoo",
-            }
-        ]
-    )
+    asked = {"source": "How many? |animal:id#,name|keeper:age#|", "target": "SELECT count(*) FROM animal"}
+    assert rows["train"] == rows["test"] == [{**asked, "database": str(database), "group": "zoo"}]
 
 
 def test_wikisql(tmp_path):

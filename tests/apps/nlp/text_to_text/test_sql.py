@@ -1,7 +1,5 @@
 """A model that asks databases: constrained, even untrained weights write queries that run."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -30,27 +28,31 @@ def data(tmp_path_factory) -> TextToTextData:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(made, "_DATABASES", {"train": 6, "val": 2})
         patch.setattr(made, "_QUESTIONS", {"train": 20, "val": 5, "test": 3})
-        data = TextToTextData(
-            "made_sql", cache_dir=str(tmp_path_factory.mktemp("cache")), tokenizer=SUBWORDS, max_length=400
-        )
+        cache = str(tmp_path_factory.mktemp("cache"))
+        data = TextToTextData("made_sql", cache_dir=cache, tokenizer=SUBWORDS, max_length=400)
         assert len(data.examples("train")) == 120
     return data
 
 
-def test_splits_ask_their_own_databases_by_their_own_templates(data) -> None:
+def test_questions_are_of_their_own_databases_and_words_and_clauses_are_told_by_subwords(data):
     names = {split: {Path(row["database"]).stem for row in data.rows(split)} for split in ("val", "test")}
     assert names["val"] == {"val_000", "val_001"}
     assert names["test"] >= {"test_wine", "test_http"}
     assert all(row["template"] and row["references"][0].startswith("SELECT ") for row in data.rows("test"))
-
-
-def test_a_word_has_the_same_subwords_in_the_question_the_tables_and_the_query(data) -> None:
     spelled = [data.subwords.pieces(data.subwords.encode([text], "source")[0], "source") for text in
                ("the airport delay", "flights(airport_delay)", "'airport'")]  # fmt: skip
     airport = spelled[2][spelled[2].index("'") + 1 : -1]
     for pieces in spelled:
         start = pieces.index(airport[0])
         assert pieces[start : start + len(airport)] == airport
+    query = "SELECT name, COUNT(*) FROM a JOIN b ON a.x = b.x WHERE c > 1 GROUP BY name ORDER BY name ASC LIMIT 3"
+    ids = data.subwords.encode([query], "target")[0]
+    label_L = clauses(torch.tensor([[2, *ids, EOS_ID, 0]]), data.subwords)[0]
+    assert label_L[[0, -2, -1]].tolist() == [-1, -1, -1]
+    seen = [CLAUSES[i] for i in dict.fromkeys(label_L[label_L >= 0].tolist())]
+    assert seen == ["SELECT", "FROM", "JOIN", "WHERE", "GROUP BY", "ORDER BY", "LIMIT"]
+    where = [i for i, label in zip(ids, label_L[1:-2].tolist(), strict=True) if label == CLAUSES.index("WHERE")]
+    assert data.subwords.decode([where], "target") == ["WHERE c > 1"]
 
 
 def test_constrained_queries_run_and_a_validation_while_training_is_free(data) -> None:
@@ -68,25 +70,13 @@ def test_constrained_queries_run_and_a_validation_while_training_is_free(data) -
         text_to_text(data, constrain="sqll")
 
 
-def test_the_tokens_of_a_query_are_labeled_by_clause(data) -> None:
-    query = "SELECT name, COUNT(*) FROM a JOIN b ON a.x = b.x WHERE c > 1 GROUP BY name ORDER BY name ASC LIMIT 3"
-    ids = data.subwords.encode([query], "target")[0]
-    label_L = clauses(torch.tensor([[2, *ids, EOS_ID, 0]]), data.subwords)[0]
-    assert label_L[[0, -2, -1]].tolist() == [-1, -1, -1]
-    seen = [CLAUSES[i] for i in dict.fromkeys(label_L[label_L >= 0].tolist())]
-    assert seen == ["SELECT", "FROM", "JOIN", "WHERE", "GROUP BY", "ORDER BY", "LIMIT"]
-    where = [i for i, label in zip(ids, label_L[1:-2].tolist(), strict=True) if label == CLAUSES.index("WHERE")]
-    assert data.subwords.decode([where], "target") == ["WHERE c > 1"]
-
-
 def test_a_run_is_tested_and_asks_a_database_by_the_command_line(data, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(made, "_DATABASES", {"train": 6, "val": 2})
     monkeypatch.setattr(made, "_QUESTIONS", {"train": 20, "val": 5, "test": 3})
     model = {"copy": True, "constrain": "sql", "metrics": ["execution", "valid", "query_match"],
-             "transformer": {"size": "nano", "dim": 32, "encoder_layers": 2, "decoder_layers": 2},
-             "moe": {"num_experts": 2, "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 1}},
-                     "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 16}}},
+             "transformer": {"size": "nano", "dim": 32, "encoder_layers": 2, "decoder_layers": 2, "hidden_dim": 32},
+             "moe": {"num_experts": 2, "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 16}}},
              "decode": {"method": "greedy", "max_length_ratio": 0.2, "max_length_extra": 20}}  # fmt: skip
     config = {
         "model": {"class_path": "TextToText", "init_args": model},

@@ -1,6 +1,4 @@
-"""Searches on two ranks that share experts: each has sentences of other lengths, and as many steps as the other."""
-
-from __future__ import annotations
+"""Searches over models whose experts lie elsewhere: on another rank, or offloaded."""
 
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from apps.data.subwords import EOS_ID, PAD_ID
 from apps.nets.config import TransformerConfig
 from apps.nets.transformer import LanguageModel, TranslationModel
 from apps.nlp.decode import DecodeConfig, generate_ids, translate_ids
+from core.offload import offloadable_bytes
 from core.parallel import shard_experts
 
 VOCAB = 29
@@ -38,9 +37,8 @@ def results(rank: int, divide: bool) -> dict[str, list[list[list[int]]]]:
     outcomes = {}
     for search in (GREEDY, BEAM):
         torch.manual_seed(0)
-        translator = TranslationModel(
-            config, source_vocab=VOCAB, ffn=moe, encoder_moe_blocks="all", decoder_moe_blocks="all"
-        )
+        blocks = {"encoder_moe_blocks": "all", "decoder_moe_blocks": "all"}
+        translator = TranslationModel(config, source_vocab=VOCAB, ffn=moe, **blocks)
         writer = LanguageModel(config, vocab=VOCAB, ffn=moe)
         if divide:
             for model in (translator, writer):
@@ -54,18 +52,28 @@ def divided(rank: int) -> dict[str, list[list[list[int]]]]:
     return results(rank, divide=True)
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[list[list[int]]]]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    return on_two_ranks(divided, folder)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_each_rank_writes_what_it_writes_alone(ranks, rank):
-    assert ranks[rank] == results(rank, divide=False)
-
-
-def test_the_ranks_write_texts_of_other_lengths(ranks):
+def test_each_rank_writes_what_it_writes_alone(tmp_path: Path):
+    ranks = on_two_ranks(divided, tmp_path)
+    assert ranks == [results(rank, divide=False) for rank in (0, 1)]
     for name in ranks[0]:
-        lengths = [max(len(ids[0]) for ids in rank[name]) for rank in ranks]
-        assert lengths[0] != lengths[1]
+        first, second = (max(len(ids[0]) for ids in rank[name]) for rank in ranks)
+        assert first != second  # the ranks write texts of other lengths
+
+
+def network() -> TranslationModel:
+    torch.manual_seed(0)
+    config = TransformerConfig("nano", dim=64, hidden_dim=64, encoder_layers=2, decoder_layers=2)
+    moe = core.MoEConfig(8, core.TokenChoice(2), core.FFN(64, "relu"))
+    return TranslationModel(config, source_vocab=40, ffn=moe, encoder_moe_blocks="all", decoder_moe_blocks="all").eval()
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam"])
+def test_the_texts_and_their_scores_are_those_of_the_resident_model(method: str, tmp_path: Path):
+    source_BS, config = torch.randint(8, 40, (3, 7)), DecodeConfig(method, num_beams=3, min_new_tokens=8)
+    expected, model = translate_ids(network(), source_BS, config), network()
+    offloaded = core.offload_experts(model, offloadable_bytes(model) // 4, tmp_path / "experts.safetensors")
+    searched = translate_ids(model, source_BS, config)
+    assert (searched.ids, searched.scores) == (expected.ids, expected.scores)
+    assert min(offloaded.statistics.hits, offloaded.statistics.misses) > 0
+    with pytest.raises(ValueError, match="dtype=bfloat16 makes a copy of a model whose experts are offloaded"):
+        translate_ids(model, source_BS, DecodeConfig(dtype="bfloat16"))
