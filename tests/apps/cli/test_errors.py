@@ -121,16 +121,15 @@ def test_a_bug_is_one_line_too_and_the_traceback_can_be_had(config, capsys, monk
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_no_disk_space_is_one_line_and_the_old_checkpoint_stays(config, capsys):
+def test_no_disk_space_is_one_line_and_the_old_checkpoint_stays(run, config, capsys):
     """The checkpoint is the largest file of the run."""
-    assert main(["fit", "--config", config]) == 0
-    folder = Path("runs/tiny/checkpoints")
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    before = {p.name: p.read_bytes() for p in Path("run/checkpoints").iterdir()}
+    argv = ["fit", "--config", config, "--run_dir", "run", "--ckpt_path", "last", "--trainer.max_epochs", "2"]
     with full_disk(len(before["last.ckpt"]) // 2):
-        line = fails(capsys, 1, "fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+        line = fails(capsys, 1, *argv)
     assert "cannot write the checkpoint" in line
     assert "File too large; the earlier one is intact" in line
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in Path("run/checkpoints").iterdir()} == before
 
 
 @pytest.mark.parametrize(

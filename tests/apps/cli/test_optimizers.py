@@ -96,16 +96,15 @@ def test_without_a_scheduler_a_resumed_run_takes_its_own_values(config):
     assert [group["lr"] for group in last["optimizer_states"][0]["param_groups"]] == [0.2] * 4
 
 
-def test_a_file_beside_a_checkpoint_names_no_optimizer_but_torchs(config, capsys):
-    assert main(["fit", "--config", config, "--run_dir", "run", *SGD]) == 0
-    path = Path("run/config.yaml")
+def test_a_file_beside_a_checkpoint_names_no_optimizer_but_torchs(run, capsys):
+    path = run / "config.yaml"
     written = yaml.safe_load(path.read_text())
     for section in (
         {"optimizer": {"class_path": "made_up.Optimizer", "init_args": {}}},
         {"lr_scheduler": {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_lambda": "os.abort"}}},
     ):
         path.write_text(yaml.safe_dump({**written, **section}))
-        assert main(["test", "--run_dir", "run"]) == 0
+        build("test", ["--run_dir", "run"])
         line = fails(capsys, 2, "fit", "--run_dir", "run", "--ckpt_path", "last")
         assert f"the training would be without {next(iter(section))}" in line
 
@@ -138,21 +137,10 @@ def test_a_comparison_trains_all_systems_by_the_given_optimizer(config):
 
 
 @pytest.mark.parametrize("finder", ["LearningRateFinder", "BatchSizeFinder"])
-def test_lightnings_finders_find(finder, config, capsys):
+def test_lightnings_finders_find(finder, run, config, capsys):
     few = {"LearningRateFinder": ("num_training_steps", "8"), "BatchSizeFinder": ("max_trials", "2")}[finder]
-    words = [
-        "--config",
-        config,
-        "--run_dir",
-        "run",
-        "--trainer.callbacks",
-        finder,
-        f"--trainer.callbacks.{few[0]}",
-        few[1],
-    ]
-    assert main(["fit", "--config", config, "--run_dir", "run"]) == 0
-    capsys.readouterr()
-    cli = build("fit", words)
+    own = ["--trainer.callbacks", finder, f"--trainer.callbacks.{few[0]}", few[1]]
+    cli = build("fit", ["--config", config, "--run_dir", "run", *own])
     cli.execute()
     assert "run held an earlier run" in capsys.readouterr().out  # the search has not resumed it
     if finder == "BatchSizeFinder":

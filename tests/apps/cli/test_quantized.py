@@ -12,7 +12,6 @@ from made_page import Html
 import apps
 from apps.cli import main
 from apps.cli.train import build
-from apps.report.page import html
 from apps.train.cost.quantizing import quantize_model, read_form
 
 
@@ -24,7 +23,6 @@ def test_a_word_is_read():
 
 
 def test_a_test_of_quantized_experts_says_so(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(html, "script", lambda: "")
     argv = ["--config", str(trained / "config.yaml"), "--ckpt_path", str(trained)]
     assert main(["test", *argv, "--run_dir", str(tmp_path / "plain")]) == 0
     assert main(["test", *argv, "--run_dir", str(tmp_path / "own"), "--quantize", "int4:4"]) == 0
@@ -75,7 +73,6 @@ def test_a_group_that_does_not_divide_is_named(trained, tmp_path, capsys):
 
 
 def test_a_quantized_model_is_tested_and_not_trained(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(html, "script", lambda: "")
     folder = tmp_path / "small"
     quantize_model(apps.load(trained), "int4").save_pretrained(folder)
     argv = ["--config", str(trained / "config.yaml"), "--run_dir", str(tmp_path / "run")]

@@ -12,7 +12,6 @@ from made_page import Html
 from apps.base.quiet import quiet
 from apps.cli import main, sweep
 from apps.cli.train import build
-from apps.report.page import html
 from apps.train.checkpoint.run_folder import mark
 from apps.train.cost import cheaper, footprint
 
@@ -21,7 +20,6 @@ FAST = ["--rounds", "2", "--batches", "1"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(html, "script", lambda: "")
     monkeypatch.setattr(footprint, "ROUND_SECONDS", 0.0)
     monkeypatch.setattr(cheaper, "CAPACITIES", (0.5,))
     monkeypatch.setattr(cheaper, "SHARES", (0.5, 0.25))

@@ -114,13 +114,9 @@ def as_process(argv: list[str], errors: Path) -> None:
 def fit_and_signal(config: str, run_dir: Path, number: signal.Signals, step: int) -> tuple[int, str]:
     """A process that trains and is sent a signal once ``step`` is in its log: how it ended, and its stderr."""
     multiprocessing.set_forkserver_preload(["apps.cli.train"])
-    argv, errors = (
-        ["fit", "--config", config, "--run_dir", str(run_dir), "--model.seconds", "0.05"],
-        run_dir.with_name("err"),
-    )
-    process = multiprocessing.get_context("forkserver").Process(
-        target=as_process, args=([*argv, "--model.seconds", "0.05"], errors)
-    )
+    argv, errors = ["fit", "--config", config, "--model.seconds", "0.05"], run_dir.with_name("errors")
+    arguments = ([*argv, "--run_dir", str(run_dir)], errors)
+    process = multiprocessing.get_context("forkserver").Process(target=as_process, args=arguments)
     process.start()
     try:
         deadline = time.monotonic() + 120
@@ -196,8 +192,8 @@ def fit_and_signal_at(config: str, run_dir: Path, *flags: str, numbers: list[int
     assert stopped(stop.value, "") == (130 if numbers[-1] == signal.SIGINT else 143)
 
 
-# An epoch has 9 batches of training and 3 of validation. A signal, whether it comes in a validation, in which batch since
-# the last stop, and the step that is saved.
+# An epoch has 9 batches of training and 3 of validation. A signal, whether it comes in a validation, in which batch
+# since the last stop, and the step that is saved.
 STOPS = [
     (signal.SIGINT, False, 3, 4),
     (signal.SIGTERM, False, 4, 9),

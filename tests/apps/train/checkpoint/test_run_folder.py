@@ -62,7 +62,7 @@ def write(files):
 def write_run(number=0):
     """Write by hand what a training leaves, and return it."""
     events = f"tensorboard/events.out.tfevents.{number}"
-    names = (MARKER, "config.yaml", "report/load.png", "checkpoints/last.ckpt", events)
+    names = (MARKER, "config.yaml", "report/load.png", "ModelCheckpoint/0.ckpt", "checkpoints/last.ckpt", events)
     write({name: str(number) for name in names} | {"metrics.csv": "step,loss\n0,1.0\n1,0.5\n"})
     return run_of(RUN)
 
@@ -107,7 +107,7 @@ def test_no_run_removes_an_earlier_one_but_with_overwrite(config, capsys):
         capsys.readouterr().out
     )
     begin(overwrite=True)
-    names = "tensorboard/events.out.tfevents.2, config.yaml, report, metrics.csv, checkpoints"
+    names = "tensorboard/events.out.tfevents.2, config.yaml, report, metrics.csv, ModelCheckpoint, checkpoints"
     assert capsys.readouterr().out == f"--overwrite has removed the earlier run in run: {names}\n"
     assert run_of(RUN) == {"config.yaml": b"of a new run"}
     assert {p.name for p in Path("run/earlier").iterdir()} == {"1", "2", "checkpoints"}
@@ -115,7 +115,7 @@ def test_no_run_removes_an_earlier_one_but_with_overwrite(config, capsys):
     assert Path("run/earlier/checkpoints/last.ckpt").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("left", range(5))
+@pytest.mark.parametrize("left", range(6))
 def test_a_kill_while_a_run_is_moved_loses_none_and_splits_none(config, monkeypatch, left):
     before, moves, replace = write_run(), iter(range(left)), os.replace
 
@@ -150,6 +150,7 @@ def test_going_on_from_elsewhere_puts_the_run_in_the_folder_aside(config):
 def test_a_run_that_logged_and_left_no_checkpoint_is_kept(config):
     write_run()
     shutil.rmtree("run/checkpoints")
+    shutil.rmtree("run/ModelCheckpoint")
     before = run_of(RUN)
     begin()
     assert run_of(Path("run/earlier/1")) == before
