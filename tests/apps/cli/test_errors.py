@@ -183,35 +183,10 @@ def test_a_wrong_field_of_an_argument_has_its_whole_name():
     assert reduce_message(text) == "model.decode.num_beems does not exist; did you mean 'num_beams'?"
 
 
-def test_jsonargparse_s_fifteen_lines_become_one():
-    text = """Parser key "model":
-  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
-  Errors:
-    - Problem with given class_path 'tiny_app.TinyModule':
-        Parser key "moe":
-          Does not validate against any of the Union subtypes
-          Subtypes: [<class 'core.MoEConfig'>, <class 'NoneType'>]
-          Errors:
-            - Problem with given class_path 'core.MoEConfig':
-                Option 'num_expert' is not accepted
-            - Expected a <class 'NoneType'>
-          Given value type: <class 'dict'>
-          Given value: {'num_expert': 8}
-    - Expected a <class 'NoneType'>
-  Given value type: <class 'dict'>
-  Given value: {'class_path': 'tiny_app.TinyModule'}"""
-    assert reduce_message(text) == "model.moe.num_expert does not exist; did you mean 'num_experts'?"
-
-
-def test_a_platform_without_torchrec_is_told_what_is_missing():
+def test_what_a_library_lacks_is_one_line():
     for name in ("torchrec", "fbgemm_gpu"):
-        line, code = describe(ModuleNotFoundError(f"No module named {name!r}", name=name))
-        assert line == f"embedding tables need {name}, which is not installed: it is for Linux on x86-64"
-        assert code == 1
-
-
-def test_a_library_that_finds_no_memory_is_no_missing_library():
+        line = f"embedding tables need {name}, which is not installed: it is for Linux on x86-64"
+        assert describe(ModuleNotFoundError(f"No module named {name!r}", name=name)) == (line, 1)
     line, code = describe(ImportError("libparquet.so.2600: failed to map segment from shared object"))
     assert (line, code) == describe(MemoryError())
     assert code == 1

@@ -33,12 +33,7 @@ def test_a_class_of_torchs_is_called_with_the_suites_groups(config):
     words = ["--config", config, *SGD, "--optimizer.weight_decay", "0.2", *SCALES]
     made = groups(build("fit", words).model)
     # The router at half the rate, the experts with twice the decay, none on biases and norms.
-    assert made == {
-        "rest": (0.1, 0.2),
-        "rest_no_decay": (0.1, 0.0),
-        "router": (0.05, 0.2),
-        "experts": (0.1, 0.4),
-    }
+    assert made == {"rest": (0.1, 0.2), "rest_no_decay": (0.1, 0.0), "router": (0.05, 0.2), "experts": (0.1, 0.4)}
     Path("sgd.yaml").write_text(
         "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, momentum: 0.9, weight_decay: 0.2}}"
     )
@@ -71,7 +66,6 @@ def test_a_resumed_run_is_the_unbroken_one_and_its_folder_says_how_it_trains(con
     assert rates[0] == rates[1]
     # cos(pi / 4) after one epoch of T_max = 4, cos(pi / 2) after two: (1 + 0) / 2 of the rate.
     assert rates[0][0] == pytest.approx(0.05)
-    assert main(["test", "--run_dir", "cut"]) == 0
     line = fails(
         capsys, 2, "fit", "--config", config, "--run_dir", "cut", "--ckpt_path", "last", "--trainer.max_epochs", "3"
     )

@@ -87,10 +87,6 @@ def test_a_checkpoint_that_is_not_of_this_section_is_refused(folder, capsys) -> 
 def test_a_wrong_section_is_refused_in_one_line(folder, capsys) -> None:
     line = fails(capsys, 2, "fit", *sparse(folder, "new"), "--sparsify.moe.num_expert", "8")
     assert "num_expert" in line
-    line = fails(capsys, 1, "fit", *sparse(folder, "new"), "--sparsify.modules", "layers.*")
-    assert line.startswith("modules='layers.*' names no module; the model's feed-forward networks are blocks.0")
-    line = fails(capsys, 1, "fit", *sparse(folder, "new"), "--model.by_hand", "true")
-    assert "Net optimizes by hand" in line
     line = fails(capsys, 1, "fit", *sparse(folder, "other"), "--sparsify.metric", "val_accuracy")
     assert line.startswith("sparsify.metric='val_accuracy' is not what validation logs, which is ")
     assert "val_acc" in line.partition("which is ")[2].split(", ")

@@ -144,10 +144,7 @@ def test_a_killed_process_resumes_exactly(config, tmp_path, unbroken):
 
 @pytest.mark.parametrize(
     ("number", "ending", "how"),
-    [
-        (signal.SIGTERM, 143, "terminated"),
-        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
-    ],
+    [(signal.SIGTERM, 143, "terminated"), pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow)],
 )
 def test_a_stopped_process_saves_its_last_step_is_no_success_and_says_how_to_go_on(
     tmp_path, unbroken, number, ending, how
