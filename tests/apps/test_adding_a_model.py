@@ -19,7 +19,6 @@ from shown_runs import answered, shown
 from apps import registry
 from apps.cli import main
 from apps.serve.service.command import service_of
-from apps.train.checkpoint.loading import load
 
 ROOM = Path(__file__).parents[1] / "support/linear"
 LINES = """from apps import registry
@@ -68,6 +67,7 @@ def test_an_export_predicts_the_same(folder):
 
 def test_service_and_page_give_the_same_answer(folder):
     model, page = shown(Path("runs/linear"))
+    assert type(model).__name__ == "LinearClassifier"
     service = service_of(model)(model)
     (item,) = service.item["examples"]
     (answer,) = service.predict([service.read(item)])
@@ -91,7 +91,3 @@ def test_it_is_compared_with_dense_networks(folder):
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "equal FLOPs" in done.stdout
-
-
-def test_a_checkpoint_loads_by_its_short_name(folder):
-    assert type(load("runs/linear")).__name__ == "LinearClassifier"

@@ -47,16 +47,6 @@ def test_an_import_loads_no_torch_and_the_engines_names_no_lightning():
     assert not hasattr(moesaic, "nothing")
 
 
-@pytest.mark.parametrize("package", ["core", "apps"])
-def test_a_package_that_hides_one_of_ours_is_named(package, tmp_path):
-    (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").touch()
-    done = run("import moesaic; moesaic.MoEConfig", tmp_path)
-    assert done.returncode == 1
-    assert f"package {package}" in done.stderr.splitlines()[-1]
-    assert str(tmp_path) in done.stderr.splitlines()[-1]
-
-
 def test_a_training_and_a_test_are_those_of_the_commands(tmp_path, capsys):
     class Counts(Callback):
         epochs = 0

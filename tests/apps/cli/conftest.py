@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 from tiny_app import CONFIG
+from tiny_runs import copy_run
 
-from apps.cli import main
+from apps.report.page import html
+
+
+@pytest.fixture(autouse=True)
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write reports with tables alone, which is quicker."""
+    monkeypatch.setattr(html, "script", lambda: "")
 
 
 @pytest.fixture
@@ -18,10 +25,15 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny.yaml"
 
 
+@pytest.fixture
+def run(config: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of ``tiny.yaml`` in the working folder."""
+    copy_run(tmp_path_factory, tmp_path)
+    return Path("run")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run's folder."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.yaml").write_text(CONFIG)
-    assert main(["fit", "--config", str(folder / "tiny.yaml"), "--run_dir", str(folder / "run")]) == 0
-    return folder / "run"
+    return copy_run(tmp_path_factory, folder, str(folder / "run"))

@@ -1,18 +1,15 @@
-"""Classes by name: short names of public classes in configurations and flags."""
+"""The words of a command line: short names of public classes, and nulls at any depth."""
 
 from __future__ import annotations
 
+import compared
 import pytest
 
 from apps import registry
-from apps.cli.classes import (
-    app_classes,
-    load_class,
-    long_name,
-    with_long_names,
-)
+from apps.cli.classes import app_classes, load_class, long_name, with_long_names
 from apps.cli.flags import with_classes_and_nulls
 from apps.cli.request import Request
+from apps.cli.train import build
 
 
 def test_the_apps_classes_need_no_import():
@@ -72,3 +69,29 @@ def test_a_class_is_loaded_or_is_none():
     assert load_class("apps.vision.data.VisionData").__name__ == "VisionData"
     for path in ("nowhere.Model", "apps.vision.data.Nothing", "apps.vision.gone.VisionData", "Model", "", None):
         assert load_class(path) is None
+
+
+def test_null_reaches_any_depth():
+    config = {"model": {"class_path": "V", "init_args": {"moe": {"capacity_factor": 1.0, "router": "TokenChoice"}}}}
+    argv = ["--trainer.logger", "false", "--model.moe.capacity_factor", "null", "--model.moe=null", "--print_config"]
+    merged, rest = with_classes_and_nulls(config, argv)
+    assert merged["model"]["init_args"]["moe"] == {"capacity_factor": None, "router": "TokenChoice"}
+    assert rest == ["--trainer.logger", "false", "--model.moe=null", "--print_config"]
+    # Where there is nothing to set it in, the flag stays, to be refused by name.
+    for flag in ("--model.mo.capacity_factor=null", "--model.init_args.moe.router.mood=~"):
+        assert with_classes_and_nulls(config, [flag]) == (config, [flag])
+    deep = with_classes_and_nulls(config, ["--model.init_args.moe.capacity_factor=~"])
+    assert deep == (merged, [])
+
+
+def test_a_nested_null_is_taken(config):
+    flags = ["--model.moe.capacity_factor", "1.5", "--model.moe.eval_capacity_factor", "null"]
+    moe = build("fit", ["--config", config, *flags]).model.hparams["moe"]
+    assert (moe["capacity_factor"], moe["eval_capacity_factor"]) == (1.5, None)
+
+
+def test_a_null_of_a_class_that_an_earlier_flag_names_is_taken(tmp_path):
+    (tmp_path / "no_router.yaml").write_text(compared.CONFIG)
+    flags = ["--model.moe.router", "core.TokenChoice", "--model.moe.router.noise", "null"]
+    model = build("fit", ["--config", str(tmp_path / "no_router.yaml"), *flags]).model
+    assert model.hparams["moe"]["router"]["init_args"]["noise"] is None

@@ -121,16 +121,15 @@ def test_a_bug_is_one_line_too_and_the_traceback_can_be_had(config, capsys, monk
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_no_disk_space_is_one_line_and_the_old_checkpoint_stays(config, capsys):
+def test_no_disk_space_is_one_line_and_the_old_checkpoint_stays(run, config, capsys):
     """The checkpoint is the largest file of the run."""
-    assert main(["fit", "--config", config]) == 0
-    folder = Path("runs/tiny/checkpoints")
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    before = {p.name: p.read_bytes() for p in Path("run/checkpoints").iterdir()}
+    argv = ["fit", "--config", config, "--run_dir", "run", "--ckpt_path", "last", "--trainer.max_epochs", "2"]
     with full_disk(len(before["last.ckpt"]) // 2):
-        line = fails(capsys, 1, "fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+        line = fails(capsys, 1, *argv)
     assert "cannot write the checkpoint" in line
     assert "File too large; the earlier one is intact" in line
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in Path("run/checkpoints").iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -184,35 +183,10 @@ def test_a_wrong_field_of_an_argument_has_its_whole_name():
     assert reduce_message(text) == "model.decode.num_beems does not exist; did you mean 'num_beams'?"
 
 
-def test_jsonargparse_s_fifteen_lines_become_one():
-    text = """Parser key "model":
-  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
-  Errors:
-    - Problem with given class_path 'tiny_app.TinyModule':
-        Parser key "moe":
-          Does not validate against any of the Union subtypes
-          Subtypes: [<class 'core.MoEConfig'>, <class 'NoneType'>]
-          Errors:
-            - Problem with given class_path 'core.MoEConfig':
-                Option 'num_expert' is not accepted
-            - Expected a <class 'NoneType'>
-          Given value type: <class 'dict'>
-          Given value: {'num_expert': 8}
-    - Expected a <class 'NoneType'>
-  Given value type: <class 'dict'>
-  Given value: {'class_path': 'tiny_app.TinyModule'}"""
-    assert reduce_message(text) == "model.moe.num_expert does not exist; did you mean 'num_experts'?"
-
-
-def test_a_platform_without_torchrec_is_told_what_is_missing():
+def test_what_a_library_lacks_is_one_line():
     for name in ("torchrec", "fbgemm_gpu"):
-        line, code = describe(ModuleNotFoundError(f"No module named {name!r}", name=name))
-        assert line == f"embedding tables need {name}, which is not installed: it is for Linux on x86-64"
-        assert code == 1
-
-
-def test_a_library_that_finds_no_memory_is_no_missing_library():
+        line = f"embedding tables need {name}, which is not installed: it is for Linux on x86-64"
+        assert describe(ModuleNotFoundError(f"No module named {name!r}", name=name)) == (line, 1)
     line, code = describe(ImportError("libparquet.so.2600: failed to map segment from shared object"))
     assert (line, code) == describe(MemoryError())
     assert code == 1

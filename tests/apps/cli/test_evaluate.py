@@ -14,34 +14,28 @@ from tiny_app import TinyModule
 import apps
 from apps.cli import main
 from apps.cli.train import build
-from apps.report.page import html
 
 
-def test_test_prints_the_figures_and_writes_a_report(trained, capsys, monkeypatch):
-    monkeypatch.setattr(html, "script", lambda: "")
-    assert main(["test", "--config", str(trained / "config.yaml")]) == 0
+def test_test_prints_the_figures_writes_a_report_and_shows_it_when_asked(trained, tmp_path, capsys, monkeypatch):
+    shown, config = [], str(trained / "config.yaml")
+    monkeypatch.setattr("webbrowser.open", shown.append)
+    assert main(["test", "--config", config, "--open"]) == 0
+    assert shown == [(trained / "report.html").resolve().as_uri()]
     device, first, *_, last = capsys.readouterr().out.splitlines()[1:]
     assert device.startswith("device cpu ")
     assert first.startswith("test loss ")  # which the training monitors
     assert last == f"also in {trained / 'test.json'}"
     page = Html((trained / "report.html").read_text())
-    assert "net.3" in page.text
-    assert "Routing in the test" in page.text
-    assert f"moesaic test --config {trained / 'config.yaml'}" in page.text
-    written = json.loads((trained / "test.json").read_text())
-    assert written["checkpoint"].endswith("best.ckpt")
-    assert 0 <= written["test/top1"] <= 1
-
-
-def test_a_pretrained_folder_is_tested_and_carries_the_figures_of_its_run(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(html, "script", lambda: "")
-    config = str(trained / "config.yaml")
-    assert main(["test", "--config", config]) == 0
+    for words in ("net.3", "Routing in the test", f"moesaic test --config {config}"):
+        assert words in page.text
+    own = json.loads((trained / "test.json").read_text())
+    assert own["checkpoint"].endswith("best.ckpt")
+    assert 0 <= own["test/top1"] <= 1
+    # A pretrained folder carries the figures of its run, and is tested.
     apps.load(trained).save_pretrained(tmp_path / "folder")
     card = (tmp_path / "folder" / "README.md").read_text()
-    own = json.loads((trained / "test.json").read_text())
     assert f"| top1 | {own['test/top1']:.6g} |" in card
-    assert f"| command | moesaic test --config {config} |" in card
+    assert f"| command | moesaic test --config {config} --open |" in card
     assert f"| torch | {torch.__version__} |" in card
     argv = ["--config", config, "--ckpt_path", str(tmp_path / "folder"), "--run_dir", str(tmp_path / "other")]
     assert main(["test", *argv]) == 0
@@ -49,16 +43,8 @@ def test_a_pretrained_folder_is_tested_and_carries_the_figures_of_its_run(traine
     assert fails(capsys, 2, "fit", *argv).endswith(
         "folder has no optimizer state to continue with: start a new run with --weights"
     )
-
-
-def test_the_report_is_shown_in_the_browser_when_asked(trained, capsys, monkeypatch):
-    monkeypatch.setattr(html, "script", lambda: "")
-    shown = []
-    monkeypatch.setattr("webbrowser.open", shown.append)
-    argv = ["--config", str(trained / "config.yaml"), "--open"]
-    assert main(["test", *argv]) == 0
-    assert shown == [(trained / "report.html").resolve().as_uri()]
-    assert fails(capsys, 2, "validate", *argv).endswith("open is an option of test and predict, not of validate")
+    line = fails(capsys, 2, "validate", "--config", config, "--open")
+    assert line.endswith("open is an option of test and predict, not of validate")
 
 
 def test_a_checkpoint_alone_is_enough(trained, capsys):
@@ -76,13 +62,13 @@ def test_predict_writes_a_line_an_example(trained):
 
 
 def test_flags_beat_what_the_checkpoint_remembers_and_the_checkpoint_beats_the_defaults(trained, config):
-    flags = ["--run_dir", "other", "--model.width", "12", "--model.dropout", "0.5"]
-    assert main(["fit", "--config", config, *flags]) == 0
-    ckpt = ["--ckpt_path", "other/checkpoints/last.ckpt"]
-    remembered = build("test", ["--config", config, *ckpt])
-    assert remembered.model.net[2].p == 0.5
-    assert remembered.model.net[0].out_features == 12
-    assert build("test", ["--config", config, *ckpt, "--model.dropout", "0.2"]).model.net[2].p == 0.2
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"] |= {"width": 12, "dropout": 0.5, "moe": None}
+    torch.save({**checkpoint, "state_dict": TinyModule(3, width=12).state_dict()}, "other.ckpt")
+    argv = ["--config", config, "--model.moe", "null", "--ckpt_path", "other.ckpt"]
+    remembered = build("test", argv).model
+    assert (remembered.net[2].p, remembered.net[0].out_features) == (0.5, 12)
+    assert build("test", [*argv, "--model.dropout", "0.2"]).model.net[2].p == 0.2
 
 
 def test_a_structural_clash_names_both_values(trained, capsys):
@@ -96,9 +82,8 @@ def test_a_structural_clash_names_both_values(trained, capsys):
 
 
 def test_a_run_s_folder_is_a_checkpoint(trained, capsys):
-    assert main(["test", "--ckpt_path", str(trained)]) == 0
+    assert build("test", ["--ckpt_path", str(trained)]).ckpt_path == trained / "checkpoints" / "best.ckpt"
     assert f"configuration: {trained / 'config.yaml'}" in capsys.readouterr().err
-    assert json.loads((trained / "test.json").read_text())["checkpoint"] == str(trained / "checkpoints" / "best.ckpt")
 
 
 def test_a_model_is_loaded_by_opening_its_checkpoint_once(trained, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_app import TinyData
 
 from apps.cli import main
+from apps.cli.request import Request
 from apps.cli.train import build
 from apps.train.checkpoint.checkpoints import BestAndLast
 
@@ -28,6 +30,11 @@ def test_fit_leaves_logs_checkpoints_and_its_configuration(trained):
     assert saved["run_dir"] == str(trained)
     assert saved["model"]["init_args"]["moe"]["router"]["init_args"]["top_k"] == 2
     assert saved["seed_everything"] == 0
+    with open(trained / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {f"lr-AdamW/{group}" for group in ("router", "experts", "rest", "rest_no_decay")} < set(rows[0])
+    for name in ("lr-AdamW/rest", "train/grad_norm", "train/examples_per_second", "train/peak_memory_mib"):
+        assert [row["step"] for row in rows if row[name]] == ["0", "1", "2"], name
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -37,51 +44,44 @@ def content(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if not name.startswith("earlier/")}
 
 
-def test_the_run_is_named_after_its_configurations_and_a_new_one_puts_all_of_it_aside(config, capsys):
+def test_the_run_is_named_after_its_configurations_and_a_new_one_puts_all_of_it_aside(run, config, capsys):
     Path("small.yaml").write_text("trainer: {limit_train_batches: 1}")
-    argv, run = ["--config", config, "--config", "small.yaml"], Path("runs/tiny-small")
-    assert main(["fit", *argv]) == 0
-    assert main(["test", *argv]) == 0
+    Path("runs").mkdir()
+    run = run.rename("runs/tiny-small")
+    of_the_test = {"test.json", "report/load.png"}
     (run / "report").mkdir()
-    (run / "report" / "load.png").write_bytes(b"a picture")
+    for name in of_the_test:
+        (run / name).write_text("{}")
     before = content(run)
-    assert {"test.json", "checkpoints/last.ckpt", "config.yaml", "metrics.csv"} < set(before)
-    assert main(["fit", *argv, "--data.num_classes", "5"]) == 0
+    assert main(["fit", "--config", config, "--config", "small.yaml", "--data.num_classes", "5"]) == 0
     assert "runs/tiny-small held an earlier run: it is in runs/tiny-small/earlier/1 now" in capsys.readouterr().out
     assert content(run / "earlier" / "1") == before
     names = {name for name in content(run) if "events" not in name}
-    of_the_test = {"test.json", "report/load.png", "report.html", "report.json"}
     assert names == {name for name in before if "events" not in name} - of_the_test
     assert len(list((run / "tensorboard").glob("events*"))) == 1
     with open(run / "metrics.csv") as file:
         assert {row["step"] for row in csv.DictReader(file)} == {"0"}
-    # A resumed run moves nothing, and the earlier run can be tested and gone on with where it is.
-    now = content(run)
-    assert main(["fit", *argv, "--ckpt_path", "last", "--data.num_classes", "5", "--trainer.max_epochs", "2"]) == 0
-    assert content(run / "earlier" / "1") == before
-    assert content(run).keys() > now.keys()
+    # The earlier run can be tested where it is.
     assert main(["test", "--ckpt_path", str(run / "earlier" / "1" / "checkpoints" / "best.ckpt")]) == 0
     tested = json.loads((run / "earlier" / "1" / "test.json").read_text())
     assert tested["checkpoint"].startswith("runs/tiny-small/earlier/1/")
     assert "test.json" not in content(run)
 
 
-def test_a_fit_that_fails_before_its_first_step_leaves_the_earlier_run_whole(config, capsys, monkeypatch):
+def test_a_fit_that_fails_before_its_first_step_leaves_the_earlier_run_whole(run, config, capsys, monkeypatch):
     def broken(self):
         raise ValueError("no data today")
 
-    run = Path("runs/tiny")
-    assert main(["fit", "--config", config]) == 0
-    before = content(run)
+    before, argv = content(run), ["fit", "--config", config, "--run_dir"]
     with monkeypatch.context() as patch:
         patch.setattr(TinyData, "train_dataloader", broken)
-        assert "no data today" in fails(capsys, 1, "fit", "--config", config, "--data.batch_size", "4")
-        assert "no data today" in fails(capsys, 1, "fit", "--config", config, "--run_dir", "runs/new")
+        for folder in ("run", "new"):
+            assert "no data today" in fails(capsys, 1, *argv, folder, "--data.batch_size", "4")
     assert content(run) == before
-    assert not Path("runs/new").exists()
+    assert not Path("new").exists()
     # One that fails at its first step has nothing to keep.
-    assert "loss is nan" in fails(capsys, 1, "fit", "--config", config, "--model.explode_at", "0")
-    assert "loss is nan" in fails(capsys, 1, "fit", "--config", config, "--model.explode_at", "0")
+    for _ in range(2):
+        assert "loss is nan" in fails(capsys, 1, *argv, "run", "--model.explode_at", "0")
     kept = content(run / "earlier" / "1")
     assert {name: kept[name] for name in before} == before
     assert not (run / "earlier" / "2").exists()
@@ -105,14 +105,10 @@ def test_a_short_name_a_long_name_and_a_user_s_own_class_are_routers(config, tmp
         sys.path.remove(str(tmp_path))
 
 
-def test_what_the_data_decides_reaches_the_model(config):
-    cli = build("fit", ["--config", config, "--data.num_classes", "5"])
-    assert cli.model.num_classes == 5
-
-
 def test_later_files_override_earlier_ones_and_flags_both(config):
     Path("over.yaml").write_text("model: {init_args: {moe: {num_experts: 6}, width: 12}}\ntrainer: {max_epochs: 7}")
-    cli = build("fit", ["--config", config, "--config=over.yaml", "--model.width", "16"])
+    cli = build("fit", ["--config", config, "--config=over.yaml", "--model.width", "16", "--data.num_classes=5"])
+    assert cli.model.num_classes == 5  # the data decide it
     layer = cli.model.net[3]
     assert layer.router.gate.weight.shape == (6, 16)
     assert layer.experts.w_in.shape == (6, 16, 8)  # hidden_dim is still the first file's
@@ -128,29 +124,26 @@ def test_a_profile_is_written_into_the_run_s_folder(config, capsys):
     assert message in fails(capsys, 1, *argv, "--trainer.profiler", "pytorc")
 
 
-def test_metrics_are_written_beside_a_logger_of_the_user_s(config):
-    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "own"]
-    assert main(["fit", "--config", config, "--run_dir", "run", *logger]) == 0
-    assert Path("run/metrics.csv").is_file()
-    assert list(Path("own").rglob("metrics.csv"))
-    assert not Path("run/tensorboard").exists()
-
-
-def test_loggers_get_the_whole_configuration_once(config, monkeypatch):
+def test_loggers_and_monitors_of_the_user_s_replace_the_run_s_and_get_all_once(config, monkeypatch):
     calls, keep = [], CSVLogger.log_hyperparams
     monkeypatch.setattr(CSVLogger, "log_hyperparams", lambda self, params: calls.append(params) or keep(self, params))
-    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "own"]
-    assert main(["fit", "--config", config, "--run_dir", "run", *logger]) == 0
+    own = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "own"]
+    own += ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.log_momentum=true"]
+    assert main(["fit", "--config", config, "--run_dir", "run", *own]) == 0
+    assert list(Path("own").rglob("metrics.csv"))
+    assert not Path("run/tensorboard").exists()
     assert calls == [yaml.safe_load(Path("run/config.yaml").read_text())]
     assert calls[0]["model"]["init_args"]["moe"]["num_experts"] == 4
+    with open("run/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("lr-AdamW/rest", "lr-AdamW/rest-momentum"):
+        assert [row["step"] for row in rows if row[name]] == ["0", "1", "2"]
 
 
-def test_the_hyperparameters_of_a_run_are_in_tensorboard(config):
-    argv = ["fit", "--config", config, "--run_dir", "run"]
-    assert main(argv) == 0
-    assert main([*argv, "--model.width", "12"]) == 0
-    # A resumed run has its own values, in a file that is there already.
-    assert main([*argv, "--model.width", "12", "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
+def test_a_resumed_run_has_its_own_hyperparameters_in_tensorboard(run, config):
+    assert (
+        main(["fit", "--config", config, "--run_dir", "run", "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
+    )
     saved = yaml.safe_load(Path("run/tensorboard/hparams.yaml").read_text())
     assert saved == yaml.safe_load(Path("run/config.yaml").read_text())
     assert saved["trainer"]["max_epochs"] == 2
@@ -159,23 +152,6 @@ def test_the_hyperparameters_of_a_run_are_in_tensorboard(config):
     assert b"model/init_args/moe/num_experts" in start
     assert b"val/loss" in events.summary_metadata["_hparams_/experiment"].plugin_data.content
     assert "hp_metric" not in events.Tags()["scalars"]
-
-
-def test_a_learning_rate_monitor_of_the_user_s_replaces_the_run_s(config):
-    own = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.log_momentum=true"]
-    assert main(["fit", "--config", config, "--run_dir", "run", *own]) == 0
-    with open("run/metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    for name in ("lr-AdamW/rest", "lr-AdamW/rest-momentum"):
-        assert [row["step"] for row in rows if row[name]] == ["0", "1", "2"]
-
-
-def test_rates_norm_speed_and_memory_are_in_the_log_by_default(trained):
-    with open(trained / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert {f"lr-AdamW/{group}" for group in ("router", "experts", "rest", "rest_no_decay")} < set(rows[0])
-    for name in ("lr-AdamW/rest", "train/grad_norm", "train/examples_per_second", "train/peak_memory_mib"):
-        assert [row["step"] for row in rows if row[name]] == ["0", "1", "2"], name
 
 
 def test_a_module_of_the_user_s_own_logs_its_norm_and_its_memory(tmp_path, monkeypatch):
@@ -203,11 +179,8 @@ def test_callbacks_of_the_user_s_add_to_the_run_s(config, capsys):
     assert {p.name for p in Path("run/checkpoints").glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "average.ckpt"}
     (own,) = Path("run/ModelCheckpoint").iterdir()
     assert main(["test", "--ckpt_path", str(own)]) == 0
-    # They go aside with the run.
-    assert main(["fit", *argv]) == 0
-    assert Path("run/earlier/1/ModelCheckpoint", own.name).is_file()
     assert main(["fit", *argv, "--trainer.fast_dev_run", "true"]) == 0
-    assert not Path("run/earlier/2").exists()
+    assert not Path("run/earlier").exists()
 
 
 def test_a_single_callback_and_one_that_replaces_best_and_last(config):
@@ -225,26 +198,28 @@ def test_a_checkpoint_callback_in_the_folder_of_best_and_last_is_an_error(config
     assert message in fails(capsys, 2, *argv)
 
 
-def test_a_run_that_begins_with_weights_has_a_folder_of_its_own(config, capsys):
+def test_a_run_that_begins_with_weights_has_a_folder_of_its_own(run, config, capsys):
     """Without --run_dir: the configuration's, else one by the name of the weights' run; never that of their run."""
-    assert main(["fit", "--config", config]) == 0
-    start, few = Path("runs/tiny/checkpoints/last.ckpt").read_bytes(), ["--trainer.limit_train_batches", "1"]
+    for name in ("tiny", "tiny_tuned", "tiny_tuned/earlier/1", "other"):
+        shutil.copytree(run, Path("runs", name), dirs_exist_ok=True)
     Path("other.yaml").write_text(Path(config).read_text())
+    own = ["--config", "runs/tiny/config.yaml", "--weights", "runs/tiny/checkpoints/best.ckpt"]
+    Path("runs/tiny/config.yaml").write_text(Path("run/config.yaml").read_text().replace(": run\n", ": runs/tiny\n"))
     for words, folder in (
         (["--weights", "runs/tiny"], "runs/tiny_tuned"),
         (["--config", config, "--weights", "runs/tiny"], "runs/tiny_tuned"),
-        (["--config", "runs/tiny/config.yaml", "--weights", "runs/tiny/checkpoints/best.ckpt"], "runs/tiny_tuned"),
+        (own, "runs/tiny_tuned"),
         (["--config", "other.yaml", "--weights", "runs/tiny"], "runs/other"),
         (["--weights", "runs/tiny_tuned"], "runs/tiny_tuned_tuned"),
         (["--weights", "runs/tiny_tuned/earlier/1"], "runs/tiny_tuned_earlier_1_tuned"),
     ):
-        capsys.readouterr()
-        assert main(["fit", *words, *few]) == 0
-        assert capsys.readouterr().out.partition("\n")[0].endswith(f" -> {folder}")
-        assert yaml.safe_load(Path(folder, "config.yaml").read_text())["run_dir"] == folder
-    assert Path("runs/tiny/checkpoints/last.ckpt").read_bytes() == start
-    assert not Path("runs/tiny/earlier").exists()
+        assert Request.read("fit", words).run_dir == Path(folder)
+    before = content(Path("runs/tiny"))
+    capsys.readouterr()
+    assert main(["fit", *own, "--trainer.limit_train_batches", "1"]) == 0
+    assert capsys.readouterr().out.partition("\n")[0].endswith(" -> runs/tiny_tuned")
+    assert yaml.safe_load(Path("runs/tiny_tuned/config.yaml").read_text())["run_dir"] == "runs/tiny_tuned"
+    assert content(Path("runs/tiny")) == before
     # What is resumed lies in the same folder.
-    last = ["--ckpt_path", "last", "--trainer.max_epochs", "2"]
-    assert main(["fit", "--config", "other.yaml", "--weights", "runs/tiny", *last]) == 0
-    assert "going on from runs/other/checkpoints/last.ckpt: step 1, epoch 2" in capsys.readouterr().out
+    resumed = Request.read("fit", ["--config", "other.yaml", "--weights", "runs/tiny", "--ckpt_path", "last"])
+    assert resumed.checkpoint == Path("runs/other/checkpoints/last.ckpt")

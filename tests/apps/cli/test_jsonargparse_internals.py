@@ -8,12 +8,7 @@ from typing import Optional, Union
 import pytest
 from jsonargparse import ArgumentParser, _actions, _core, _subcommands
 
-from apps.cli.jsonargparse_internals import (
-    find_options_by_name,
-    options_of,
-    parameters_of,
-    read_whole_numbers_first,
-)
+from apps.cli.jsonargparse_internals import find_options_by_name, options_of, parameters_of, read_whole_numbers_first
 
 
 @pytest.mark.parametrize("kind", [Union[float, int], Union[int, float], Optional[Union[float, str, int]]])  # noqa: UP007, UP045

@@ -10,14 +10,12 @@ from commands import fails
 
 from apps.cli import main
 from apps.cli.write.partial import Partial
-from apps.report.page import html
 
 
 @pytest.fixture
 def got(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run's folder, and beside it the file ``mine`` and the folder ``own``, which no run may touch."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(html, "script", lambda: "")
     shutil.copytree(trained, tmp_path / "got")
     Path("mine").write_text("as it was")
     Path("own").mkdir()

@@ -33,12 +33,7 @@ def test_a_class_of_torchs_is_called_with_the_suites_groups(config):
     words = ["--config", config, *SGD, "--optimizer.weight_decay", "0.2", *SCALES]
     made = groups(build("fit", words).model)
     # The router at half the rate, the experts with twice the decay, none on biases and norms.
-    assert made == {
-        "rest": (0.1, 0.2),
-        "rest_no_decay": (0.1, 0.0),
-        "router": (0.05, 0.2),
-        "experts": (0.1, 0.4),
-    }
+    assert made == {"rest": (0.1, 0.2), "rest_no_decay": (0.1, 0.0), "router": (0.05, 0.2), "experts": (0.1, 0.4)}
     Path("sgd.yaml").write_text(
         "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, momentum: 0.9, weight_decay: 0.2}}"
     )
@@ -71,7 +66,6 @@ def test_a_resumed_run_is_the_unbroken_one_and_its_folder_says_how_it_trains(con
     assert rates[0] == rates[1]
     # cos(pi / 4) after one epoch of T_max = 4, cos(pi / 2) after two: (1 + 0) / 2 of the rate.
     assert rates[0][0] == pytest.approx(0.05)
-    assert main(["test", "--run_dir", "cut"]) == 0
     line = fails(
         capsys, 2, "fit", "--config", config, "--run_dir", "cut", "--ckpt_path", "last", "--trainer.max_epochs", "3"
     )
@@ -96,16 +90,15 @@ def test_without_a_scheduler_a_resumed_run_takes_its_own_values(config):
     assert [group["lr"] for group in last["optimizer_states"][0]["param_groups"]] == [0.2] * 4
 
 
-def test_a_file_beside_a_checkpoint_names_no_optimizer_but_torchs(config, capsys):
-    assert main(["fit", "--config", config, "--run_dir", "run", *SGD]) == 0
-    path = Path("run/config.yaml")
+def test_a_file_beside_a_checkpoint_names_no_optimizer_but_torchs(run, capsys):
+    path = run / "config.yaml"
     written = yaml.safe_load(path.read_text())
     for section in (
         {"optimizer": {"class_path": "made_up.Optimizer", "init_args": {}}},
         {"lr_scheduler": {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_lambda": "os.abort"}}},
     ):
         path.write_text(yaml.safe_dump({**written, **section}))
-        assert main(["test", "--run_dir", "run"]) == 0
+        build("test", ["--run_dir", "run"])
         line = fails(capsys, 2, "fit", "--run_dir", "run", "--ckpt_path", "last")
         assert f"the training would be without {next(iter(section))}" in line
 
@@ -138,21 +131,10 @@ def test_a_comparison_trains_all_systems_by_the_given_optimizer(config):
 
 
 @pytest.mark.parametrize("finder", ["LearningRateFinder", "BatchSizeFinder"])
-def test_lightnings_finders_find(finder, config, capsys):
+def test_lightnings_finders_find(finder, run, config, capsys):
     few = {"LearningRateFinder": ("num_training_steps", "8"), "BatchSizeFinder": ("max_trials", "2")}[finder]
-    words = [
-        "--config",
-        config,
-        "--run_dir",
-        "run",
-        "--trainer.callbacks",
-        finder,
-        f"--trainer.callbacks.{few[0]}",
-        few[1],
-    ]
-    assert main(["fit", "--config", config, "--run_dir", "run"]) == 0
-    capsys.readouterr()
-    cli = build("fit", words)
+    own = ["--trainer.callbacks", finder, f"--trainer.callbacks.{few[0]}", few[1]]
+    cli = build("fit", ["--config", config, "--run_dir", "run", *own])
     cli.execute()
     assert "run held an earlier run" in capsys.readouterr().out  # the search has not resumed it
     if finder == "BatchSizeFinder":

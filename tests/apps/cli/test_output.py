@@ -1,8 +1,10 @@
-"""``moesaic predict --output``: what is written, in which order, and what is never written over."""
+"""``moesaic predict --output``: what is written and said, in which order, and what is never written over."""
 
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,13 @@ from tiny_app import TinyModule
 from apps.cli import main
 from apps.cli.request import Request
 from apps.cli.train import build
-from apps.cli.write import row_groups
+from apps.cli.write import page, predictions, row_groups
 from apps.cli.write.predictions import PredictionFile, columns_of, rows_of, shortened
+from apps.train.publish.predicting import Prediction, PredictionStream
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Ranked:
     """Two classes an example, best first, and the true one."""
 
     index: torch.Tensor
@@ -33,8 +36,8 @@ class Prediction:
 
 # Batches by length come in another order than their examples: 2, 0, then 1. The last knows no true class, and only one.
 BATCHES = [
-    Prediction(torch.tensor([2, 0]), [[1, 0], [0, 1]], torch.tensor([[0.75, 0.25], [0.5, 0.5]]), ["a, b", "c"]),
-    Prediction(torch.tensor([1]), [[0]], torch.tensor([[0.625]]), [None]),
+    Ranked(torch.tensor([2, 0]), [[1, 0], [0, 1]], torch.tensor([[0.75, 0.25], [0.5, 0.5]]), ["a, b", "c"]),
+    Ranked(torch.tensor([1]), [[0]], torch.tensor([[0.625]]), [None]),
 ]
 ROWS = [
     {"index": 0, "label": [0, 1], "probability": [0.5, 0.5], "target": "c"},
@@ -203,6 +206,8 @@ def test_text_that_a_spreadsheet_would_compute_is_quoted_in_csv(tmp_path, raw):
 
 
 def test_raw_csv_is_for_predictions_in_csv(untrained, capsys):
+    options = Request.read("predict", [*untrained[1:], "--output=a.csv", "--overwrite"]).options
+    assert (options.output, options.overwrite, options.raw_csv) == (Path("a.csv"), True, False)
     assert Request.read("predict", [*untrained[1:], "--output=a.csv", "--raw_csv"]).options.raw_csv
     assert main([*untrained, "--output", "a.jsonl", "--raw_csv"]) == 2
     assert "raw_csv is for predictions in CSV: give --output FILE.csv" in capsys.readouterr().err
@@ -220,6 +225,50 @@ def test_rows_are_not_kept_in_memory(untrained, monkeypatch):
     assert kept == [None]
 
 
-def test_the_request_has_the_output(untrained):
-    options = Request.read("predict", [*untrained[1:], "--output=a.csv", "--overwrite"]).options
-    assert (options.output, options.overwrite, options.raw_csv) == (Path("a.csv"), True, False)
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_said_each_minute_or_by_a_bar_on_a_terminal(monkeypatch):
+    items = [Prediction(i, {}, []) for i in range(5)]
+    now = itertools.count(0.0, 25.0)  # a line each 25 seconds
+    monkeypatch.setattr(predictions.time, "monotonic", lambda: next(now))
+    log = io.StringIO()
+    assert list(predictions.watched(iter(items), 9, True, 4, log)) == items
+    assert log.getvalue() == "7 of 9 predictions, 0.04 a second\n"  # 4 and 3 after 75 s
+    shown = Terminal()
+    assert list(predictions.watched(iter(items), 9, True, 4, shown)) == items
+    assert "predictions" in shown.getvalue()
+    assert "\x1b[2K" in shown.getvalue()[-24:]  # it is erased at the end
+    quiet = Terminal()
+    assert list(predictions.watched(iter(items), None, False, 0, quiet)) == items
+    assert quiet.getvalue() == ""
+
+
+def test_a_terminal_shows_texts_as_they_grow(monkeypatch):
+    def predict(start, tell=None):
+        for number, grown in enumerate((["a", "a b"], ["c"])):
+            for text in grown if tell else ():
+                tell(text)
+                shown.append(out.getvalue())
+            yield Prediction(number, {}, [grown[-1]])
+
+    stream = PredictionStream(predict, lambda: 2, {}, tells=True)
+    for out, expected in ((Terminal(), ["a", "a b", "a b\nc"]), (io.StringIO(), [])):
+        shown: list[str] = []
+        monkeypatch.setattr("sys.stdout", out)
+        assert predictions.print_stream(stream) == 2
+        assert out.getvalue() == "a b\nc\n"
+        assert shown == expected
+
+
+def test_the_monitored_metric_and_those_that_the_model_shows_come_first(tmp_path):
+    metrics = {"test/loss": 1.0, "test/zero_shot_colour": 0.5, "test/recall_1": 0.25, "test/recall_10": 0.75}
+    made = page.test_page(metrics, "test/recall_10", ("recall_1",), tmp_path, None, "moesaic test", "", (), ())
+    assert made.figures.rows == (
+        ("test recall_10, %", "75.0000"),
+        ("test recall_1, %", "25.0000"),
+        ("test loss", "1.0000"),
+        ("test zero_shot_colour, %", "50.0000"),
+    )

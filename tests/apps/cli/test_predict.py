@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -94,12 +95,14 @@ def test_lines_before_an_error_are_printed(run, capsys):
     assert shown.err.splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize(
-    "text", ["- Yes: no", "[a, b]", "# not a comment", "null", "12", '["a", 1]', "'quoted'", "a\nb", "Ж😀", "a\x85b"]
-)
-def test_a_text_is_taken_as_it_is_written(run, text):
-    for flags in (["--data.text", text], [f"--data.text={text}"], [f"--data.init_args.text={text}"]):
-        assert build("predict", [run, *flags]).datamodule.text == [text]
+TEXTS = ["- Yes: no", "[a, b]", "# not a comment", "null", "12", '["a", 1]', "'quoted'", "a\nb", "Ж😀", "a\x85b"]
+WAYS = ["--data.text", "--data.text=", "--data.init_args.text="]
+
+
+@pytest.mark.parametrize(("text", "way"), zip(TEXTS, itertools.cycle(WAYS), strict=False))
+def test_a_text_is_taken_as_it_is_written(run, text, way):
+    flags = [way + text] if "=" in way else [way, text]
+    assert build("predict", [run, *flags]).datamodule.text == [text]
 
 
 def test_a_list_of_texts_stays_one(run):
@@ -115,14 +118,6 @@ def test_a_text_that_is_no_text_is_refused(run, capsys):
 def test_several_processes_do_not_predict(run, capsys):
     assert main(["predict", run, "--trainer.devices", "2", "--trainer.strategy", "ddp"]) == 2
     assert "predict runs in one process, not in 2" in capsys.readouterr().err
-
-
-def test_without_lines_to_say_predictions_go_to_a_file(run):
-    assert main(["predict", run]) == 0
-    lines = Path("runs/named/predictions.jsonl").read_text().splitlines()
-    assert len(lines) == 24
-    assert len(json.loads(lines[0])["output"]) == 3
-    Path("runs/named/predictions.jsonl").unlink()
 
 
 def test_a_prediction_that_ends_in_an_error_leaves_no_folder(run, capsys, monkeypatch):

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from commands import fails
 from tiny_app import CONFIG, TinyModule
+from tiny_runs import copy_run
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import apps
@@ -30,8 +31,7 @@ from core.config.plain import arguments_from_plain
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.yaml").write_text(CONFIG)
-    assert main(["fit", "--config", str(folder / "tiny.yaml"), "--run_dir", str(folder / "run")]) == 0
+    copy_run(tmp_path_factory, folder, str(folder / "run"))
     return folder
 
 
@@ -87,16 +87,20 @@ def name_instantiator(checkpoint):
 CHANGES = [name_router, name_router_by_text, name_router_by_a_file, name_module]
 
 
+def has_run(folder: Path) -> bool:
+    return (folder / "ran").exists() or "planted" in sys.modules
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_checkpoint_on_the_command_line_imports_nothing(trained, folder, capsys, change):
     path = tampered(trained, folder, change)
-    assert main(["test", "--config", str(trained / "tiny.yaml"), "--ckpt_path", str(path)]) != 0
+    argv = ["test", "--config", str(trained / "tiny.yaml"), "--ckpt_path", str(path)]
+    assert main(argv) != 0
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("error: ")
     assert main(["test", "--data", "tiny_app.TinyData", "--ckpt_path", str(path)]) != 0
-    assert not (folder / "ran").exists()
-    assert "planted" not in sys.modules
+    assert not has_run(folder)
 
 
 @pytest.mark.parametrize("change", [*CHANGES, name_instantiator])
@@ -107,8 +111,7 @@ def test_a_checkpoint_loaded_in_python_imports_nothing(trained, folder, change):
     if change not in (name_module, name_router_by_a_file):  # the caller names the class, and no parser reads files
         with pytest.raises(ValueError):
             TinyModule.load_from_checkpoint(path)
-    assert not (folder / "ran").exists()
-    assert "planted" not in sys.modules
+    assert not has_run(folder)
 
 
 class Planted:
@@ -187,19 +190,11 @@ def test_a_configuration_beside_a_checkpoint_names_registered_classes_only(train
     error = capsys.readouterr().err
     assert "config.yaml lies beside the checkpoint" in error
     assert "--config" in error
-    assert not (folder / "ran").exists()
-    assert "planted" not in sys.modules
+    assert not has_run(folder)
 
 
-@pytest.mark.parametrize("section", ["optimizer", "lr_scheduler"])
-def test_an_optimizer_beside_a_checkpoint_is_left_out_of_a_test(trained, folder, section):
-    path = tampered(trained, folder, lambda checkpoint: None)
-    beside = path.parent.parent / "config.yaml"
-    beside.write_text(yaml.safe_dump({**yaml.safe_load(CONFIG), section: {"class_path": "planted.Module"}}))
-    assert main(["test", "--ckpt_path", str(path)]) == 0
-    assert "planted" not in sys.modules
-
-
+# Texts that the parser would take for a class of Lightning's, or of the folder's, with what is written to or called.
+PLANTED = r'{"class_path": "planted\u002eModule"}'
 PROFILER = (
     r'{"class_path": "lightning\u002epytorch\u002eprofilers\u002eSimpleProfiler", "init_args": {"dirpath": "ran"}}'
 )
@@ -207,44 +202,38 @@ LAMBDA = (
     r'[{"class_path": "lightning\u002epytorch\u002ecallbacks\u002eLambdaCallback", '
     r'"init_args": {"setup": "planted\u002eModule"}}]'
 )
+BEST = {"class_path": "BestAndLast", "init_args": {"monitor": PLANTED}}
+LOGGER = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "ran"}}
+UNTRUSTED = {
+    "callbacks": [LAMBDA, f"[{PLANTED}]", "[other]", [BEST]],
+    "callbacks+": [{"class_path": "planted.Module"}],
+    "logger": [LOGGER, PLANTED],
+    "profiler": [PROFILER],
+    "plugins": [["planted.Module"]],
+    "strategy": [PLANTED, "class_path:\n  planted.Module", "other"],
+    "strategy.class_path": ["planted.Module"],
+    "accelerator": [{"class_path": "planted.Module"}],
+    "devices": [["{class_path: planted.Module}"]],
+    "default_root_dir": ["ran"],
+}
+DEVICES = ("strategy", "accelerator", "devices")  # a test chooses its own device, whatever the file says
 
 
-@pytest.mark.parametrize(
-    "option, value",
-    [
-        ("callbacks", r'[{"class_path": "planted\u002eModule"}]'),
-        ("callbacks", "[other]"),
-        ("callbacks", LAMBDA),
-        (
-            "callbacks",
-            [{"class_path": "BestAndLast", "init_args": {"monitor": r'{"class_path": "planted\u002eModule"}'}}],
-        ),
-        ("callbacks+", {"class_path": "planted.Module"}),
-        ("logger", r'{"class_path": "planted\u002eModule"}'),
-        ("logger", {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "ran"}}),
-        ("profiler", PROFILER),
-        ("plugins", ["planted.Module"]),
-        ("strategy", r'{"class_path": "planted\u002eModule"}'),
-        ("strategy", "class_path:\n  planted.Module"),
-        ("strategy", "other"),
-        ("strategy.class_path", "planted.Module"),
-        ("accelerator", {"class_path": "planted.Module"}),
-        ("devices", ["{class_path: planted.Module}"]),
-        ("default_root_dir", "ran"),
-    ],
-)
-def test_parts_of_the_trainer_beside_a_checkpoint_are_left_out_by_name(trained, folder, capsys, option, value):
+def test_parts_of_the_trainer_and_optimizers_beside_a_checkpoint_are_left_out_by_name(trained, folder, capsys):
     (folder / "other").write_text("class_path: planted.Module\n")
     path = tampered(trained, folder, lambda checkpoint: None)
     config = yaml.safe_load(CONFIG)
-    config["trainer"][option] = value
+    for option, value in ((option, value) for option, values in UNTRUSTED.items() for value in values):
+        kept, left_out = check_beside({**config, "trainer": {"precision": "64-true", option: value}}, path)
+        assert (kept["trainer"], left_out) == ({"precision": "64-true"}, [f"trainer.{option}"])
+    config["trainer"] |= {option: values[0] for option, values in UNTRUSTED.items()}
+    config |= {section: {"class_path": "planted.Module"} for section in ("optimizer", "lr_scheduler")}
     (path.parent.parent / "config.yaml").write_text(yaml.safe_dump(config))
-    assert main(["test", "--ckpt_path", str(path)]) == 0, capsys.readouterr().err
-    # A test chooses its own device, whatever the file says.
-    is_device = option in ("strategy", "accelerator", "devices")
-    assert (f"; left out: trainer.{option} (--config" in capsys.readouterr().err) != is_device
-    assert not (folder / "ran").exists()
-    assert "planted" not in sys.modules
+    assert main(["test", "--ckpt_path", str(path)]) == 0
+    names = capsys.readouterr().err.partition("; left out: ")[2].partition(" (--config")[0].split(", ")
+    assert {*names} >= {f"trainer.{option}" for option in UNTRUSTED if option not in DEVICES}
+    assert not {*names} & {f"trainer.{option}" for option in DEVICES}
+    assert not has_run(folder)
 
 
 def test_plain_values_of_the_trainer_beside_a_checkpoint_hold(trained, folder, capsys):
@@ -262,15 +251,15 @@ def test_plain_values_of_the_trainer_beside_a_checkpoint_hold(trained, folder, c
     [
         ("start", "planted.Router"),
         ("start", "other"),
-        ("start", r'{"class_path": "planted\u002eRouter"}'),
-        ("note", r'{"class_path": "planted\u002eModule"}'),
+        ("start", PLANTED.replace("Module", "Router")),
+        ("note", PLANTED),
         ("note", "class_path: planted.Module"),
-        ("note", [{"deep": r'{"class_path": "planted\u002eModule"}'}]),
+        ("note", [{"deep": PLANTED}]),
         ("starts", {"planted.Router"}),
         ("weights", "planted.Router"),
         ("moe.router", "planted.Router"),
         ("moe+", "planted.Router"),
-        ("other", r'{"class_path": "planted\u002eModule"}'),
+        ("other", PLANTED),
     ],
 )
 def test_a_text_that_the_parser_takes_for_a_class_is_rejected(trained, folder, capsys, name, value):
@@ -284,25 +273,19 @@ def test_a_text_that_the_parser_takes_for_a_class_is_rejected(trained, folder, c
     torch.save({**checkpoint, "module_class": "tiny_app.LooseModule"}, path)
     assert main(["test", "--config", "own.yaml", "--ckpt_path", str(path)]) != 0
     assert name in capsys.readouterr().err
-    assert not (folder / "ran").exists()
-    assert "planted" not in sys.modules
+    assert not has_run(folder)
     section = {"class_path": "tiny_app.LooseModule", "init_args": {**checkpoint["hyper_parameters"]}}
     with pytest.raises(ValueError, match="lies beside the checkpoint"):
         check_beside({"model": section}, path)
 
 
-def test_a_text_that_names_no_class_is_taken(trained, folder, capsys):
+def test_a_text_that_names_no_class_is_taken(trained, folder):
     given = {"start": "copy", "note": "val/loss, of 0.5"}
     path = tampered(trained, folder, lambda checkpoint: checkpoint["hyper_parameters"].update(given))
     Path("own.yaml").write_text("data: tiny_app.TinyData\nmodel: tiny_app.LooseModule\n")
     torch.save({**torch.load(path, weights_only=True), "module_class": "tiny_app.LooseModule"}, path)
-    assert main(["test", "--config", "own.yaml", "--ckpt_path", str(path)]) == 0, capsys.readouterr().err
-    assert not (folder / "ran").exists()
-
-
-def test_an_adopted_configuration_is_said(trained, capsys):
-    assert main(["test", "--ckpt_path", str(trained / "run" / "checkpoints" / "best.ckpt")]) == 0
-    assert f"configuration: {trained / 'run' / 'config.yaml'}" in capsys.readouterr().err
+    build("test", ["--config", "own.yaml", "--ckpt_path", str(path)])
+    assert not has_run(folder)
 
 
 def test_every_run_of_the_apps_may_be_adopted():
@@ -338,14 +321,10 @@ def shards(folder):
     return path, path / name / ".metadata"
 
 
-def test_shards_are_read(tmp_path):
-    path, _ = shards(tmp_path)
-    assert sharded.read(path)["state_dict"]["w"].tolist() == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
 def test_shards_that_any_version_of_python_wrote_are_read(tmp_path, module):
     path, table = shards(tmp_path)
+    assert sharded.read(path)["state_dict"]["w"].tolist() == [0, 1, 2, 3]
     metadata = pickle.loads(table.read_bytes())
     metadata.storage_meta.checkpoint_id = "HERE"
     text = pickle.dumps(metadata, protocol=2)
@@ -356,30 +335,33 @@ def test_shards_that_any_version_of_python_wrote_are_read(tmp_path, module):
     assert sharded.read(path)["state_dict"]["w"].tolist() == [0, 1, 2, 3]
 
 
-def _pickled_build(target: bytes, state: bytes) -> bytes:
+def pickled_build(target: bytes) -> bytes:
     """Return a pickle, by hand, that pushes a global and a dict of one entry, and sets the entry on the global."""
-    return b"\x80\x02" + b"c" + target + b"}" + state + b"sb" + b"."
+    return b"\x80\x02" + b"c" + target + b"}" + b"X\x07\x00\x00\x00plantedK\x01" + b"sb" + b"."
+
+
+def with_method() -> bytes:
+    made = BytesStorageMetadata()
+    made.__dict__["read_data"] = 1
+    return pickle.dumps(Metadata(state_dict_metadata={"x": made}))
 
 
 @pytest.mark.parametrize(
-    "target", [b"torch.distributed.checkpoint.metadata\nMetadata\n", b"torch.serialization\n_get_layout\n"]
+    "table",
+    [
+        pickled_build(b"torch.distributed.checkpoint.metadata\nMetadata\n"),
+        pickled_build(b"torch.serialization\n_get_layout\n"),
+        with_method(),
+    ],
+    ids=["a_class", "a_function", "a_foreign_attribute"],
 )
-def test_a_table_of_contents_sets_nothing_on_classes(tmp_path, target):
-    path, table = shards(tmp_path)
-    table.write_bytes(_pickled_build(target, b"X\x07\x00\x00\x00plantedK\x01"))
+def test_a_table_of_contents_sets_nothing_on_classes_and_no_foreign_attribute(tmp_path, table):
+    path, file = shards(tmp_path)
+    file.write_bytes(table)
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         sharded.read(path, device="meta")
     assert not hasattr(Metadata, "planted")
     assert not hasattr(torch.serialization._get_layout, "planted")
-
-
-def test_a_table_of_contents_sets_no_foreign_attribute(tmp_path):
-    path, table = shards(tmp_path)
-    made = BytesStorageMetadata()
-    made.__dict__["read_data"] = 1
-    table.write_bytes(pickle.dumps(Metadata(state_dict_metadata={"x": made})))
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        sharded.read(path, device="meta")
 
 
 @pytest.mark.parametrize("place", ["../outside.distcp", "/tmp/outside.distcp"])
@@ -401,16 +383,20 @@ def test_shards_outside_their_folder_are_refused(tmp_path, place):
 # ---- YAML
 
 
-def test_a_configuration_of_many_aliases_is_refused_at_once(tmp_path, capsys):
-    # Ten lists of ten of the one before: 10^10 values in under 1 KB.
-    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
-    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+# Ten lists of ten of the one before: 10^10 values in under 1 KB.
+BOMB = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+BOMB += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n".join(BOMB), "its aliases stand for over 1,000,000 values"),
+        ("a: &a [*a]\n", "an alias stands for a value that holds the alias"),
+    ],
+    ids=["many", "itself"],
+)
+def test_a_configuration_of_many_aliases_or_that_holds_itself_is_refused_at_once(tmp_path, capsys, text, message):
+    (tmp_path / "bomb.yaml").write_text(text)
     assert main(["fit", "--config", str(tmp_path / "bomb.yaml")]) == 2
-    assert "its aliases stand for over 1,000,000 values" in capsys.readouterr().err
-
-
-def test_a_configuration_that_holds_itself_is_refused(tmp_path, capsys):
-    (tmp_path / "loop.yaml").write_text("a: &a [*a]\n")
-    assert main(["fit", "--config", str(tmp_path / "loop.yaml")]) == 2
-    assert "an alias stands for a value that holds the alias" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -31,26 +31,17 @@ def routing(model):
 SHARES = ["75 % of the experts", "50 % of the experts", "25 % of the experts"]
 
 
-def test_the_forms_of_a_dropless_model_of_two_experts_a_token():
+def test_the_forms_are_less_than_the_model_has_and_many_values_of_k_have_equal_ratios():
     capacities = ["capacity 2", "capacity 1.25", "capacity 1", "capacity 0.75", "capacity 0.5"]
     assert names(classifier(MOE)) == ["top_k=1", *capacities, *SHARES]
-
-
-def test_what_is_no_less_than_the_model_has_is_no_form():
     tight = dataclasses.replace(MOE, router=core.TokenChoice(top_k=1), eval_capacity_factor=1.0)
     assert names(classifier(tight)) == ["capacity 0.75", "capacity 0.5", *SHARES]
     assert names(classifier(core.MoEConfig(4, core.SoftSlots(), EXPERT))) == SHARES  # no pairs, no capacity
-
-
-def test_a_model_without_experts_is_refused():
-    with pytest.raises(ValueError, match="a VisionClassifier without MoE layers has no experts that could be made"):
-        cheaper_forms(classifier(None), "no batches")
-
-
-def test_many_values_of_k_are_tried_at_equal_ratios():
     many = core.MoEConfig(32, core.TokenChoice(top_k=16), core.FFN(hidden_dim=4))
     # 16^(i / 8) = 2^(i / 2): 1, 1.41, 2, 2.83, 4, 5.66, 8, 11.3
     assert names(classifier(many))[:7] == [f"top_k={k}" for k in (1, 2, 3, 4, 6, 8, 11)]
+    with pytest.raises(ValueError, match="a VisionClassifier without MoE layers has no experts that could be made"):
+        cheaper_forms(classifier(None), "no batches")
 
 
 def test_of_one_expert_the_gate_is_1_where_the_gates_had_the_sum_1():

@@ -19,44 +19,38 @@ from apps.train.checkpoint.paths import find_checkpoint
 from apps.train.optim.averaging import WeightEMA, mean_weights
 from apps.train.optim.optimizers import OptimizerConfig
 
-# 26 points in batches of 8: 4 steps an epoch, 3 epochs.
-AVERAGED = CONFIG.replace("ema_decay: 0.99", "average_last: 2").replace(
-    "class_path: tiny_app.TinyData", "class_path: tiny_app.TinyData\n  init_args: {n: 26}"
+# 26 points in batches of 8: 4 steps an epoch, 3 epochs. No schedule: it would depend on the length of the run.
+AVERAGED = (
+    CONFIG.replace("ema_decay: 0.99", "average_last: 2")
+    .replace("{lr: 0.01}", "{lr: 0.01, schedule: constant, warmup_steps: 0}")
+    .replace("class_path: tiny_app.TinyData", "class_path: tiny_app.TinyData\n  init_args: {n: 26}")
 )
+# The loss falls: by "max" no epoch after the first is better, and the third ends the training.
 EARLY = """
     - class_path: lightning.pytorch.callbacks.EarlyStopping
       init_args: {monitor: val/loss, mode: max, patience: 2}
 """
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> str:
-    path = tmp_path / "config.yaml"
-    path.write_text(AVERAGED)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a finished run of ``AVERAGED``, only to be read."""
-    folder = tmp_path_factory.mktemp("finished")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with ``config.yaml`` and its runs of two epochs, ``short``, and of three, ``run``."""
+    folder = tmp_path_factory.mktemp("made")
     (folder / "config.yaml").write_text(AVERAGED)
+    fit(str(folder / "config.yaml"), folder / "short", "--trainer.max_epochs", "2")
     fit(str(folder / "config.yaml"), folder / "run")
-    return folder / "run"
+    return folder
 
 
 @pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """Return a copy of ``finished`` to go on in."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+def config(made: Path) -> str:
+    return str(made / "config.yaml")
 
 
 @pytest.fixture
-def early_config(tmp_path: Path) -> str:
-    # The loss falls: by "max" no epoch after the first is better, and the third ends the training.
-    path = tmp_path / "early.yaml"
-    path.write_text(AVERAGED.rstrip() + EARLY)
-    return str(path)
+def run(made: Path, tmp_path: Path) -> Path:
+    """Return a copy of the run of three epochs, to go on in."""
+    return Path(shutil.copytree(made / "run", tmp_path / "run"))
 
 
 def weights(run_dir: Path, name: str = "last", key: str = "state_dict") -> dict[str, torch.Tensor]:
@@ -67,6 +61,11 @@ def files(run_dir: Path) -> list[str]:
     return sorted(str(p.relative_to(run_dir / "checkpoints")) for p in (run_dir / "checkpoints").rglob("*.*"))
 
 
+def assert_alike(one: Path, other: Path) -> None:
+    for name in ("last", "average"):
+        assert differences(weights(one, name), weights(other, name)) == []
+
+
 def test_the_mean_of_files_by_hand(tmp_path):
     for i, value in enumerate((1.0, 2.0, 6.0)):
         torch.save({"w": torch.full((2,), value), "half": torch.tensor(value).half()}, tmp_path / f"{i}.pt")
@@ -75,60 +74,57 @@ def test_the_mean_of_files_by_hand(tmp_path):
     assert (mean["w"].dtype, mean["half"].dtype) == (torch.float32, torch.float16)
 
 
-def test_the_average_is_that_of_the_last_epochs_ends(config, tmp_path):
-    ends = []
-    for epochs in (2, 3):  # the third epoch goes on from the second's end
-        fit(config, tmp_path / "run", "--trainer.max_epochs", str(epochs), "--ckpt_path", "last")
-        ends.append(weights(tmp_path / "run"))
-    average = weights(tmp_path / "run", "average")
+def test_the_average_is_that_of_the_last_epochs_ends(made):
+    ends, average = [weights(made / "short"), weights(made / "run")], weights(made / "run", "average")
     for name, value in average.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, (ends[0][name] + ends[1][name]) / 2, rtol=1e-6, atol=1e-7)
         else:
             assert torch.equal(value, ends[1][name])
     assert not torch.equal(average["net.0.weight"], ends[1]["net.0.weight"])
-    assert differences(weights(tmp_path / "run", "average", "trained_state_dict"), ends[1]) == []
-    assert files(tmp_path / "run") == ["average.ckpt", "best.ckpt", "epochs/1.pt", "epochs/2.pt", "last.ckpt"]
+    assert differences(weights(made / "run", "average", "trained_state_dict"), ends[1]) == []
+    assert files(made / "run") == ["average.ckpt", "best.ckpt", "epochs/1.pt", "epochs/2.pt", "last.ckpt"]
 
 
 def test_it_is_a_checkpoint_as_others(config, run):
     path = run / "checkpoints" / "average.ckpt"
     module = TinyModule.load_from_checkpoint(path)
     assert torch.equal(module.net[0].weight, weights(run, "average")["net.0.weight"])
-    for which in ("average", str(path)):
-        assert moesaic(["test", "--config", config, "--run_dir", str(run), "--ckpt_path", which]) == 0
-        assert json.loads((run / "test.json").read_text())["checkpoint"] == str(path)
+    assert moesaic(["test", "--config", config, "--run_dir", str(run), "--ckpt_path", "average"]) == 0
+    assert json.loads((run / "test.json").read_text())["checkpoint"] == str(path)
 
 
-# Batch 2 lies in mid-epoch, 4 is the first of an epoch, 11 the last of all.
-@pytest.mark.parametrize("stops", [(2, 4), (11,)], ids=["twice", "at_the_end"])
-def test_a_stopped_run_has_the_same_average(config, tmp_path, finished, stops):
-    for stop in stops:
+def test_a_stopped_run_has_the_same_average(config, tmp_path, made):
+    # Batch 2 lies in mid-epoch before the first saved step, 4 is the first of an epoch, and 4 + 7 the last of all.
+    for stop in (2, 4, 7):
         with pytest.raises(Stop):
             fit(config, tmp_path / "broken", "--ckpt_path", "last", stop_at=stop)
     fit(config, tmp_path / "broken", "--ckpt_path", "last")
     for name in ("last", "average"):
-        assert differences(checkpoint(finished, name), checkpoint(tmp_path / "broken", name)) == []
-    assert files(finished) == files(tmp_path / "broken")
+        assert differences(checkpoint(made / "run", name), checkpoint(tmp_path / "broken", name)) == []
+    assert files(made / "run") == files(tmp_path / "broken")
 
 
-def test_a_run_killed_after_its_last_epoch_writes_it_when_it_is_resumed(config, run):
-    written = weights(run, "average")
+def test_a_run_killed_after_its_last_epoch_writes_it_when_it_is_resumed(config, run, made):
     (run / "checkpoints" / "average.ckpt").unlink()
     fit(config, run, "--ckpt_path", "last")
-    assert differences(written, weights(run, "average")) == []
+    assert_alike(run, made / "run")
 
 
-def test_a_longer_run_goes_on_from_the_trained_weights(config, tmp_path):
-    # No schedule: it would depend on the length of the run.
-    steady = ("--model.optimizer.schedule", "constant", "--model.optimizer.warmup_steps", "0")
-    fit(config, tmp_path / "long", *steady, "--trainer.max_epochs", "4")
-    fit(config, tmp_path / "last", *steady)
-    shutil.copytree(tmp_path / "last", tmp_path / "average")
-    for start in ("last", "average"):
-        fit(config, tmp_path / start, *steady, "--trainer.max_epochs", "4", "--ckpt_path", start)
-        for name in ("last", "average"):
-            assert differences(weights(tmp_path / "long", name), weights(tmp_path / start, name)) == []
+def test_a_longer_run_goes_on_from_the_trained_weights_with_the_epochs_beside_them(config, made, tmp_path, caplog):
+    last, average = (made / "short" / "checkpoints" / f"{name}.ckpt" for name in ("last", "average"))
+    for start in (last, average):
+        fit(config, tmp_path / start.stem, "--ckpt_path", str(start))
+        assert_alike(made / "run", tmp_path / start.stem)
+        assert files(tmp_path / start.stem)[-3:] == ["epochs/1.pt", "epochs/2.pt", "last.ckpt"]
+    lonely = tmp_path / "alone" / "last.ckpt"
+    lonely.parent.mkdir()
+    shutil.copy(last, lonely)
+    fit(config, tmp_path / "without", "--ckpt_path", str(lonely))
+    assert f"the weights of epochs 1, 2 are not beside {lonely}: the average is without them" in caplog.text
+    # Of the third epoch alone: its own weights.
+    of_one = checkpoint(tmp_path / "without", "average")
+    assert differences(of_one["state_dict"], of_one["trained_state_dict"]) == []
 
 
 @pytest.mark.parametrize(("start", "then"), [("last", "best"), ("average", "average")])
@@ -138,43 +134,23 @@ def test_a_longer_run_has_no_average_of_the_shorter_one(config, run, start, then
     assert find_checkpoint(run).name == f"{then}.ckpt"
 
 
-def test_the_epochs_are_found_beside_the_checkpoint_that_is_resumed(config, tmp_path, caplog):
-    fit(config, tmp_path / "short", "--trainer.max_epochs", "2")
-    last = tmp_path / "short" / "checkpoints" / "last.ckpt"
-    fit(config, tmp_path / "other", "--trainer.max_epochs", "3", "--ckpt_path", str(last))
-    assert files(tmp_path / "other")[-3:] == ["epochs/1.pt", "epochs/2.pt", "last.ckpt"]
-    shutil.rmtree(last.parent / "epochs")
-    fit(config, tmp_path / "without", "--trainer.max_epochs", "3", "--ckpt_path", str(last))
-    assert f"the weights of epochs 1, 2 are not beside {last}: the average is without them" in caplog.text
-    # Of the third epoch alone: its own weights.
-    of_one = checkpoint(tmp_path / "without", "average")
-    assert differences(of_one["state_dict"], of_one["trained_state_dict"]) == []
-
-
 def test_a_new_run_in_the_folder_does_not_average_the_old_one(config, run):
     fit(config, run, "--trainer.max_epochs", "1")
     assert checkpoint(run, "average")["averaged_epochs"] == [0]
     assert "epochs/2.pt" not in files(run)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"average_last": 0}, "average_last=0 is not at least 1"),
-        ({"average_last": 3, "ema_decay": 0.9}, r"average_last=3 with ema_decay=0\.9: the weights have one average"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        TinyModule(3, **options)
-
-
-# ---- early stopping
+def test_wrong_options():
+    with pytest.raises(ValueError, match="average_last=0 is not at least 1"):
+        TinyModule(3, average_last=0)
+    with pytest.raises(ValueError, match=r"average_last=3 with ema_decay=0\.9: the weights have one average"):
+        TinyModule(3, average_last=3, ema_decay=0.9)
 
 
 @pytest.mark.slow
-def test_an_early_stop_stays_one(early_config, tmp_path):
-    flags = ("--trainer.max_epochs", "9")
+def test_an_early_stop_stays_one(tmp_path):
+    early_config, flags = str(tmp_path / "early.yaml"), ("--trainer.max_epochs", "9")
+    Path(early_config).write_text(AVERAGED.rstrip() + EARLY)
     fit(early_config, tmp_path / "unbroken", *flags)
     before = checkpoint(tmp_path / "unbroken")
     assert before["global_step"] == 12
@@ -189,25 +165,7 @@ def test_an_early_stop_stays_one(early_config, tmp_path):
     assert differences(before, checkpoint(tmp_path / "unbroken")) == []
 
 
-def test_the_average_moves_as_the_formula_says():
-    module = TinyModule(3)
-    average = WeightEMA(0.99)
-    average.on_fit_start(None, module)
-    before = module.net[0].weight.detach().clone()
-    with torch.no_grad():
-        module.net[0].weight.add_(1.0)
-
-    class AtStepOne:
-        global_step = 1
-
-    average.on_train_batch_end(AtStepOne, module, None, None, 0)
-    # d = min(0.99, 2 / 11), so the average has moved by 9/11 of the 1.0 that was added.
-    assert torch.allclose(average.average["net.0.weight"], before + 9 / 11)
-    average.on_train_batch_end(AtStepOne, module, None, None, 1)  # a micro-batch of the same step
-    assert torch.allclose(average.average["net.0.weight"], before + 9 / 11)
-
-
-def test_a_tensor_with_two_names_is_averaged_and_swapped_once():
+def test_the_average_moves_by_the_formula_and_a_tensor_with_two_names_once():
     module, average = TinyModule(3), WeightEMA(0.99)
     module.again = module.net[0]
     names, weight = ("net.0.weight", "again.weight"), module.net[0].weight
@@ -216,8 +174,10 @@ def test_a_tensor_with_two_names_is_averaged_and_swapped_once():
     before = weight.detach().clone()
     with torch.no_grad():
         weight.add_(1.0)
-    average.on_train_batch_end(trainer, module)
+    for _ in range(2):  # two micro-batches of one step
+        average.on_train_batch_end(trainer, module)
     average.on_validation_epoch_start(trainer, module)
+    # d = min(0.99, 2 / 11), so the average has moved by 9/11 of the 1.0 that was added.
     assert torch.allclose(weight, before + 9 / 11)
     average.on_validation_epoch_end(trainer, module)
     assert torch.equal(weight, before + 1.0)

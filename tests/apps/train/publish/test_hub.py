@@ -72,15 +72,10 @@ def test_the_three_lines_of_the_card_predict_in_a_fresh_process(digits, tmp_path
     assert done.stdout.strip() == str(digits.predict(["image.png"]))
 
 
-@pytest.mark.parametrize("kind", [SparseModule, VisionClassifier])
-def test_from_pretrained_takes_a_folder(digits, tmp_path, kind):
+def test_from_pretrained_takes_a_folder_and_refuses_one_of_another_model_by_name(digits, tmp_path):
     digits.save_pretrained(tmp_path / "folder")
-    again = kind.from_pretrained(tmp_path / "folder")
-    assert torch.equal(again(IMAGES), digits(IMAGES))
-
-
-def test_a_folder_of_another_model_is_refused_by_name(digits, tmp_path):
-    digits.save_pretrained(tmp_path / "folder")
+    for kind in (SparseModule, VisionClassifier):
+        assert torch.equal(kind.from_pretrained(tmp_path / "folder")(IMAGES), digits(IMAGES))
     with pytest.raises(
         ValueError, match="folder holds a model of class VisionClassifier, and TinyModule was asked for"
     ):

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from taught import kl, saved, taught
-from tiny_app import CONFIG, TinyData, TinyModule
+from tiny_app import TinyData, TinyModule
+from tiny_runs import copy_run
 from torch.testing import assert_close
 from trainings import MOE, fit, load, rows
 
@@ -127,16 +128,6 @@ def test_copy_begins_with_the_teacher_s_dense_tensors(trained):
     assert torch.equal(taught(resumed).net[0].weight, untouched)
 
 
-def test_copy_without_a_fitting_tensor_is_refused(trained):
-    with pytest.raises(ValueError, match="no tensor outside the MoE layers has a name and shape of"):
-        taught(TinyModule(3, 10, distil=DistilConfig(str(trained[0]), copy=True)))
-
-
-def test_a_copy_beside_a_model_that_grows_is_rejected(trained):
-    with pytest.raises(ValueError, match=r"distil\.copy=True with grow"):
-        TinyModule(3, moe=MOE, grow=GrowConfig("runs"), distil=DistilConfig("runs", copy=True))
-
-
 def test_teachers_that_do_not_fit_are_refused(trained, tmp_path):
     class OtherModule(TinyModule):
         pass
@@ -145,6 +136,10 @@ def test_teachers_that_do_not_fit_are_refused(trained, tmp_path):
         def __init__(self, distil: DistilConfig | None = None) -> None:
             super().__init__(distil=distil)
 
+    with pytest.raises(ValueError, match="no tensor outside the MoE layers has a name and shape of"):
+        taught(TinyModule(3, 10, distil=DistilConfig(str(trained[0]), copy=True)))
+    with pytest.raises(ValueError, match=r"distil\.copy=True with grow"):
+        TinyModule(3, moe=MOE, grow=GrowConfig("runs"), distil=DistilConfig("runs", copy=True))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         taught(student(tmp_path / "gone"))
     with pytest.raises(
@@ -158,14 +153,13 @@ def test_teachers_that_do_not_fit_are_refused(trained, tmp_path):
         Untaught(DistilConfig("runs"))
 
 
-def test_the_command_line_teaches_a_dense_model_tests_and_resumes_it(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(CONFIG)
-    overlay = f"model: {{init_args: {{moe: null, distil: {{teacher: {tmp_path / 'large'}}}}}}}"
+def test_the_command_line_teaches_a_dense_model_tests_and_resumes_it(tmp_path, tmp_path_factory):
+    large = copy_run(tmp_path_factory, tmp_path)
+    overlay = f"model: {{init_args: {{moe: null, distil: {{teacher: {large}}}}}}}"
     (tmp_path / "distil.yaml").write_text(overlay)
-    assert main(["fit", "--config", str(tmp_path / "tiny.yaml"), "--run_dir", str(tmp_path / "large")]) == 0
     config = ["--config", str(tmp_path / "tiny.yaml"), "--config", str(tmp_path / "distil.yaml")]
     where = [*config, "--run_dir", str(tmp_path / "small")]
     assert main(["fit", *where]) == 0
     assert main(["fit", *where, "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
-    (tmp_path / "large" / "checkpoints" / "best.ckpt").rename(tmp_path / "large.ckpt")
+    (large / "checkpoints" / "best.ckpt").unlink()
     assert main(["test", *where]) == 0

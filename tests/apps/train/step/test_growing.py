@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from tiny_app import CONFIG, TinyData, TinyModule
+from tiny_runs import copy_run
 from trainings import MOE, fit, load
 
 import core
@@ -137,35 +138,27 @@ def test_another_kind_of_model_and_a_fixed_table_are_refused(trained, tmp_path):
 
 def test_a_grown_model_keeps_the_encoding_of_the_data_it_was_trained_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    named = CONFIG.replace("TinyModule", "NamingModule").replace(
-        "tiny_app.TinyData, init_args: {n: 24}", "tiny_app.NamedData"
-    )
-    (tmp_path / "tiny.yaml").write_text(named)
-    (tmp_path / "names.txt").write_text("red green blue")
-    assert main(["fit", "--config", "tiny.yaml", "--run_dir", "few"]) == 0
+    named = CONFIG.replace("TinyModule", "NamingModule").replace("TinyData, init_args: {n: 24}", "NamedData")
+    for file, text in (("few.yaml", named), ("more.yaml", named), ("names.txt", "red green blue")):
+        (tmp_path / file).write_text(text)
+    assert main(["fit", "--config", "few.yaml"]) == 0
     (tmp_path / "names.txt").write_text("one two three")
-    grow = ["--model.moe.num_experts", "5", "--model.grow.checkpoint", "few"]
-    assert main(["fit", "--config", "tiny.yaml", *grow, "--run_dir", "more"]) == 0
-    assert load(tmp_path / "more/checkpoints/last.ckpt")["hyper_parameters"]["names"]["words"] == [
-        "red",
-        "green",
-        "blue",
-    ]
+    grow = ["--model.moe.num_experts", "5", "--model.grow.checkpoint", "runs/few"]
+    assert main(["fit", "--config", "more.yaml", *grow]) == 0
+    arguments = load(tmp_path / "runs/more/checkpoints/last.ckpt")["hyper_parameters"]
+    assert arguments["names"]["words"] == ["red", "green", "blue"]
 
 
-def test_the_command_line_grows_tests_and_resumes(tmp_path):
-    (tmp_path / "tiny.yaml").write_text(CONFIG)
-    overlay = f"model: {{init_args: {{moe: {{num_experts: 6}}, grow: {{checkpoint: {tmp_path / 'few'}}}}}}}"
+def test_the_command_line_grows_tests_and_resumes(tmp_path, tmp_path_factory):
+    few = copy_run(tmp_path_factory, tmp_path)
+    overlay = f"model: {{init_args: {{moe: {{num_experts: 6}}, grow: {{checkpoint: {few}}}}}}}"
     (tmp_path / "growing.yaml").write_text(overlay)
-    assert main(["fit", "--config", str(tmp_path / "tiny.yaml"), "--run_dir", str(tmp_path / "few")]) == 0
     config = ["--config", str(tmp_path / "tiny.yaml"), "--config", str(tmp_path / "growing.yaml")]
     where = [*config, "--run_dir", str(tmp_path / "more")]
     assert main(["fit", *where]) == 0
-    (tmp_path / "few" / "checkpoints" / "best.ckpt").rename(tmp_path / "few.ckpt")
+    (few / "checkpoints" / "best.ckpt").rename(tmp_path / "few.ckpt")
     assert main(["test", *where]) == 0
     assert main(["fit", *where, "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
-    few, more = (
-        load(path)["state_dict"] for path in (tmp_path / "few.ckpt", tmp_path / "more" / "checkpoints" / "last.ckpt")
-    )
-    assert torch.equal(more["net.3.experts.w_in"][:4], few["net.3.experts.w_in"])
-    assert not torch.equal(more["net.0.weight"], few["net.0.weight"])
+    old, new = (load(path)["state_dict"] for path in (tmp_path / "few.ckpt", tmp_path / "more/checkpoints/last.ckpt"))
+    assert torch.equal(new["net.3.experts.w_in"][:4], old["net.3.experts.w_in"])
+    assert not torch.equal(new["net.0.weight"], old["net.0.weight"])

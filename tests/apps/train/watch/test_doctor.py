@@ -41,18 +41,13 @@ def said(caplog):
     return [record.message for record in caplog.records if record.name == "apps.train.watch.doctor"]
 
 
-def test_a_healthy_training(tmp_path, caplog):
-    doctor = RoutingDoctor()
+def test_a_healthy_training_is_the_same_with_it(tmp_path, caplog):
+    doctor = RoutingDoctor(classes=True)
     with caplog.at_level(logging.INFO, "apps.train.watch.doctor"):
-        trained(tmp_path, doctor)
+        watched = trained(tmp_path, doctor)
     assert doctor.findings == []
     assert said(caplog) == ["routing: healthy"]
-
-
-def test_the_training_is_the_same_with_it(tmp_path):
-    plain, watched = trained(tmp_path), trained(tmp_path, RoutingDoctor(classes=True))
-    for (name, a), b in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
-        assert_close(a, b, rtol=0, atol=0, msg=name)
+    assert_close(watched.state_dict(), trained(tmp_path).state_dict(), rtol=0, atol=0)
 
 
 def test_a_finding_is_said_once_and_once_more_when_it_is_gone(tmp_path, caplog):
@@ -80,19 +75,12 @@ def test_weights_that_stood_still_and_a_gradient_that_is_cut(tmp_path):
     assert [f.name for f in doctor.findings] == ["no_router_gradient", "gates_at_start", "slow_experts"]
 
 
-def test_a_dense_model_is_left_alone(tmp_path):
+def test_a_dense_model_is_left_alone_and_classes_are_those_of_a_task_with_one_an_example(tmp_path):
     doctor = RoutingDoctor()
     trained(tmp_path, doctor, moe=None)
-    assert doctor.findings == []
-    assert doctor.doctor is None
-
-
-def test_classes_are_those_of_a_task_with_one_an_example():
+    assert (doctor.findings, doctor.doctor) == ([], None)
     x, y = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
     assert classes_of(TinyModule(3, moe=MOE), (x, y)).tolist() == [0, 1, 2, 0]
-
-
-def test_no_batches_are_refused():
     with pytest.raises(ValueError, match=r"RoutingDoctor.batches=0 must be at least 1"):
         RoutingDoctor(batches=0)
 
