@@ -1,7 +1,5 @@
 """Random transforms of whole batches."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import ClassVar
@@ -108,8 +106,7 @@ def test_randaugment_draws_for_each_image() -> None:
     assert set(Brightness(1, 10, 31)(images).unique().tolist()) == {70, 130}
     noise = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
     out = BatchRandAugment(2, 9, 31)(noise)
-    assert out.shape == noise.shape
-    assert out.dtype == torch.uint8
+    assert (out.shape, out.dtype) == (noise.shape, torch.uint8)
     assert len({tuple(o.flatten().tolist()) for o in BatchRandAugment(1, 9, 31)(noise[:1].expand(64, -1, -1, -1))}) > 10
 
 
@@ -140,5 +137,4 @@ def test_every_option_together(tmp_path: Path) -> None:
     assert batch.image.isfinite().all()
     assert batch.label.shape == (16, 10)
     val = next(iter(data.val_dataloader()))
-    assert val.image.shape == (4, 1, 32, 32)
-    assert val.label.dtype == torch.int64
+    assert (val.image.shape, val.label.dtype) == ((4, 1, 32, 32), torch.int64)

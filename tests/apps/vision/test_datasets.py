@@ -1,6 +1,4 @@
-"""The datasets that have a name, in every layout; folders of images; splits."""
-
-from __future__ import annotations
+"""The datasets that have a name, in every layout; folders of images, of a user's too; splits."""
 
 import gzip
 import pickle
@@ -11,9 +9,13 @@ import pytest
 import torch
 from made_images import indices, pixels, ready, write_images, write_mnist
 from PIL import Image
+from refusals import refused
 
+from apps.data.given import GivenData
+from apps.vision.data import VisionData
 from apps.vision.datasets import VISION_DATASETS
 from apps.vision.image_set import stratified_split
+from apps.vision.own_data import config_for
 
 
 def test_digits() -> None:
@@ -21,8 +23,7 @@ def test_digits() -> None:
     batch = next(iter(data.train_dataloader()))
     val, test = next(iter(data.val_dataloader())), next(iter(data.test_dataloader()))
     # 1797 images: 359 (20 %) for testing, 144 (10 % of the other 1438) for validation
-    assert len(batch.label) == 1438 - 144
-    assert batch.image.shape == (1294, 1, 8, 8)
+    assert (len(batch.label), batch.image.shape) == (1438 - 144, (1294, 1, 8, 8))
     assert batch.image.dtype == torch.float32
     assert batch.label.dtype == batch.index.dtype == torch.int64
     assert abs(batch.image.mean()) < 0.02
@@ -35,9 +36,7 @@ def test_digits() -> None:
     assert set(val.label.bincount().tolist()) <= {14, 15}
 
 
-@pytest.mark.parametrize(
-    "layout, zipped", [("", True), ("", False), ("FashionMNIST/raw", False), ("FashionMNIST/raw", True)]
-)
+@pytest.mark.parametrize("layout, zipped", [("", True), ("FashionMNIST/raw", False), ("FashionMNIST/raw", True)])
 def test_fashion_mnist_in_every_layout(tmp_path: Path, layout: str, zipped: bool) -> None:
     write_mnist(tmp_path / layout, zipped=zipped)
     if layout and zipped:
@@ -73,8 +72,7 @@ def test_cifar_batches(tmp_path: Path, name: str, key: str, classes: int) -> Non
         data = np.tile(np.arange(3, dtype=np.uint8).repeat(1024) + n, (20, 1))  # channel c is n + c
         (folder / file).write_bytes(pickle.dumps({"data": data, key: [0, classes - 1] * 10}, protocol=2))
     data = ready(name, tmp_path, val_size=0, batch_size=10)
-    assert (data.num_classes, data.in_chans, data.image_size) == (classes, 3, 32)
-    assert data.val_dataloader() == []
+    assert (data.num_classes, data.in_chans, data.image_size, data.val_dataloader()) == (classes, 3, 32, [])
     batch = next(iter(data.train_dataloader()))
     assert torch.equal(pixels(batch, data)[:, :, 0, 0].long(), batch.index[:, None] // 20 + torch.arange(3))
     assert len(data.test_dataloader().dataset) == 20
@@ -89,12 +87,10 @@ def test_cifar_as_a_folder_of_images(tmp_path: Path) -> None:
     batch = next(iter(data.train_dataloader()))
     assert torch.equal(pixels(batch, data)[:, 0, 0, 0].long(), 10 * (batch.index % 4) + batch.label)
     Image.fromarray(np.zeros((9, 32, 3), np.uint8)).save(tmp_path / "train/cat/odd.png")
-    with pytest.raises(ValueError, match=r"odd.png is 32x9, not 32x32"):
-        ready("cifar10", tmp_path)
+    refused(r"odd.png is 32x9, not 32x32", ready, "cifar10", tmp_path)
     (tmp_path / "test/deer").rename(tmp_path / "test/elk")
     (tmp_path / "train/cat/odd.png").unlink()
-    with pytest.raises(ValueError, match=r"test: its folders are not the 10 classes; they differ in deer, elk"):
-        ready("cifar10", tmp_path)
+    refused(r"test: its folders are not the 10 classes; they differ in deer, elk", ready, "cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -121,8 +117,7 @@ def test_validation_of_an_image_folder(tmp_path: Path) -> None:
     assert list(ready("image_folder", tmp_path, image_size=8).sizes().values()) == [20, 6, 4]
     assert list(ready("image_folder", tmp_path, image_size=8, val_size=4).sizes().values()) == [16, 4, 4]
     (tmp_path / "test/b").rename(tmp_path / "test/c")
-    with pytest.raises(ValueError, match=r"test: its classes are not those of train; they differ in b, c"):
-        ready("image_folder", tmp_path)
+    refused(r"test: its classes are not those of train; they differ in b, c", ready, "image_folder", tmp_path)
 
 
 def test_held_out_images_come_without_random_crops(tmp_path: Path) -> None:
@@ -159,3 +154,65 @@ def test_subset_and_splits_do_not_depend_on_the_seed(tmp_path: Path) -> None:
     assert not set(indices(a.train_dataloader())) & set(indices(a.val_dataloader()))
     c = ready("mnist", root, val_size=10, subset=20, split_seed=1)
     assert indices(a.val_dataloader()) != indices(c.val_dataloader())
+
+
+def write_noise(folder: Path, count: int, side: int = 20) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = np.full((side, side + 4, 3), 10 * i, np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def given(root: Path, tmp_path: Path) -> GivenData:
+    return GivenData((root,), None, tmp_path / "made")
+
+
+def test_a_quarter_of_each_class_is_held_out(tmp_path):
+    for name, count in (("cat", 12), ("dog", 8)):
+        write_noise(tmp_path / "photos" / name, count)
+    made = config_for(given(tmp_path / "photos", tmp_path))
+    assert made.notes == ("A quarter of the images of each of the 2 classes is held out for the test.",)
+    arguments = made.config["data"]["init_args"]
+    assert (arguments["image_size"], made.config["model"]["init_args"]["vit"]["patch_size"]) == (32, 4)
+    data = VisionData(**arguments)
+    # 12 / 4 + 8 / 4 test; a tenth of the other 15, rounded, validates.
+    assert data.sizes() == {"train": 13, "val": 2, "test": 5}
+    assert config_for(given(tmp_path / "photos", tmp_path)).config == made.config  # again, from the same links
+
+
+def test_a_test_split_of_its_own_is_taken(tmp_path):
+    for split, count in (("train", 8), ("test", 3)):
+        for name in ("cat", "dog"):
+            write_noise(tmp_path / "photos" / split / name, count, side=50)
+    made = config_for(given(tmp_path / "photos", tmp_path))
+    assert (made.notes, made.config["data"]["init_args"]["root"]) == ((), str(tmp_path / "photos"))
+    assert made.config["data"]["init_args"]["image_size"] == 64
+
+
+@pytest.mark.parametrize("splits", [("Test", "Train"), ("test", "train", "validation"), ("test", "val")])
+def test_splits_of_other_names_are_no_classes(tmp_path, splits):
+    for split in splits:
+        for name in ("cat", "dog"):
+            write_noise(tmp_path / "photos" / split / name, 8)
+    refused(
+        f"holds {', '.join(splits)}, which are no classes: rename .* train, val, test",
+        config_for,
+        given(tmp_path / "photos", tmp_path),
+    )
+    # With a folder of another name, or with images of their own, they may be classes.
+    write_noise(tmp_path / "photos" / "third", 8)
+    assert config_for(given(tmp_path / "photos", tmp_path)) is not None
+
+
+def test_other_folders_are_not_images_and_wrong_ones_are_refused(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert config_for(given(empty, tmp_path)) is None
+    write_noise(tmp_path / "one" / "cat", 8)
+    refused("holds images in 1 folders of classes", config_for, given(tmp_path / "one", tmp_path))
+    write_noise(tmp_path / "one" / "dog", 3)
+    refused("dog holds 3 images: a class needs 8 at least", config_for, given(tmp_path / "one", tmp_path))
+    (tmp_path / "one" / "dog").rename(tmp_path / "dog")
+    write_noise(tmp_path / "one" / "ox", 8)
+    (tmp_path / "one" / "cat" / "0.png").write_text("no image")
+    refused(r"0\.png cannot be read as an image", config_for, given(tmp_path / "one", tmp_path))

@@ -1,6 +1,4 @@
-"""Figures of drawn images, against their closed forms."""
-
-from __future__ import annotations
+"""Drawn images: figures against their closed forms, their files, and the classes to draw of."""
 
 import sys
 import types
@@ -8,7 +6,11 @@ import types
 import numpy as np
 import pytest
 import torch
+from made_images import write_images
+from refusals import refused
 
+from apps.vision.generation.data import GenerationData, labels_of
+from apps.vision.generation.files import MARK, ImageFolder, folder_names, grid_of
 from apps.vision.generation.metrics import (
     GenerationMetrics,
     features_of,
@@ -53,11 +55,12 @@ def test_without_a_network_distances_are_in_principal_components():
 
 
 def test_weights_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match=r"metrics\.efficientnet=.*nothing\.pth cannot be read"):
-        features_of(GenerationMetrics(efficientnet=str(tmp_path / "nothing.pth")), None, torch.zeros(2, 1, 2, 2))
+    def read(name):
+        features_of(GenerationMetrics(efficientnet=str(tmp_path / name)), None, torch.zeros(2, 1, 2, 2))
+
+    refused(r"metrics\.efficientnet=.*nothing\.pth cannot be read", read, "nothing.pth")
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth has no weights of EfficientNet-Lite0"):
-        features_of(GenerationMetrics(efficientnet=str(tmp_path / "other.pth")), None, torch.zeros(2, 1, 2, 2))
+    refused(r"other\.pth has no weights of EfficientNet-Lite0", read, "other.pth")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         read_classifier(str(tmp_path), ("0", "1"), 8, 1)
 
@@ -98,8 +101,71 @@ def test_inception_runs_nothing_that_its_file_says(tmp_path, monkeypatch):
 
     state = {"weight": torch.ones(2048, 3), "bias": torch.zeros(2048)}
     assert (features(state).each([torch.full((2, 1, 4, 4), 7, dtype=torch.uint8)]) == 21).all()
-    with pytest.raises(ValueError, match=r"own\.pth has no weights of torch-fidelity's Inception"):
-        features({"bias": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"metrics\.inception=.*own\.pth cannot be read"):
-        features({"weight": Evil()})
+    refused(r"own\.pth has no weights of torch-fidelity's Inception", features, {"bias": torch.zeros(3)})
+    refused(r"metrics\.inception=.*own\.pth cannot be read", features, {"weight": Evil()})
     assert not (tmp_path / "run").exists()
+
+
+def test_folders_are_called_like_their_classes():
+    assert folder_names(["T-shirt/top", "Bag", "7"]) == ["T-shirt_top", "Bag", "7"]
+    assert folder_names(["a/b", "a b", "..", "猫"]) == ["a_b_0", "a_b_1", "class", "猫"]
+
+
+def test_a_grid_has_a_row_a_class_and_white_gaps():
+    black = torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
+    image = grid_of([black, black[:1]])
+    assert image.size == (2 * 64 + 3 * 2, 2 * 64 + 3 * 2)  # gaps of 2 pixels
+    assert image.getpixel((30, 100)) == (0, 0, 0)
+    assert image.getpixel((100, 100)) == (255, 255, 255)  # the second row has one image
+    # Small images are enlarged by a whole factor: 64 // 28 = 2.
+    assert grid_of([torch.zeros(2, 1, 28, 28, dtype=torch.uint8)]).size == (2 * 56 + 3 * 2, 56 + 2 * 2)
+
+
+def test_a_folder_with_files_of_others_stays(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    for overwrite in (False, True):
+        refused("mine holds other files than drawn images", ImageFolder, tmp_path / "mine", overwrite)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / MARK).write_text("{}")
+    refused("own exists: --overwrite replaces it", ImageFolder, tmp_path / "own", False)
+    ImageFolder(tmp_path / "own", True)
+    (tmp_path / "empty").mkdir()
+    ImageFolder(tmp_path / "empty", False)
+
+
+NAMES = ("T-shirt/top", "Bag", "7")
+
+
+def test_classes_go_by_name_and_else_by_number():
+    # "7" is the name of class 2, and "1" of none
+    assert (labels_of(["Bag", "7", 0], NAMES), labels_of(["1"], NAMES)) == ([1, 2, 0], [1])
+    refused("classes=3 is none of the model's 3 classes: T-shirt/top, Bag, 7", labels_of, [3], NAMES)
+    refused("classes=Bag is given twice", labels_of, [1, "Bag"], NAMES)
+    refused(r"classes=\[\] names no class", labels_of, [], NAMES)
+
+
+@pytest.mark.parametrize("classes", ["3,7", "3, 7", [3, 7], ["3", 7]])
+def test_batches_are_of_one_class(classes):
+    batches = list(GenerationData(classes=classes, number=70, seed=5).predict_dataloader())
+    sizes = [(int(b.label[0]), len(b.label), b.index.tolist()[0]) for b in batches]
+    assert sizes == [(3, 64, 0), (3, 6, 64), (7, 64, 0), (7, 6, 64)]
+    assert all(batch.seed == 5 and bool((batch.label == batch.label[0]).all()) for batch in batches)
+    # All classes are the default.
+    assert [int(batch.label[0]) for batch in GenerationData(number=1).predict_dataloader()] == list(range(10))
+    assert [int(batch.label[0]) for batch in GenerationData(classes=4).predict_dataloader()] == [4]
+
+
+def test_options_that_a_generator_has_no_use_for():
+    refused("number=0 must be at least 1", GenerationData, number=0)
+    refused("seed=-1 must not be negative", GenerationData, seed=-1)
+    refused("mixup_alpha=0.2 mixes classes", GenerationData, mixup_alpha=0.2)
+    refused("predict_folder=inbox: a generator reads no images", GenerationData, predict_folder="inbox")
+
+
+def test_a_folder_of_one_image(tmp_path):
+    for split in ("train", "test"):
+        write_images(tmp_path, split, 1, classes=("cat",))
+        (tmp_path / split / "cat" / "0.png").rename(tmp_path / split / "cat" / f"{split}.png")
+    data = GenerationData("image_folder", root=str(tmp_path), image_size=8, val_size=0)
+    refused("image_folder has 1 training image: a generator needs 2 or more", data.setup, "fit")

@@ -1,20 +1,57 @@
-"""A V-MoE whose experts are convolutions: class tokens, costs, the picture of its routing, and what is refused."""
-
-from __future__ import annotations
+"""Every routing overlay trains a small V-MoE, and what is special where experts are convolutions."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from quiet_trainer import quiet_trainer
+import torch.nn.functional as F
+from refusals import refused
 
 import core
+from apps.equal_cost import routers
 from apps.nets.depths import MixtureOfDepths
 from apps.report.use import ExpertUse, Labels
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig, VMoE
 from apps.vision.module import VisionClassifier
-from apps.vision.report import Shown, VisionReportConfig
+from apps.vision.report import Shown
+
+ROUTED = ViTConfig(variant="nano", patch_size=2, embed_dim=16, depth=2, num_heads=2, pool="avg")
+EIGHT = core.MoEConfig(num_experts=8, expert=core.FFN(hidden_dim=16))
+
+
+@pytest.mark.parametrize("name", routers.overlays())
+def test_a_few_steps_learn_the_batch(name):
+    torch.manual_seed(0)
+    moe = routers.with_router(EIGHT, name)
+    model = VisionClassifier(ROUTED, moe, moe_blocks=[1], image_size=8, report=None)
+    image, label = torch.randn(10, 1, 8, 8), torch.arange(10)
+    context = core.RoutingContext(task_ids_B=label, domain_ids_B=label % getattr(moe.router, "num_domains", 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    losses = []
+    for _ in range(4):
+        with core.record(model) as tape:
+            loss = F.cross_entropy(model(image, context), label)
+        optimizer.zero_grad()
+        (loss + core.aux_loss(tape)).backward()
+        optimizer.step()
+        core.update_expert_bias(model, tape)
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    unused = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not unused or name in ("stable",), unused
+    stats = core.RoutingStats.from_tape(tape)
+    assert list(stats.layers) == ["model.blocks.1.mlp"]
+    assert stats.layers["model.blocks.1.mlp"].chosen_per_expert.sum() > 0
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(image, context), model(image, context))
+
+
+def test_a_router_of_tasks_says_what_it_lacks():
+    model = VisionClassifier(ROUTED, routers.with_router(EIGHT, "task"), moe_blocks=[1], image_size=8, report=None)
+    refused(r"needs context\.task_ids_B, which is None", model, torch.randn(2, 1, 8, 8))
+
 
 # 8x8 images: a grid of 4x4 tokens, and so 4 patches of 2x2 of them.
 VIT = ViTConfig(patch_size=2, embed_dim=8, depth=2, num_heads=2, pool="avg")
@@ -39,8 +76,7 @@ def test_experts_take_patches_and_leave_class_and_register_tokens(vit, prefix):
     (entry,), (y,) = tape.entries, seen
     assert entry.routing.num_tokens == 2 * 4
     # ceil(2 * 4 / 4) = 2 of the 4 patches for each expert, in each of 2 images.
-    assert entry.routing.tokens_per_expert_E.tolist() == [4, 4, 4, 4]
-    assert y.shape == (2, prefix + 16, 8)
+    assert (entry.routing.tokens_per_expert_E.tolist(), y.shape) == ([4, 4, 4, 4], (2, prefix + 16, 8))
     assert not y[:, :prefix].any()
     # The ids of a patch are those of its first token: 0, 2, 8 and 10 after the prefix.
     assert (entry.context.token_ids_BS - prefix).tolist() == [[0, 2, 8, 10]] * 2
@@ -73,41 +109,17 @@ def test_the_picture_shows_the_expert_of_a_patch_at_each_of_its_tokens():
     assert use.counts["class"][name].sum(0).tolist() == [16, 16, 16, 16]
 
 
-def test_a_test_writes_its_report(tmp_path):
-    report = VisionReportConfig(few_shot=(), images=1)
-    module = VisionClassifier(VIT, MOE, moe_blocks=[1], image_size=8, report=report)
-    quiet_trainer(tmp_path).test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
-    assert {p.name for p in (tmp_path / "report").iterdir()} == {
-        *("routing.png", "expert_class.png", "load.png", "sections.json")
-    }
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: model(replace(VIT, pool="token")),
-            "prefix_tokens=0 of Convolution is not 1, the class and register tokens of vit",
-        ),
-        (
-            lambda: model(expert=replace(EXPERT, prefix_tokens=1)),
-            "prefix_tokens=1 of Convolution is not 0, the class and register tokens of vit",
-        ),
-        (
-            lambda: model(replace(VIT, patch_drop=0.5)),
-            "vit.patch_drop=0.5 with Convolution, which needs all patches of an image",
-        ),
-        (
-            lambda: model(depths=MixtureOfDepths(), depth_blocks=[1]),
-            "depth_blocks names a block with Convolution experts, which need all patches of an image",
-        ),
-        (lambda: model(image_size=10), "patch_size=2 does not divide a grid of 5 x 5 positions"),
-    ],
-)
-def test_refused_combinations_are_one_line(make, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        make()
-
-
-def test_a_gate_on_another_block_is_no_hindrance():
+@pytest.mark.parametrize("options, message", [
+    ({"vit": replace(VIT, pool="token")},
+     "prefix_tokens=0 of Convolution is not 1, the class and register tokens of vit"),
+    ({"expert": replace(EXPERT, prefix_tokens=1)},
+     "prefix_tokens=1 of Convolution is not 0, the class and register tokens of vit"),
+    ({"vit": replace(VIT, patch_drop=0.5)}, "vit.patch_drop=0.5 with Convolution, which needs all patches of an image"),
+    ({"depths": MixtureOfDepths(), "depth_blocks": [1]},
+     "depth_blocks names a block with Convolution experts, which need all patches of an image"),
+    ({"image_size": 10}, "patch_size=2 does not divide a grid of 5 x 5 positions"),
+])  # fmt: skip
+def test_refused_combinations_are_one_line(options, message):
+    refused(f"^{message}$", model, **options)
+    # A gate on another block is no hindrance.
     assert model(depths=MixtureOfDepths(0.5), depth_blocks=[0])(torch.randn(2, 1, 8, 8)).shape == (2, 10)
