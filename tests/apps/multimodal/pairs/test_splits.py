@@ -1,11 +1,12 @@
-"""Splits that share neither an image nor a caption."""
-
-from __future__ import annotations
+"""Splits that share neither an image nor a caption, and the pairs that are drawn."""
 
 import numpy as np
 import pytest
+import torch
+from refusals import refused
 
 from apps.data.splits import hold_out
+from apps.multimodal.pairs.shapes import ATTRIBUTES, COLOURS, PLACES, SIZES, read_shapes
 from apps.multimodal.pairs.splits import groups_of, num_trained, split_images
 
 
@@ -57,20 +58,53 @@ def test_the_files_own_splits_stay_and_an_image_without_captions_is_in_none():
     splits = split_images(["train", "test", "train", "train"], np.array([0, 1, 3]), ["a", "a", "b"], {
         "test": None, "val": 1,
     }, seed=0)  # fmt: skip
-    assert splits[1] == "test"
-    assert splits[2] == ""
-    assert sorted(splits[[0, 3]].tolist()) == ["train", "val"]
+    assert (splits[1], splits[2], sorted(splits[[0, 3]].tolist())) == ("test", "", ["train", "val"])
     assert num_trained(["a", "A "], np.array(["train", "test"]), "test") == 1
 
 
-@pytest.mark.parametrize(
-    "split_I, texts, sizes, message",
-    [
-        (["test", "train"], ["a", "b"], {"test": 1, "val": 0}, "test_size=1: the files have test images of their own"),
-        ([None] * 3, ["a", "b", "c"], {"test": 2, "val": 1}, "test_size=2 and val_size=1 leave none of the 3 images"),
-        ([None] * 4, ["a"] * 4, {"test": 1, "val": 1}, "none fit into test, .* in common stay together, and up to 4"),
-    ],
-)
+@pytest.mark.parametrize("split_I, texts, sizes, message", [
+    (["test", "train"], ["a", "b"], {"test": 1, "val": 0}, "test_size=1: the files have test images of their own"),
+    ([None] * 3, ["a", "b", "c"], {"test": 2, "val": 1}, "test_size=2 and val_size=1 leave none of the 3 images"),
+    ([None] * 4, ["a"] * 4, {"test": 1, "val": 1}, "none fit into test, .* in common stay together, and up to 4"),
+])  # fmt: skip
 def test_sizes_that_cannot_be(split_I, texts, sizes, message):
-    with pytest.raises(ValueError, match=message):
-        split_images(split_I, np.arange(len(texts)), texts, sizes, seed=0)
+    refused(message, split_images, split_I, np.arange(len(texts)), texts, sizes, seed=0)
+
+
+PAIRS = read_shapes()
+
+
+def test_every_sentence_names_every_label_and_no_two_images_have_the_same():
+    rows = list(zip(*PAIRS.labels.values(), strict=True))
+    assert len(rows) == len(set(rows)) == len(PAIRS.texts) == 2500
+    for text, row in zip(PAIRS.texts, rows, strict=True):
+        words = text.replace(",", "").replace(":", "").split()
+        assert set(row) <= set(words), text
+    assert {split: PAIRS.split.count(split) for split in SIZES} == SIZES
+
+
+def test_every_class_is_in_every_split():
+    for split in SIZES:
+        for name, classes in ATTRIBUTES.items():
+            labels = {v for v, own in zip(PAIRS.labels[name], PAIRS.split, strict=True) if own == split}
+            assert labels == set(classes)
+
+
+def test_the_colour_and_the_place_are_in_the_picture():
+    pixels = PAIRS.images.pixels.float()
+    for n in range(0, 2500, 25):
+        if PAIRS.labels["texture"][n] != "plain" or PAIRS.labels["shape"][n] == "ring":
+            continue
+        paint = torch.tensor(COLOURS[PAIRS.labels["colour"][n]])[:, None, None]
+        is_paint = (pixels[n] - paint).abs().amax(0) < 30
+        rows, columns = is_paint.nonzero().float().mean(0)
+        x, y = PLACES[PAIRS.labels["place"][n]]
+        # the center of gravity lies near the place: 15.5 is the middle
+        assert max(abs(columns - 15.5 - x), abs(rows - 15.5 - y)) < 3.5, n
+
+
+def test_a_seed_gives_the_same_images_and_some_attributes_are_chosen():
+    again = read_shapes(["shape"])
+    assert torch.equal(again.images.pixels, PAIRS.images.pixels)
+    assert (again.texts, again.labels) == (PAIRS.texts, {"shape": PAIRS.labels["shape"]})
+    refused(r"attributes='shap' is not one of .*; did you mean 'shape'", read_shapes, ["shap"])

@@ -1,7 +1,5 @@
 """The report of a test of images with texts: which files it writes, what they hold, and what it leaves out."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from quiet_trainer import quiet_trainer
+from refusals import refused
 from small_pairs import MOE, TOWER
 
 import core
@@ -67,8 +66,7 @@ def test_report_writes_tables_and_pictures(tmp_path, data):
     assert [(row["layer"], row["expert"]) for row in pieces] == [("block 1", str(e)) for e in range(4)]
     assert sum(float(row["share"]) for row in pieces) == pytest.approx(1)
     words = [part for part in sections["Words in sentences"].parts if isinstance(part, Words)]
-    assert len(words) == 2
-    assert words[0].labels.keys() == {"block 1"}
+    assert (len(words), words[0].labels.keys()) == (2, {"block 1"})
     pictures = [part for part in sections["What is retrieved"].parts if isinstance(part, Picture)]
     assert "the right image has rank" in pictures[0].alt
     assert isinstance(sections["Classes"].parts[0], Table)
@@ -93,8 +91,7 @@ def test_experts_of_an_image_tower_have_no_typical_pieces(tmp_path, data):
 
 
 def test_the_images_of_a_sentence(tmp_path, data):
-    module = model(data, report=None)
-    trainer = quiet_trainer(tmp_path)
+    module, trainer = model(data, report=None), quiet_trainer(tmp_path)
     trainer.test(module, datamodule=data, verbose=False)
     report = PairReport(PairReportConfig(queries=3, samples=0, zero_shot=(), probe_images=0))
     test = report._read(trainer, module.eval(), data, {})
@@ -104,8 +101,7 @@ def test_the_images_of_a_sentence(tmp_path, data):
     assert one.sentence == data.texts[int(test.caption_J[4])]
     scores = test.gallery.image_ID @ test.gallery.text_JD[4]
     own = int(test.gallery.image_P[test.gallery.text_P == 4])
-    assert one.rank == int((scores >= scores[own]).sum())
-    assert one.is_right.count(True) == (one.rank <= 6)
+    assert (one.rank, one.is_right.count(True)) == (int((scores >= scores[own]).sum()), one.rank <= 6)
     best = int(test.image_I[scores.argmax()])
     np.testing.assert_allclose(one.images[0], data.pixels(torch.tensor([best]))[0].permute(1, 2, 0) / 255)
     ranks = best_ranks(test.gallery.text_JD, test.gallery.image_ID, test.gallery.text_P, test.gallery.image_P)
@@ -119,10 +115,8 @@ def test_images_are_shown_in_their_own_colours(data):
 
 
 def test_what_is_refused(tmp_path, data):
-    with pytest.raises(
-        ValueError, match=r"report.zero_shot names 'weight', which is no attribute of the data \(colour"
-    ):
-        module = model(data, report=PairReportConfig(zero_shot=("weight",)))
-        quiet_trainer(tmp_path).test(module, datamodule=data, verbose=False)
-    with pytest.raises(ValueError, match=r"report.attribute_templates.size: the template 'a shape' must have"):
-        PairReportConfig(attribute_templates={"size": ("a shape",)})
+    module = model(data, report=PairReportConfig(zero_shot=("weight",)))
+    rule = r"report.zero_shot names 'weight', which is no attribute of the data \(colour"
+    refused(rule, quiet_trainer(tmp_path).test, module, datamodule=data, verbose=False)
+    rule = r"report.attribute_templates.size: the template 'a shape' must have"
+    refused(rule, PairReportConfig, attribute_templates={"size": ("a shape",)})

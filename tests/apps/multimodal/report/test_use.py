@@ -1,7 +1,5 @@
 """What experts compute, counted in batches, against a loop over the routed pairs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 
@@ -19,8 +17,7 @@ from apps.vision.model import ViTConfig
 
 
 def used(module, batches, wanted=0):
-    use = PairUse(module.eval(), {"color": 3, "size": 2}, wanted)
-    tapes = []
+    use, tapes = PairUse(module.eval(), {"color": 3, "size": 2}, wanted), []
     for batch in batches:
         with torch.no_grad(), core.record(module) as tape:
             module(batch.image, batch.text_BL)
@@ -30,8 +27,7 @@ def used(module, batches, wanted=0):
 
 
 def test_counts_are_those_of_a_loop():
-    module = retriever()
-    batches = [pair_batch(4), pair_batch(5, seed=2)]
+    module, batches = retriever(), [pair_batch(4), pair_batch(5, seed=2)]
     use, tapes = used(module, batches)
     assert list(use.counts["modality"]) == ["block 1"]
     by_modality, by_class, by_piece = Counter(), Counter(), Counter()
@@ -60,8 +56,7 @@ def test_counts_are_those_of_a_loop():
     assert {(v, e): int(n) for (v, e), n in by_piece.items()} == {
         (int(v), int(e)): int(counts["piece"][v, e]) for v, e in zip(*counts["piece"].nonzero(), strict=True)
     }
-    commonest = use.frequent_pieces(["block 1"], 3)
-    count_V = counts["piece"].sum(1)
+    commonest, count_V = use.frequent_pieces(["block 1"], 3), counts["piece"].sum(1)
     assert count_V[commonest[0]] == count_V.max()
     assert len(use.frequent_pieces(["block 1"], 1000)) == int((count_V > 0).sum())
 
@@ -84,8 +79,7 @@ def test_the_patches_of_an_expert_are_those_of_its_largest_gates():
     module, batch = retriever(), pair_batch(5)
     use, (tape,) = used(module, [batch])
     routing = tape.entries[0].routing
-    length = routing.num_tokens // 10
-    sample = use.patches["block 1"]
+    length, sample = routing.num_tokens // 10, use.patches["block 1"]
     best: dict[tuple[int, int], tuple[float, int]] = {}
     pairs = (x.tolist() for x in (routing.token_index_N, routing.expert_ids_N, routing.gates_N))
     for t, e, gate in zip(*pairs, strict=True):
@@ -103,13 +97,11 @@ def test_the_patches_of_an_expert_are_those_of_its_largest_gates():
 
 
 def test_the_pairs_that_are_shown():
-    module = retriever()
-    batch = pair_batch(4)._replace(image_B=torch.tensor([3, 3, 5, 6]))
+    module, batch = retriever(), pair_batch(4)._replace(image_B=torch.tensor([3, 3, 5, 6]))
     use, (tape,) = used(module, [batch, pair_batch(4)][:1], wanted=2)
     assert [pair.caption for pair in use.shown] == [0, 2]  # pair 1 has the image of pair 0
     first, second = use.shown
-    assert first.ids == batch.text_BL[0, :2].tolist()
-    assert second.ids == batch.text_BL[2, :4].tolist()
+    assert (first.ids, second.ids) == (batch.text_BL[0, :2].tolist(), batch.text_BL[2, :4].tolist())
     routing = tape.entries[0].routing
     length = routing.num_tokens // 8
     gates = torch.zeros(routing.num_tokens, 5).index_put_(
@@ -146,36 +138,23 @@ def test_an_expert_set_that_a_modality_never_reaches():
     assert of_doctor.startswith("block 1: the tokens of text use 1.0 of 2 experts, and each takes 1.0. Remedy: give")
 
 
-def test_a_healthy_model_raises_no_alarm():
+def test_a_healthy_model_raises_no_alarm_and_its_experts_say_nothing_of_classes():
     use, _ = used(retriever(), [pair_batch(200)])
     assert use.alarms() == []
-
-
-def test_what_experts_say_of_classes():
-    use, _ = used(retriever(), [pair_batch(30)])
     ((name, shares),) = use.class_information().items()
     assert name == "block 1"
-    assert all(0 <= share < 0.2 for share in shares)  # noise says nothing
+    assert all(0 <= share < 0.2 for share in shares)
+    dense, _ = used(retriever(moe=None), [pair_batch(4)], wanted=2)
+    assert (dict(dense.counts["modality"]), list(dense.shown), dense.alarms()) == ({}, [], [])
 
 
-def test_a_dense_model_has_no_use():
-    use, _ = used(retriever(moe=None), [pair_batch(4)], wanted=2)
-    assert not use.counts["modality"]
-    assert not use.shown
-    assert use.alarms() == []
-
-
-@pytest.mark.parametrize(
-    "tower",
-    [
-        TwoTowers(PatchImages(blocks_as=TOWER), PieceTexts(blocks_as=TOWER)),
-        TwoTowers(
-            ViTImages(vit=ViTConfig(patch_size=4, embed_dim=16, depth=2, num_heads=2)),
-            BertTexts(bert=BertConfig(16, 32, depth=2, num_heads=2, max_positions=16)),
-        ),
-    ],
-    ids=["from_scratch", "as_published"],
-)
+@pytest.mark.parametrize("tower", [
+    TwoTowers(PatchImages(blocks_as=TOWER), PieceTexts(blocks_as=TOWER)),
+    TwoTowers(
+        ViTImages(vit=ViTConfig(patch_size=4, embed_dim=16, depth=2, num_heads=2)),
+        BertTexts(bert=BertConfig(16, 32, depth=2, num_heads=2, max_positions=16)),
+    ),
+], ids=["from_scratch", "as_published"])  # fmt: skip
 def test_a_tower_for_each_modality(tower):
     use, _ = used(retriever(tower=tower), [pair_batch(6)], wanted=2)
     by_modality = use.counts["modality"]
@@ -183,12 +162,9 @@ def test_a_tower_for_each_modality(tower):
     assert by_modality["text block 1"].sum(1).tolist() == [0, 2 * (2 + 3 + 4 + 5 + 6 + 2)]
     of_images, of_texts = by_modality["image block 1"].sum(1)
     assert of_images >= 2 * 6 * 4  # a class token may stand before the patches
-    assert of_texts == 0
-    assert use.patches["image block 1"].patch_EnCHW.shape[2:] == (3, 4, 4)
-    assert list(use.patches) == ["image block 1"]
-    assert list(use.counts["piece"]) == ["text block 1"]
+    assert (of_texts, use.patches["image block 1"].patch_EnCHW.shape[2:]) == (0, (3, 4, 4))
+    assert (list(use.patches), list(use.counts["piece"])) == (["image block 1"], ["text block 1"])
     assert use.counts["piece"]["text block 1"].sum() == by_modality["text block 1"].sum()
     for pair in use.shown:
-        assert pair.grids["image block 1"].shape == (2, 2)
-        assert len(pair.pieces["text block 1"]) == len(pair.ids)
+        assert (pair.grids["image block 1"].shape, len(pair.pieces["text block 1"])) == ((2, 2), len(pair.ids))
     assert not [line for line in use.alarms() if "Remedy" in line]
