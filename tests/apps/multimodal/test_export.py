@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from converted import write_run
 from doc_scripts import script
 from made_captions import data_of, write_shop
@@ -26,7 +25,7 @@ from apps.multimodal.towers.loss import SigmoidLoss, SoftmaxLoss
 from apps.train.checkpoint.loading import load
 
 TOWER_LAYER, HEAD_LAYER = "model.towers.stack.layers.1.ffn", "model.head.experts"
-OVERLAY = {"num_experts": 4, "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}}}
+MOE_OVERLAY = "model: {init_args: {moe: {num_experts: 4, router: {class_path: core.TokenChoice}}}}"
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +50,16 @@ def converted(tmp_path: Path, data: ImageTextData, module: ImageTextRetriever, *
     return load(tmp_path / "new").eval()
 
 
-def outputs(data: ImageTextData, module: ImageTextRetriever):
-    batch = next(iter(data.test_dataloader()))
-    return module.model(batch.image, batch.text_BL)
-
-
-def test_an_upcycled_model_begins_as_the_dense_one(tmp_path, data):
-    (tmp_path / "moe.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"moe": OVERLAY}}}))
+def test_a_model_is_upcycled_pruned_and_densified_in_its_towers_alone(tmp_path, data):
+    (tmp_path / "moe.yaml").write_text(MOE_OVERLAY)
     dense = retriever(data, None)
     sparse = converted(tmp_path, data, dense, "upcycle", "--moe", str(tmp_path / "moe.yaml"), "--batches", "0")
     assert (list(core.moe_layers(sparse)), sparse.moe.num_experts) == ([TOWER_LAYER, HEAD_LAYER], 4)
-    assert_close(outputs(data, sparse), outputs(data, dense))
-
-
-def test_pruning_and_densifying_take_experts_from_the_towers_alone(tmp_path, data):
+    batch = next(iter(data.test_dataloader()))
+    assert_close(*(module.model(batch.image, batch.text_BL) for module in (sparse, dense)))
     sparse = retriever(data, MOE)
     pruned = converted(tmp_path / "a", data, sparse, "prune", "--keep", "2")
-    layers = core.moe_layers(pruned)
-    assert layers[TOWER_LAYER].num_experts == 2
+    assert core.moe_layers(pruned)[TOWER_LAYER].num_experts == 2
     dense = converted(tmp_path / "b", data, sparse, "densify", "--how", "average", "--batches", "0")
     assert list(core.moe_layers(dense)) == [HEAD_LAYER]
     for model in (pruned, dense):

@@ -28,7 +28,7 @@ from core.config.plain import to_plain
 HEAD = AttributeHead(core.MMoE(num_experts=2, expert=core.MLP((8,))), weight=0.5)
 
 
-def test_a_training_learns_its_pairs_and_logs_both_ways(tmp_path):
+def test_a_training_learns_its_pairs_within_the_temperature_s_bound(tmp_path):
     module = retriever(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0.0))
     trainer = quiet_trainer(tmp_path, max_epochs=15)
     trainer.fit(module, Pairs())
@@ -37,11 +37,14 @@ def test_a_training_learns_its_pairs_and_logs_both_ways(tmp_path):
     assert {"val/recall_10", "val/image_to_text_recall_5", "val/text_to_image_median_rank"} <= {*logged}
     assert logged["val/routing/drop_rate"] == 0.0
     assert trainer.test(module, Pairs(), verbose=False)[0]["test/recall_1"] == 1.0
+    module = retriever(optimizer=OptimizerConfig(lr=1.0, warmup_steps=0.0, schedule="constant"))
+    module.loss.log_scale.data.fill_(4.6)
+    quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, Pairs())
+    assert module.loss.temperature.item() >= 0.01 - 1e-8
 
 
 def test_a_training_goes_on_from_its_checkpoint(tmp_path):
-    data = Pairs(attributes={"a": 3, "b": 2})
-    steady = OptimizerConfig(warmup_steps=0.0, schedule="constant")
+    data, steady = Pairs(attributes={"a": 3, "b": 2}), OptimizerConfig(warmup_steps=0.0, schedule="constant")
     whole = retriever(attribute_head=HEAD, attributes=data.attributes, loss=SigmoidLoss(), optimizer=steady)
     first = whole.twin()
     first.load_state_dict(whole.state_dict())
@@ -56,16 +59,8 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path):
     assert second.loss.bias.item() != -10.0
 
 
-def test_the_temperature_s_bound_holds_after_a_step(tmp_path):
-    module = retriever(optimizer=OptimizerConfig(lr=1.0, warmup_steps=0.0, schedule="constant"))
-    module.loss.log_scale.data.fill_(4.6)
-    quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, Pairs())
-    assert module.loss.temperature.item() >= 0.01 - 1e-8
-
-
 def test_the_attributes_loss_is_weighted_and_its_head_sees_the_image_alone():
-    batch = pair_batch(6)
-    module = retriever(attribute_head=HEAD, attributes={"colour": 3, "shape": 2}).eval()
+    batch, module = pair_batch(6), retriever(attribute_head=HEAD, attributes={"colour": 3, "shape": 2}).eval()
     out = module.task_loss(batch)
     assert [tuple(logits.shape) for logits in out.outputs.logits] == [(6, 3), (6, 2)]
     assert_close(out.loss, out.terms["contrastive_loss"] + 0.5 * out.terms["attribute_loss"])
@@ -81,8 +76,7 @@ def test_the_values_of_pairs_have_the_recall_as_their_mean():
     # 3 images and 24 texts. Image 0 has the texts 0 and 1, the others one each of the next; 20 texts more are of image
     # 2. Along one axis: the texts of image 0 are right at rank 1; those of image 1 are the last of all.
     image_BD = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]] + [[0.6, 0.8]] * 21)
-    text_BD = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, -1.0]] + [[0.5, 0.9]] * 21)
-    outputs = PairOutputs(image_BD, text_BD)
+    outputs = PairOutputs(image_BD, torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, -1.0]] + [[0.5, 0.9]] * 21))
     targets, module = PairTargets(torch.tensor([0, 0, 1] + [2] * 21), torch.arange(24)), retriever()
     expected = module.build_metrics()(outputs, targets)
     values = module.example_values([TaskOutput(torch.zeros(()), outputs, targets, 24)])
@@ -122,9 +116,8 @@ def test_configs_may_be_plain_and_bad_ones_are_refused(tmp_path):
     module = retriever(tower=tower, loss={"class_path": "SigmoidLoss"}, **head)
     assert (module.loss.config, module.attribute_head) == (SigmoidLoss(), HEAD)
     refused("dim=0 must be at least 1", retriever, dim=0)
-    refused(
-        "attribute_head predicts the attributes of the data, and the data have none", retriever, attribute_head=HEAD
-    )
+    rule = "attribute_head predicts the attributes of the data, and the data have none"
+    refused(rule, retriever, attribute_head=HEAD)
     refused("dense_ffn", retriever, dense_ffn=core.DenseFFN(8))
     module, other = retriever(attributes={}), Pairs(attributes={"a": 3})
     rule = r"model.attributes=\{\} does not fit the data, whose attributes is"
@@ -174,16 +167,10 @@ def test_two_towers_of_different_widths_have_an_ffn_for_each():
     # A token of width D takes 2 experts, 2 products of D x 16 each, and a router of 4 D: a hidden dim of 32 + 2.
     assert (dense.dense_ffn.hidden_dim, dense.tower.text_ffn.hidden_dim) == (34, 34)
     assert pickle.loads(pickle.dumps(module.baselines()["dense_equal_flops"].build))().tower == dense.tower
-
-
-def test_a_tower_without_experts_stays_as_it_is():
     tower = TwoTowers(PatchImages(blocks_as=WIDER, moe_blocks="none"), PieceTexts(blocks_as=TOWER))
     towers = retriever(tower=tower).baselines()["dense_equal_flops"].build().model.towers
     widths = [part.network.stack.layers[1].ffn.w_in.weight.shape[0] for part in (towers.image, towers.text)]
     assert widths == [TOWER.hidden_dim, 34]
-
-
-def test_widths_that_coincide_are_trained_once_and_a_dense_model_has_none():
     moe = core.MoEConfig(2, core.TokenChoice(top_k=2), core.FFN(hidden_dim=512, bias=True))
     tower = TwoTowers(PatchImages(blocks_as=WIDER), PieceTexts(blocks_as=TOWER))
     note = retriever(tower=tower, moe=moe).baselines()["dense_equal_params"].note

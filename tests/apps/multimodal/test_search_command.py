@@ -17,14 +17,10 @@ CONFIG = """
 model:
   class_path: ImageTextRetriever
   init_args:
-    tower:
-      class_path: apps.multimodal.towers.towers.SingleTower
-      init_args: {width: 16, depth: 1, num_heads: 2, patch_size: 16}
+    tower: {class_path: SingleTower, init_args: {width: 16, depth: 1, num_heads: 2, patch_size: 16}}
     dim: 8
-    moe:
-      num_experts: 2
-      router: {class_path: TokenChoice, init_args: {top_k: 1}}
-      expert: {class_path: FFN, init_args: {hidden_dim: 16}}
+    moe: {num_experts: 2, router: {class_path: TokenChoice, init_args: {top_k: 1}},
+          expert: {class_path: FFN, init_args: {hidden_dim: 16}}}
     moe_blocks: all
 data: {class_path: ImageTextData, init_args: {dataset: shapes, subset: 64, batch_size: 32, attributes: []}}
 trainer: {accelerator: cpu, max_epochs: 1, enable_progress_bar: false, limit_val_batches: 1}
@@ -94,7 +90,7 @@ def test_searches_that_cannot_be(predict, capsys, tmp_path):
     assert (tmp_path / "search.jsonl").read_text() == "my own"
 
 
-def test_vectors_of_pairs_of_a_folder_and_of_texts_are_those_of_python(predict, tmp_path):
+def test_vectors_and_classes_are_those_of_python(predict, tmp_path, trained):
     assert main([*predict, "--output", str(tmp_path / "pairs.parquet")]) == 0
     pairs = parquet.read_table(tmp_path / "pairs.parquet")
     assert (pairs.num_rows, pairs.schema.field("image_vector").type) == (250, pa.list_(pa.float32()))
@@ -110,12 +106,7 @@ def test_vectors_of_pairs_of_a_folder_and_of_texts_are_those_of_python(predict, 
     assert_close(torch.tensor([row["text_vector"] for row in titles]), vectors_ND[:2])
     assert_close(torch.tensor(pairs["text_vector"].to_pylist()[:3]), vectors_ND[2:])
     images_ND = model.encode_image([f"shop/{name}" for name in shop["image"]])
-    assert_close(torch.tensor(shop["image_vector"]), images_ND)
-    assert_close(images_ND.norm(dim=1), torch.ones(3))
-
-
-def test_a_model_classifies_images_by_texts(trained):
-    model = apps.load(trained / "run")
+    assert_close((torch.tensor(shop["image_vector"]), images_ND.norm(dim=1)), (images_ND, torch.ones(3)))
     red, green = model.predict([trained / "shop/a/red.png", trained / "shop/green.png"], ["a red ring", "a star"])
     assert (red.path, sum(red.top.values())) == (str(trained / "shop/a/red.png"), pytest.approx(1.0, abs=1e-5))
     assert green.probability == max(green.top.values())

@@ -97,7 +97,7 @@ def test_without_data_there_must_be_an_image_and_what_cannot_be_read_is_refused(
     refused(r"text\.png is corrupt", answered, exhibit, str(tmp_path / "text.png"), "a text")
 
 
-def test_what_a_request_has_together(made):
+def test_what_a_request_has_together_and_five_texts_are_named(made, file):
     service = made[0].task.service()
     (both, image, text) = service.item["examples"]
     assert [list(one) for one in (both, image, text)] == [["image", "texts"], ["image"], ["text"]]
@@ -105,6 +105,11 @@ def test_what_a_request_has_together(made):
         assert not jsonschema_rs.is_valid(dict(service.item), wrong), wrong
     with pytest.raises(ValueError, match="a text is empty"):
         service.read({**image, "texts": ["a hat", "\x1c"]})  # a space for Python, and none for the schema
+    model, exhibit = made
+    texts = [f"a hat of size {n}" for n in range(7)]
+    item = {**model.task.item()["examples"][1], "texts": texts}
+    (answer,) = model.task.service().predict([model.task.read(item)])
+    assert (len(answer["top"]), len(answered(exhibit, file, "\n".join(texts)).parts[0].rows)) == (5, 7)
 
 
 @pytest.mark.parametrize("item, complaint", [
@@ -120,11 +125,3 @@ def test_a_wrong_request_is_told_what_is_wrong(made, item, complaint):
     with pytest.raises(Refused) as refused:
         reader.inputs(json.dumps({"inputs": [item]}).encode())
     assert refused.value.line == complaint
-
-
-def test_a_request_names_five_texts_and_a_page_all(made, file):
-    model, exhibit = made
-    texts = [f"a hat of size {n}" for n in range(7)]
-    item = {**model.task.item()["examples"][1], "texts": texts}
-    (answer,) = model.task.service().predict([model.task.read(item)])
-    assert (len(answer["top"]), len(answered(exhibit, file, "\n".join(texts)).parts[0].rows)) == (5, 7)

@@ -18,22 +18,27 @@ from apps.vision.image_set import stratified_split
 from apps.vision.own_data import config_for
 
 
-def test_digits() -> None:
+def test_digits_and_mnist5k(tmp_path: Path) -> None:
     data = ready("digits", batch_size=2000, val_size=0.1)
     batch = next(iter(data.train_dataloader()))
     val, test = next(iter(data.val_dataloader())), next(iter(data.test_dataloader()))
     # 1797 images: 359 (20 %) for testing, 144 (10 % of the other 1438) for validation
-    assert (len(batch.label), batch.image.shape) == (1438 - 144, (1294, 1, 8, 8))
-    assert batch.image.dtype == torch.float32
+    assert (len(batch.label), batch.image.shape, batch.image.dtype) == (1438 - 144, (1294, 1, 8, 8), torch.float32)
     assert batch.label.dtype == batch.index.dtype == torch.int64
     assert abs(batch.image.mean()) < 0.02
     assert abs(batch.image.std() - 1) < 0.02
     every = torch.cat([batch.index, val.index, test.index, *[b.index for b in list(data.test_dataloader())[1:]]])
     assert every.sort().values.tolist() == list(range(1797))
-    assert (data.num_classes, data.in_chans, data.image_size) == (10, 1, 8)
-    assert data.class_names == tuple("0123456789")
+    assert (data.num_classes, data.in_chans, data.image_size, data.class_names) == (10, 1, 8, tuple("0123456789"))
     # every class has its share: 178 to 183 of 1797 images, so 14 or 15 of 144
     assert set(val.label.bincount().tolist()) <= {14, 15}
+    rows = [",".join(["0"] * 783 + [str(i), str(i % 10)]) for i in range(50)]
+    (tmp_path / "mnist_5k.csv.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    data = ready("mnist5k", tmp_path, val_size=0.25)
+    batch = next(iter(data.train_dataloader()))
+    assert len(batch.label) == 30  # 50 - 10 for testing, a quarter of 40 for validation
+    assert torch.equal(pixels(batch, data)[:, 0, 27, 27].long(), batch.index)
+    assert next(iter(data.test_dataloader())).label.bincount().tolist() == [1] * 10
 
 
 @pytest.mark.parametrize("layout, zipped", [("", True), ("FashionMNIST/raw", False), ("FashionMNIST/raw", True)])
@@ -50,16 +55,6 @@ def test_fashion_mnist_in_every_layout(tmp_path: Path, layout: str, zipped: bool
             assert torch.equal(pixels(batch, data)[:, 0, 0, 0].long(), batch.index)
     assert len(data.train_dataloader()) == 4  # 30 images: 8 + 8 + 8 + 6
     assert next(iter(data.val_dataloader())).label.bincount().tolist() == [1] * 10
-
-
-def test_mnist5k_is_a_table(tmp_path: Path) -> None:
-    rows = [",".join(["0"] * 783 + [str(i), str(i % 10)]) for i in range(50)]
-    (tmp_path / "mnist_5k.csv.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
-    data = ready("mnist5k", tmp_path, val_size=0.25)
-    batch = next(iter(data.train_dataloader()))
-    assert len(batch.label) == 30  # 50 - 10 for testing, a quarter of 40 for validation
-    assert torch.equal(pixels(batch, data)[:, 0, 27, 27].long(), batch.index)
-    assert next(iter(data.test_dataloader())).label.bincount().tolist() == [1] * 10
 
 
 @pytest.mark.parametrize("name, key, classes", [("cifar10", "labels", 10), ("cifar100", "fine_labels", 100)])
@@ -110,8 +105,7 @@ def test_validation_of_an_image_folder(tmp_path: Path) -> None:
     write_images(tmp_path, "train", 10)
     write_images(tmp_path, "val", 3)
     # as ImageNet: val is what is tested on, and a tenth of train is held out
-    data = ready("image_folder", tmp_path, image_size=8)
-    assert list(data.sizes().values()) == [18, 2, 6]
+    assert list(ready("image_folder", tmp_path, image_size=8).sizes().values()) == [18, 2, 6]
     # with both, val is for validation, unless val_size asks for some of train
     write_images(tmp_path, "test", 2)
     assert list(ready("image_folder", tmp_path, image_size=8).sizes().values()) == [20, 6, 4]
@@ -134,7 +128,7 @@ def test_held_out_images_come_without_random_crops(tmp_path: Path) -> None:
             assert torch.equal(image, ramps)
 
 
-def test_stratified_split_keeps_the_shares() -> None:
+def test_splits_keep_the_shares_and_do_not_depend_on_the_seed(tmp_path: Path) -> None:
     labels = torch.tensor([0] * 6 + [1] * 3)
     chosen, rest = stratified_split(labels, 3, seed=0)
     assert sorted(labels[chosen].tolist()) == [0, 0, 1]
@@ -143,9 +137,6 @@ def test_stratified_split_keeps_the_shares() -> None:
     splits = {tuple(stratified_split(labels, 3, seed=s)[0].tolist()) for s in range(20)}
     assert len(splits) > 10  # of 15 * 3
     assert [len(p) for p in stratified_split(labels, 0, seed=0)] == [0, 9]
-
-
-def test_subset_and_splits_do_not_depend_on_the_seed(tmp_path: Path) -> None:
     root = write_mnist(tmp_path)
     a, b = (ready("mnist", root, val_size=10, subset=20, seed=s) for s in (0, 1))
     assert sorted(indices(a.train_dataloader())) == sorted(indices(b.train_dataloader()))
@@ -159,15 +150,14 @@ def test_subset_and_splits_do_not_depend_on_the_seed(tmp_path: Path) -> None:
 def write_noise(folder: Path, count: int, side: int = 20) -> None:
     folder.mkdir(parents=True)
     for i in range(count):
-        pixels = np.full((side, side + 4, 3), 10 * i, np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+        Image.fromarray(np.full((side, side + 4, 3), 10 * i, np.uint8)).save(folder / f"{i}.png")
 
 
 def given(root: Path, tmp_path: Path) -> GivenData:
     return GivenData((root,), None, tmp_path / "made")
 
 
-def test_a_quarter_of_each_class_is_held_out(tmp_path):
+def test_a_quarter_of_each_class_is_held_out_or_a_test_split_of_its_own_taken(tmp_path):
     for name, count in (("cat", 12), ("dog", 8)):
         write_noise(tmp_path / "photos" / name, count)
     made = config_for(given(tmp_path / "photos", tmp_path))
@@ -178,14 +168,11 @@ def test_a_quarter_of_each_class_is_held_out(tmp_path):
     # 12 / 4 + 8 / 4 test; a tenth of the other 15, rounded, validates.
     assert data.sizes() == {"train": 13, "val": 2, "test": 5}
     assert config_for(given(tmp_path / "photos", tmp_path)).config == made.config  # again, from the same links
-
-
-def test_a_test_split_of_its_own_is_taken(tmp_path):
     for split, count in (("train", 8), ("test", 3)):
         for name in ("cat", "dog"):
-            write_noise(tmp_path / "photos" / split / name, count, side=50)
-    made = config_for(given(tmp_path / "photos", tmp_path))
-    assert (made.notes, made.config["data"]["init_args"]["root"]) == ((), str(tmp_path / "photos"))
+            write_noise(tmp_path / "split" / split / name, count, side=50)
+    made = config_for(given(tmp_path / "split", tmp_path))
+    assert (made.notes, made.config["data"]["init_args"]["root"]) == ((), str(tmp_path / "split"))
     assert made.config["data"]["init_args"]["image_size"] == 64
 
 
@@ -194,11 +181,8 @@ def test_splits_of_other_names_are_no_classes(tmp_path, splits):
     for split in splits:
         for name in ("cat", "dog"):
             write_noise(tmp_path / "photos" / split / name, 8)
-    refused(
-        f"holds {', '.join(splits)}, which are no classes: rename .* train, val, test",
-        config_for,
-        given(tmp_path / "photos", tmp_path),
-    )
+    rule = f"holds {', '.join(splits)}, which are no classes: rename .* train, val, test"
+    refused(rule, config_for, given(tmp_path / "photos", tmp_path))
     # With a folder of another name, or with images of their own, they may be classes.
     write_noise(tmp_path / "photos" / "third", 8)
     assert config_for(given(tmp_path / "photos", tmp_path)) is not None

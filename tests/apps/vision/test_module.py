@@ -41,15 +41,12 @@ def batch(n=4, label=None):
 
 
 def test_the_values_by_example_are_the_accuracy_and_metrics_are_top1_and_top5():
-    module = build(num_classes=3).eval()
-    label = torch.tensor([0, 1, 2, 0, 1])
-    outs = [module.task_loss(batch(5, label)), module.task_loss(batch(2))]
-    top1 = module.build_metrics()
+    module, label = build(num_classes=3).eval(), torch.tensor([0, 1, 2, 0, 1])
+    outs, top1 = [module.task_loss(batch(5, label)), module.task_loss(batch(2))], module.build_metrics()
     for out in outs:
         top1.update(out.outputs, out.targets)
     values = module.example_values(outs)
-    assert values.values_N.shape == (7,)
-    assert values.mean == pytest.approx(float(top1.compute()["top1"]), rel=1e-6)
+    assert (values.values_N.shape, values.mean) == ((7,), pytest.approx(float(top1.compute()["top1"]), rel=1e-6))
     metrics = build().build_metrics()
     logits = torch.eye(10)[:4]  # guesses 0, 1, 2, 3; beyond the first, ties go to the lower classes
     values = metrics(logits + torch.linspace(0.09, 0, 10), torch.tensor([0, 1, 9, 4]))
@@ -85,7 +82,7 @@ def constant(module, values):
     return module
 
 
-def test_labels_are_smoothed_in_training_alone_and_mixed_ones_count_as_the_larger_part():
+def test_labels_are_smoothed_in_training_alone_and_predictions_list_the_likeliest_classes():
     # Three classes, logits log(2), 0, 0: probabilities 1/2, 1/4, 1/4. The target is class 0.
     # Plain: -log(1/2) = 0.693. Smoothed by 0.3: targets 0.8, 0.1, 0.1: 0.8 * 0.693 + 0.2 * 1.386 = 0.832.
     module = constant(build(None, num_classes=3, label_smoothing=0.3), [math.log(2.0), 0.0, 0.0])
@@ -97,9 +94,14 @@ def test_labels_are_smoothed_in_training_alone_and_mixed_ones_count_as_the_large
     out = module.task_loss(batch(1, torch.tensor([[0.3, 0.0, 0.7]])))
     assert (float(out.loss.detach()), out.targets.tolist()) == (pytest.approx(1.1783, abs=1e-4), [2])
     assert out.num_examples == 1
+    module = constant(build(None, num_classes=3), [0.0, math.log(2.0), math.log(5.0)])
+    prediction = module.predict_step(batch(2), 0)
+    assert prediction.label.tolist() == [[2, 1, 0]] * 2
+    assert_close(prediction.probability[0], torch.tensor([5.0, 2.0, 1.0]) / 8)
+    assert prediction.index.tolist() == [0, 1]
 
 
-def test_pretrained_weights_are_where_an_untrained_model_begins(tmp_path):
+def test_pretrained_weights_are_where_a_model_begins_and_data_must_have_its_shape(tmp_path):
     source = build(None, moe_blocks=[1])
     torch.save(source.model.state_dict(), tmp_path / "w.pt")
     module = build(pretrained=str(tmp_path / "w.pt"))
@@ -107,6 +109,9 @@ def test_pretrained_weights_are_where_an_untrained_model_begins(tmp_path):
     module.setup("fit")
     assert_close(module.model.blocks[0].attn.qkv.weight, source.model.blocks[0].attn.qkv.weight)
     refused(r"pretrained='gone\.pt' is neither a file nor a timm model", build(pretrained="gone.pt").setup, "fit")
+    module = build(image_size=12)
+    with pytest.raises(ValueError, match=r"model\.image_size=12 does not fit the data, whose image_size is 8"):
+        quiet_trainer(tmp_path, fast_dev_run=True).fit(module, datamodule=VisionData("digits"))
 
 
 def test_a_trained_model_needs_its_pretrained_weights_no_more(tmp_path, capsys):
@@ -153,14 +158,6 @@ def test_predictions_name_files_and_classes(tmp_path):
         assert all(row["class_name"] == [("cat", "dog")[c] for c in row["label"]] for row in rows)
 
 
-def test_prediction_lists_the_likeliest_classes():
-    module = constant(build(None, num_classes=3), [0.0, math.log(2.0), math.log(5.0)])
-    prediction = module.predict_step(batch(2), 0)
-    assert prediction.label.tolist() == [[2, 1, 0]] * 2
-    assert_close(prediction.probability[0], torch.tensor([5.0, 2.0, 1.0]) / 8)
-    assert prediction.index.tolist() == [0, 1]
-
-
 def test_baselines_cost_what_they_say_in_moe_blocks_and_elsewhere_the_same():
     # D = 8, E = 4, K = 2, F = 16. FLOPs a token: router 2*8*4 = 64, experts 2 * 4*8*16 = 1024; 1088 / (4*8) = 34.
     # Parameters: router 32, experts 4 * 2*8*16 = 1024; 2*8*F + F + 8 = 1056 gives F = 61.6.
@@ -169,8 +166,7 @@ def test_baselines_cost_what_they_say_in_moe_blocks_and_elsewhere_the_same():
     assert list(baselines) == ["dense_equal_flops", "dense_equal_params"]
     flops, params = (baselines[n].build() for n in baselines)
     assert [m.model.blocks[1].mlp.fc1.out_features for m in (flops, params)] == [34, 62]
-    x = torch.randn(2, 16, 8)
-    layer = sparse.model.blocks[1].mlp
+    x, layer = torch.randn(2, 16, 8), sparse.model.blocks[1].mlp
     with torch.no_grad():
         assert core.count_flops(layer, x) == 2 * 16 * 1088
         assert core.count_flops(flops.model.blocks[1].mlp, x) == 2 * 16 * 1088
@@ -185,11 +181,9 @@ def test_baselines_cost_what_they_say_in_moe_blocks_and_elsewhere_the_same():
     assert make().model.blocks[1].mlp.fc1.out_features == 34
 
 
-PYRAMID = [MOE, dataclasses.replace(MOE, num_experts=8)]
-
-
 def test_each_sparse_block_may_have_a_layer_of_its_own(tmp_path):
-    sparse = build(PYRAMID, moe_blocks="all")
+    pyramid = [MOE, dataclasses.replace(MOE, num_experts=8)]
+    sparse = build(pyramid, moe_blocks="all")
     assert [layer.num_experts for layer in core.moe_layers(sparse).values()] == [4, 8]
     # FLOPs a token: 2*8*4 = 64 and 2*8*8 = 128 of the gates, 1024 each of the experts: 1120 in the mean, 4*8 * 35.
     # Parameters: 1056 and 64 + 8 * 2*8*16 = 2112: 1584 in the mean; 2*8*F + F + 8 = 1584 gives F = 92.7.
@@ -197,12 +191,12 @@ def test_each_sparse_block_may_have_a_layer_of_its_own(tmp_path):
     twins = [baseline.build() for baseline in sparse.baselines().values()]
     assert [[block.mlp.fc1.out_features for block in twin.model.blocks] for twin in twins] == [[35, 35], [93, 93]]
     refused(r"^--routers hash: moe lists 2 layers; routers are compared where all", routers.variants, sparse, ["hash"])
-    refused(r"^moe lists 2 layers for 1 sparse blocks, \[1\]: it needs one each$", build, PYRAMID)
+    refused(r"^moe lists 2 layers for 1 sparse blocks, \[1\]: it needs one each$", build, pyramid)
     fit = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=1, num_sanity_val_steps=0)
     fit.fit(sparse, datamodule=VisionData("digits", batch_size=8, subset=32, seed=0))
     fit.save_checkpoint(tmp_path / "m.ckpt")
     again = VisionClassifier.load_from_checkpoint(tmp_path / "m.ckpt")
-    assert again.moe == PYRAMID
+    assert again.moe == pyramid
     assert_close(again.eval()(batch().image), sparse.eval()(batch().image))
 
 
@@ -263,15 +257,8 @@ def test_it_learns_and_its_checkpoint_loads_with_plain_values(tmp_path):
     measures = ("load_imbalance", "entropy", "drop_rate", "dead_experts")
     assert {f"val/routing/model.blocks.1.mlp/{measure}" for measure in measures} <= fit.callback_metrics.keys()
     fit.save_checkpoint(tmp_path / "m.ckpt")
-    saved = torch.load(tmp_path / "m.ckpt", weights_only=True)
-    assert saved["hyper_parameters"]["moe"]["num_experts"] == 4
+    assert torch.load(tmp_path / "m.ckpt", weights_only=True)["hyper_parameters"]["moe"]["num_experts"] == 4
     again = VisionClassifier.load_from_checkpoint(tmp_path / "m.ckpt")
     assert (again.moe, again.vit, again.optimizer_config.lr) == (MOE, TINY, 1e-2)
     x = batch().image
     assert_close(again.eval()(x), module.eval()(x))
-
-
-def test_data_of_another_shape_is_refused_by_name(tmp_path):
-    module = build(image_size=12)
-    with pytest.raises(ValueError, match=r"model\.image_size=12 does not fit the data, whose image_size is 8"):
-        quiet_trainer(tmp_path, fast_dev_run=True).fit(module, datamodule=VisionData("digits"))

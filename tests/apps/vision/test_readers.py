@@ -21,9 +21,14 @@ from apps.vision.image_files import image_of, read_image, to_pixels
 from apps.vision.readers import read_idx
 
 
-def test_idx_by_hand(tmp_path: Path) -> None:
+def test_idx_by_hand_and_a_small_archive_of_too_many_bytes(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3, 1, 2, 3, 4, 5, 255]))
     assert read_idx(tmp_path / "x").tolist() == [[1, 2, 3], [4, 5, 255]]
+    # Gzip files may be joined: 257 of 1 MiB of zeros, about 1 KiB each, pass the 256 MiB that any file may unpack to.
+    write_mnist(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes(1 << 20)) * 257)
+    refused(rf"^{path} is compressed over \d+ times .* at most 200 times is read", read_idx, path)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +78,7 @@ def test_other_corrupt_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm", "colour.png"])
 def test_sixteen_bits_become_the_upper_eight(tmp_path: Path, name: str) -> None:
     # 0x1234 is 0x12 = 18, 0xFFFF is 255, and what an 8-bit file holds, 7, is in the lower bits: 0.
-    values = np.array([[0x1234, 0xFFFF, 7]], np.uint16)
-    path = tmp_path / name
+    values, path = np.array([[0x1234, 0xFFFF, 7]], np.uint16), tmp_path / name
     if name == "colour.png":  # Pillow writes none
         rows = b"\0" + values.astype(">u2")[..., None].repeat(3, 2).tobytes()
         header = struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)
@@ -94,8 +98,7 @@ def test_an_image_is_turned_as_its_camera_was_held(tmp_path: Path, orientation: 
     form = ("JPEG", "PNG", "WEBP", "TIFF")[orientation % 4]  # each with two orientations
     # Quarters of 16 x 16 pixels are one color each, so that JPEG keeps them. Pillow says how each orientation is read.
     quarters = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [255, 255, 255], [255, 255, 0]]])
-    image = Image.fromarray(quarters.astype(np.uint8).repeat(16, 0).repeat(16, 1))
-    exif = Image.Exif()
+    image, exif = Image.fromarray(quarters.astype(np.uint8).repeat(16, 0).repeat(16, 1)), Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     image.save(tmp_path / "x", form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
     image.getexif()[ExifTags.Base.Orientation] = orientation
@@ -107,11 +110,6 @@ def test_an_image_is_turned_as_its_camera_was_held(tmp_path: Path, orientation: 
         assert pixels.shape == expected.shape
         middles = (pixels[:, 8::16, 8::16].int() - torch.from_numpy(expected)[:, 8::16, 8::16].int()).abs()
         assert middles.max() < 16
-
-
-def listed(data: VisionData, split: str) -> list[str]:
-    images = data.examples(split)
-    return [images.read.paths[i] for i in images.index.tolist()]
 
 
 def test_links_in_a_folder_of_images_are_followed_once(tmp_path: Path) -> None:
@@ -135,7 +133,8 @@ def test_links_in_a_folder_of_images_are_followed_once(tmp_path: Path) -> None:
 
     data = ready("image_folder", photos, image_size=8, val_size=0, on_bad_image="skip")
     assert data.class_names == ("a", "b")
-    train = [str(Path(path).relative_to(photos / "train")) for path in listed(data, "train")]
+    images = data.examples("train")
+    train = [str(Path(images.read.paths[i]).relative_to(photos / "train")) for i in images.index.tolist()]
     assert train == [
         *("a/0.png", "a/1.png", "a/2.png", "a/out/more/0.png", "a/out/more/1.png"),
         *("b/0.png", "b/1.png", "b/2.png", "b/3.gif", "b/3.jfif", "b/3.jpe"),
@@ -168,18 +167,9 @@ def test_a_small_file_of_too_many_pixels_is_named_before_it_is_decoded(tmp_path:
     refused(rf"^{tmp_path / name} is too large: .*100 pixels", read_image, str(tmp_path / name))
 
 
-def test_a_small_archive_of_too_many_bytes_is_refused(tmp_path: Path) -> None:
-    # Gzip files may be joined: 257 of 1 MiB of zeros, about 1 KiB each, pass the 256 MiB that any file may unpack to.
-    write_mnist(tmp_path)
-    path = tmp_path / "train-images-idx3-ubyte.gz"
-    path.write_bytes(gzip.compress(bytes(1 << 20)) * 257)
-    refused(rf"^{path} is compressed over \d+ times .* at most 200 times is read", read_idx, path)
-
-
 @pytest.mark.parametrize("shape", [(2, 12000), (12000, 2), (5, 40), (12, 10)])
 def test_a_strip_is_cut_before_it_is_scaled(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    scaled = []
-    real = v2.functional.resize_image
+    scaled, real = [], v2.functional.resize_image
     monkeypatch.setattr(v2.Resize, "transform", lambda self, x, _: scaled.append(x.shape) or real(x, self.size))
     image = torch.randint(256, (3, *shape), dtype=torch.uint8)
     cut = VisionData("image_folder", root=".", image_size=4)._file_transform(train=False)(image)

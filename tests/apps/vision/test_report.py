@@ -81,7 +81,7 @@ def without_class_3(data, split):
     data._opened = data._opened._replace(**{split: rest})
 
 
-def test_a_class_without_test_images_is_in_no_chart(tmp_path):
+def test_a_class_that_a_split_lacks_is_in_no_chart_or_leaves_few_shot_out(tmp_path, caplog):
     data = VisionData("digits")
     data.setup("test")
     without_class_3(data, "test")
@@ -90,9 +90,6 @@ def test_a_class_without_test_images_is_in_no_chart(tmp_path):
     (chart,) = (part for part in parts if isinstance(part, HeatmapChart) and part.row_title == "class")
     assert [row.split()[0] for row in chart.rows] == ["0", "1", "2", "4", "5", "6", "7", "8", "9", "all"]
     assert np.sum(chart.values, axis=1) == pytest.approx(np.full(10, 100))
-
-
-def test_a_class_that_only_the_test_has_leaves_few_shot_out(tmp_path, caplog):
     data = VisionData("digits")
     data.setup("validate")
     without_class_3(data, "val")
@@ -120,8 +117,7 @@ def test_the_gate_before_a_block_is_none_of_its_experts():
     use.add(tape, batch)
     ids_BS = tape.entries[2].routing.expert_ids_N.view(6, 9)  # half of 16 patches and the class token enter
     by_hand = [[int((ids_BS[c::3] == e).sum()) for e in range(4)] for c in range(3)]
-    assert use.counts["class"]["block 1"].tolist() == by_hand
-    assert list(use.counts["class"]) == ["block 0", "block 1"]
+    assert (use.counts["class"]["block 1"].tolist(), list(use.counts["class"])) == (by_hand, ["block 0", "block 1"])
     load = np.sum(by_hand, 0) / 54 * 100
     assert [chart.title for chart in load_parts(use.stats)] == ["Load, block 0", "Load, block 1"]
     assert load_parts(use.stats)[1].series["block 1"] == pytest.approx(tuple(load))
@@ -166,8 +162,7 @@ def test_the_command_says_where_the_report_is_and_what_it_leaves_out(tmp_path, c
 
 def test_a_checkpoint_and_a_configuration_with_the_options_of_an_earlier_version_are_tested(tmp_path, caplog):
     module = VisionClassifier(vit=TINY, image_size=8, report=VisionReportConfig(few_shot=()))
-    data = VisionData("digits")
-    module.adopt_encoding({"encoding": data.encoding.state()})
+    module.adopt_encoding({"encoding": VisionData("digits").encoding.state()})
     write_run(tmp_path, module, {"class_path": "VisionData"})
     path = tmp_path / "checkpoints" / "best.ckpt"
     checkpoint = torch.load(path, weights_only=True)
@@ -183,15 +178,12 @@ def test_a_checkpoint_and_a_configuration_with_the_options_of_an_earlier_version
     assert f"{ignored}: report.capacity_factors, report.sweep_images" in caplog.text
 
 
-def test_several_processes_leave_the_report_out(tmp_path, caplog):
+def test_several_processes_or_a_dense_model_leave_parts_of_the_report_out(tmp_path, caplog):
     trainer = SimpleNamespace(world_size=2, default_root_dir=str(tmp_path), is_global_zero=True)
     with caplog.at_level("INFO"):
         VisionReport(VisionReportConfig()).on_test_epoch_end(trainer, SimpleNamespace(model=None))
     assert not list(tmp_path.iterdir())
     assert "test with --trainer.devices 1" in caplog.text
-
-
-def test_report_of_a_dense_model_is_the_few_shot_part_without_an_interval_of_one_draw(tmp_path):
     report_on(tmp_path, moe=None, vit=TINY, report=VisionReportConfig(few_shot=(2,), few_shot_seeds=1))
     assert files_in(tmp_path / "report") == {"few_shot.csv", "sections.json"}
     assert "±" not in repr(load_sections(tmp_path / "report"))
@@ -201,22 +193,18 @@ def test_report_of_a_dense_model_is_the_few_shot_part_without_an_interval_of_one
 
 def clusters(per_class, spread, seed=0):
     """Three classes around the corners of a triangle in 4 dimensions, of which 2 are noise."""
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(3), per_class)
+    rng, labels = np.random.default_rng(seed), np.repeat(np.arange(3), per_class)
     centers = np.array([[3, 0, 0, 0], [-3, 0, 0, 0], [0, 3, 0, 0]], dtype=float)
     return centers[labels] + spread * rng.standard_normal((len(labels), 4)), labels
 
 
-def test_shots_are_drawn_class_by_class_and_by_seed():
+def test_shots_are_drawn_by_class_and_seed_and_a_plane_divides_clusters():
     labels = np.array([0, 1, 0, 1, 1, 0, 0, 2, 2])
     drawn = draw_shots(labels, 2, seed=0)
     assert (labels[drawn].tolist(), len(set(drawn.tolist()))) == ([0, 0, 1, 1, 2, 2], 6)
     assert draw_shots(labels, 2, seed=0).tolist() == drawn.tolist()
     assert any(draw_shots(labels, 2, seed=s).tolist() != drawn.tolist() for s in (1, 2, 3))
     refused("3-shot evaluation needs 3 images a class: class 2 has 2", draw_shots, labels, 3, seed=0)
-
-
-def test_linear_accuracy_is_1_where_a_plane_divides_and_chance_where_nothing_does():
     support, test = clusters(10, 0.3), clusters(100, 0.3, seed=1)
     assert linear_accuracy(*support, *test) == 1.0
     rng = np.random.default_rng(2)
@@ -224,19 +212,14 @@ def test_linear_accuracy_is_1_where_a_plane_divides_and_chance_where_nothing_doe
     assert linear_accuracy(*noise, rng.standard_normal((3000, 4)), np.repeat(np.arange(3), 1000)) < 0.5
 
 
-def test_more_shots_help_and_features_may_be_of_any_scale():
+def test_more_shots_help_and_features_are_what_the_head_reads():
     features, labels = clusters(100, 2.0)
-    features = features * [1e4, 1e-4, 1.0, 1.0]
-    test = clusters(300, 2.0, seed=1)
+    features, test = features * [1e4, 1e-4, 1.0, 1.0], clusters(300, 2.0, seed=1)
     accuracies = few_shot(features, labels, test[0] * [1e4, 1e-4, 1.0, 1.0], test[1], shots=(2, 50), num_seeds=6)
     assert accuracies[50].mean > accuracies[2].mean
     assert accuracies[50].half_width < accuracies[2].half_width
     assert accuracies[2].count == 6
-
-
-def test_features_are_what_the_head_reads():
-    model = sparse()
-    data = batches(1)
+    model, data = sparse(), batches(1)
     features, labels = extract_features(model, data)
     assert (features.shape, labels.tolist()) == ((8, 8), [0, 1, 2, 0, 1, 2, 0, 1])
     with torch.no_grad():
@@ -248,7 +231,7 @@ def made(tmp_path_factory):
     return shown(digits_run(tmp_path_factory.mktemp("digits")))
 
 
-def test_the_answer_is_the_models_and_the_experts_are_of_its_pass(made, tmp_path):
+def test_the_answer_and_the_experts_are_the_models(made, tmp_path):
     model, exhibit = made
     file = str(tmp_path / "own.png")
     Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)).save(file)
@@ -262,10 +245,6 @@ def test_the_answer_is_the_models_and_the_experts_are_of_its_pass(made, tmp_path
     assert list(answer.layers) == ["block 1"]
     assert patches.experts.reshape(4, 2).tolist() == best_experts(tape.entries[0].routing)
     assert np.array_equal(patches.image, pixels[0].numpy())
-
-
-def test_examples_are_validation_images_of_different_classes_and_a_file_that_is_no_image_is_named(made, tmp_path):
-    _, exhibit = made
     assert len({example.label for example in exhibit.examples}) == 3
     assert all(example.values[0].shape == (8, 8) for example in exhibit.examples)
     (tmp_path / "text.png").write_text("no image")

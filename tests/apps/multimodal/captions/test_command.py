@@ -27,11 +27,13 @@ def run(tmp_path_factory):
 
 
 def predicted(run, folder, *options):
-    assert main(["predict", "--ckpt_path", str(run), "--output", str(folder / "out.jsonl"), *options]) == 0
+    assert (
+        main(["predict", "--ckpt_path", str(run), "--output", str(folder / "out.jsonl"), "--overwrite", *options]) == 0
+    )
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
-def test_a_folder_of_images_is_captioned_and_what_cannot_be_read_is_left_out(run, tmp_path, capsys):
+def test_folders_and_pairs_are_captioned_and_what_cannot_be_read_is_left_out(run, tmp_path, capsys):
     shop = tmp_path / "new"
     write_pictures(shop, 3)
     picture(1).convert("L").save(shop / "grey.gif")
@@ -43,18 +45,12 @@ def test_a_folder_of_images_is_captioned_and_what_cannot_be_read_is_left_out(run
     assert [row["caption"] for row in rows] == model.predict([shop / name for name in names])
     assert all(set(row) == {"index", "image", "caption", "score"} for row in rows)
     assert "1.png is corrupt" in capsys.readouterr().err
-
-
-def test_pairs_are_captioned_beside_their_own_texts(run, tmp_path):
     rows = predicted(run, tmp_path, "--model.decode.num_return_sequences", "2")
     assert len(rows) == 6  # the test's
     for row in rows:
         number = row["image"].split("/")[-1].removesuffix(".png")
         assert row["reference"].startswith(f"picture {number} in ")
         assert len(row["alternatives"]) == 1
-
-
-def test_only_images_are_captioned(run):
     for options, message in (
         ({"predict_file": "texts.txt"}, "reads images: give data.images"),
         ({"images": "shop", "query": "a red picture"}, "give data.images alone"),
@@ -120,11 +116,6 @@ def test_the_caption_is_the_models_and_the_experts_are_of_its_pass(made, file, t
     assert pieces.experts.tolist() == of_text
     (tmp_path / "text.png").write_text("no image")
     refused(r"text\.png is corrupt", answered, exhibit, str(tmp_path / "text.png"))
-
-
-def test_examples_are_validation_images_with_their_texts(made):
-    _, exhibit = made
     assert len(exhibit.examples) == 3
     for example in exhibit.examples:
-        number = int(example.label.split()[1])
-        assert np.array_equal(example.values[0], np.asarray(picture(number)))
+        assert np.array_equal(example.values[0], np.asarray(picture(int(example.label.split()[1]))))

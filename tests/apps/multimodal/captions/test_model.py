@@ -44,12 +44,16 @@ def test_steps_are_those_of_the_whole_text(router, positions):
     assert_close(torch.stack(steps, 1), whole_BLV)
 
 
-def test_a_later_word_changes_no_earlier_one_and_the_image_all_of_them():
+def test_later_words_change_no_earlier_one_and_attention_to_the_image_sums_to_one():
     model, image, text_BL = build(), images(1), texts(1, 5)
     logits_BLV, later = model(image, text_BL), text_BL.clone()
     later[0, 3] = 4 + (later[0, 3] - 3) % (VOCAB - 4)
     assert_close(model(image, later)[:, :3], logits_BLV[:, :3], rtol=0, atol=0)
     assert (model(images(1, seed=2), text_BL) - logits_BLV).abs().amax(-1).min() > 1e-6
+    model = build()
+    weights = model.attention_to(model.encode(images(2)), texts(2, 3))
+    assert weights.shape == (2, 2, 2, 3, 5)  # layers, images, heads, words, a class token and 4 patches
+    assert_close(weights.sum(-1), torch.ones(2, 2, 2, 3, dtype=torch.float64))
 
 
 SHORT = {"max_length_ratio": 0.5, "max_length_extra": 2}
@@ -106,13 +110,6 @@ def test_the_memory_is_normed_whatever_the_encoder_pools():
     x_BSD = model.encode(images(2)).x_BSD
     assert x_BSD.shape == (2, 4, 16)  # no class token
     assert_close(x_BSD.mean(-1), torch.zeros(2, 4, dtype=torch.float64), rtol=0, atol=1e-9)
-
-
-def test_attention_to_the_image_sums_to_one():
-    model = build()
-    weights = model.attention_to(model.encode(images(2)), texts(2, 3))
-    assert weights.shape == (2, 2, 2, 3, 5)  # layers, images, heads, words, a class token and 4 patches
-    assert_close(weights.sum(-1), torch.ones(2, 2, 2, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("changed, message", [

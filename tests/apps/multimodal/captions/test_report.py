@@ -64,15 +64,12 @@ def metrics():
     return metrics
 
 
-def test_the_captions_are_written_with_their_texts_and_names(metrics, tmp_path):
+def test_captions_are_written_with_their_texts_and_the_table_counts_words(metrics, tmp_path):
     write_captions(tmp_path / "captions.jsonl", metrics.images, NAMED)
     first, second = map(json.loads, (tmp_path / "captions.jsonl").read_text().splitlines())
     texts = {"image": "shop/5.png", "caption": "a red hat", "references": ["a red hat", "a hat"]}
     assert (first, second["references"]) == ({**texts, "chrf": 100.0, "search_score": -0.5}, ["two blue shoes"])
     assert second["chrf"] < 20
-
-
-def test_the_table_counts_words_and_different_captions(metrics, tmp_path):
     values = {name: float(value) for name, value in metrics.compute().items()}
     (table,) = write_scores(metrics, values, NAMED, tmp_path).parts
     (row,) = table.rows
@@ -83,26 +80,19 @@ def test_the_table_counts_words_and_different_captions(metrics, tmp_path):
     assert (tmp_path / "signatures.txt").read_text().startswith("bleu nrefs:var|")
 
 
-def test_words_look_where_their_subwords_look_on_average():
+def test_an_image_is_traced_and_words_look_where_their_subwords_look_on_average():
     # A grid of 1 x 2 patches, one head; the two layers but one is the first. "a" is one subword, "red" two.
     attention = torch.tensor([[[[0.9, 0.1]], [[0.2, 0.6]], [[0.4, 0.2]], [[0.5, 0.5]]]] * 2)[:, None]
     attention[1] = 0.0
     trace = Traced(("<s>", "\u2581a", "\u2581r", "ed"), ("\u2581a", "\u2581r", "ed", "</s>"), attention, core.Tape())
     words, looks = trace.looks()
     assert (words, looks[:, 0].ravel().tolist()) == (["a", "red"], pytest.approx([0.9, 0.1, 0.3, 0.4]))
-
-
-def test_an_image_is_traced_through_encoder_and_decoder():
-    module = captioner(encoder_moe_blocks="last1").eval()
-    trace = traced(module, images("red"), [5, 6])
+    trace = traced(captioner(encoder_moe_blocks="last1").eval(), images("red"), [5, 6])
     assert len(trace.read) == len(trace.written) == 3
     assert (trace.read[0], trace.written[-1]) == ("<s>", "</s>")
     assert trace.attention.shape == (2, 2, 3, 2, 2)  # layers, heads, subwords, rows and columns of patches
     assert [entry.name for entry in trace.of_encoder] == ["encoder.blocks.1.mlp"]
     assert [entry.name for entry in trace.of_decoder] == ["decoder.layers.1.ffn"]
-
-
-def test_an_empty_caption_looks_nowhere_and_a_single_layer_is_the_last_but_one():
     words, looks = traced(captioner(moe=None).eval(), images("red"), []).looks()
     assert (words, looks.shape) == ([], (0, 2, 2))
     config = TransformerConfig("nano", dim=16, hidden_dim=16, num_heads=2, decoder_layers=1)
@@ -114,8 +104,7 @@ def test_an_empty_caption_looks_nowhere_and_a_single_layer_is_the_last_but_one()
 def test_the_use_of_experts_is_counted_by_subword(tmp_path):
     # A hash router of one expert a subword: each subword has one expert, and each expert its own subwords.
     moe = core.MoEConfig(3, core.Hash(vocab_size=encoding().text.vocab_size), core.FFN(8))
-    module = captioner(moe=moe).eval()
-    batch = pairs(("red", "a red picture"), ("blue", "a blue picture"))
+    module, batch = captioner(moe=moe).eval(), pairs(("red", "a red picture"), ("blue", "a blue picture"))
     section = write_use(module, [batch], tmp_path)
     rows = list(csv.DictReader((tmp_path / "expert_subwords.csv").open()))
     assert [row["layer"] for row in rows] == ["decoder 1"] * 3

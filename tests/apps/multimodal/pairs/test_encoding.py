@@ -75,7 +75,7 @@ def of(path, **options):
     return TextOptions(SubwordConfig(path=str(path)), **options)
 
 
-def test_clips_pieces_are_read_from_a_folder(clip_folder, tmp_path):
+def test_clips_pieces_are_read_from_a_folder_and_marked_as_sentencepiece_does(clip_folder, tmp_path):
     text = of(clip_folder, max_tokens=5).encoding((), tmp_path)
     assert (text, text.vocab_size) == (TextEncoding(None, (), True, 5, MERGES), END + 1)
     assert text.encode(["Red!", ""]).tolist() == [[BEGIN, RED, 256, END], [BEGIN, END, 0, 0]]
@@ -83,9 +83,6 @@ def test_clips_pieces_are_read_from_a_folder(clip_folder, tmp_path):
     encoding = PairEncoding(8, 3, (0.5,) * 3, (0.2,) * 3, text=text)
     assert PairEncoding.from_state(encoding.state()) == encoding
     of(clip_folder).check(text, tmp_path)
-
-
-def test_pieces_of_any_spelling_are_marked_as_sentencepiece_does():
     clip = TextEncoding(merges=MERGES)
     # "redo!" is "r", "e", "d", "o</w>"; the pieces of "red" are merged.
     ids = clip.ids("red redo!")

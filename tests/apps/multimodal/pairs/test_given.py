@@ -35,10 +35,14 @@ def test_what_cannot_be_given(options, rule):
     refused(rule, GivenInputs, **options)
 
 
-def test_pairs_are_replaced_where_something_is_given():
+def test_pairs_are_replaced_where_something_is_given_and_of_an_animated_image_the_first_frame_is_read(tmp_path):
     assert not GivenInputs().replaces_pairs
     folder, search = GivenInputs(images="shop"), GivenInputs(images="shop", query="red")
     assert (folder.replaces_pairs, folder.is_search, search.is_search) == (True, False, True)
+    red, green = (Image.new("RGB", (6, 6), color) for color in ("red", "lime"))
+    red.save(tmp_path / "a.gif", save_all=True, append_images=[green])
+    (batch,) = GivenInputs(images=str(tmp_path)).loader(Tinted().encoding, 2, 0)
+    assert batch.pixels[0, :, 0, 0].tolist() == [255, 0, 0]
 
 
 def written(given: GivenInputs, path: Path) -> pa.Table:
@@ -64,20 +68,24 @@ def test_vectors_of_a_folder_are_columns_of_float32_and_bad_images_have_none(tmp
     assert said == [f"{name}.png is corrupt: it is no image" for name in "12"]
 
 
-def test_of_an_animated_image_the_first_frame_is_read(tmp_path):
-    red, green = (Image.new("RGB", (6, 6), color) for color in ("red", "lime"))
-    red.save(tmp_path / "a.gif", save_all=True, append_images=[green])
-    (batch,) = GivenInputs(images=str(tmp_path)).loader(Tinted().encoding, 2, 0)
-    assert batch.pixels[0, :, 0, 0].tolist() == [255, 0, 0]
-
-
-def test_vectors_of_a_table_of_texts(tmp_path):
+def test_vectors_of_tables_and_of_pairs_stand_beside_their_names(tmp_path):
     (tmp_path / "t.csv").write_text("sku,title\n7,red dress\n008,green blue\n9,blue\n")
     given = GivenInputs(predict_file=str(tmp_path / "t.csv"), caption_column="title", id_column="sku")
     rows = written(given, tmp_path / "out.parquet").to_pydict()
     vectors, half = torch.tensor(rows.pop("text_vector")), 0.5**0.5
     assert rows == {"index": [0, 1, 2], "id": ["7", "008", "9"], "text": ["red dress", "green blue", "blue"]}
     assert_close(vectors, torch.tensor([[1, 0, 0], [0, half, half], [0, 0, 1.0]]))
+    model, image, texts = Tinted(), torch.zeros(2, 3, 4, 4), ("red dress", "green")
+    image[0, 0], image[1, 2] = 1.0, 1.0
+    numbers, labels = torch.tensor([[4, 2], [0, 1], [10, 11]]), torch.empty(2, 0, dtype=torch.int64)
+    batch = PairBatch(image, model.encoding.text.encode(texts), numbers[0], numbers[1], labels, numbers[2])
+    data = SimpleNamespace(image_name=lambda number: f"image {number}", texts=texts)
+    columns = columns_of(model, batch, data)
+    assert list(columns) == ["index", "image", "text", "image_vector", "text_vector"]
+    assert (columns["index"].tolist(), columns["text"].to_pylist()) == ([10, 11], [*texts])
+    assert columns["image"].to_pylist() == ["image 4", "image 2"]
+    assert_close(columns["image_vector"].detach(), torch.eye(3)[[0, 2]])
+    assert_close(columns["text_vector"].detach(), torch.eye(3)[[0, 1]])
 
 
 def test_texts_of_a_file(tmp_path):
@@ -96,17 +104,3 @@ def test_texts_of_a_file(tmp_path):
     ):
         (tmp_path / name).write_text(content)
         refused(rule, read_texts, tmp_path / name, "caption", column)
-
-
-def test_vectors_of_pairs_stand_beside_their_names():
-    model, image, texts = Tinted(), torch.zeros(2, 3, 4, 4), ("red dress", "green")
-    image[0, 0], image[1, 2] = 1.0, 1.0
-    numbers, labels = torch.tensor([[4, 2], [0, 1], [10, 11]]), torch.empty(2, 0, dtype=torch.int64)
-    batch = PairBatch(image, model.encoding.text.encode(texts), numbers[0], numbers[1], labels, numbers[2])
-    data = SimpleNamespace(image_name=lambda number: f"image {number}", texts=texts)
-    columns = columns_of(model, batch, data)
-    assert list(columns) == ["index", "image", "text", "image_vector", "text_vector"]
-    assert (columns["index"].tolist(), columns["text"].to_pylist()) == ([10, 11], [*texts])
-    assert columns["image"].to_pylist() == ["image 4", "image 2"]
-    assert_close(columns["image_vector"].detach(), torch.eye(3)[[0, 2]])
-    assert_close(columns["text_vector"].detach(), torch.eye(3)[[0, 1]])

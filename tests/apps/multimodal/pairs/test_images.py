@@ -48,10 +48,8 @@ def write_modes(folder: Path) -> dict[str, Path]:
 
 def test_every_mode_and_size_is_read_in_its_colour(tmp_path):
     paths = write_modes(tmp_path / "modes")
-    stored = store_pixels(
-        ImageFiles(tuple(paths.values())), evaluation_transform(8, 3, 1.0), (3, 8, 8), tmp_path / "cache", "x", [], 2
-    )
-    pixels = stored(torch.arange(len(paths)))
+    files, transform = ImageFiles(tuple(paths.values())), evaluation_transform(8, 3, 1.0)
+    pixels = store_pixels(files, transform, (3, 8, 8), tmp_path / "cache", "x", [], 2)(torch.arange(len(paths)))
     assert (pixels.shape, pixels.dtype) == ((len(paths), 3, 8, 8), torch.uint8)
     wanted = {"grey.png": [90] * 3, "grey16.png": [90] * 3, "bits.png": [255] * 3}
     for name, image in zip(paths, pixels, strict=True):
@@ -71,20 +69,13 @@ def test_stored_and_decoded_pixels_are_the_same_and_are_made_once(tmp_path, monk
     assert torch.equal(again(index), stored(index))
 
 
-def write_bad(folder: Path) -> Path:
-    """Write a shop in which image 3 is no image, and the file of image 5 is cut."""
-    write_shop(folder)
-    (folder / "3.png").write_bytes(b"no image")
-    picture(5, side=64).save(folder / "5.png")
-    content = (folder / "5.png").read_bytes()
-    (folder / "5.png").write_bytes(content[: len(content) // 2])
-    return folder
-
-
 @pytest.mark.parametrize("store", [True, False])
 def test_an_unreadable_image_is_named_or_left_out_and_counted(tmp_path, store, caplog):
-    data = data_of(write_bad(tmp_path / "shop"), store_images=store)
-    more = " and 1 more" if store else ""
+    shop, cut = write_shop(tmp_path / "shop"), tmp_path / "shop" / "5.png"
+    (shop / "3.png").write_bytes(b"no image")
+    picture(5, side=64).save(cut)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    data, more = data_of(shop, store_images=store), " and 1 more" if store else ""
     loaders = (data.train_eval_dataloader, data.test_dataloader, data.val_dataloader)
     rule = rf"titles.csv, row 4: .*3.png is corrupt: it is no image{more}; data.on"
     refused(rule, lambda: [list(loader()) for loader in loaders])
@@ -97,7 +88,7 @@ def test_an_unreadable_image_is_named_or_left_out_and_counted(tmp_path, store, c
     assert not {3, 5} & {int(i) for i in numbers}
 
 
-def test_a_product_whose_file_is_corrupt_is_named(tmp_path):
+def test_a_corrupt_file_is_named_and_a_missing_row_makes_no_gap(tmp_path):
     write_products(tmp_path / "products", [f"title {n}" for n in range(20)])
     path = tmp_path / "products" / "images112.npz"
     with np.load(path) as arrays:
@@ -106,9 +97,6 @@ def test_a_product_whose_file_is_corrupt_is_named(tmp_path):
     np.savez(path, **content)
     data = data_of(tmp_path / "products", "fashion_products", attributes=[])
     refused(r"products.csv, row 8: .*images112.npz: image '107' is corrupt: .*; data.on_bad_row=skip", data.sizes)
-
-
-def test_a_missing_row_makes_no_gap(tmp_path):
     write_shop(tmp_path / "shop")
     table = [{"image": f"{n}.png", "caption": f"text {n}"} for n in (*range(10), 99)]
     write_csv(tmp_path / "shop" / "titles.csv", table)

@@ -135,8 +135,7 @@ def test_a_bad_row_is_one_line(tmp_path, table, options, message):
 
 
 def test_bad_rows_are_left_out_and_counted(tmp_path):
-    table = rows({}, {"image": "9.png"}, {"caption": ""}, {"image": ""})
-    pairs = read(tmp_path, table, on_bad_row="skip")
+    pairs = read(tmp_path, rows({}, {"image": "9.png"}, {"caption": ""}, {"image": ""}), on_bad_row="skip")
     assert (pairs.texts, pairs.left_out) == (["text 0"], {"a missing image": 1, "an empty caption": 1, "no image": 1})
 
 
@@ -159,7 +158,7 @@ def test_coco_tests_on_its_validation_images(tmp_path, year):
     assert pairs.images.name(2) == str(tmp_path / f"val{year}/2.png")
 
 
-def test_the_split_of_karpathy(tmp_path):
+def test_karpathys_split_and_flickr30k_as_a_token_file_and_as_a_csv(tmp_path):
     write_pictures(tmp_path / "val2014", 4)
     images = [
         {"filepath": "val2014", "filename": f"{n}.png", "split": split, "sentences": [{"raw": f"a {n}"}, {"raw": "b"}]}
@@ -171,9 +170,6 @@ def test_the_split_of_karpathy(tmp_path):
     images[0]["split"] = "none"
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
     refused(r"dataset_coco.json, image 1 has no known 'none'", read_coco, tmp_path, ReadOptions())
-
-
-def test_flickr30k_as_a_token_file_and_as_a_csv(tmp_path):
     write_pictures(tmp_path / "flickr30k-images", 2)
     lines = [f"{n}.png#{i}\tsaying {i} of {n}" for n in range(2) for i in range(2)]
     (tmp_path / "results_20130124.token").write_text("\n".join(lines))
@@ -220,8 +216,7 @@ def test_each_product_has_its_own_image_and_title(tmp_path):
     assert [pairs.images.name(n) for n in range(2)] == ["102", "100"]
     for number, original in ((0, 2), (1, 0)):
         wanted = np.array(picture(original))[0, 0]
-        mean = pairs.images.decode(number).float().mean((1, 2)).numpy()
-        assert abs(mean - wanted).max() < 4  # JPEG
+        assert abs(pairs.images.decode(number).float().mean((1, 2)).numpy() - wanted).max() < 4  # JPEG
 
 
 @pytest.mark.parametrize("table, message", [

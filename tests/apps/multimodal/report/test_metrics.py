@@ -33,13 +33,11 @@ def test_ranks_by_hand():
     values = retrieval(torch.eye(3), scores.T, torch.tensor([10, 11, 12]), torch.tensor([5, 6, 7]))
     medians = {"image_to_text_median_rank": 2.0, "text_to_image_median_rank": 2.0}
     recalls = {"image_to_text": (1 / 3, 2 / 3, 1), "text_to_image": (1 / 3, 1, 1), "": (1 / 3, 5 / 6, 1)}
-    by_name = {
-        f"{way}_recall_{k}".lstrip("_"): v for way, own in recalls.items() for k, v in zip((1, 2, 5), own, strict=True)
-    }
-    assert values == pytest.approx(by_name | medians)
+    each = {f"{way}_recall_{k}".lstrip("_"): own[i] for way, own in recalls.items() for i, k in enumerate((1, 2, 5))}
+    assert values == pytest.approx(each | medians)
 
 
-def test_texts_of_one_image_do_not_stand_in_each_others_way():
+def test_an_image_of_many_texts_and_a_text_of_many_images_are_one():
     # Image 0 has the texts 0, 1 and 2, with products 0.3, 0.8, 0.9; text 3, of image 1, has 0.5 with image 0.
     image_PD = torch.eye(2)[[0, 0, 0, 1]]
     text_PD = torch.tensor([[0.3, 0.0], [0.8, 0.0], [0.9, 0.0], [0.5, 0.4]])
@@ -47,9 +45,6 @@ def test_texts_of_one_image_do_not_stand_in_each_others_way():
     assert values["image_to_text_recall_1"] == 1.0  # image 1 has 0.4 with its own text, 0 with the others
     # Texts 0, 1 and 2 rank image 0 first; text 3 has 0.5 with image 0 and 0.4 with its own: rank 2.
     assert (values["text_to_image_recall_1"], values["recall_1"]) == (3 / 4, 7 / 8)
-
-
-def test_a_text_of_several_images_is_one_text():
     # Text 0 belongs to images 0 and 1; it is one candidate, and right for both. Its rank is that of the better image.
     image_PD = torch.tensor([[1.0, 0.0], [0.2, 0.0], [0.9, 0.1]])
     text_PD = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
@@ -80,10 +75,8 @@ def test_equal_to_a_loop(monkeypatch, chunk):
     scores = [[float(image_ND[i] @ text_ND[c]) for c in texts] for i in images]
     of_image = [{texts.index(c) for j, c in pairs if j == i} for i in images]
     of_text = [{images.index(i) for i, d in pairs if d == c} for c in texts]
-    by_way = {
-        "image_to_text": slow_ranks(scores, of_image),
-        "text_to_image": slow_ranks([list(column) for column in zip(*scores, strict=True)], of_text),
-    }
+    columns = [list(column) for column in zip(*scores, strict=True)]
+    by_way = {"image_to_text": slow_ranks(scores, of_image), "text_to_image": slow_ranks(columns, of_text)}
     for way, ranks in by_way.items():
         assert values[f"{way}_median_rank"] == statistics.median(ranks)
         for k in (1, 2, 5):
@@ -102,7 +95,7 @@ def test_no_pair_has_no_value_and_a_model_that_says_the_same_of_everything_comes
         assert values["image_to_text_median_rank"] == values["text_to_image_median_rank"] == 50.0
 
 
-def test_macro_f1_by_hand():
+def test_macro_f1_by_hand_and_as_scikit_learn_has_it_of_each_image_once():
     # Classes of the first attribute: 0 0 1 1, and answers 0 1 1 1: F1 of 0 is 2/3, of 1 is 4/5. Class 2 never comes and
     # is left out. The last example is of no known class.
     metric = AttributeMetrics({"colour": 3, "size": 2})
@@ -118,9 +111,6 @@ def test_macro_f1_by_hand():
     metric.reset()
     metric.update(image_B[4:], [colour[4:], size[4:]], label_BA[4:])
     assert all(math.isnan(value) for value in values_of(metric).values())
-
-
-def test_an_image_of_many_pairs_is_classified_once():
     # Image 0 is right in four pairs of two batches, image 1 is wrong in one: half of the images. Class 0 has two
     # answers and one image, F1 2/3; class 1 has 0.
     metric = AttributeMetrics({"colour": 2})
@@ -129,9 +119,6 @@ def test_an_image_of_many_pairs_is_classified_once():
         metric.update(image_B, [torch.eye(2)[[0] * len(images)]], image_B[:, None])
     values = values_of(metric)
     assert (values["accuracy_colour"], values["macro_f1"]) == pytest.approx((1 / 2, 1 / 3))
-
-
-def test_macro_f1_is_that_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     logits, label_B = torch.randn(40, 30, generator=generator), torch.randint(30, (40,), generator=generator)
     metric = AttributeMetrics({"type": 30})

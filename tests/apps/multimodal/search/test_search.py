@@ -1,22 +1,30 @@
-"""Images are found by texts and by images, by products that one can compute by hand."""
+"""Images are found by texts and by images, and classes by their names, by products that one can compute by hand."""
+
+from __future__ import annotations
 
 import base64
 import io
 import json
+import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from made_page import Html
 from PIL import Image
 from refusals import refused
+from small_pairs import pair_batch, retriever
 from tinted import COLORS, Tinted, write_tinted
+from torch import nn
 
 from apps.multimodal.pairs.given import GivenInputs
+from apps.multimodal.search import zero_shot
 from apps.multimodal.search.page import thumbnail
 from apps.multimodal.search.search import ImageSearch, match
 from apps.multimodal.search.vectors import encode_images, encode_texts
+from apps.multimodal.search.zero_shot import check_templates, class_scores, class_vectors, zero_shot_accuracy
 from apps.multimodal.towers.loss import SoftmaxLoss
 
 
@@ -43,7 +51,7 @@ def test_a_text_or_an_image_finds_the_images_with_the_largest_products(shop):
     assert hits.scores == pytest.approx((1.0, 0.8, 0.6, 0.0), abs=1e-6)
 
 
-def test_predictions_are_rows_and_lines(shop):
+def test_predictions_are_rows_and_lines_and_names_that_are_no_text_are_linked(shop, tmp_path):
     stream = search(shop, query="green", top=1).stream()
     (only,) = stream.predict(0)
     assert only.row == {"index": 0, "query": "green", "path": [f"{shop}/green.png"], "score": [1.0]}
@@ -55,9 +63,6 @@ def test_predictions_are_rows_and_lines(shop):
     (only,) = search(shop, query_image=str(shop / "red.png")).stream().predict(0)
     assert only.row["query_image"] == str(shop / "red.png")
     assert json.dumps(only.row)
-
-
-def test_names_that_are_no_text_are_shown_and_linked(shop, tmp_path):
     (shop / "green.png").rename(shop / os.fsdecode(b"green\xff.png"))
     made = search(shop, query="green", top=1)
     (only,) = made.predictions(0)
@@ -68,7 +73,7 @@ def test_names_that_are_no_text_are_shown_and_linked(shop, tmp_path):
     assert "shop/green%FF.png" in page.attributes("href")
 
 
-def test_a_second_search_encodes_no_image_and_a_model_trained_on_all(shop):
+def test_a_second_search_encodes_no_image_and_unread_ones_to_search_by_are_named(shop):
     first = search(shop, query="red")
     assert (len(first.hits), first.model.num_images) == (1, 4)
     second = search(shop, query="blue")
@@ -77,9 +82,6 @@ def test_a_second_search_encodes_no_image_and_a_model_trained_on_all(shop):
     with torch.no_grad():
         third.model.scale[2] = 2.0
     assert (len(third.hits), third.model.num_images) == (1, 4)
-
-
-def test_images_to_search_by_that_cannot_be_read(shop):
     refused(r"none\.png cannot be read: No such file", lambda: search(shop, query_image=str(shop / "none.png")).hits)
     (shop / "note.txt").write_text("a note")
     refused(r"note\.txt is corrupt: it is no image", lambda: search(shop, query_image=str(shop / "note.txt")).hits)
@@ -154,3 +156,65 @@ def test_texts_are_classes_of_images(shop):
         ((shop / "red.png",), ()): "texts is empty: give at least one text",
     }.items():
         refused(rule, match, model, *arguments, top=1)
+
+
+class Alphabet(nn.Module):
+    """A model whose vector of a text is (1, 0), or (0, 1) for one that ends in a full stop."""
+
+    device, dim = torch.device("cpu"), 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.encoding = SimpleNamespace(text=SimpleNamespace(encode=self._encode))
+
+    def _encode(self, texts):
+        self.texts += texts
+        return torch.tensor([[text.endswith(".")] for text in texts]).long()
+
+    def text_vectors(self, text_BL):
+        return torch.eye(2)[text_BL[:, 0]]
+
+
+def test_a_class_has_the_mean_of_its_templates_and_a_tie_is_no_answer():
+    model = Alphabet()
+    vectors = class_vectors(model, ["red", "blue"], ("{}", "a photo of a {}.", "a {}."))
+    assert model.texts == ["red", "a photo of a red.", "a red.", "blue", "a photo of a blue.", "a blue."]
+    # The mean of (1, 0), (0, 1) and (0, 1) has the direction (1, 2), whose length is the root of 5.
+    assert vectors.tolist() == [pytest.approx([1 / math.sqrt(5), 2 / math.sqrt(5)])] * 2
+    class_CD = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    image_ND = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, 0.6]])
+    # Image 0 is right; 1 and 2 have two classes with the same product; 3 is nearest to class 0, which is wrong.
+    assert zero_shot_accuracy(image_ND, torch.tensor([0, 1, 2, 1]), class_CD) == 1 / 4
+    assert zero_shot_accuracy(image_ND * math.nan, torch.tensor([0, 1, 2, 1]), class_CD) == 0
+    assert zero_shot_accuracy(image_ND, torch.tensor([0, 0, 0, 0]), class_CD[:1].expand(3, 2)) == 0
+    rule = r"report.templates is empty: give at least one template, such as 'a photo of a"
+    refused(rule, check_templates, "report.templates", ())
+    rule = r"the template 'a photo' must have \{\} once, where the class stands"
+    refused(rule, check_templates, "report.templates", ("{}", "a photo"))
+
+
+def test_scores_of_attributes():
+    image_ND = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+    label_NA = torch.tensor([[0, -1, -1], [0, 1, -1], [1, -1, -1], [0, -1, -1]])
+    trained_ND = torch.tensor([[1.0, 0.0], [0.9, 0.0], [0.0, 1.0], [0.0, 0.9]])
+    training = trained_ND, torch.tensor([[0, 1, 0]] * 2 + [[1, 1, 0]] * 2)
+    attributes = {"colour": ("red", "blue"), "size": ("small", "large"), "unknown": ("a", "b")}
+    texts = {"colour": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}
+    colour, size = class_scores(image_ND, label_NA, attributes, texts, training)
+    # Three of four images are red. The last one has the vector of a blue one.
+    assert (colour.attribute, colour.classes, colour.images, colour.commonest) == ("colour", 2, 4, 3 / 4)
+    assert (colour.zero_shot, colour.probe) == (3 / 4, 3 / 4)
+    # One image has a known size; the training images have one size alone, so that there is nothing to learn.
+    assert (size.images, size.commonest, size.zero_shot, size.probe) == (1, 1.0, None, None)
+
+
+def test_each_image_is_read_once():
+    model, batch = retriever().eval(), pair_batch(4)
+    twice = batch._replace(image_B=torch.tensor([7, 8, 7, 9]), label_BA=torch.arange(8).view(4, 2))
+    with torch.no_grad():
+        vectors, labels = zero_shot.image_vectors(model, [twice, twice], most=5)
+        assert labels.tolist() == [[0, 1], [2, 3], [6, 7]]
+        torch.testing.assert_close(vectors, model.image_vectors(batch.image[[0, 1, 3]]))
+        assert len(zero_shot.image_vectors(model, [twice, batch], most=3)[0]) == 3
+        assert zero_shot.image_vectors(model, [], most=3)[1].shape == (0, 0)

@@ -99,7 +99,19 @@ def test_scores_are_float32_whatever_the_precision_of_the_network(config):
     assert_close(got, expected, rtol=0, atol=0)
 
 
-def test_the_temperature_stays_above_its_bound_and_can_leave_it():
+def test_what_learns_and_within_which_bound():
+    assert dict(SoftmaxLoss(learn_temperature=False).build().named_parameters()) == {}
+    assert float(SoftmaxLoss().build().temperature) == pytest.approx(0.07)
+    sigmoid = dict(SigmoidLoss().build().named_parameters())
+    assert {name: round(float(p), 4) for name, p in sigmoid.items()} == {"log_scale": 2.3026, "bias": -10.0}
+    refused(r"temperature=0.001 must be at least 0.01", SoftmaxLoss, temperature=0.001)
+    # Those of a checkpoint replace them, but for a temperature that is not learned.
+    loss = SoftmaxLoss(0.5, learn_temperature=False).build()
+    loss.begin(2.5, None)
+    assert loss.temperature.item() == pytest.approx(0.5)
+    loss = SigmoidLoss().build()
+    loss.begin(9.0, -3.0)
+    assert (loss.temperature.item(), loss.bias.item()) == (pytest.approx(0.01), -3.0)  # the bound
     loss = SoftmaxLoss(temperature=0.011).build()
     step = torch.optim.SGD(loss.parameters(), lr=1e3)
     image_BD, _ = vectors(4)
@@ -115,27 +127,18 @@ def test_the_temperature_stays_above_its_bound_and_can_leave_it():
     assert float(loss.log_scale.grad) > 0  # wrong answers ask for a higher temperature, also at the bound
 
 
-def test_what_learns_and_where_it_begins():
-    assert dict(SoftmaxLoss(learn_temperature=False).build().named_parameters()) == {}
-    assert float(SoftmaxLoss().build().temperature) == pytest.approx(0.07)
-    sigmoid = dict(SigmoidLoss().build().named_parameters())
-    assert {name: round(float(p), 4) for name, p in sigmoid.items()} == {"log_scale": 2.3026, "bias": -10.0}
-    refused(r"temperature=0.001 must be at least 0.01", SoftmaxLoss, temperature=0.001)
-    # Those of a checkpoint replace them, but for a temperature that is not learned.
-    loss = SoftmaxLoss(0.5, learn_temperature=False).build()
-    loss.begin(2.5, None)
-    assert loss.temperature.item() == pytest.approx(0.5)
-    loss = SigmoidLoss().build()
-    loss.begin(9.0, -3.0)
-    assert (loss.temperature.item(), loss.bias.item()) == (pytest.approx(0.01), -3.0)  # the bound
-
-
-def test_the_attributes_loss_is_a_mean_over_known_labels():
+def test_attributes_count_known_labels_and_texts_have_probabilities():
     # First attribute: logits (0, 0) for two known labels, log 2 each. Second: one known, of three equal classes.
     logits = (torch.zeros(3, 2), torch.zeros(3, 3))
     label_BA = torch.tensor([[0, -1], [1, 2], [-1, -1]])
     assert float(attribute_loss(logits, label_BA)) == pytest.approx((math.log(2) + math.log(3)) / 2, rel=1e-6)
     assert float(attribute_loss(logits, torch.full((3, 2), -1))) == 0.0
+    image_ND, text_CD = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    # The products 1 and 0 over the temperature 0.5 are 2 and 0.
+    chosen = SoftmaxLoss(temperature=0.5).build().probabilities(image_ND, text_CD)
+    assert chosen[0].tolist() == pytest.approx([math.e**2 / (math.e**2 + 1), 1 / (math.e**2 + 1)])
+    judged = SigmoidLoss(temperature=0.5, bias=-1.0).build().probabilities(image_ND, text_CD)
+    assert judged[0].tolist() == pytest.approx([1 / (1 + math.e**-1), 1 / (1 + math.e**1)])  # of 2 - 1 and 0 - 1
 
 
 def part_of(batch: PairBatch, rank: int) -> PairBatch:
@@ -181,12 +184,3 @@ def test_two_ranks_learn_what_one_process_with_all_pairs_learns(tmp_path):
             for name, gradient in whole.items():
                 scale = gradient.abs().max().clamp_min(1e-3)
                 assert_close(of_rank[kind][name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=f"{kind}: {name}")
-
-
-def test_probabilities_of_texts_for_an_image():
-    image_ND, text_CD = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    # The products 1 and 0 over the temperature 0.5 are 2 and 0.
-    chosen = SoftmaxLoss(temperature=0.5).build().probabilities(image_ND, text_CD)
-    assert chosen[0].tolist() == pytest.approx([math.e**2 / (math.e**2 + 1), 1 / (math.e**2 + 1)])
-    judged = SigmoidLoss(temperature=0.5, bias=-1.0).build().probabilities(image_ND, text_CD)
-    assert judged[0].tolist() == pytest.approx([1 / (1 + math.e**-1), 1 / (1 + math.e**1)])  # of 2 - 1 and 0 - 1

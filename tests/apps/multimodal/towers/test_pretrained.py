@@ -26,7 +26,6 @@ from apps.multimodal.towers.towers import Sizes
 from apps.multimodal.towers.two_towers import TwoTowers
 from apps.porting.open_clip import Clip, ClipImageConfig, ClipImageTower, ClipTextConfig, ClipTextTower
 from apps.porting.sentences import BertConfig, SentenceEncoder
-from apps.train.step.module import OptimizerConfig
 from apps.vision.model import ViTConfig
 
 CLIP_MOE = core.MoEConfig(4, core.TokenChoice(2), core.FFN(bias=True))
@@ -35,12 +34,9 @@ MOE = core.MoEConfig(4, core.TokenChoice(2), core.FFN(HIDDEN, bias=True))
 IDS_BL = torch.tensor([[2, 4, 5, 6, 3], [2, 8, 3, 0, 0]])
 
 
-def sizes(image_size=IMAGE_SIZE, in_chans=3, vocab_size=VOCAB, max_tokens=LENGTH):
-    return Sizes(image_size, in_chans, vocab_size, max_tokens)
-
-
-def built(part, ffn=None, **options):
-    return part.build(sizes(**options), ffn, () if ffn is None else (1,))
+def built(part, ffn=None, blocks=(1,), **options):
+    sizes = {"image_size": IMAGE_SIZE, "in_chans": 3, "vocab_size": VOCAB, "max_tokens": LENGTH, **options}
+    return part.build(Sizes(**sizes), ffn, () if ffn is None else blocks)
 
 
 def bert(folder, ffn=MOE, **options):
@@ -60,16 +56,7 @@ def test_a_text_tower_begins_as_the_sentence_encoder(tmp_path, ffn):
     assert_close(tokens_BLD.sum(1) / torch.tensor([[5.0], [3.0]]), tower(IDS_BL))
 
 
-def test_routers_know_what_a_text_is(tmp_path):
-    with core.record(tower := bert(write_encoder(tmp_path))) as tape:
-        tower(IDS_BL)
-    (entry,) = tape.entries
-    assert entry.context.modality_BS.unique().tolist() == [1]
-    assert torch.equal(entry.context.valid_BS, IDS_BL != 0)
-    assert torch.equal(entry.context.token_ids_BS, IDS_BL)
-
-
-def test_a_wider_dense_network_stays_as_it_was_drawn(tmp_path):
+def test_a_wider_dense_network_stays_as_it_was_drawn_and_routers_know_texts(tmp_path):
     tower = bert(write_encoder(tmp_path), core.DenseFFN(2 * HIDDEN))
     before = tower.network.layers[1].ffn.w_in.weight.clone()
     tower.load_start()
@@ -77,6 +64,12 @@ def test_a_wider_dense_network_stays_as_it_was_drawn(tmp_path):
     assert torch.equal(tower.network.layers[1].ffn.w_in.weight, before)
     assert torch.equal(tower.network.layers[0].ffn.w_in.weight, published["encoder.layer.0.intermediate.dense.weight"])
     assert torch.equal(tower.network.layers[1].query.weight, published["encoder.layer.1.attention.self.query.weight"])
+    with core.record(tower := bert(write_encoder(tmp_path))) as tape:
+        tower(IDS_BL)
+    (entry,) = tape.entries
+    assert entry.context.modality_BS.unique().tolist() == [1]
+    assert torch.equal(entry.context.valid_BS, IDS_BL != 0)
+    assert torch.equal(entry.context.token_ids_BS, IDS_BL)
 
 
 @pytest.mark.parametrize("ffn", [None, CLIP_MOE])
@@ -121,14 +114,6 @@ def test_clips_towers_begin_as_published(tmp_path, moe):
     assert (text_tower.tokens(ids_BL)[0, 3].abs().sum(), image_tower.num_patches) == (0, 4)
 
 
-def test_images_of_another_size_and_grey_ones_are_adapted_to(tmp_path):
-    tower = built(clip_tower(write_clip(tmp_path)).image, image_size=16, in_chans=1)
-    tower.load_start()
-    colour = Clip.of(tmp_path).weights().image["patches.weight"]
-    assert_close(tower.network.patches.weight, colour.sum(1, keepdim=True))  # a grey image is one of equal channels
-    assert tower(torch.randn(1, 1, 16, 16)).shape == (1, IMAGE_DIM)
-
-
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     write_encoder(tmp_path / "folder")
     write_clip(tmp_path / "clip")
@@ -150,25 +135,29 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     refused("start='copies' is not one of copy", BertTexts, start="copies")
     start = core.convert.SplitStart("coactivation")
     refused("reads inputs, which no configuration gives", BertTexts, start=start)
-    module = two(tower=clip_tower("clip"), moe=None)
-    rule = "dim=8 is not 6, that of the pretrained vectors"
+    module, rule = two(tower=clip_tower("clip"), moe=None), "dim=8 is not 6, that of the pretrained vectors"
     refused(rule, quiet_trainer(tmp_path).test, module, Pairs(), verbose=False)
     refused(r"tower.image=BertTexts\(.* is not of class ImagePart", TwoTowers, TWO.text)
 
 
-def test_experts_at_their_default_are_as_the_network(tmp_path):
+def test_other_sizes_are_adapted_to_and_experts_are_by_default_as_the_network(tmp_path):
     moe = core.MoEConfig(4, core.TokenChoice(2))
     tower = bert(write_encoder(tmp_path / "bert"), [moe])
     tower.load_start()
     assert tower.moes[0].expert == core.FFN(HIDDEN, bias=True)
     folder = write_clip(tmp_path / "clip", quick_gelu=True)
-    image = ClipImages(str(folder), clip=Clip.of(folder).image).build(sizes(), moe, (0, 1))
+    image = built(ClipImages(str(folder), clip=Clip.of(folder).image), moe, (0, 1))
     image.load_start()
     assert image.moes[0].expert == core.GeneralFFN(4 * IMAGE_DIM, "quick_gelu", bias_out=True)
-    plain = ClipImages(str(folder), clip=Clip.of(folder).image).build(sizes(), None, ())
+    plain = built(ClipImages(str(folder), clip=Clip.of(folder).image))
     plain.load_start()
     pixels = torch.randn(2, 3, 8, 8)
     assert_close(image(pixels), plain(pixels), rtol=1e-5, atol=1e-5)
+    tower = built(clip_tower(write_clip(tmp_path)).image, image_size=16, in_chans=1)
+    tower.load_start()
+    colour = Clip.of(tmp_path).weights().image["patches.weight"]
+    assert_close(tower.network.patches.weight, colour.sum(1, keepdim=True))  # a grey image is one of equal channels
+    assert tower(torch.randn(1, 1, 16, 16)).shape == (1, IMAGE_DIM)
 
 
 VIT = ViTConfig(embed_dim=DIM, depth=2, num_heads=2, hidden_dim=HIDDEN, patch_size=4)
@@ -184,19 +173,6 @@ def two(**changed):
 def vectors(module):
     batch = pair_batch()
     return module.eval()(batch.image, batch.text_BL)[:2]
-
-
-@pytest.mark.slow
-def test_a_training_learns_its_pairs_and_is_read_again(tmp_path):
-    module = two(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0.0), grad_checkpointing=True)
-    assert list(core.moe_layers(module)) == LAYERS
-    trainer = quiet_trainer(tmp_path, max_epochs=15)
-    trainer.fit(module, Pairs())
-    assert trainer.callback_metrics["val/recall_1"] == 1.0
-    trainer.save_checkpoint(tmp_path / "best.ckpt")
-    again = ImageTextRetriever.load_from_checkpoint(tmp_path / "best.ckpt")
-    assert again.tower == TWO
-    assert_close(vectors(again), vectors(module))
 
 
 def test_the_outputs_at_patches_and_pieces_and_recomputed_gradients():
@@ -238,8 +214,7 @@ def test_a_trained_model_needs_no_published_files(tmp_path):
 def test_which_blocks_of_a_tower_are_sparse():
     text = BertTexts(bert=BERT, moe_blocks="none")
     assert list(core.moe_layers(two(tower=TwoTowers(TWO.image, text)))) == LAYERS[:1]
-    image = ViTImages(vit=VIT, moe_blocks=[0, 1])
-    other = core.MoEConfig(2, core.TokenChoice(1), core.FFN(4))
+    image, other = ViTImages(vit=VIT, moe_blocks=[0, 1]), core.MoEConfig(2, core.TokenChoice(1), core.FFN(4))
     module = two(tower=TwoTowers(image, TWO.text), moe=[MOE, MOE, other])
     assert [layer.num_experts for layer in core.moe_layers(module).values()] == [4, 4, 2]
     with pytest.raises(ValueError, match=r"moe lists 2 layers for 3 sparse blocks, \[0, 1\] and \[1\]"):

@@ -28,8 +28,7 @@ def slow_blocks(tower: SharedTransformer, x_LD: Tensor, heads: int) -> Tensor:
 
 
 def test_dense_blocks_against_a_loop_over_images_and_texts():
-    module = retriever(moe=None).eval()
-    tower, batch = module.model.towers, pair_batch(5)
+    tower, batch = retriever(moe=None).eval().model.towers, pair_batch(5)
     image_BD, text_BD = tower(batch.image, batch.text_BL)
     for image, got_D in zip(batch.image, image_BD, strict=True):
         # Patches of 4 x 4 row by row; a patch's numbers are channel by channel, row by row.
@@ -43,16 +42,27 @@ def test_dense_blocks_against_a_loop_over_images_and_texts():
         assert_close(got_D, slow_blocks(tower, x_LD, heads=2), rtol=1e-5, atol=1e-5)
 
 
-def test_a_pair_has_the_vectors_of_its_image_and_its_text_alone():
+def test_vectors_are_of_one_image_or_text_alone_and_average_its_tokens():
     module, batch = retriever().eval(), pair_batch(5)
     image_BD, text_BD, logits = module(batch.image, batch.text_BL)
     assert logits == ()
     assert_close(module.image_vectors(batch.image[2:3]), image_BD[2:3])
-    padded_BL = F.pad(batch.text_BL[:1], (0, 3))
-    assert_close(module.text_vectors(padded_BL), text_BD[:1])
+    assert_close(module.text_vectors(F.pad(batch.text_BL[:1], (0, 3))), text_BD[:1])
     for vectors in (image_BD, text_BD):
         assert vectors.dtype == torch.float32
         assert_close(vectors.norm(dim=-1), torch.ones(5))
+    module, batch = retriever().eval(), pair_batch(3)
+    tower = module.model.towers
+    image_BD, text_BD = tower(batch.image, batch.text_BL)
+    assert_close(tower.image_tokens(batch.image).mean(1), image_BD)
+    text_BLD, length_B1 = tower.text_tokens(batch.text_BL), (batch.text_BL > 0).sum(1, keepdim=True)
+    assert text_BLD.shape == (3, 4, 16)
+    assert not text_BLD[0, 2:].any()
+    assert_close(text_BLD.sum(1) / length_B1, text_BD)
+    # A text without pieces has a finite vector.
+    text_BL = batch.text_BL * torch.tensor([[1], [0], [1]])
+    assert not module.text_vectors(text_BL)[1].any()
+    assert not module.text_vectors(text_BL * 0).any()
 
 
 def test_the_experts_see_both_modalities_in_one_call_and_no_padding():
@@ -68,30 +78,6 @@ def test_the_experts_see_both_modalities_in_one_call_and_no_padding():
     assert context.token_ids_BS[3:].tolist() == batch.text_BL.tolist()
     # 12 patches and 9 pieces, 2 experts each.
     assert int(tape.entries[0].routing.tokens_per_expert_E.sum()) == 2 * (12 + 9)
-
-
-def test_rows_of_different_parts_are_padded_to_the_longest():
-    first, _ = Packing.of(torch.tensor([[True, True, True], [True, False, False]]))
-    second, _ = Packing.of(torch.tensor([[False, False], [True, False]]))
-    joined = PartPacking.join((first, second), ())
-    assert (joined.length, joined.num_rows, joined.slot_T.tolist()) == (3, 4, [0, 1, 2, 3, 9])
-    assert joined.last_B.tolist() == [2, 3, -1, 4]
-    assert joined.pad(torch.arange(1.0, 6.0)[:, None])[..., 0].tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0], [5, 0, 0]]
-
-
-def test_tokens_of_images_and_texts_are_those_that_are_averaged():
-    module, batch = retriever().eval(), pair_batch(3)
-    tower = module.model.towers
-    image_BD, text_BD = tower(batch.image, batch.text_BL)
-    assert_close(tower.image_tokens(batch.image).mean(1), image_BD)
-    text_BLD, length_B1 = tower.text_tokens(batch.text_BL), (batch.text_BL > 0).sum(1, keepdim=True)
-    assert text_BLD.shape == (3, 4, 16)
-    assert not text_BLD[0, 2:].any()
-    assert_close(text_BLD.sum(1) / length_B1, text_BD)
-    # A text without pieces has a finite vector.
-    text_BL = batch.text_BL * torch.tensor([[1], [0], [1]])
-    assert not module.text_vectors(text_BL)[1].any()
-    assert not module.text_vectors(text_BL * 0).any()
 
 
 def test_limeo_s_losses_are_of_both_modalities():
@@ -133,13 +119,19 @@ def test_tokens_of_higher_scores_are_served_first_whatever_their_modality(expert
     assert int((valid_T & ~computed_T).sum()) > 0
 
 
-def test_the_network_is_built_without_a_module():
+def test_a_network_is_built_without_a_module_and_rows_are_padded_to_the_longest():
     tower = TOWER.build(Sizes(**SIZES), MOE, "last1")
     assert isinstance(tower, SharedTransformer)
     assert (tower.moe_blocks, TOWER.widths) == ((1,), (16,))
     image_BD, text_BD = tower(None, pair_batch(2).text_BL)
     assert image_BD is None
     assert text_BD.shape == (2, 16)
+    first, _ = Packing.of(torch.tensor([[True, True, True], [True, False, False]]))
+    second, _ = Packing.of(torch.tensor([[False, False], [True, False]]))
+    joined = PartPacking.join((first, second), ())
+    assert (joined.length, joined.num_rows, joined.slot_T.tolist()) == (3, 4, [0, 1, 2, 3, 9])
+    assert joined.last_B.tolist() == [2, 3, -1, 4]
+    assert joined.pad(torch.arange(1.0, 6.0)[:, None])[..., 0].tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0], [5, 0, 0]]
 
 
 TWO = TwoTowers(PatchImages(blocks_as=TOWER), PieceTexts(blocks_as=TOWER))

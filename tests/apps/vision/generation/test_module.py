@@ -47,22 +47,17 @@ def batch(number=4):
     return ImageBatch(image, torch.arange(number), torch.arange(number) + 100)
 
 
-def test_the_loss_of_an_image_in_evaluation_follows_from_its_number():
+def test_the_loss_follows_from_the_number_and_training_hides_some_classes():
     module = built().eval().requires_grad_(False)
     out = module.task_loss(batch())
     # The prediction is 0 at first, so the loss is the mean square of noise minus image.
     noised = fixed_noise("flow", batch().image, batch().index)
-    assert_close(out.outputs, noised.target.square().mean((1, 2, 3)))
-    assert_close(out.loss, out.outputs.mean())
-    some = ImageBatch(*(part[1:3] for part in batch()))
-    assert_close(module.task_loss(some).outputs, out.outputs[1:3])
+    assert_close((out.outputs, out.loss), (noised.target.square().mean((1, 2, 3)), out.outputs.mean()))
+    assert_close(module.task_loss(ImageBatch(*(part[1:3] for part in batch()))).outputs, out.outputs[1:3])
     values = module.example_values([out])
     assert values.name == "loss"
     assert not values.higher_is_better
     assert values.mean == pytest.approx(float(out.loss))
-
-
-def test_training_hides_the_class_of_some_images():
     module, seen = built(moe=None, class_dropout=0.5), []
     module.model.class_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for _ in range(50):
@@ -74,16 +69,12 @@ def test_training_hides_the_class_of_some_images():
     assert seen[0].tolist() == [0, 1, 2, 3]
 
 
-def test_dense_twins_cost_the_same():
+def test_dense_twins_cost_the_same_and_values_go_together():
     module = built()
-    flops = module.routed_layers().flops_per_token()
-    twin = module.baselines()["dense_equal_flops"].build()
+    flops, twin = module.routed_layers().flops_per_token(), module.baselines()["dense_equal_flops"].build()
     ffn = twin.model.blocks[1].mlp
     # Two matmuls of 8 x F, two FLOPs each; the router's 2 * 8 * 4 are in the sparse layer's.
     assert (4 * 8 * ffn.fc1.out_features, core.moe_layers(twin)) == (pytest.approx(flops, rel=0.1), {})
-
-
-def test_values_that_do_not_go_together():
     refused(r"sampling\.guidance=1\.5 needs a null class, and class_dropout=0", built, class_dropout=0.0)
     built(class_dropout=0.0, sampling=SamplingConfig(guidance=1.0))
     with pytest.raises(ValueError, match="num_tasks=3, which does not fit the data: they have 10"):
@@ -154,11 +145,9 @@ def test_a_test_reports_figures_by_name(run, capsys):
     assert found["signatures"]["frechet"] == "in 19 principal components of pixels"  # of 20 images
     assert 0 <= found["test/precision"] <= 1
     assert found["test/frechet_of_training"] < found["test/frechet"]  # three steps learn nothing
-    titles = (run / "report" / "sections.json").read_text()
-    assert "Which expert takes a noise level, block 1" in titles
-    assert {"classes.png", "steps.png", "nearest.png", "expert_level.png"} <= {
-        p.name for p in (run / "report").iterdir()
-    }
+    assert "Which expert takes a noise level, block 1" in (run / "report" / "sections.json").read_text()
+    files = {p.name for p in (run / "report").iterdir()}
+    assert {"classes.png", "steps.png", "nearest.png", "expert_level.png"} <= files
 
 
 def test_the_service_answers_with_a_file_and_the_page_with_experts(run):
