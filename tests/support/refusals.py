@@ -1,4 +1,4 @@
-"""Calls that must be refused in one line."""
+"""What has to be refused, in one line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 
-def refused(message: str, call: Callable[[], object]) -> None:
-    """Check that a call raises a ``ValueError`` of one line in which ``message``, a pattern, is found."""
-    with pytest.raises(ValueError, match=message) as error:
-        call()
-    assert "\n" not in str(error.value)
+def refused(rule: str, call: Callable[..., object], *arguments: object, **options: object) -> None:
+    """Check that a call raises a ValueError whose message is one line that ``rule`` matches."""
+    with pytest.raises(ValueError, match=rule) as error:
+        call(*arguments, **options)
+    assert "\n" not in str(error.value), error.value

@@ -1,7 +1,5 @@
 """A configuration of a model and data that are as small as can be, and a comparison that is finished."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -20,21 +18,22 @@ KEPT = (*offers("dense_equal_flops", "centroids", "tuned_centroids"), "--model.k
 def without_charts(monkeypatch) -> None:
     """Write reports with tables alone, which is quicker; that of ``whole`` has its charts."""
     monkeypatch.setattr(html, "script", lambda: "")
+    monkeypatch.setattr(html, "png_of", lambda *_: b"")
 
 
-@pytest.fixture
-def config(tmp_path) -> Path:
-    path = tmp_path / "tiny.yaml"
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> Path:
+    """One file for all tests, which share what is read of it; only to be read."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(CONFIG)
     return path
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory) -> Path:
+def whole(config, tmp_path_factory) -> Path:
     """The folder of a finished comparison of the sparse model, "dense_equal_flops" and "centroids"; only to be read."""
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "tiny.yaml").write_text(CONFIG)
-    argv = asked(folder / "tiny.yaml", folder / "out", *KEPT, "--baselines", "dense_equal_flops", "centroids")
+    argv = asked(config, folder / "out", *KEPT, "--baselines", "dense_equal_flops", "centroids")
     assert moesaic(argv) == 0
     return folder / "out"
 

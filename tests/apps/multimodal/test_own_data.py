@@ -1,6 +1,4 @@
-"""A user's catalog of images with titles becomes a configuration; what belongs to other apps does not."""
-
-from __future__ import annotations
+"""A user's catalog of images with titles becomes a configuration, and the datasets that have a name."""
 
 import json
 from pathlib import Path
@@ -9,10 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_captions import write_csv, write_pictures, write_products
+from refusals import refused
 
 from apps import registry
+from apps.data.cache import DataError
+from apps.data.datasets import available, prepare
 from apps.data.given import GivenData
 from apps.multimodal.data import ImageTextData
+from apps.multimodal.datasets import PAIR_DATASETS
 from apps.multimodal.own_data import config_for
 
 
@@ -52,10 +54,8 @@ def test_a_catalog_is_recognized_and_can_be_read(tmp_path):
 def test_other_tables_with_paths_lists_and_splits(tmp_path, ending):
     shop = tmp_path / "shop"
     write_pictures(shop / "img", 200, side=50)
-    rows = [
-        {"file": f"img/{n}.png", "texts": [f"a cup {n}", "one more"], "split": "test" if n < 9 else "train"}
-        for n in range(200)
-    ]
+    splits = ["test"] * 9 + ["train"] * 191
+    rows = [{"file": f"img/{n}.png", "texts": [f"a cup {n}", "one more"], "split": s} for n, s in enumerate(splits)]
     if ending == "jsonl":
         (shop / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     else:
@@ -67,24 +67,20 @@ def test_other_tables_with_paths_lists_and_splits(tmp_path, ending):
     assert [arguments[name] for name in names] == ["file", "{}", "texts", "split", 64]
 
 
-def test_the_column_that_names_most_files_is_that_of_the_images(tmp_path):
-    shop = tmp_path / "shop"
-    write_pictures(shop / "photos", 240)
+def test_the_column_that_names_most_files_is_that_of_the_images_and_a_datasets_layout_is_recognized(tmp_path):
+    write_pictures(tmp_path / "shop" / "photos", 240)
     # A product has two photos, and the first of them has its number for a name.
     rows = [{"sku": f"{n - n % 2}", "photo": f"{n}.png", "title": f"red shoe {n}"} for n in range(240)]
-    write_csv(shop / "t.csv", rows)
-    arguments = config_for(given(shop, tmp_path)).config["data"]["init_args"]
+    write_csv(tmp_path / "shop" / "t.csv", rows)
+    arguments = config_for(given(tmp_path / "shop", tmp_path)).config["data"]["init_args"]
     assert (arguments["image_column"], arguments["image_pattern"]) == ("photo", "photos/{}")
-
-
-def test_a_datasets_own_layout_is_recognized(tmp_path):
     write_products(tmp_path / "products", [f"title {n}" for n in range(20)])
     made = config_for(given(tmp_path / "products", tmp_path))
     assert made.config["data"]["init_args"]["dataset"] == "fashion_products"
 
 
-def test_data_of_other_apps_are_left_to_them(tmp_path):
-    classes = tmp_path / "classes"
+def test_data_of_other_apps_are_left_to_them_and_too_few_rows_are_refused(tmp_path):
+    classes, shop, small = tmp_path / "classes", tmp_path / "shop", tmp_path / "small"
     for name in ("cat", "dog"):
         write_pictures(classes / name, 12)
     assert app_of(classes, tmp_path) == "VisionData"
@@ -94,15 +90,23 @@ def test_data_of_other_apps_are_left_to_them(tmp_path):
     assert app_of(classes, tmp_path) == "VisionData"
     table = write_csv(tmp_path / "table" / "rows.csv", [{**row, "size": len(row["id"])} for row in titles(100)])
     assert app_of(table, tmp_path, target="price") == "TableData"
-    shop = tmp_path / "shop"
-    write_pictures(shop, 200)
-    write_csv(shop / "catalogue.csv", titles(200))
+    for folder, count in ((shop, 200), (small, 50)):
+        write_pictures(folder, count)
+        write_csv(folder / "catalogue.csv", titles(count))
     assert config_for(given(shop, tmp_path, "price")) is None
     assert config_for(given(tmp_path / "table", tmp_path)) is None
+    refused(r"catalogue.csv has 50 rows with images: 200 are needed at least", config_for, given(small, tmp_path))
 
 
-def test_too_few_rows_are_refused(tmp_path):
-    write_pictures(tmp_path / "shop", 50)
-    write_csv(tmp_path / "shop" / "t.csv", titles(50))
-    with pytest.raises(ValueError, match=r"t.csv has 50 rows with images: 200 are needed at least"):
-        config_for(given(tmp_path / "shop", tmp_path))
+def test_a_folder_is_checked_for_its_layout(tmp_path):
+    folder = write_products(tmp_path / "products", ["a", "b"])
+    assert prepare("fashion_products", root=folder) == folder
+    (folder / "images112.npz").unlink()
+    rule = r"holds no images112.npz: fashion_products expects products.csv"
+    refused(rule, prepare, "fashion_products", root=folder)
+    rule = r"holds no annotations/captions_train2017.json: coco_captions expects"
+    refused(rule, prepare, "coco_captions", root=folder)
+    here = {name for name in [*PAIR_DATASETS, "synthetic"] if available(name, tmp_path)}
+    assert here == {"shapes", "synthetic"}
+    with pytest.raises(DataError, match=r"fashion_products cannot be fetched: set root .* products.csv, images112.npz"):
+        prepare("fashion_products", cache_dir=tmp_path)

@@ -1,10 +1,9 @@
 """The benchmark of verdicts: its agreement by hand, its made tables, and a queue that goes on."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
+import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from benchmarks import verdict
@@ -24,18 +23,15 @@ def test_agreement_counts_questions_and_signs():
         "c": {"20": gave(("pays", 0.02), ("pays", 0.02))},  # no tenth yet
     }
     assert agreement(tasks, 20) == Agreement(whole=3, tenth=3, agreed=2, asked=4)
-    assert "Of 4 questions 20 minutes decide 3 and a tenth of them 3; of these 2 (67%)" in verdict.markdown(
-        {"tasks": {"cancer": tasks["a"], "wine": tasks["b"]}, "machine": "a machine"}, 20
-    )
+    page = verdict.markdown({"tasks": {"cancer": tasks["a"], "wine": tasks["b"]}, "machine": "a machine"}, 20)
+    assert "Of 4 questions 20 minutes decide 3 and a tenth of them 3; of these 2 (67%)" in page
 
 
 def test_made_tables_ask_what_they_say():
     wins, loses = made_wins(Folders(None)), made_loses(Folders(None))
-    label_N = wins["target"].to_numpy(zero_copy_only=False)
-    group_N = np.array(wins["group"].to_pylist())
-    assert {group: label_N[group_N == group].mean().round(2) for group in set(group_N)} == {
-        f"g{g}": 0.5 for g in range(8)
-    }
+    label_N, group_N = wins["target"].to_numpy(zero_copy_only=False), np.array(wins["group"].to_pylist())
+    shares = {group: label_N[group_N == group].mean().round(2) for group in set(group_N)}
+    assert shares == {f"g{g}": 0.5 for g in range(8)}
     # Within a group near rows have equal labels, over all rows they have not.
     x_NC = np.stack([wins[f"x{c}"].to_numpy() for c in range(6)], 1)
 
@@ -58,21 +54,17 @@ def test_the_queue_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(verdict, "NUMBERS", tmp_path / "verdict.json")
     monkeypatch.setitem(verdict.TASKS, "cancer", verdict.Task("table", lambda *_: ["t.csv"], "a table"))
     monkeypatch.setitem(verdict.TASKS, "wine", verdict.Task("table", lambda *_: None, "not there"))
-    asked = []
+    asked, stops = [], [False, True, False]
 
     def give(words, minutes, output):
-        if len(asked) == 1:
+        if stops.pop(0):
             raise RuntimeError("stopped")
         asked.append(minutes)
         return gave(("pays", 0.1), ("pays", 0.1))
 
     monkeypatch.setattr(verdict, "give_verdict", give)
-    folders = Folders(tmp_path)
-    try:
-        verdict.run_queue(["cancer", "wine"], (20.0, 2.0), folders)
-    except RuntimeError:
-        assert list(json.loads((tmp_path / "verdict.json").read_text())["tasks"]["cancer"]) == ["20"]
-    asked.append(None)  # not stopped any more
-    verdict.run_queue(["cancer", "wine"], (20.0, 2.0), folders)
-    assert asked == [20.0, None, 2.0]
-    assert list(json.loads((tmp_path / "verdict.json").read_text())["tasks"]) == ["cancer"]
+    with pytest.raises(RuntimeError, match="stopped"):
+        verdict.run_queue(["cancer", "wine"], (20.0, 2.0), Folders(tmp_path))
+    assert list(json.loads((tmp_path / "verdict.json").read_text())["tasks"]["cancer"]) == ["20"]
+    verdict.run_queue(["cancer", "wine"], (20.0, 2.0), Folders(tmp_path))
+    assert (asked, list(json.loads((tmp_path / "verdict.json").read_text())["tasks"])) == ([20.0, 2.0], ["cancer"])

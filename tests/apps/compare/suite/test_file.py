@@ -1,11 +1,11 @@
 """The suite file: what it says, and what is refused before anything is trained."""
 
-from __future__ import annotations
-
+import re
 import shlex
 
 import pytest
 import yaml
+from refusals import refused
 from small_suite import asked, read, small_suite
 
 from apps.cli import main as moesaic
@@ -18,8 +18,7 @@ def test_rows_are_models_with_their_baselines_and_then_those_of_the_board(tmp_pa
         {"name": "A", "baselines": ["dense_equal_flops"], "minutes": 3},
         {"name": "B", "overlays": ["configs/debug.yaml"], "values": {"model.moe.num_experts": 8}},
     ]
-    path = small_suite(tmp_path, models=models, minutes=2, baselines=["centroids"])
-    (board,) = Suite.read(path).boards
+    (board,) = Suite.read(small_suite(tmp_path, models=models, minutes=2, baselines=["centroids"])).boards
     own, of_own, wide, of_board = board.entries
     assert [e.name for e in board.entries] == ["A", "A: dense_equal_flops", "B", "centroids"]
     assert [e.baseline for e in board.entries] == [None, "dense_equal_flops", None, "centroids"]
@@ -29,41 +28,27 @@ def test_rows_are_models_with_their_baselines_and_then_those_of_the_board(tmp_pa
     assert wide.rest[-2:] == ("--model.moe.num_experts", "8")
     assert shlex.join(own.rest).startswith('--trainer.max_epochs 1 --model.offers \'["dense_equal_flops"')
     assert at(wide.written, ("model", "moe", "num_experts")) == 8
-    assert at(of_own.written, ("model", "moe", "num_experts")) == 4
-    assert of_board.written == own.written
+    assert (at(of_own.written, ("model", "moe", "num_experts")), of_board.written) == (4, own.written)
 
 
-def test_folders_and_figures_depend_on_what_is_trained_and_not_on_where_the_data_lie(tmp_path):
+def test_folders_depend_on_what_is_trained_and_seeds_count_up(tmp_path):
     def folder(**values):
         path = small_suite(tmp_path, models=[{"name": "A", "values": values}])
         return Suite.read(path).boards[0].entries[0].folder(tmp_path)
 
     first = folder()
-    assert first.parent == tmp_path / "points"
-    assert folder(**{"data.root": "elsewhere", "data.num_workers": 2}) == first
+    assert (first.parent, folder(**{"data.root": "elsewhere", "data.num_workers": 2})) == (tmp_path / "points", first)
     assert folder(**{"data.batch_size": 8}) != first
-
-
-def test_a_row_has_the_seeds_that_count_up_from_its_configurations(tmp_path):
     path = small_suite(tmp_path, models=[{"name": "A"}, {"name": "B", "values": {"seed_everything": 7}}])
     suite = Suite.read(path)
     assert [suite.seeds_of(entry) for entry in suite.boards[0].entries[:2]] == [(0, 1), (7, 8)]
 
 
-def test_names_as_parts_of_paths():
-    assert slug("MMoE, 4 of 64 (top-k)") == "mmoe_4_of_64_top_k"
-    assert slug("§") == "unnamed"
-
-
-def test_the_command_line_overrides_folders_and_chooses_boards(tmp_path):
-    command = read(
-        small_suite(tmp_path), "--minutes", "3", "--output", str(tmp_path / "r"), "--figures", "f", "--boards", "Points"
-    )
+def test_places_are_those_of_the_command_line_or_a_folder_of_runs(tmp_path):
+    words = ["--minutes", "3", "--output", str(tmp_path / "r"), "--figures", "f", "--boards", "Points"]
+    command = read(small_suite(tmp_path), *words)
     assert (command.minutes, command.rounds, command.suite.runs) == (3.0, 0, str(tmp_path / "r"))
     assert (command.suite.figures, command.suite.chosen) == ("f", ("Points",))
-
-
-def test_without_places_all_is_in_a_folder_of_runs(tmp_path):
     path = small_suite(tmp_path)
     suite = yaml.safe_load(path.read_text())
     for name in ("runs", "figures", "leaderboard"):
@@ -110,54 +95,38 @@ def test_a_wrong_file_is_refused_by_one_line(tmp_path, board, line, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_may_differ_is_not_refused(tmp_path):
+def test_what_may_differ_is_not_refused_and_names_are_parts_of_paths(tmp_path, capsys):
     models = [A, {**B, "values": {"data.n": 48, "data.batch_size": 8}}]
     assert len(Suite.read(small_suite(tmp_path, models=models, may_differ=["data.n"])).boards[0].models) == 2
+    assert [slug("MMoE, 4 of 64 (top-k)"), slug("§")] == ["mmoe_4_of_64_top_k", "unnamed"]
+    assert moesaic(["compare", "--suite=configs/suites/recomenders.yaml"]) == 2
+    assert "did you mean configs/suites/recommenders.yaml?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "change, line",
-    [
-        ({"sedes": 3}, "key of a suite='sedes' is not one of title, boards, about, seeds"),
-        ({"path": "x"}, "key of a suite='path' is not one of"),
-        ({"boards": []}, "a suite needs at least one board"),
-        ({"seeds": 0}, "seeds=0 must be at least 1"),
-        ({"seeds": True}, "seeds=True is not an integer"),
-        ({"title": None}, "title=None is not a text"),
-    ],
-)
+@pytest.mark.parametrize("change, line", [
+    ({"sedes": 3}, "key of a suite='sedes' is not one of title, boards, about, seeds"),
+    ({"path": "x"}, "key of a suite='path' is not one of"),
+    ({"boards": []}, "a suite needs at least one board"),
+    ({"boards": [{"name": "points", "config": "x", "models": [{"name": "A"}]}] * 2}, "two boards are called 'points'"),
+    ({"seeds": 0}, "seeds=0 must be at least 1"),
+    ({"seeds": True}, "seeds=True is not an integer"),
+    ({"title": None}, "title=None is not a text"),
+])  # fmt: skip
 def test_a_wrong_suite_is_refused(tmp_path, change, line):
     path = small_suite(tmp_path)
-    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=r"suite\.yaml: ") as refused:
-        Suite.read(path)
-    assert line in str(refused.value)
+    changed = yaml.safe_dump({**yaml.safe_load(path.read_text()), **change})
+    path.write_text(changed.replace("config: x", f"config: {tmp_path}/tiny.yaml"))
+    refused(rf"suite\.yaml: .*{re.escape(line)}", Suite.read, path)
 
 
-def test_two_boards_of_one_name_are_refused(tmp_path):
-    path = small_suite(tmp_path)
-    suite = yaml.safe_load(path.read_text())
-    path.write_text(yaml.safe_dump({**suite, "boards": [suite["boards"][0], {**suite["boards"][0], "name": "points"}]}))
-    with pytest.raises(ValueError, match="two boards are called 'points'"):
-        Suite.read(path)
-
-
-@pytest.mark.parametrize(
-    "words, line",
-    [
-        (["--boards", "Pints"], "boards='Pints' is not one of Points"),
-        (["--minutes", "-1"], "--minutes -1 must not be negative"),
-        (["--minutes", "nan"], "--minutes nan must not be negative"),
-        (["--seeds", "3"], "seeds does not exist"),
-        (["--figures", "{folder}/suite.yaml"], "suite.yaml is a file, not a folder"),
-    ],
-)
+@pytest.mark.parametrize("words, line", [
+    (["--boards", "Pints"], "boards='Pints' is not one of Points"),
+    (["--minutes", "-1"], "--minutes -1 must not be negative"),
+    (["--minutes", "nan"], "--minutes nan must not be negative"),
+    (["--seeds", "3"], "seeds does not exist"),
+    (["--figures", "{folder}/suite.yaml"], "suite.yaml is a file, not a folder"),
+])  # fmt: skip
 def test_wrong_options_are_refused(tmp_path, words, line, capsys):
     path = small_suite(tmp_path)
     assert moesaic(asked(path, *(word.replace("{folder}", str(tmp_path)) for word in words))) == 2
     assert line in capsys.readouterr().err
-
-
-def test_a_suite_that_is_not_there(capsys):
-    assert moesaic(["compare", "--suite=configs/suites/recomenders.yaml"]) == 2
-    assert "did you mean configs/suites/recommenders.yaml?" in capsys.readouterr().err

@@ -1,7 +1,5 @@
 """``moesaic compare --suite`` as a user calls it: what is finished is not done again, and what is not goes on."""
 
-from __future__ import annotations
-
 import functools
 import json
 import shutil
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from compared import CONFIG
+from filelock import FileLock
 from small_suite import asked, read, small_suite
 
 from apps.cli import main as moesaic
@@ -76,8 +75,7 @@ def measured_by(folder: Path) -> dict:
 
 
 def test_a_suite_that_is_stopped_goes_on_and_trains_each_run_once(whole, tmp_path, monkeypatch, done, capsys, suite_in):
-    path = suite_in(tmp_path)
-    real = training.Curve.on_train_batch_end
+    path, real = suite_in(tmp_path), training.Curve.on_train_batch_end
 
     def interrupted(self, trainer, *args):
         real(self, trainer, *args)
@@ -98,52 +96,36 @@ def test_a_suite_that_is_stopped_goes_on_and_trains_each_run_once(whole, tmp_pat
     assert moved.splitlines()[:8] == (whole / "board.md").read_text().splitlines()[:8]
 
 
-def test_the_figures_alone_are_enough(finished, done):
+def test_figures_or_finished_folders_alone_are_enough(finished, done):
+    expected = measured_by(finished.parent)
+    (finished.parent / "figures" / "points.json").unlink()  # killed between the two
+    assert (moesaic(asked(finished)), done, measured_by(finished.parent)) == (0, [], expected)
     before = (finished.parent / "board.md").read_text().partition("## How to repeat")[0]
     shutil.rmtree(finished.parent / "runs")
-    assert moesaic(asked(finished)) == 0
-    assert done == []
+    assert (moesaic(asked(finished)), done) == (0, [])
     assert (finished.parent / "board.md").read_text().partition("## How to repeat")[0] == before
     assert sum(path.stat().st_size for path in (finished.parent / "figures").iterdir()) < 20_000
 
 
-def test_a_run_that_is_finished_in_its_folder_alone_is_not_trained_again(finished, done):
-    expected = measured_by(finished.parent)
-    (finished.parent / "figures" / "points.json").unlink()  # killed between the two
-    assert moesaic(asked(finished)) == 0
-    assert done == []
-    assert measured_by(finished.parent) == expected
-
-
 def test_the_minutes_end_a_run_with_a_checkpoint_from_which_it_goes_on(whole, tmp_path, done, suite_in):
-    path = suite_in(tmp_path, seeds=1)
-    steps = []
-
-    class Clock:
-        """A second a step, as far as the queue can see."""
-
-        def __call__(self) -> float:
-            return float(len(steps))
-
+    path, steps = suite_in(tmp_path, seeds=1), []
     real = command._StopsInTime.on_train_batch_end
 
     def step(self, trainer, *args):
         steps.append(trainer.global_step)
         real(self, trainer, *args)
 
+    def run(minutes):
+        """Run for so long by a clock that goes on by a second a step, as far as the queue can see."""
+        return command.run_suite(read(path, "--minutes", minutes), "again", lambda: float(len(steps)))
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(command._StopsInTime, "on_train_batch_end", step)
-        work = command.run_suite(
-            read(path, "--minutes", "0.15"), "again", Clock()
-        )  # 9 s: the third step of the second run
-        assert work.is_over
-        assert steps == [*range(1, 7), 1, 2, 3]
-        assert list(rows(tmp_path)["two of four"]["runs"]) == ["0"]
+        assert run("0.15").is_over  # 9 s: the third step of the second run
+        assert (steps, list(rows(tmp_path)["two of four"]["runs"])) == ([*range(1, 7), 1, 2, 3], ["0"])
         assert rows(tmp_path)["all four"]["runs"] == {}
         steps.clear()
-        command.run_suite(
-            read(path, "--minutes", "0.04"), "again", Clock()
-        )  # 2.4 s: its last step, whose epoch is ended
+        run("0.04")  # 2.4 s: its last step, whose epoch is ended
         assert steps == [4, 5, 6]
     command.run_suite(read(path), "again")
     assert done.count(("sparse", 0)) == 4
@@ -152,8 +134,7 @@ def test_the_minutes_end_a_run_with_a_checkpoint_from_which_it_goes_on(whole, tm
 
 def test_no_minutes_write_the_leaderboard_alone(tmp_path, done, capsys, suite_in):
     path = suite_in(tmp_path, minutes=30)
-    assert moesaic(asked(path, "--minutes", "0")) == 0
-    assert done == []
+    assert (moesaic(asked(path, "--minutes", "0")), done) == (0, [])
     page = (tmp_path / "board.md").read_text()
     again = f"moesaic compare --suite {path} --boards Points (about 4.0 h)"  # 4 rows, 2 seeds of 30 minutes
     assert f"Not run. {again}" in page
@@ -178,10 +159,8 @@ def test_another_configuration_is_trained_anew_and_says_so(finished, done, capsy
 
 
 def test_more_seeds_train_those_alone(finished, done):
-    text = finished.read_text().replace("seeds: 2", "seeds: 3")
-    finished.write_text(text)
-    assert moesaic(asked(finished)) == 0
-    assert done == [("sparse", 2), ("sparse", 2), ("centroids", 2)]
+    finished.write_text(finished.read_text().replace("seeds: 2", "seeds: 3"))
+    assert (moesaic(asked(finished)), done) == (0, [("sparse", 2), ("sparse", 2), ("centroids", 2)])
     assert "| 3 of 3 |" in (finished.parent / "board.md").read_text()
 
 
@@ -192,8 +171,7 @@ def test_data_that_cannot_be_had_leave_out_their_board_alone(tmp_path, done, cap
     suite = yaml.safe_load(path.read_text())
     suite["boards"].insert(0, board)
     path.write_text(json.dumps(suite))
-    assert moesaic(asked(path)) == 0
-    assert done == [("sparse", 0)]
+    assert (moesaic(asked(path)), done) == (0, [("sparse", 0)])
     said = " ".join(capsys.readouterr().out.split())
     assert "Elsewhere is not run: the points cannot be fetched" in said
     assert "the data of some boards cannot be had; runs left: 1" in said
@@ -212,9 +190,7 @@ def test_a_training_that_diverges_is_a_result_and_the_others_go_on(tmp_path, don
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["trained", "drawn"])
-def test_the_speed_is_measured_once_a_row_with_the_first_seeds_weights_where_they_are(
-    kept, finished, done, monkeypatch
-):
+def test_the_speed_is_measured_once_a_row_with_the_first_seeds_weights(kept, finished, done, monkeypatch):
     asked_for = []
     if not kept:
         shutil.rmtree(finished.parent / "runs" / "points")
@@ -235,72 +211,51 @@ def test_the_speed_is_measured_once_a_row_with_the_first_seeds_weights_where_the
 
 
 def test_rows_of_a_board_have_as_many_test_examples(tmp_path, monkeypatch, capsys, suite_in):
-    path = suite_in(tmp_path)
-    numbers = iter([48, 47])
+    path, numbers = suite_in(tmp_path), iter([48, 47])
     real = command._facts
     monkeypatch.setattr(command, "_facts", lambda *a: {**real(*a), "test_examples": next(numbers)})
     assert moesaic(asked(path)) == 1
     assert "'all four' has 47 test examples, and 'two of four' has 48: the rows of a board" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "board, line",
-    [
-        ({"metrics": ["top1", "top3"]}, "board 'Points': 'two of four' tests no 'top3'; it has"),
-        ({"baselines": ["forest"]}, "Points: forest: baseline 'forest' is unknown: the module has dense_equal_flops"),
-        ({"values": {"model.wide": 3}}, "model.wide"),
-    ],
-    ids=["metric", "baseline", "option"],
-)
+@pytest.mark.parametrize("board, line", [
+    ({"metrics": ["top1", "top3"]}, "board 'Points': 'two of four' tests no 'top3'; it has"),
+    ({"baselines": ["forest"]}, "Points: forest: baseline 'forest' is unknown: the module has dense_equal_flops"),
+    ({"values": {"model.wide": 3}}, "model.wide"),
+], ids=["metric", "baseline", "option"])  # fmt: skip
 def test_what_only_the_model_knows_is_refused_by_one_line(tmp_path, board, line, capsys, suite_in):
     assert moesaic(asked(suite_in(tmp_path, **board))) in (1, 2)
     (said,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
     assert line in said
 
 
-@pytest.mark.parametrize(
-    "broken, line",
-    [
-        ("figures/points.json", "points.json is not a JSON file"),
-        ("runs/points/*/units/sparse/final-lr0.01-seed0/result.json", "result.json is not a JSON file"),
-    ],
-)
-def test_a_file_that_is_no_json_is_named(finished, broken, line, capsys):
+@pytest.mark.parametrize("broken, content, line", [
+    ("figures/points.json", '{"rows": ', "points.json is not a JSON file"),
+    ("figures/points.json", '{"rows": {"two of four": 3}}', "points.json holds no figures of a suite: delete it"),
+    ("runs/points/*/units/sparse/final-lr0.01-seed0/result.json", "{", "result.json is not a JSON file"),
+])  # fmt: skip
+def test_a_file_that_is_no_json_is_named(finished, broken, content, line, capsys):
     (path, *_) = finished.parent.glob(broken)
     if path.name == "result.json":
         (finished.parent / "figures" / "points.json").unlink()
-    path.write_text('{"rows": ')
+    path.write_text(content)
     assert moesaic(asked(finished)) == 1
     assert line in capsys.readouterr().err
 
 
-def test_figures_that_are_none_are_named(finished, capsys):
-    (finished.parent / "figures" / "points.json").write_text('{"rows": {"two of four": 3}}')
-    assert moesaic(asked(finished)) == 1
-    assert "points.json holds no figures of a suite: delete it" in capsys.readouterr().err
+def test_another_process_at_work_is_refused(finished, capsys):
+    with FileLock(finished.parent / "runs" / ".lock"):
+        assert moesaic(asked(finished)) == 1
+    assert "another suite is at work in" in capsys.readouterr().err
 
 
 def test_a_half_written_folder_goes_on(finished, done):
     """A kill leaves a plan without units, and a temporary file beside a checkpoint."""
+    expected = measured_by(finished.parent)["two of four"]["0"]
     (finished.parent / "figures" / "points.json").unlink()
-    expected = json.loads(
-        next((finished.parent / "runs").glob("points/two_of_four-*/units/sparse/*0/result.json")).read_text()
-    )
-    for folder in (finished.parent / "runs" / "points").iterdir():
-        if folder.name.startswith("two_of_four"):
-            shutil.rmtree(folder / "units" / "sparse" / "final-lr0.01-seed0")
-            (folder / "units" / "sparse" / "final-lr0.01-seed0").mkdir()
-            (folder / "units" / "sparse" / "final-lr0.01-seed0" / ".last.ckpt.tmp").write_bytes(b"half")
-    assert moesaic(asked(finished)) == 0
-    assert done == [("sparse", 0)]
-    assert rows(finished.parent)["two of four"]["runs"]["0"]["test"]["top1"] == pytest.approx(
-        expected["test"]["test/top1"]
-    )
-
-
-def test_another_process_at_work_is_refused(finished, capsys):
-    from filelock import FileLock
-
-    with FileLock(finished.parent / "runs" / ".lock"):
-        assert moesaic(asked(finished)) == 1
-    assert "another suite is at work in" in capsys.readouterr().err
+    (unit,) = (finished.parent / "runs").glob("points/two_of_four-*/units/sparse/final-lr0.01-seed0")
+    shutil.rmtree(unit)
+    unit.mkdir()
+    (unit / ".last.ckpt.tmp").write_bytes(b"half")
+    assert (moesaic(asked(finished)), done) == (0, [("sparse", 0)])
+    assert measured_by(finished.parent)["two of four"]["0"] == expected

@@ -1,21 +1,22 @@
-"""A captioner that left the suite: ``predict --onnx`` and the script of docs/reference/onnx_scripts.md."""
-
-from __future__ import annotations
+"""A captioner that is converted or leaves the suite: upcycling, ``predict --onnx`` and the documented script."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from captioned import COLOURS, SIDE, captioner
+from captioned import COLOURS, SIDE, TEXTS, captioner, images, pairs
 from converted import write_run
 from doc_scripts import output, script
 from PIL import Image
+from torch.testing import assert_close
 from torch_graphs import folder_of, output_in_torch
 
+import core
 from apps.cli import main
 from apps.multimodal.captions.task import TASK
 from apps.nlp.decode import DecodeConfig
+from apps.train.checkpoint.loading import load
 
 CAPTION = script("docs/reference/onnx_scripts.md", "python caption.py")
 SEARCH = DecodeConfig("greedy", max_length_ratio=1.0, max_length_extra=0, min_new_tokens=2)
@@ -60,3 +61,19 @@ def test_captions_of_predict_and_of_the_script_are_those_of_the_checkpoint(modul
     written = [json.loads(line)["caption"] for line in file.read_text().splitlines()]
     assert written == module.predict(pictures)
     assert [output(CAPTION, str(exported), picture) for picture in pictures] == written
+
+
+@pytest.mark.slow
+def test_an_upcycled_captioner_begins_as_the_dense_one(tmp_path):
+    dense, batch = captioner(moe=None), pairs(*zip(COLOURS, TEXTS, strict=True))
+    write_run(tmp_path / "dense", dense, {"class_path": "ImageTextData", "init_args": {}})
+    moe = "{num_experts: 4, router: {class_path: core.TokenChoice, init_args: {top_k: 2}}}"
+    (tmp_path / "moe.yaml").write_text(f"model: {{init_args: {{moe: {moe}}}}}")
+    argv = ["convert", "upcycle", "--ckpt_path", str(tmp_path / "dense"), "--moe", str(tmp_path / "moe.yaml")]
+    assert main([*argv, "--output", str(tmp_path / "sparse")]) == 0
+    sparse, image = load(tmp_path / "sparse"), images("red", "blue")
+    assert list(core.moe_layers(sparse)) == ["model.decoder.layers.1.ffn"]
+    assert sparse.moe.expert == core.FFN(16, activation="relu", bias=True)  # as the dense network
+    sparse.eval(), dense.eval()
+    assert_close(sparse(batch.image, batch.text_BL), dense(batch.image, batch.text_BL))
+    assert sparse.hypotheses_of(image, sparse.decode).ids == dense.hypotheses_of(image, dense.decode).ids

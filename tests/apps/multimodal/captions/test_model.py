@@ -1,11 +1,10 @@
 """The captioning model: its parts, step by step against the whole text, and its searches against slow loops."""
 
-from __future__ import annotations
-
 import naive_search as naive
 import pytest
 import torch
 from captioned import DECODER, MOE, SIDE, VIT
+from refusals import refused
 from torch.testing import assert_close
 
 import core
@@ -15,11 +14,7 @@ from apps.nets.config import TransformerConfig
 from apps.nlp.decode import DecodeConfig, caption_ids, in_dtype
 
 VOCAB = 30
-ROUTERS = {
-    "hard": core.TokenChoice(top_k=2),
-    "soft": core.Dense(),
-    "hash": core.Hash(vocab_size=64, top_k=2),
-}
+ROUTERS = {"hard": core.TokenChoice(top_k=2), "soft": core.Dense(), "hash": core.Hash(vocab_size=64, top_k=2)}
 
 
 def build(router=ROUTERS["hard"], **changed):
@@ -40,32 +35,32 @@ def texts(count, length):
     return ids
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("positions", ["sinusoidal", "rotary", "learned"])
+@pytest.mark.parametrize("router, positions", zip(ROUTERS, ["sinusoidal", "rotary", "learned"], strict=True))
 def test_steps_are_those_of_the_whole_text(router, positions):
     config = TransformerConfig("nano", dim=16, hidden_dim=16, num_heads=2, positions=positions)
     model, image, text_BL = build(ROUTERS[router], config=config), images(3), texts(3, 6)
-    whole_BLV = model(image, text_BL)
-    cache = model.start(model.encode(image))
+    whole_BLV, cache = model(image, text_BL), model.start(model.encode(image))
     steps = [model.step(text_BL[:, place], cache) for place in range(6)]
     assert_close(torch.stack(steps, 1), whole_BLV)
 
 
-def test_a_later_word_changes_no_earlier_one_and_the_image_all_of_them():
+def test_later_words_change_no_earlier_one_and_attention_to_the_image_sums_to_one():
     model, image, text_BL = build(), images(1), texts(1, 5)
-    logits_BLV = model(image, text_BL)
-    later = text_BL.clone()
+    logits_BLV, later = model(image, text_BL), text_BL.clone()
     later[0, 3] = 4 + (later[0, 3] - 3) % (VOCAB - 4)
     assert_close(model(image, later)[:, :3], logits_BLV[:, :3], rtol=0, atol=0)
     assert (model(images(1, seed=2), text_BL) - logits_BLV).abs().amax(-1).min() > 1e-6
+    model = build()
+    weights = model.attention_to(model.encode(images(2)), texts(2, 3))
+    assert weights.shape == (2, 2, 2, 3, 5)  # layers, images, heads, words, a class token and 4 patches
+    assert_close(weights.sum(-1), torch.ones(2, 2, 2, 3, dtype=torch.float64))
 
 
+SHORT = {"max_length_ratio": 0.5, "max_length_extra": 2}
 SEARCHES = {
     "greedy": DecodeConfig("greedy", max_length_ratio=1.0, max_length_extra=0),
     "beam": DecodeConfig(num_beams=3, num_return_sequences=3, max_length_ratio=1.0, max_length_extra=1),
-    "sample": DecodeConfig(
-        "sample", num_return_sequences=2, top_k=7, temperature=1.5, max_length_ratio=0.5, max_length_extra=2
-    ),
+    "sample": DecodeConfig("sample", num_return_sequences=2, top_k=7, temperature=1.5, **SHORT),
 }
 
 
@@ -85,14 +80,10 @@ def test_searches_are_those_of_slow_loops(name):
 def test_a_search_in_bfloat16_is_that_of_the_copy():
     model = build().float()
     config = DecodeConfig(num_beams=2, dtype="bfloat16", max_length_ratio=1.0, max_length_extra=0)
-    copy = in_dtype(model, "bfloat16")
-    found = caption_ids(model, images(2).float(), config, 5)
+    copy, found = in_dtype(model, "bfloat16"), caption_ids(model, images(2).float(), config, 5)
     assert found.ids == caption_ids(copy, images(2).bfloat16(), config, 5).ids
     assert next(model.parameters()).dtype == torch.float32
-
-
-def test_an_empty_batch_has_no_captions():
-    assert caption_ids(build(), images(0), DecodeConfig(), 5).ids == []
+    assert caption_ids(build(), images(0), DecodeConfig(), 5).ids == []  # an empty batch
 
 
 def test_the_experts_are_where_they_are_said_to_be():
@@ -101,9 +92,7 @@ def test_the_experts_are_where_they_are_said_to_be():
     dense = build(ffn=core.DenseFFN(24), decoder_moe_blocks=[1])
     assert dense.decoder.layers[1].ffn.w_in.out_features == dense.encoder.blocks[1].mlp.fc1.out_features == 24
     assert dense.decoder.layers[0].ffn.w_in.out_features == DECODER.shape.hidden_dim
-
-
-def test_a_list_of_experts_begins_with_the_encoders():
+    # A list begins with the encoder's.
     layers = [core.MoEConfig(n, core.TokenChoice(1), core.FFN(8)) for n in (2, 3, 4)]
     model = build(ffn=layers)
     assert model.encoder.blocks[1].mlp.num_experts == 2
@@ -123,26 +112,15 @@ def test_the_memory_is_normed_whatever_the_encoder_pools():
     assert_close(x_BSD.mean(-1), torch.zeros(2, 4, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-def test_attention_to_the_image_sums_to_one():
-    model = build()
-    weights = model.attention_to(model.encode(images(2)), texts(2, 3))
-    assert weights.shape == (2, 2, 2, 3, 5)  # layers, images, heads, words, a class token and 4 patches
-    assert_close(weights.sum(-1), torch.ones(2, 2, 2, 3, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        ({"vocab": 1}, "vocab=1 must be at least 2"),
-        ({"encoder_moe_blocks": "none", "decoder_moe_blocks": "none"}, "name no block: leave moe out"),
-        ({"decoder_moe_blocks": "last9"}, r"decoder_moe_blocks='last9' does not fit depth=2"),
-        ({"config": TransformerConfig("nano")}, "vit has dim 16 and transformer 64"),
-        ({"ffn": core.MoEConfig(4, core.TokenChoice(1), core.AttentionExperts(4, 1))}, "which is no FFN"),
-        ({"ffn": [MOE]}, r"moe lists 1 layers for 3 sparse blocks, \[1\] and \[0, 1\]"),
-    ],
-)
+@pytest.mark.parametrize("changed, message", [
+    ({"vocab": 1}, "vocab=1 must be at least 2"),
+    ({"encoder_moe_blocks": "none", "decoder_moe_blocks": "none"}, "name no block: leave moe out"),
+    ({"decoder_moe_blocks": "last9"}, r"decoder_moe_blocks='last9' does not fit depth=2"),
+    ({"config": TransformerConfig("nano")}, "vit has dim 16 and transformer 64"),
+    ({"ffn": core.MoEConfig(4, core.TokenChoice(1), core.AttentionExperts(4, 1))}, "which is no FFN"),
+    ({"ffn": [MOE]}, r"moe lists 1 layers for 3 sparse blocks, \[1\] and \[0, 1\]"),
+])  # fmt: skip
 def test_bad_combinations(changed, message):
     arguments = {"vocab": VOCAB, "ffn": MOE, "encoder_moe_blocks": "last1", "decoder_moe_blocks": "all", **changed}
     config = arguments.pop("config", DECODER)
-    with pytest.raises(ValueError, match=message):
-        CaptionModel(VIT, config, image_size=SIDE, in_chans=3, **arguments)
+    refused(message, CaptionModel, VIT, config, image_size=SIDE, in_chans=3, **arguments)

@@ -1,21 +1,29 @@
-"""Splits that share neither an image nor a caption."""
-
-from __future__ import annotations
+"""Splits that share neither an image nor a caption, and the pairs that are drawn."""
 
 import numpy as np
 import pytest
+import torch
+from refusals import refused
 
 from apps.data.splits import hold_out
+from apps.multimodal.pairs.shapes import ATTRIBUTES, COLOURS, PLACES, SIZES, read_shapes
 from apps.multimodal.pairs.splits import groups_of, num_trained, split_images
 
 
-def test_images_belong_together_by_way_of_others():
+def test_images_belong_together_by_way_of_others_and_by_their_file(tmp_path):
     # 0 and 1 share "a"; 1 and 2 share "B c", in other letters and spaces; 3 stands alone
     group_I = groups_of(np.array([0, 1, 1, 2, 3]), ["a", "a", "B  c", "b C", "d"], 4)
     assert group_I[0] == group_I[1] == group_I[2] != group_I[3]
+    (tmp_path / "0.png").touch()
+    (tmp_path / "1.png").symlink_to(tmp_path / "0.png")
+    files, texts = [tmp_path / f"{i % 2}.png" for i in range(6)], [f"title {i}" for i in range(14)]
+    files += [tmp_path / f"other {i}.png" for i in range(8)]
+    for seed in range(5):
+        splits = split_images([None] * 14, np.arange(14), texts, {"test": 3, "val": 0}, seed, files)
+        assert len(set(splits[:6])) == 1
 
 
-def test_a_group_goes_into_one_set_and_no_set_is_too_large():
+def test_a_group_goes_into_one_set_and_no_caption_is_in_two_splits():
     group_I = np.array([0, 0, 0, 1, 1, 2, 3, 4, 5, 6])
     for seed in range(20):
         first, second = hold_out(group_I, [2, 3], seed)
@@ -25,9 +33,6 @@ def test_a_group_goes_into_one_set_and_no_set_is_too_large():
         for chosen in (first, second):  # whole groups
             assert set(np.flatnonzero(np.isin(group_I, group_I[chosen])).tolist()) == set(chosen.tolist())
         assert [x.tolist() for x in hold_out(group_I, [2, 3], seed)] == [first.tolist(), second.tolist()]
-
-
-def test_eight_tenths_train_and_no_caption_is_in_two_splits():
     image_N = np.repeat(np.arange(500), 2)
     texts = [f"title {n % 190}" if n % 2 else f"own {n}" for n in range(1000)]
     splits = split_images([None] * 500, image_N, texts, {"test": 0.1, "val": 0.1}, seed=3)
@@ -38,18 +43,7 @@ def test_eight_tenths_train_and_no_caption_is_in_two_splits():
     own = {split: {t for t, s in zip(texts, splits[image_N], strict=True) if s == split} for split in set(splits)}
     assert not own["train"] & own["test"] | own["train"] & own["val"] | own["val"] & own["test"]
     assert num_trained(texts, splits[image_N], "test") == 0
-    again = split_images([None] * 500, image_N, texts, {"test": 0.1, "val": 0.1}, seed=4)
-    assert (splits != again).any()
-
-
-def test_images_of_one_file_stay_together(tmp_path):
-    (tmp_path / "0.png").touch()
-    (tmp_path / "1.png").symlink_to(tmp_path / "0.png")
-    files, texts = [tmp_path / f"{i % 2}.png" for i in range(6)], [f"title {i}" for i in range(14)]
-    files += [tmp_path / f"other {i}.png" for i in range(8)]
-    for seed in range(5):
-        splits = split_images([None] * 14, np.arange(14), texts, {"test": 3, "val": 0}, seed, files)
-        assert len(set(splits[:6])) == 1
+    assert (splits != split_images([None] * 500, image_N, texts, {"test": 0.1, "val": 0.1}, seed=4)).any()
 
 
 def test_the_files_own_splits_stay_and_an_image_without_captions_is_in_none():
@@ -57,20 +51,47 @@ def test_the_files_own_splits_stay_and_an_image_without_captions_is_in_none():
     splits = split_images(["train", "test", "train", "train"], np.array([0, 1, 3]), ["a", "a", "b"], {
         "test": None, "val": 1,
     }, seed=0)  # fmt: skip
-    assert splits[1] == "test"
-    assert splits[2] == ""
-    assert sorted(splits[[0, 3]].tolist()) == ["train", "val"]
+    assert (splits[1], splits[2], sorted(splits[[0, 3]].tolist())) == ("test", "", ["train", "val"])
     assert num_trained(["a", "A "], np.array(["train", "test"]), "test") == 1
 
 
-@pytest.mark.parametrize(
-    "split_I, texts, sizes, message",
-    [
-        (["test", "train"], ["a", "b"], {"test": 1, "val": 0}, "test_size=1: the files have test images of their own"),
-        ([None] * 3, ["a", "b", "c"], {"test": 2, "val": 1}, "test_size=2 and val_size=1 leave none of the 3 images"),
-        ([None] * 4, ["a"] * 4, {"test": 1, "val": 1}, "none fit into test, .* in common stay together, and up to 4"),
-    ],
-)
+@pytest.mark.parametrize("split_I, texts, sizes, message", [
+    (["test", "train"], ["a", "b"], {"test": 1, "val": 0}, "test_size=1: the files have test images of their own"),
+    ([None] * 3, ["a", "b", "c"], {"test": 2, "val": 1}, "test_size=2 and val_size=1 leave none of the 3 images"),
+    ([None] * 4, ["a"] * 4, {"test": 1, "val": 1}, "none fit into test, .* in common stay together, and up to 4"),
+])  # fmt: skip
 def test_sizes_that_cannot_be(split_I, texts, sizes, message):
-    with pytest.raises(ValueError, match=message):
-        split_images(split_I, np.arange(len(texts)), texts, sizes, seed=0)
+    refused(message, split_images, split_I, np.arange(len(texts)), texts, sizes, seed=0)
+
+
+PAIRS = read_shapes()
+
+
+def test_every_sentence_names_every_label_and_every_class_is_in_every_split():
+    rows = list(zip(*PAIRS.labels.values(), strict=True))
+    assert len(rows) == len(set(rows)) == len(PAIRS.texts) == 2500
+    for text, row in zip(PAIRS.texts, rows, strict=True):
+        words = text.replace(",", "").replace(":", "").split()
+        assert set(row) <= set(words), text
+    assert {split: PAIRS.split.count(split) for split in SIZES} == SIZES
+    for split in SIZES:
+        for name, classes in ATTRIBUTES.items():
+            labels = {v for v, own in zip(PAIRS.labels[name], PAIRS.split, strict=True) if own == split}
+            assert labels == set(classes)
+
+
+def test_the_colour_and_the_place_are_in_the_picture_which_is_the_same_again():
+    pixels = PAIRS.images.pixels.float()
+    for n in range(0, 2500, 25):
+        if PAIRS.labels["texture"][n] != "plain" or PAIRS.labels["shape"][n] == "ring":
+            continue
+        paint = torch.tensor(COLOURS[PAIRS.labels["colour"][n]])[:, None, None]
+        is_paint = (pixels[n] - paint).abs().amax(0) < 30
+        rows, columns = is_paint.nonzero().float().mean(0)
+        x, y = PLACES[PAIRS.labels["place"][n]]
+        # the center of gravity lies near the place: 15.5 is the middle
+        assert max(abs(columns - 15.5 - x), abs(rows - 15.5 - y)) < 3.5, n
+    again = read_shapes(["shape"])
+    assert torch.equal(again.images.pixels, PAIRS.images.pixels)
+    assert (again.texts, again.labels) == (PAIRS.texts, {"shape": PAIRS.labels["shape"]})
+    refused(r"attributes='shap' is not one of .*; did you mean 'shape'", read_shapes, ["shap"])

@@ -1,7 +1,5 @@
 """Metrics of images with texts: by hand, against a slow loop and scikit-learn, and the same on two ranks as on one."""
 
-from __future__ import annotations
-
 import math
 import statistics
 
@@ -33,42 +31,26 @@ def test_ranks_by_hand():
     scores = torch.tensor([[0.9, 0.8, 0.1], [0.6, 0.5, 0.4], [0.7, 0.3, 0.2]])
     # Columns: text 0 ranks 0.9 first of (0.9, 0.6, 0.7); text 1: 0.5 second behind 0.8; text 2: 0.2 second behind 0.4.
     values = retrieval(torch.eye(3), scores.T, torch.tensor([10, 11, 12]), torch.tensor([5, 6, 7]))
-    assert values == pytest.approx(
-        {
-            "image_to_text_recall_1": 1 / 3,
-            "image_to_text_recall_2": 2 / 3,
-            "image_to_text_recall_5": 1.0,
-            "text_to_image_recall_1": 1 / 3,
-            "text_to_image_recall_2": 1.0,
-            "text_to_image_recall_5": 1.0,
-            "recall_1": 1 / 3,
-            "recall_2": 5 / 6,
-            "recall_5": 1.0,
-            "image_to_text_median_rank": 2.0,
-            "text_to_image_median_rank": 2.0,
-        }
-    )
+    medians = {"image_to_text_median_rank": 2.0, "text_to_image_median_rank": 2.0}
+    recalls = {"image_to_text": (1 / 3, 2 / 3, 1), "text_to_image": (1 / 3, 1, 1), "": (1 / 3, 5 / 6, 1)}
+    each = {f"{way}_recall_{k}".lstrip("_"): own[i] for way, own in recalls.items() for i, k in enumerate((1, 2, 5))}
+    assert values == pytest.approx(each | medians)
 
 
-def test_texts_of_one_image_do_not_stand_in_each_others_way():
+def test_an_image_of_many_texts_and_a_text_of_many_images_are_one():
     # Image 0 has the texts 0, 1 and 2, with products 0.3, 0.8, 0.9; text 3, of image 1, has 0.5 with image 0.
     image_PD = torch.eye(2)[[0, 0, 0, 1]]
     text_PD = torch.tensor([[0.3, 0.0], [0.8, 0.0], [0.9, 0.0], [0.5, 0.4]])
     values = retrieval(image_PD, text_PD, torch.tensor([0, 0, 0, 1]), torch.arange(4), ks=(1, 2))
     assert values["image_to_text_recall_1"] == 1.0  # image 1 has 0.4 with its own text, 0 with the others
     # Texts 0, 1 and 2 rank image 0 first; text 3 has 0.5 with image 0 and 0.4 with its own: rank 2.
-    assert values["text_to_image_recall_1"] == 3 / 4
-    assert values["recall_1"] == 7 / 8
-
-
-def test_a_text_of_several_images_is_one_text():
+    assert (values["text_to_image_recall_1"], values["recall_1"]) == (3 / 4, 7 / 8)
     # Text 0 belongs to images 0 and 1; it is one candidate, and right for both. Its rank is that of the better image.
     image_PD = torch.tensor([[1.0, 0.0], [0.2, 0.0], [0.9, 0.1]])
     text_PD = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     values = retrieval(image_PD, text_PD, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), ks=(1,))
     # Image 2 has 0.9 with text 0 and 0.1 with its own; both texts have their image first.
-    assert values["image_to_text_recall_1"] == pytest.approx(2 / 3)
-    assert values["text_to_image_recall_1"] == 1.0
+    assert (values["image_to_text_recall_1"], values["text_to_image_recall_1"]) == (pytest.approx(2 / 3), 1.0)
 
 
 def slow_ranks(scores: list[list[float]], right: list[set[int]]) -> list[int]:
@@ -93,46 +75,32 @@ def test_equal_to_a_loop(monkeypatch, chunk):
     scores = [[float(image_ND[i] @ text_ND[c]) for c in texts] for i in images]
     of_image = [{texts.index(c) for j, c in pairs if j == i} for i in images]
     of_text = [{images.index(i) for i, d in pairs if d == c} for c in texts]
-    by_way = {
-        "image_to_text": slow_ranks(scores, of_image),
-        "text_to_image": slow_ranks([list(column) for column in zip(*scores, strict=True)], of_text),
-    }
+    columns = [list(column) for column in zip(*scores, strict=True)]
+    by_way = {"image_to_text": slow_ranks(scores, of_image), "text_to_image": slow_ranks(columns, of_text)}
     for way, ranks in by_way.items():
         assert values[f"{way}_median_rank"] == statistics.median(ranks)
         for k in (1, 2, 5):
             assert values[f"{way}_recall_{k}"] == pytest.approx(sum(r <= k for r in ranks) / len(ranks))
 
 
-@pytest.mark.parametrize("value", [1.0, math.nan])
-def test_a_model_that_says_the_same_of_everything_comes_last(value):
-    same = torch.full((50, 4), value)
-    values = retrieval(same, same, torch.arange(50), torch.arange(50), ks=(1, 10))
-    assert values["recall_10"] == 0.0
-    assert values["image_to_text_median_rank"] == values["text_to_image_median_rank"] == 50.0
-
-
-def test_random_vectors_are_at_chance():
-    image_PD, text_PD = torch.randn(2, 1000, 8, generator=torch.Generator().manual_seed(0))
-    values = retrieval(image_PD, text_PD, torch.arange(1000), torch.arange(1000), ks=(10,))
-    # 10 of 1000, twice 1000 queries: 20 hits are expected, and their deviation is below 5.
-    assert values["recall_10"] == pytest.approx(0.01, abs=0.01)
-    assert values["image_to_text_median_rank"] == pytest.approx(500, abs=60)
-
-
-def test_no_pair_has_no_value():
+def test_no_pair_has_no_value_and_a_model_that_says_the_same_of_everything_comes_last():
     with pytest.warns(UserWarning, match="before the ``update`` method"):
         values = values_of(RetrievalMetrics())
     assert set(values) == set(retrieval(torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3), ks=(1, 5, 10)))
     assert all(math.isnan(value) for value in values.values())
+    for value in (1.0, math.nan):
+        same = torch.full((50, 4), value)
+        values = retrieval(same, same, torch.arange(50), torch.arange(50), ks=(1, 10))
+        assert values["recall_10"] == 0.0
+        assert values["image_to_text_median_rank"] == values["text_to_image_median_rank"] == 50.0
 
 
-def test_macro_f1_by_hand():
+def test_macro_f1_by_hand_and_as_scikit_learn_has_it_of_each_image_once():
     # Classes of the first attribute: 0 0 1 1, and answers 0 1 1 1: F1 of 0 is 2/3, of 1 is 4/5. Class 2 never comes and
     # is left out. The last example is of no known class.
     metric = AttributeMetrics({"colour": 3, "size": 2})
     colour, size = torch.eye(3)[[0, 1, 1, 1, 2]], torch.eye(2)[[0, 1, 0, 1, 0]]
-    label_BA = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 0], [-1, -1]])
-    image_B = torch.arange(5)
+    label_BA, image_B = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 0], [-1, -1]]), torch.arange(5)
     metric.update(image_B[:3], [colour[:3], size[:3]], label_BA[:3])
     metric.update(image_B[3:], [colour[3:], size[3:]], label_BA[3:])
     values = values_of(metric)
@@ -143,9 +111,6 @@ def test_macro_f1_by_hand():
     metric.reset()
     metric.update(image_B[4:], [colour[4:], size[4:]], label_BA[4:])
     assert all(math.isnan(value) for value in values_of(metric).values())
-
-
-def test_an_image_of_many_pairs_is_classified_once():
     # Image 0 is right in four pairs of two batches, image 1 is wrong in one: half of the images. Class 0 has two
     # answers and one image, F1 2/3; class 1 has 0.
     metric = AttributeMetrics({"colour": 2})
@@ -154,9 +119,6 @@ def test_an_image_of_many_pairs_is_classified_once():
         metric.update(image_B, [torch.eye(2)[[0] * len(images)]], image_B[:, None])
     values = values_of(metric)
     assert (values["accuracy_colour"], values["macro_f1"]) == pytest.approx((1 / 2, 1 / 3))
-
-
-def test_macro_f1_is_that_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     logits, label_B = torch.randn(40, 30, generator=generator), torch.randint(30, (40,), generator=generator)
     metric = AttributeMetrics({"type": 30})
@@ -193,24 +155,16 @@ def of_rank(rank: int) -> dict[str, dict[str, float]]:
     return values
 
 
-def test_two_ranks_are_one(tmp_path):
+def test_two_ranks_are_one_and_a_metric_starts_anew(tmp_path):
     first, second = on_two_ranks(of_rank, tmp_path)
-    metric = PairMetrics((1, 3), {"colour": 3})
+    metric = PairMetrics((1, 3), {"colour": 3}).clone()
+    metric.update(*made_batches()[1])
+    early = values_of(metric)
+    metric.reset()
     for batch in made_batches():
         metric.update(*batch)
     want = values_of(metric)
     assert first == second
-    assert first["shared"] == pytest.approx(want, abs=1e-12)
-    assert first["alone"] == pytest.approx(want, abs=1e-12)
+    assert early != want
+    assert (first["shared"], first["alone"]) == (pytest.approx(want, abs=1e-12), pytest.approx(want, abs=1e-12))
     assert {"recall_1", "image_to_text_median_rank", "macro_f1", "accuracy_colour"} <= set(want)
-
-
-def test_a_metric_starts_anew_and_can_be_copied():
-    metric = PairMetrics((1,), {"colour": 3}).clone()
-    metric.update(*made_batches()[0])
-    want = values_of(metric)
-    metric.update(*made_batches()[1])
-    assert values_of(metric) != want
-    metric.reset()
-    metric.update(*made_batches()[0])
-    assert values_of(metric) == want

@@ -1,13 +1,12 @@
 """The losses of pairs by hand and by loops, what equal pairs are to each other, and several ranks against one."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from small_pairs import pair_batch, retriever
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -27,15 +26,12 @@ def vectors(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return tuple(F.normalize(torch.randn(rows, 6, generator=generator), dim=-1) for _ in range(2))  # type: ignore[return-value]
 
 
-def test_the_softmax_by_hand():
+def test_softmax_and_sigmoid_by_hand():
     # Products [[1, 0.6], [0, 0.8]] over 0.5 are [[2, 1.2], [0, 1.6]].
     loss = SoftmaxLoss(temperature=0.5).build()(IMAGES, TEXTS, DIFFERENT, DIFFERENT)
     image_to_text = math.log(1 + math.exp(1.2 - 2)) + math.log(1 + math.exp(0 - 1.6))
     text_to_image = math.log(1 + math.exp(0 - 2)) + math.log(1 + math.exp(1.2 - 1.6))
     assert float(loss) == pytest.approx((image_to_text / 2 + text_to_image / 2) / 2, rel=1e-6)
-
-
-def test_the_sigmoid_by_hand():
     # Scores [[2, 1.2], [0, 1.6]] - 1: the diagonal is right, the rest wrong; over the 2 images.
     loss = SigmoidLoss(temperature=0.5, bias=-1.0).build()(IMAGES, TEXTS, DIFFERENT, DIFFERENT)
     each = [math.log(1 + math.exp(-z)) for z in (1.0, 0.6)] + [math.log(1 + math.exp(z)) for z in (0.2, -1.0)]
@@ -86,9 +82,8 @@ def test_pairs_of_equal_texts_or_images_against_loops(equal):
 def test_a_text_that_all_images_have_teaches_nothing_where_equal_pairs_are_ignored():
     image_BD, text_BD = vectors(3)
     image_BD.requires_grad_()
-    loss = SoftmaxLoss().build()(
-        image_BD, text_BD[:1].expand(3, -1), torch.arange(3), torch.zeros(3, dtype=torch.int64)
-    )
+    one_B = torch.zeros(3, dtype=torch.int64)
+    loss = SoftmaxLoss().build()(image_BD, text_BD[:1].expand(3, -1), torch.arange(3), one_B)
     loss.backward()
     assert float(loss) == 0.0
     assert not image_BD.grad.any()
@@ -104,7 +99,19 @@ def test_scores_are_float32_whatever_the_precision_of_the_network(config):
     assert_close(got, expected, rtol=0, atol=0)
 
 
-def test_the_temperature_stays_above_its_bound_and_can_leave_it():
+def test_what_learns_and_within_which_bound():
+    assert dict(SoftmaxLoss(learn_temperature=False).build().named_parameters()) == {}
+    assert float(SoftmaxLoss().build().temperature) == pytest.approx(0.07)
+    sigmoid = dict(SigmoidLoss().build().named_parameters())
+    assert {name: round(float(p), 4) for name, p in sigmoid.items()} == {"log_scale": 2.3026, "bias": -10.0}
+    refused(r"temperature=0.001 must be at least 0.01", SoftmaxLoss, temperature=0.001)
+    # Those of a checkpoint replace them, but for a temperature that is not learned.
+    loss = SoftmaxLoss(0.5, learn_temperature=False).build()
+    loss.begin(2.5, None)
+    assert loss.temperature.item() == pytest.approx(0.5)
+    loss = SigmoidLoss().build()
+    loss.begin(9.0, -3.0)
+    assert (loss.temperature.item(), loss.bias.item()) == (pytest.approx(0.01), -3.0)  # the bound
     loss = SoftmaxLoss(temperature=0.011).build()
     step = torch.optim.SGD(loss.parameters(), lr=1e3)
     image_BD, _ = vectors(4)
@@ -120,27 +127,18 @@ def test_the_temperature_stays_above_its_bound_and_can_leave_it():
     assert float(loss.log_scale.grad) > 0  # wrong answers ask for a higher temperature, also at the bound
 
 
-def test_what_learns_and_where_it_begins():
-    assert dict(SoftmaxLoss(learn_temperature=False).build().named_parameters()) == {}
-    assert float(SoftmaxLoss().build().temperature) == pytest.approx(0.07)
-    sigmoid = dict(SigmoidLoss().build().named_parameters())
-    assert {name: round(float(p), 4) for name, p in sigmoid.items()} == {"log_scale": 2.3026, "bias": -10.0}
-
-
-def test_bad_options():
-    with pytest.raises(ValueError, match=r"temperature=0.001 must be at least 0.01"):
-        SoftmaxLoss(temperature=0.001)
-
-
-def test_the_attributes_loss_is_a_mean_over_known_labels():
+def test_attributes_count_known_labels_and_texts_have_probabilities():
     # First attribute: logits (0, 0) for two known labels, log 2 each. Second: one known, of three equal classes.
     logits = (torch.zeros(3, 2), torch.zeros(3, 3))
     label_BA = torch.tensor([[0, -1], [1, 2], [-1, -1]])
     assert float(attribute_loss(logits, label_BA)) == pytest.approx((math.log(2) + math.log(3)) / 2, rel=1e-6)
     assert float(attribute_loss(logits, torch.full((3, 2), -1))) == 0.0
-
-
-# ---- several ranks
+    image_ND, text_CD = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    # The products 1 and 0 over the temperature 0.5 are 2 and 0.
+    chosen = SoftmaxLoss(temperature=0.5).build().probabilities(image_ND, text_CD)
+    assert chosen[0].tolist() == pytest.approx([math.e**2 / (math.e**2 + 1), 1 / (math.e**2 + 1)])
+    judged = SigmoidLoss(temperature=0.5, bias=-1.0).build().probabilities(image_ND, text_CD)
+    assert judged[0].tolist() == pytest.approx([1 / (1 + math.e**-1), 1 / (1 + math.e**1)])  # of 2 - 1 and 0 - 1
 
 
 def part_of(batch: PairBatch, rank: int) -> PairBatch:
@@ -150,8 +148,7 @@ def part_of(batch: PairBatch, rank: int) -> PairBatch:
 
 def trained_step(rank: int, config: ContrastiveLoss) -> dict[str, Tensor]:
     """Loss and gradients of a step on one process (rank -1), or on this rank under DDP."""
-    module = retriever(loss=config).train()
-    batch = pair_batch(6)
+    module, batch = retriever(loss=config).train(), pair_batch(6)
     # Pairs 1 and 4, on different ranks, have one text.
     batch = batch._replace(caption_B=torch.tensor([0, 1, 2, 3, 1, 5]))
     step = _Step(module) if rank < 0 else DistributedDataParallel(_Step(module))
@@ -187,12 +184,3 @@ def test_two_ranks_learn_what_one_process_with_all_pairs_learns(tmp_path):
             for name, gradient in whole.items():
                 scale = gradient.abs().max().clamp_min(1e-3)
                 assert_close(of_rank[kind][name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=f"{kind}: {name}")
-
-
-def test_probabilities_of_texts_for_an_image():
-    image_ND, text_CD = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    # The products 1 and 0 over the temperature 0.5 are 2 and 0.
-    chosen = SoftmaxLoss(temperature=0.5).build().probabilities(image_ND, text_CD)
-    assert chosen[0].tolist() == pytest.approx([math.e**2 / (math.e**2 + 1), 1 / (math.e**2 + 1)])
-    judged = SigmoidLoss(temperature=0.5, bias=-1.0).build().probabilities(image_ND, text_CD)
-    assert judged[0].tolist() == pytest.approx([1 / (1 + math.e**-1), 1 / (1 + math.e**1)])  # of 2 - 1 and 0 - 1

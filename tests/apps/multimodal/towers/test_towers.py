@@ -1,17 +1,18 @@
-"""The single tower against a plain transformer of each modality alone, and what its experts are given."""
-
-from __future__ import annotations
+"""The single tower against a plain transformer, what its experts are given, and two towers with its blocks."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from small_pairs import MOE, SIZES, TOWER, pair_batch, retriever
 from torch import Tensor
 from torch.testing import assert_close
 
 import core
+from apps.multimodal.towers.random_init import PatchImages, PieceTexts
 from apps.multimodal.towers.stack import IMAGE, TEXT, PartPacking
 from apps.multimodal.towers.towers import SharedTransformer, SingleTower, Sizes
+from apps.multimodal.towers.two_towers import TwoTowers
 from apps.nets.packing import Packing
 
 
@@ -27,8 +28,7 @@ def slow_blocks(tower: SharedTransformer, x_LD: Tensor, heads: int) -> Tensor:
 
 
 def test_dense_blocks_against_a_loop_over_images_and_texts():
-    module = retriever(moe=None).eval()
-    tower, batch = module.model.towers, pair_batch(5)
+    tower, batch = retriever(moe=None).eval().model.towers, pair_batch(5)
     image_BD, text_BD = tower(batch.image, batch.text_BL)
     for image, got_D in zip(batch.image, image_BD, strict=True):
         # Patches of 4 x 4 row by row; a patch's numbers are channel by channel, row by row.
@@ -42,16 +42,27 @@ def test_dense_blocks_against_a_loop_over_images_and_texts():
         assert_close(got_D, slow_blocks(tower, x_LD, heads=2), rtol=1e-5, atol=1e-5)
 
 
-def test_a_pair_has_the_vectors_of_its_image_and_its_text_alone():
+def test_vectors_are_of_one_image_or_text_alone_and_average_its_tokens():
     module, batch = retriever().eval(), pair_batch(5)
     image_BD, text_BD, logits = module(batch.image, batch.text_BL)
     assert logits == ()
     assert_close(module.image_vectors(batch.image[2:3]), image_BD[2:3])
-    padded_BL = F.pad(batch.text_BL[:1], (0, 3))
-    assert_close(module.text_vectors(padded_BL), text_BD[:1])
+    assert_close(module.text_vectors(F.pad(batch.text_BL[:1], (0, 3))), text_BD[:1])
     for vectors in (image_BD, text_BD):
         assert vectors.dtype == torch.float32
         assert_close(vectors.norm(dim=-1), torch.ones(5))
+    module, batch = retriever().eval(), pair_batch(3)
+    tower = module.model.towers
+    image_BD, text_BD = tower(batch.image, batch.text_BL)
+    assert_close(tower.image_tokens(batch.image).mean(1), image_BD)
+    text_BLD, length_B1 = tower.text_tokens(batch.text_BL), (batch.text_BL > 0).sum(1, keepdim=True)
+    assert text_BLD.shape == (3, 4, 16)
+    assert not text_BLD[0, 2:].any()
+    assert_close(text_BLD.sum(1) / length_B1, text_BD)
+    # A text without pieces has a finite vector.
+    text_BL = batch.text_BL * torch.tensor([[1], [0], [1]])
+    assert not module.text_vectors(text_BL)[1].any()
+    assert not module.text_vectors(text_BL * 0).any()
 
 
 def test_the_experts_see_both_modalities_in_one_call_and_no_padding():
@@ -69,55 +80,10 @@ def test_the_experts_see_both_modalities_in_one_call_and_no_padding():
     assert int(tape.entries[0].routing.tokens_per_expert_E.sum()) == 2 * (12 + 9)
 
 
-def test_rows_of_different_parts_are_padded_to_the_longest():
-    first, _ = Packing.of(torch.tensor([[True, True, True], [True, False, False]]))
-    second, _ = Packing.of(torch.tensor([[False, False], [True, False]]))
-    joined = PartPacking.join((first, second), ())
-    assert joined.length == 3
-    assert joined.num_rows == 4
-    assert joined.slot_T.tolist() == [0, 1, 2, 3, 9]
-    assert joined.last_B.tolist() == [2, 3, -1, 4]
-    assert joined.pad(torch.arange(1.0, 6.0)[:, None])[..., 0].tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0], [5, 0, 0]]
-
-
-def test_tokens_of_images_and_texts_are_those_that_are_averaged():
-    module, batch = retriever().eval(), pair_batch(3)
-    tower = module.model.towers
-    image_BD, text_BD = tower(batch.image, batch.text_BL)
-    assert_close(tower.image_tokens(batch.image).mean(1), image_BD)
-    text_BLD, length_B1 = tower.text_tokens(batch.text_BL), (batch.text_BL > 0).sum(1, keepdim=True)
-    assert text_BLD.shape == (3, 4, 16)
-    assert not text_BLD[0, 2:].any()
-    assert_close(text_BLD.sum(1) / length_B1, text_BD)
-
-
-def test_a_text_without_pieces_has_a_finite_vector():
-    module, batch = retriever().eval(), pair_batch(2)
-    text_BL = batch.text_BL.clone()
-    text_BL[1] = 0
-    assert not module.text_vectors(text_BL)[1].any()
-    assert not module.text_vectors(text_BL * 0).any()
-
-
-def test_recomputed_blocks_have_the_same_gradients():
-    batch, gradients = pair_batch(4), []
-    for checkpointed in (False, True):
-        module = retriever(grad_checkpointing=checkpointed).train()
-        module.training_loss(batch).total.backward()
-        gradients.append({name: p.grad for name, p in module.named_parameters()})
-    assert_close(gradients[0], gradients[1])
-
-
 def test_limeo_s_losses_are_of_both_modalities():
-    balance = core.Balance(
-        load_balancing_loss=0.0,
-        router_z_loss=0.0,
-        local_entropy=0.5,
-        global_entropy=0.25,
-        num_modalities=2,
-        local_entropy_modality=TEXT,
-        entropy_threshold=1.0,
-    )
+    none = {"load_balancing_loss": 0.0, "router_z_loss": 0.0}
+    local = {"local_entropy": 0.5, "local_entropy_modality": TEXT}
+    balance = core.Balance(**none, **local, global_entropy=0.25, num_modalities=2, entropy_threshold=1.0)
     module, batch = retriever(moe=core.MoEConfig(4, core.TokenChoice(1), core.FFN(8), balance=balance)), pair_batch(3)
     with core.record(module) as tape:
         module(batch.image, batch.text_BL)
@@ -128,58 +94,97 @@ def test_limeo_s_losses_are_of_both_modalities():
     of_each = [scores_TE[valid_T & (modality_T == kind)] for kind in (IMAGE, TEXT)]
     assert [len(scores) for scores in of_each] == [12, 9]
     local = torch.special.entr(of_each[TEXT]).sum(-1).mean()
-    means = [scores.mean(0) for scores in of_each]
-    above = [(1.0 - torch.special.entr(mean).sum()).clamp_min(0.0) for mean in means]
+    above = [(1.0 - torch.special.entr(scores.mean(0)).sum()).clamp_min(0.0) for scores in of_each]
     assert_close(losses.terms["local_entropy"], local.detach())
     assert_close(losses.terms["global_entropy"], sum(above).detach())
     assert_close(losses.total, 0.5 * local + 0.25 * sum(above))
 
 
-def test_tokens_of_higher_scores_are_served_first_whatever_their_modality():
+@pytest.mark.parametrize("experts", [1, 2])
+def test_tokens_of_higher_scores_are_served_first_whatever_their_modality(experts):
     # Batch-prioritized routing: with a third of the room, the best-scored tokens of images and texts are computed.
-    moe = core.MoEConfig(1, core.TokenChoice(1), core.FFN(8), capacity_factor=1 / 3, priority="score")
-    two = core.MoEConfig(2, core.TokenChoice(1), core.FFN(8), capacity_factor=1 / 3, priority="score")
-    for config in (moe, two):
-        module, batch = retriever(moe=config).eval(), pair_batch(3)
-        with core.record(module) as tape:
-            module(batch.image, batch.text_BL)
-        (entry,) = tape.entries
-        routing, scores_TE = entry.routing, entry.routing.evidence.scores_TE
-        best_T, expert_T = scores_TE.max(-1)
-        computed_T = torch.zeros(routing.num_tokens, dtype=torch.bool)
-        computed_T[routing.token_index_N[routing.expert_ids_N < config.num_experts]] = True
-        valid_T = entry.context.valid_BS.flatten()
-        for expert in range(config.num_experts):
-            own_T = valid_T & (expert_T == expert)
-            served, left = best_T[own_T & computed_T], best_T[own_T & ~computed_T]
-            assert not len(left) or not len(served) or served.min() >= left.max()
-        assert int((valid_T & ~computed_T).sum()) > 0
+    config = core.MoEConfig(experts, core.TokenChoice(1), core.FFN(8), capacity_factor=1 / 3, priority="score")
+    module, batch = retriever(moe=config).eval(), pair_batch(3)
+    with core.record(module) as tape:
+        module(batch.image, batch.text_BL)
+    (entry,) = tape.entries
+    routing, (best_T, expert_T) = entry.routing, entry.routing.evidence.scores_TE.max(-1)
+    computed_T = torch.zeros(routing.num_tokens, dtype=torch.bool)
+    computed_T[routing.token_index_N[routing.expert_ids_N < experts]] = True
+    valid_T = entry.context.valid_BS.flatten()
+    for expert in range(experts):
+        own_T = valid_T & (expert_T == expert)
+        served, left = best_T[own_T & computed_T], best_T[own_T & ~computed_T]
+        assert not len(left) or not len(served) or served.min() >= left.max()
+    assert int((valid_T & ~computed_T).sum()) > 0
 
 
-def test_bad_input():
-    with pytest.raises(ValueError, match="image_size=8 is not divisible by patch_size=3"):
-        retriever(tower=SingleTower(width=16, depth=2, num_heads=2, patch_size=3))
-    with pytest.raises(ValueError, match="dim=16 is not divisible by num_heads=3"):
-        SingleTower(width=16, num_heads=3)
-    module, batch = retriever(), pair_batch(2)
-    with pytest.raises(ValueError, match=r"images have shape \(2, 3, 4, 8\): it must be \(B, 3, 8, 8\)"):
-        module.image_vectors(batch.image[:, :, :4])
-    with pytest.raises(ValueError, match="a text of 7 subwords is longer than max_tokens=6"):
-        module.text_vectors(torch.full((1, 7), 3))
-    with pytest.raises(ValueError, match=r"texts are torch.float32 of shape \(2, 3\)"):
-        module.text_vectors(torch.zeros(2, 3))
-
-
-def test_a_router_that_needs_more_than_the_tower_gives_is_refused():
-    with pytest.raises(ValueError, match=r"context.task_ids_B, which ImageTextRetriever does not give"):
-        retriever(moe=core.MoEConfig(4, core.Task(num_tasks=2), core.FFN(8)))
-
-
-def test_the_network_is_built_without_a_module():
+def test_a_network_is_built_without_a_module_and_rows_are_padded_to_the_longest():
     tower = TOWER.build(Sizes(**SIZES), MOE, "last1")
     assert isinstance(tower, SharedTransformer)
-    assert tower.moe_blocks == (1,)
-    assert TOWER.widths == (16,)
+    assert (tower.moe_blocks, TOWER.widths) == ((1,), (16,))
     image_BD, text_BD = tower(None, pair_batch(2).text_BL)
     assert image_BD is None
     assert text_BD.shape == (2, 16)
+    first, _ = Packing.of(torch.tensor([[True, True, True], [True, False, False]]))
+    second, _ = Packing.of(torch.tensor([[False, False], [True, False]]))
+    joined = PartPacking.join((first, second), ())
+    assert (joined.length, joined.num_rows, joined.slot_T.tolist()) == (3, 4, [0, 1, 2, 3, 9])
+    assert joined.last_B.tolist() == [2, 3, -1, 4]
+    assert joined.pad(torch.arange(1.0, 6.0)[:, None])[..., 0].tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0], [5, 0, 0]]
+
+
+TWO = TwoTowers(PatchImages(blocks_as=TOWER), PieceTexts(blocks_as=TOWER))
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "sparse"])
+def test_with_the_weights_of_a_single_tower_they_have_its_vectors(moe):
+    single, two, batch = retriever(moe=moe).eval(), retriever(moe=moe, tower=TWO).eval(), pair_batch(5)
+    weights = single.model.towers.state_dict()
+    for part in (two.model.towers.image, two.model.towers.text):
+        own = part.network.state_dict()
+        part.network.load_state_dict({name: weights[name] for name in own})
+        assert own.keys() < weights.keys()
+    for kind in ("image_proj", "text_proj"):
+        getattr(two.model, kind).load_state_dict(getattr(single.model, kind).state_dict())
+    assert_close(two(batch.image, batch.text_BL), single(batch.image, batch.text_BL))
+    assert_close(two.model.towers.image_tokens(batch.image), single.model.towers.image_tokens(batch.image))
+    assert_close(two.model.towers.text_tokens(batch.text_BL), single.model.towers.text_tokens(batch.text_BL))
+
+
+def test_each_tower_s_experts_see_one_modality():
+    module, batch = retriever(tower=TWO).eval(), pair_batch(3)
+    with core.record(module) as tape:
+        module(batch.image, batch.text_BL)
+    names = [entry.name for entry in tape.entries]
+    assert names == [f"model.towers.{part}.network.stack.layers.1.ffn" for part in ("image", "text")]
+    assert names == list(module.moe_block_names)
+    for entry, kind in zip(tape.entries, (IMAGE, TEXT), strict=True):
+        assert entry.context.modality_BS.unique().tolist() == [kind]
+    figures = core.RoutingStats.from_tape(tape).layers[names[TEXT]].figures()
+    assert "modality1_experts" in figures
+    assert "modality0_experts" not in figures
+
+
+@pytest.mark.parametrize("tower", [TOWER, TWO], ids=["one tower", "two"])
+def test_recomputed_blocks_have_the_same_gradients(tower):
+    batch, gradients = pair_batch(4), []
+    for checkpointed in (False, True):
+        module = retriever(tower=tower, grad_checkpointing=checkpointed).train()
+        module.training_loss(batch).total.backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters()})
+    assert_close(gradients[0], gradients[1])
+
+
+def test_bad_input():
+    tower = SingleTower(width=16, depth=2, num_heads=2, patch_size=3)
+    refused("image_size=8 is not divisible by patch_size=3", retriever, tower=tower)
+    refused("dim=16 is not divisible by num_heads=3", SingleTower, width=16, num_heads=3)
+    task = core.MoEConfig(4, core.Task(num_tasks=2), core.FFN(8))
+    refused(r"context.task_ids_B, which ImageTextRetriever does not give", retriever, moe=task)
+    refused("pretrained=minilm: there are no weights of a PieceTexts", PieceTexts, pretrained="minilm")
+    module, batch = retriever(), pair_batch(2)
+    rule = r"images have shape \(2, 3, 4, 8\): it must be \(B, 3, 8, 8\)"
+    refused(rule, module.image_vectors, batch.image[:, :, :4])
+    refused("a text of 7 subwords is longer than max_tokens=6", module.text_vectors, torch.full((1, 7), 3))
+    refused(r"texts are torch.float32 of shape \(2, 3\)", module.text_vectors, torch.zeros(2, 3))

@@ -1,7 +1,5 @@
 """ImageGenerator: its loss, and a run from training to files, a page and a graph."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -12,7 +10,10 @@ import pytest
 import torch
 from doc_scripts import output, script
 from PIL import Image
+from reexported import reexported
+from refusals import refused
 from torch.testing import assert_close
+from torch_graphs import output_in_torch
 from undrawn import undrawn as undrawn
 
 import apps
@@ -24,8 +25,10 @@ from apps.vision.generation.diffusion import SamplingConfig, fixed_noise
 from apps.vision.generation.model import DiTConfig
 from apps.vision.generation.module import ImageGenerator
 
+SCRIPT = script("docs/reference/onnx_scripts.md", "draw.py")
 CONFIG = Path(__file__).parents[4] / "configs" / "vision" / "generation" / "digits.yaml"
 TINY = DiTConfig(patch_size=4, embed_dim=8, depth=2, num_heads=2)
+ENCODING = {"class_names": list("0123456789"), "image_size": 8, "in_chans": 1, "mean": [0.5], "std": [0.5]}
 MOE = core.MoEConfig(4, core.TokenChoice(2), core.FFN(8), num_shared_experts=1)
 SMALL = [
     *("--model.dit.embed_dim", "16", "--model.dit.depth", "2", "--model.dit.patch_size", "4"),
@@ -44,22 +47,17 @@ def batch(number=4):
     return ImageBatch(image, torch.arange(number), torch.arange(number) + 100)
 
 
-def test_the_loss_of_an_image_in_evaluation_follows_from_its_number():
+def test_the_loss_follows_from_the_number_and_training_hides_some_classes():
     module = built().eval().requires_grad_(False)
     out = module.task_loss(batch())
     # The prediction is 0 at first, so the loss is the mean square of noise minus image.
     noised = fixed_noise("flow", batch().image, batch().index)
-    assert_close(out.outputs, noised.target.square().mean((1, 2, 3)))
-    assert_close(out.loss, out.outputs.mean())
-    some = ImageBatch(*(part[1:3] for part in batch()))
-    assert_close(module.task_loss(some).outputs, out.outputs[1:3])
+    assert_close((out.outputs, out.loss), (noised.target.square().mean((1, 2, 3)), out.outputs.mean()))
+    assert_close(module.task_loss(ImageBatch(*(part[1:3] for part in batch()))).outputs, out.outputs[1:3])
     values = module.example_values([out])
     assert values.name == "loss"
     assert not values.higher_is_better
     assert values.mean == pytest.approx(float(out.loss))
-
-
-def test_training_hides_the_class_of_some_images():
     module, seen = built(moe=None, class_dropout=0.5), []
     module.model.class_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for _ in range(50):
@@ -71,26 +69,18 @@ def test_training_hides_the_class_of_some_images():
     assert seen[0].tolist() == [0, 1, 2, 3]
 
 
-def test_dense_twins_cost_the_same():
+def test_dense_twins_cost_the_same_and_values_go_together():
     module = built()
-    flops = module.routed_layers().flops_per_token()
-    twin = module.baselines()["dense_equal_flops"].build()
+    flops, twin = module.routed_layers().flops_per_token(), module.baselines()["dense_equal_flops"].build()
     ffn = twin.model.blocks[1].mlp
     # Two matmuls of 8 x F, two FLOPs each; the router's 2 * 8 * 4 are in the sparse layer's.
-    assert 4 * 8 * ffn.fc1.out_features == pytest.approx(flops, rel=0.1)
-    assert core.moe_layers(twin) == {}
-
-
-def test_values_that_do_not_go_together():
-    with pytest.raises(ValueError, match=r"sampling\.guidance=1\.5 needs a null class, and class_dropout=0"):
-        built(class_dropout=0.0)
+    assert (4 * 8 * ffn.fc1.out_features, core.moe_layers(twin)) == (pytest.approx(flops, rel=0.1), {})
+    refused(r"sampling\.guidance=1\.5 needs a null class, and class_dropout=0", built, class_dropout=0.0)
     built(class_dropout=0.0, sampling=SamplingConfig(guidance=1.0))
     with pytest.raises(ValueError, match="num_tasks=3, which does not fit the data: they have 10"):
         built(moe=core.MoEConfig(4, core.Task(num_tasks=3), core.FFN(8)))
-    with pytest.raises(ValueError, match="process='sde' is not one of"):
-        built(process="sde")
-    with pytest.raises(ValueError, match="autoencoder=nowhere is no folder of diffusers"):
-        built(autoencoder="nowhere")
+    refused("process='sde' is not one of", built, process="sde")
+    refused("autoencoder=nowhere is no folder of diffusers", built, autoencoder="nowhere")
 
 
 def test_latents_are_drawn_and_the_checkpoint_has_no_autoencoder(tmp_path, monkeypatch):
@@ -103,9 +93,8 @@ def test_latents_are_drawn_and_the_checkpoint_has_no_autoencoder(tmp_path, monke
     monkeypatch.chdir(tmp_path.parent)
     module = built(autoencoder=tmp_path.name)
     assert module.hparams["autoencoder"] == str(tmp_path)  # a checkpoint is read in other directories too
-    module._encoding = {"class_names": list("0123456789"), "image_size": 8, "in_chans": 1, "mean": [0.5], "std": [0.5]}
-    assert module.drawn_shape == (2, 4, 4)
-    assert module.eval().task_loss(batch()).outputs.shape == (4,)
+    module._encoding = ENCODING
+    assert (module.drawn_shape, module.eval().task_loss(batch()).outputs.shape) == ((2, 4, 4), (4,))
     assert module.predict(3, number=2, steps=2)[1].size == (8, 8)
     assert not any("coder" in name for name in module.state_dict())
 
@@ -115,7 +104,7 @@ def test_an_image_does_not_depend_on_the_classes_beside_it(router):
     module = built(moe=core.MoEConfig(4, router, core.FFN(8)))
     for part in (module.model.head, *(block.modulation for block in module.model.blocks)):
         torch.nn.init.normal_(part.weight, std=0.3)
-    module._encoding = {"class_names": list("0123456789"), "image_size": 8, "in_chans": 1, "mean": [0.5], "std": [0.5]}
+    module._encoding = ENCODING
     both, alone = (module.predict(classes, number=2, seed=3, steps=3) for classes in (["3", 7], [7]))
     assert [np.array_equal(a, b) for a, b in zip(both[2:], alone, strict=True)] == [True, True]
     assert not np.array_equal(both[0], module.predict(3, seed=4, steps=3)[0])
@@ -133,19 +122,15 @@ def test_a_run_draws_equal_folders_and_leaves_others_alone(run, tmp_path, capsys
     for classes, name in (("3,7", "a"), ("[3,7]", "b")):
         assert main([*ask, "--data.classes", classes, "--output", str(tmp_path / name)]) == 0
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert [*map(str, files)] == [
-        *(f"{c}/000{i}.png" for c in (3, 7) for i in range(3)), "grid.png", "images.json"
-    ]  # fmt: skip
+    drawn = [f"{c}/000{i}.png" for c in (3, 7) for i in range(3)]
+    assert [*map(str, files)] == [*drawn, "grid.png", "images.json"]
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    (drawn,) = apps.load(run).predict([7], seed=1)
-    assert drawn.size == (8, 8)
+    assert apps.load(run).predict([7], seed=1)[0].size == (8, 8)
     assert "6 images of 3, 7" in capsys.readouterr().out
     for options, says in (
-        (["--output", str(tmp_path / "a")], "exists: --overwrite replaces it"),
         (["--output", str(tmp_path / "x.csv")], "x.csv is a file, and this model draws images: give a folder"),
         (["--output", str(tmp_path / "c"), "--data.classes", "12"], "classes=12 is none of the model's 10 classes"),
-        (["--output", str(tmp_path / "c"), "--model.sampling.steps", "0"], "sampling.steps=0 is not at least 1"),
     ):
         assert main([*ask, *options]) != 0
         assert says in capsys.readouterr().err
@@ -160,11 +145,9 @@ def test_a_test_reports_figures_by_name(run, capsys):
     assert found["signatures"]["frechet"] == "in 19 principal components of pixels"  # of 20 images
     assert 0 <= found["test/precision"] <= 1
     assert found["test/frechet_of_training"] < found["test/frechet"]  # three steps learn nothing
-    titles = (run / "report" / "sections.json").read_text()
-    assert "Which expert takes a noise level, block 1" in titles
-    assert {"classes.png", "steps.png", "nearest.png", "expert_level.png"} <= {
-        p.name for p in (run / "report").iterdir()
-    }
+    assert "Which expert takes a noise level, block 1" in (run / "report" / "sections.json").read_text()
+    files = {p.name for p in (run / "report").iterdir()}
+    assert {"classes.png", "steps.png", "nearest.png", "expert_level.png"} <= files
 
 
 def test_the_service_answers_with_a_file_and_the_page_with_experts(run):
@@ -173,25 +156,31 @@ def test_the_service_answers_with_a_file_and_the_page_with_experts(run):
     values = service.read({"class_name": "3", "seed": 5})
     (answer,) = service.predict([values])
     image = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["image"]))))
-    assert image.shape == (8, 8)
-    assert service.predict([values, values]) == [answer, answer]
+    assert (image.shape, service.predict([values, values])) == ((8, 8), [answer, answer])
     shown = model.task.exhibit(None, 0).answer(["3", 5, 1.5])
     assert np.array_equal(shown.parts[0].images[0][1], image)
     ((patches,),) = shown.layers.values()
     assert patches.experts.shape == (2, 2, 2)
 
 
+@pytest.mark.slow
 def test_a_graph_of_one_step_draws_the_same_images(run, tmp_path):
     assert main(["export", "--ckpt_path", str(run), "--output", str(tmp_path / "step.onnx")]) == 0
     ask = ["predict", "--data.number", "2", "--data.classes", "3"]
     assert main([*ask, "--ckpt_path", str(run), "--output", str(tmp_path / "torch")]) == 0
     assert main([*ask, "--onnx", str(tmp_path / "step.onnx"), "--output", str(tmp_path / "onnx")]) == 0
-    for number in range(2):
-        one, other = (
-            np.asarray(Image.open(tmp_path / kind / "3" / f"000{number}.png"), int) for kind in ("torch", "onnx")
-        )
+    for name in ("3/0000.png", "3/0001.png"):
+        one, other = (np.asarray(Image.open(tmp_path / kind / name), int) for kind in ("torch", "onnx"))
         assert np.abs(one - other).max() <= 1
-    output(
-        script("docs/reference/onnx_scripts.md", "draw.py"), str(tmp_path / "step.onnx"), "3", str(tmp_path / "3.png")
-    )
+    output(SCRIPT, str(tmp_path / "step.onnx"), "3", str(tmp_path / "3.png"))
+    assert np.asarray(Image.open(tmp_path / "3.png")).shape == (8, 8)
+
+
+def test_a_graph_and_the_documented_script_draw_what_the_model_does(run, tmp_path):
+    model = apps.load(run)
+    exported, graphs = reexported(model, tmp_path)
+    ours, theirs = (one.predict([3], number=2, seed=1) for one in (model, exported))
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+    output_in_torch(SCRIPT, graphs, str(tmp_path / "model.onnx"), "3", str(tmp_path / "3.png"))
     assert np.asarray(Image.open(tmp_path / "3.png")).shape == (8, 8)
