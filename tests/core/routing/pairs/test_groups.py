@@ -22,20 +22,21 @@ def test_each_prototype_gives_its_best_expert_with_its_own_softmax():
     assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.375, 0.125, 0.125, 0.375])
     # Shares of the pairs 1/2, 0, 0, 1/2: 4 * (0.375 / 2 + 0.375 / 2) = 1.5.
     assert terms_of(routing, "load_balancing_loss")["load_balancing_loss"] == pytest.approx(1.5)
+    even = built(Prototypes(2), 4)(logits_of((0.4, 0.1, 0.4, 0.1), (0.1, 0.4, 0.1, 0.4)))
+    assert terms_of(even, "load_balancing_loss")["load_balancing_loss"] == pytest.approx(1.0)
 
 
-def test_prototypes_at_balance_have_a_loss_of_one():
-    rows = ((0.4, 0.1, 0.4, 0.1), (0.1, 0.4, 0.1, 0.4))
-    assert terms_of(built(Prototypes(2), 4)(logits_of(*rows)), "load_balancing_loss")[
-        "load_balancing_loss"
-    ] == pytest.approx(1.0)
-
-
-def test_one_prototype_is_top_1():
+@pytest.mark.parametrize(
+    ("one", "plain"),
+    [(Prototypes(1), TokenChoice(1)), (Hierarchical(1, top_groups=1, top_k=2), TokenChoice(2))],
+    ids=["prototype", "group"],
+)
+def test_one_prototype_and_one_group_are_token_choice(one, plain):
     x = torch.randn(2, 9, 6)
-    one, top = built(Prototypes(1), 6)(x), built(TokenChoice(1), 6)(x)
-    assert torch.equal(one.expert_ids_N, top.expert_ids_N)
-    torch.testing.assert_close(one.gates_N, top.gates_N)
+    actual, expected = built(one, 6)(x), built(plain, 6)(x)
+    assert torch.equal(actual.expert_ids_N, expected.expert_ids_N)
+    torch.testing.assert_close(actual.gates_N, expected.gates_N)
+    torch.testing.assert_close(actual.evidence.scores_TE, expected.evidence.scores_TE)
 
 
 def test_prototypes_fill_their_experts_in_the_order_of_the_tokens():
@@ -99,14 +100,6 @@ def test_experts_of_groups_that_were_not_chosen_get_no_gradient_from_the_gates()
     assert router.group_gate.weight.grad.abs().amin(1).min() > 0
 
 
-def test_one_group_is_token_choice():
-    x = torch.randn(2, 9, 6)
-    one, plain = built(Hierarchical(1, top_groups=1, top_k=2), 6)(x), built(TokenChoice(2), 6)(x)
-    assert torch.equal(one.expert_ids_N, plain.expert_ids_N)
-    torch.testing.assert_close(one.gates_N, plain.gates_N)
-    torch.testing.assert_close(one.evidence.scores_TE, plain.evidence.scores_TE)
-
-
 # Ensemble: E3
 
 
@@ -120,13 +113,10 @@ def test_a_sequence_sees_the_experts_of_its_member_alone():
     assert routing.evidence.scores_TE[2].tolist() == pytest.approx([0, 0, 0.75, 0.25])
 
 
-def test_the_z_loss_is_over_the_members_own_logits():
+def test_the_z_loss_is_over_the_members_own_logits_and_the_balance_loss_1_at_balance():
     # log(0.6)^2 = 0.260943 and log(0.4)^2 = 0.839589: mean 0.550266.
     routing = built(Ensemble(2), 4)(logits_of((0.4, 0.2, 0.3, 0.1)).expand(2, 1, 4))
     assert terms_of(routing, "router_z_loss")["router_z_loss"] == pytest.approx(0.550266, abs=1e-6)
-
-
-def test_a_balanced_ensemble_has_a_loss_of_one():
     x = logits_of((0.4, 0.1, 0.1, 0.4), (0.1, 0.4, 0.4, 0.1)).expand(2, 2, 4)
     assert terms_of(built(Ensemble(2), 4)(x), "load_balancing_loss")["load_balancing_loss"] == pytest.approx(1.0)
 
@@ -151,34 +141,3 @@ def test_padding_leaves_the_members_of_the_sequences_as_they_are():
     router = built(Ensemble(2), 4)
     full, padded = router(x), router(x, RoutingContext(valid_BS=valid))
     assert torch.equal(padded.expert_ids_N, full.expert_ids_N.masked_fill(~valid.flatten(), 4))
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    "kind, arguments, message",
-    [
-        (Hierarchical, {"num_groups": 2, "top_groups": 3}, r"top_groups=3 exceeds num_groups=2"),
-        (Ensemble, {"top_k": 1, "normalize": True}, r"normalize=True with top_k=1 .* no gradient"),
-    ],
-)
-def test_a_wrong_option_is_refused_with_its_value_and_the_rule(kind, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**arguments)
-
-
-@pytest.mark.parametrize(
-    "config, num_experts, message",
-    [
-        (Prototypes(3), 8, r"num_prototypes=3 does not divide num_experts=8"),
-        (Prototypes(4), 4, r"num_prototypes=4 leaves one of num_experts=4 to each group"),
-        (Hierarchical(3), 8, r"num_groups=3 does not divide num_experts=8"),
-        (Hierarchical(4, top_k=3), 8, r"top_k=3 exceeds the 2 experts of a group"),
-        (Ensemble(3), 8, r"num_members=3 does not divide num_experts=8"),
-        (Ensemble(4, top_k=3), 8, r"top_k=3 exceeds the 2 experts of a member"),
-    ],
-)
-def test_a_router_that_does_not_fit_its_experts_is_refused(config, num_experts, message):
-    with pytest.raises(ValueError, match=message):
-        MoEConfig(num_experts, config)

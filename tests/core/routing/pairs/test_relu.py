@@ -25,12 +25,8 @@ def test_a_token_takes_the_experts_of_its_positive_logits_at_their_value():
     assert ids(routing) == [[2, 0, 3], [0, 3, 3]]
     assert gates(routing) == [[1.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
     assert routing.tokens_per_expert_E.tolist() == [2, 0, 1]
-
-
-def test_max_k_bounds_the_experts_of_a_token():
-    routing = built(ReLURouting(1, max_k=1), 3)(X)
-    assert ids(routing) == [[2], [0]]
-    assert gates(routing) == [[1.5], [1.0]]
+    bounded = built(ReLURouting(1, max_k=1), 3)(X)
+    assert (ids(bounded), gates(bounded)) == ([[2], [0]], [[1.5], [1.0]])
 
 
 def test_a_token_without_a_positive_logit_comes_out_zero_with_a_finite_gradient():
@@ -39,10 +35,8 @@ def test_a_token_without_a_positive_logit_comes_out_zero_with_a_finite_gradient(
     y.sum().backward()
     assert y.abs().max() == 0
     assert x.grad.abs().max() == 0
-
-
-def test_the_output_is_continuous_where_an_expert_enters():
-    layer = layer_of(False)
+    # The output is continuous where an expert enters.
+    layer.eval()
     below, above = (layer(torch.tensor([[[1.0, logit, -1.0]]])) for logit in (-1e-6, 1e-6))
     assert torch.allclose(below, above, atol=1e-5)
 
@@ -60,10 +54,7 @@ def test_the_loss_by_hand_and_its_gradient():
     (grad,) = torch.autograd.grad(losses.total, x)
     assert grad.flatten().tolist() == pytest.approx([0.75, 0, 0.375, 0.75, 0, 0])
     assert losses.terms.keys() == {"sparsity"}
-
-
-def test_padding_is_in_neither_loss_nor_counts():
-    layer = layer_of()
+    # Padding is in neither loss nor counts.
     padded = torch.cat((X, torch.full((1, 2, 3), torch.nan)), 1)
     with record(layer) as tape:
         layer(padded, RoutingContext(valid_BS=torch.tensor([[True, True, False, False]])))
@@ -99,12 +90,11 @@ def test_a_step_moves_the_weight_by_the_counts_of_all_its_passes(loads):
 
 
 def test_training_brings_the_mean_number_of_experts_to_its_target():
-    torch.manual_seed(0)
-    layer = MoEConfig(8, ReLURouting(2, l1_start=1e-2, l1_factor=1.05), FFN(8)).build(16)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
+    layer = MoEConfig(8, ReLURouting(2, l1_start=2e-2, l1_factor=1.1), FFN(8)).build(16)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     taken = []
-    for _ in range(400):
-        x = torch.randn(2, 64, 16)
+    for _ in range(150):
+        x = torch.randn(1, 64, 16)
         with record(layer) as tape:
             y = layer(x)
         loss = (y - x.roll(1, -1)).square().mean() + aux_losses(tape).total
@@ -112,10 +102,9 @@ def test_training_brings_the_mean_number_of_experts_to_its_target():
         loss.backward()
         optimizer.step()
         update_expert_bias(layer, tape)
-        taken.append(tape.entries[0].routing.tokens_per_expert_E.sum().item() / 128)
+        taken.append(tape.entries[0].routing.tokens_per_expert_E.sum().item() / 64)
     assert taken[0] == pytest.approx(4, abs=0.7)
-    # A further 600 steps stay within 1.5 and 2.4; with factor 1.2 they swing between 0.5 and 3.2.
-    assert sum(taken[-200:]) / 200 == pytest.approx(2, abs=0.4)
+    assert sum(taken[-75:]) / 75 == pytest.approx(2, abs=0.4)
 
 
 def test_without_a_bias_half_of_the_logits_of_symmetric_tokens_are_positive():
@@ -144,16 +133,3 @@ def test_dense_training_trains_two_gates_and_evaluates_the_sparse_one():
     assert routing.evidence.scores_TE[0].tolist() == [0.5, 0, 1.5]
     assert ids(router.eval()(X)) == [[2], [0]]
     assert config.num_params(3, 3) == 18
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"top_k": 9}, "top_k=9 exceeds num_experts=8"),
-        ({"max_k": 9}, "max_k=9 exceeds num_experts=8"),
-        ({"max_k": 1}, "max_k=1 is less than top_k=2"),
-    ],
-)
-def test_bad_values_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        MoEConfig(8, ReLURouting(**options))
