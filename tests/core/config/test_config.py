@@ -9,20 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from core import (
-    FFN,
-    GEGLU,
-    MLP,
-    Balance,
-    MMoE,
-    MoE,
-    MoEConfig,
-    RouterConfig,
-    SoftSlots,
-    SwiGLU,
-    TokenChoice,
-    active_params,
-)
+import core
+from core import FFN, GEGLU, MLP, Balance, MMoE, MoE, MoEConfig, SoftSlots, SwiGLU, TokenChoice, active_params
 from core.config import LAYERS
 from core.routing.router import Router
 from core.routing.selection import Capacity
@@ -47,11 +35,12 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
-@pytest.mark.parametrize("out_dim", [None, 6])
-def test_parameter_formulas_equal_numel(config, out_dim):
-    layer = config.build(12, out_dim)
-    assert config.num_params(12, out_dim) == sum(p.numel() for p in layer.parameters())
-    assert config.active_params(12, out_dim) == active_params(layer)
+def test_parameter_formulas_equal_numel_and_the_plain_form_comes_back_equal(config):
+    assert MoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for out_dim in (None, 6):
+        layer = config.build(12, out_dim)
+        assert config.num_params(12, out_dim) == sum(p.numel() for p in layer.parameters())
+        assert config.active_params(12, out_dim) == active_params(layer)
 
 
 def test_parameters_by_hand():
@@ -59,27 +48,16 @@ def test_parameters_by_hand():
     config = MoEConfig(8, expert=FFN(20), num_shared_experts=1)
     assert config.num_params(12) == 96 + 9 * 480
     assert config.active_params(12) == 96 + 3 * 480
-
-
-def test_experts_that_two_layers_share_are_counted_once():
-    # A token touches 2 of the 8 experts of 480 weights in each of the layers: at most 4, and never more than there are.
+    # Of a model too, the experts that a token does not take are left out.
+    model = torch.nn.Sequential(torch.nn.Linear(12, 12), MoEConfig(8, expert=FFN(20)).build(12))
+    assert active_params(model) == 12 * 12 + 12 + 96 + 2 * 480
+    # Experts that layers share are counted once: a token takes 2 of the 8 in each layer, and never more than there are.
     config = MoEConfig(8, TokenChoice(2), FFN(20))
     for layers, touched in ((2, 4), (5, 8)):
         model = nn.ModuleList([config.build(12) for _ in range(layers)])
         for layer in model:
             layer.experts = model[0].experts
         assert active_params(model) == layers * 96 + touched * 480
-
-
-def test_active_params_of_a_model_leave_out_the_experts_a_token_does_not_take():
-    model = torch.nn.Sequential(torch.nn.Linear(12, 12), MoEConfig(8, expert=FFN(20)).build(12))
-    assert active_params(model) == 12 * 12 + 12 + 96 + 2 * 480
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
-def test_plain_form_survives_json_and_comes_back_equal(config):
-    plain = config.to_dict()
-    assert MoEConfig.from_dict(json.loads(json.dumps(plain))) == config
 
 
 def test_plain_form_is_the_yaml_schema():
@@ -94,16 +72,12 @@ def test_plain_form_is_the_yaml_schema():
     expected = {"load_balancing_loss": 0.01, "router_z_loss": 0.001, "importance": 0.0, "load": 0.0, "scope": "global"}
     assert expected.items() <= plain["balance"].items()
     assert plain["capacity_factor"] is None
-
-
-def test_plain_form_may_be_short_and_partial():
+    # It may be short and partial.
     config = MoEConfig.from_dict(
         {"num_experts": 4, "router": {"class_path": "TokenChoice", "init_args": {"top_k": 1}}, "expert": SwiGLU()}
     )
     assert config == MoEConfig(4, TokenChoice(1), SwiGLU())
-
-
-def test_plain_form_does_not_share_anything_with_the_config_or_change_what_it_is_given():
+    # It shares nothing with the config, nor is it changed.
     plain = MoEConfig(8).to_dict()
     before = json.dumps(plain)
     MoEConfig.from_dict(plain)
@@ -130,7 +104,7 @@ class EveryOther(Router):
 
 
 @dataclass(frozen=True)
-class EveryOtherConfig(RouterConfig):
+class EveryOtherConfig(core.RouterConfig):
     """A user's own router, without parameters or balance terms."""
 
     offset: int = 0
@@ -157,18 +131,9 @@ def test_a_router_of_a_users_own_round_trips_builds_and_runs():
         torch.testing.assert_close(layer(x)[0, t], torch.nn.functional.gelu(x[0, t] @ w_in) @ w_out)
 
 
-def test_a_router_without_balance_terms_refuses_one_set_by_hand_and_skips_the_defaults():
-    MoEConfig(3, EveryOtherConfig())
-    with pytest.raises(ValueError, match=r"balance.importance=0.1 does not apply to EveryOtherConfig"):
-        MoEConfig(3, EveryOtherConfig(), balance=Balance(importance=0.1))
-
-
-def test_default_group_is_the_routers_own():
+def test_a_capacity_group_is_the_routers_own_by_default_and_configs_are_frozen():
     assert MoEConfig(4).capacity().group == "batch"
     assert MoEConfig(4, group="sequence").capacity().group == "sequence"
-
-
-def test_configs_are_frozen():
     with pytest.raises(FrozenInstanceError):
         MoEConfig(4).num_experts = 8  # type: ignore[misc]
 
@@ -179,6 +144,10 @@ def test_configs_are_frozen():
         ({"router": TokenChoice(9)}, r"top_k=9 exceeds num_experts=8"),
         ({"router": TokenChoice(num_groups=3)}, r"num_groups=3 does not divide num_experts=8"),
         ({"balance": Balance(load=0.1)}, r"balance.load=0.1 does not apply to TokenChoice without noise"),
+        (
+            {"router": EveryOtherConfig(), "balance": Balance(importance=0.1)},
+            r"balance.importance=0.1 does not apply to EveryOtherConfig",
+        ),
     ],
 )
 def test_a_wrong_option_is_refused_with_its_value_and_the_rule(arguments, message):
@@ -189,41 +158,20 @@ def test_a_wrong_option_is_refused_with_its_value_and_the_rule(arguments, messag
 
 
 @pytest.mark.parametrize(
-    "plain, message",
+    "options, message",
     [
-        ({"num_experts": 8, "topk": 2}, r"MoEConfig has no field 'topk'"),
-        ({"num_experts": 8, "balance": {"z": 0.1}}, r"Balance has no field 'z'"),
-        (
-            {"num_experts": 8, "router": {"class_path": "core.TokenChoice", "init_args": {"k": 2}}},
-            r"TokenChoice has no field 'k'; it has .*top_k",
-        ),
-        (
-            {"num_experts": 8, "router": {"class_path": "core.TopK"}},
-            r"class_path='core\.TopK' is not a registered config class; did you mean 'T",
-        ),
-        (
-            {"num_experts": 8, "router": {"class_path": "nowhere.Router"}},
-            r"class_path='nowhere.Router' is not a registered",
-        ),
-        (
-            {"num_experts": 8, "expert": {"class_path": "os.system", "init_args": {}}},
-            r"class_path='os.system' is not a registered",
-        ),
-        (
-            {"num_experts": 8, "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 9}}},
-            r"top_k=9 exceeds",
-        ),
+        ({"topk": 2}, r"MoEConfig has no field 'topk'"),
+        ({"balance": {"z": 0.1}}, r"Balance has no field 'z'"),
+        ({"router": {"class_path": "core.TokenChoice", "init_args": {"k": 2}}}, r"TokenChoice has no field 'k'; it h"),
+        ({"router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 9}}}, r"top_k=9 exceeds"),
+        ({"router": {"class_path": "core.TopK"}}, r"'core\.TopK' is not a registered config class; did you mean 'T"),
+        ({"router": {"class_path": "nowhere.Router"}}, r"class_path='nowhere.Router' is not a registered"),
+        ({"expert": {"class_path": "os.system", "init_args": {}}}, r"class_path='os.system' is not a registered"),
     ],
 )
-def test_a_wrong_plain_form_is_refused_naming_the_field_or_class(plain, message):
+def test_a_wrong_plain_form_is_refused_naming_the_field_or_class(options, message):
     with pytest.raises(ValueError, match=message):
-        MoEConfig.from_dict(plain)
-
-
-@pytest.mark.parametrize("arguments, message", [((0,), "dim=0 is not at least 1"), ((8, -1), "out_dim=-1 is not at")])
-def test_a_width_below_one_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        MoEConfig(4).build(*arguments)
+        MoEConfig.from_dict({"num_experts": 8, **options})
 
 
 def test_shared_experts_put_out_as_many_numbers_as_the_routed_ones():

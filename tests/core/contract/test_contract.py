@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from core import (
-    MoE,
-    MoEConfig,
-    RoutingContext,
-    RoutingStats,
-    Tape,
-    TokenChoice,
-    aux_loss,
-    moe_layers,
-    record,
-    update_expert_bias,
-)
+import core
+from core import MoE, MoEConfig, RoutingStats, Tape, TokenChoice, aux_loss, moe_layers, record, update_expert_bias
 from core.contract import Rows, unwrapped_modules
 
 
@@ -51,13 +42,7 @@ def test_one_entry_a_pass_in_the_order_of_the_passes():
     assert names(tape) == ["blocks.0", "blocks.0", "blocks.1"] * 2
     assert len(tape) == 6
     assert [entry.routing.num_tokens for entry in tape.entries] == [6] * 3 + [5] * 3
-
-
-def test_a_layer_used_twice_counts_twice_in_the_loss():
-    net = Net(passes=2)
-    x = torch.randn(2, 3, 8)
-    with record(net) as tape:
-        net(x)
+    # A layer used twice counts twice in the loss.
     single = [aux_loss(Tape((entry,))).item() for entry in tape.entries]
     assert aux_loss(tape).item() == pytest.approx(sum(single), rel=1e-6)
     assert single[0] != single[1]
@@ -65,7 +50,7 @@ def test_a_layer_used_twice_counts_twice_in_the_loss():
 
 def test_an_entry_tells_the_routing_the_context_and_the_layers_own_balance():
     layer = MoEConfig(4, router=TokenChoice(1)).build(8)
-    context = RoutingContext(valid_BS=torch.tensor([[True, True, False]]))
+    context = core.RoutingContext(valid_BS=torch.tensor([[True, True, False]]))
     with record(layer) as tape:
         layer(torch.randn(1, 3, 8), context)
     (entry,) = tape.entries
@@ -77,24 +62,17 @@ def test_an_entry_tells_the_routing_the_context_and_the_layers_own_balance():
     assert entry.routing.tokens_per_expert_E.sum() == 2
 
 
-def test_passes_outside_the_block_and_of_other_models_are_not_recorded():
+def test_blocks_may_be_nested_and_each_hears_its_own_part_alone():
     net, other = Net(), Net()
     x = torch.randn(1, 3, 8)
     net(x)
-    with record(net) as tape:
-        other(x)
-    net(x)
-    assert len(tape) == 0
-
-
-def test_blocks_may_be_nested_and_each_hears_its_own_part():
-    net = Net()
-    x = torch.randn(1, 3, 8)
     with record(net) as outer:
         net(x)
         with record(net.blocks[1]) as inner:
             net(x)
+        other(x)
         net(x)
+    net(x)
     assert names(outer) == ["blocks.0", "blocks.1"] * 3
     assert names(inner) == [""]
 
@@ -117,18 +95,11 @@ def test_a_copy_or_pickle_taken_inside_the_block_is_equal_and_not_recorded(dupli
         twin = duplicate(net)
         assert torch.equal(twin(x), y)
     assert names(tape) == ["blocks.0", "blocks.1"]
+    # It trains apart from its original.
     with record(twin) as own:
-        twin(x)
-    assert names(own) == ["blocks.0", "blocks.1"]
-
-
-def test_a_copy_trains_apart_from_its_original():
-    net = Net()
-    twin = copy.deepcopy(net)
-    x = torch.randn(1, 3, 8)
-    with record(twin) as tape:
         loss = twin(x).square().mean()
-    (loss + aux_loss(tape)).backward()
+    assert names(own) == ["blocks.0", "blocks.1"]
+    (loss + aux_loss(own)).backward()
     assert all(p.grad is not None for p in twin.parameters())
     assert all(p.grad is None for p in net.parameters())
 
@@ -216,10 +187,9 @@ def test_the_loads_of_a_tape_move_the_bias_and_have_no_losses():
     assert entry.context is None
     update_expert_bias(layer, loads.merge(tape.loads()))
     assert layer.router.expert_bias.tolist() == [-0.5, 0.5]
-    with pytest.raises(ValueError, match="layer '' is on this tape with its loads alone"):
-        aux_loss(loads)
-    with pytest.raises(ValueError, match="layer '' is on this tape with its loads alone"):
-        RoutingStats.from_tape(loads)
+    for read in (aux_loss, RoutingStats.from_tape):
+        with pytest.raises(ValueError, match="layer '' is on this tape with its loads alone"):
+            read(loads)
 
 
 def bias_layer() -> MoE:
@@ -230,20 +200,9 @@ def bias_layer() -> MoE:
     return layer
 
 
-class Wrapper(nn.Module):
-    """Names its content as DDP does."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
-
-
 def test_a_tape_of_a_wrapped_layer_moves_the_bias_of_the_bare_one():
     layer = bias_layer()
-    wrapped = Wrapper(layer)
+    wrapped = nn.Sequential(OrderedDict(module=layer))  # names its content as DDP does
     with record(wrapped) as tape:
         wrapped(torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]))
     update_expert_bias(layer, tape)

@@ -12,7 +12,6 @@ from patients import Patient, Training, batches, task_loss, whole_loss
 from torch import nn
 
 import core
-from core.diagnose.alike import _distances, _products
 from core.diagnose.figures import LayerFigures, explained
 from core.diagnose.passes import Facts, Pass
 from core.diagnose.rules import load_findings, modality_findings
@@ -35,12 +34,9 @@ def figures_of(*passes, **options):
     return figures
 
 
-def test_experts_in_use():
+def test_experts_in_use_and_what_groups_explain():
     # Loads of 3/4 and 1/4: an entropy of 0.5623 nats, and (2 - 1) / (2 * 8) more for chance.
     assert figures_of(a_pass()).experts_in_use == pytest.approx(math.exp(0.5623351 + 1 / 16))
-
-
-def test_what_groups_explain():
     # Each of two groups has its expert: all of the log 2 nats, less (1 * 1) / (2 * 200).
     assert explained(torch.tensor([[100.0, 0.0], [0.0, 100.0]])) == pytest.approx(1 - 1 / 400 / math.log(2))
     assert explained(torch.tensor([[50.0, 50.0], [50.0, 50.0]])) == 0
@@ -63,9 +59,7 @@ def test_the_variances_of_logits():
     assert figures.largest == 8
     # A sequence's tokens have the same logits: they decided twice, not eight times.
     assert figures.decisions == 2
-
-
-def test_unreachable_experts_and_broken_logits():
+    # Unreachable experts are no broken logits.
     logits = torch.zeros(8, 2)
     logits[0, 1] = -torch.inf
     assert figures_of(a_pass(logits_TE=logits)).not_finite == 0
@@ -105,6 +99,8 @@ def test_the_experts_of_each_modality():
     # Loads of 1/2 each: an entropy of log 2, and (2 - 1) / (2 * 2) more for chance, of at most 2 experts.
     assert figures.experts_of_modality(1) == 2
     assert figures.experts_of_modality(0) == pytest.approx(math.exp(1 / 8))
+    # One modality is no evidence.
+    assert list(modality_findings("layer", figures_of(replace(one, modality_T=torch.zeros_like(modality))))) == []
 
 
 def of_modalities(expert_of_1: torch.Tensor, **facts):
@@ -137,11 +133,6 @@ def test_a_modality_that_is_crowded_out():
     assert of_modalities(torch.where(torch.arange(200) < 160, torch.arange(200) % 4, 4)) == []
 
 
-def test_one_modality_is_no_evidence():
-    figures = figures_of(a_pass(modality_T=torch.zeros(8, dtype=torch.int64)))
-    assert list(modality_findings("layer", figures)) == []
-
-
 def test_a_diagnosis_reads_the_modality_from_the_context():
     layer = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(8)).build(4)
     with torch.no_grad():
@@ -156,28 +147,7 @@ def test_a_diagnosis_reads_the_modality_from_the_context():
     assert "the tokens of text use 1.0 of 4 experts, and each takes 1.0" in [f.evidence for f in findings]
 
 
-def test_distances_of_outputs():
-    # Outputs (1, 0), (0, 1), (1, 0) and nothing: unrelated 1, the same 0, and nothing can be said of nothing.
-    y_TED = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]]).double()
-    distance = _distances(_products(y_TED))
-    assert (distance[0, 1], distance[0, 2]) == (1, 0)
-    assert distance[3, 3].isnan()
-
-
-def test_without_an_expert():
-    net, _ = Training(TOP2, steps=5).run()
-    ids, before = batches(1)[0], deepcopy(net.state_dict())
-    scores = core.ablate_experts(net, lambda: task_loss(net, ids).item())
-    assert scores.keys() == {"moe"}
-    for e, score in enumerate(scores["moe"]):
-        other = deepcopy(net)
-        for t in other.moe.experts.weights_of(e).values():
-            t.data.zero_()
-        assert score == task_loss(other, ids).item()
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-
-
-def test_a_diagnosis_leaves_the_model_as_it_was():
+def test_a_diagnosis_and_an_ablation_leave_the_model_as_it_was():
     net, start = Training(TOP2, steps=5).run()
     net.train()
     before, random = deepcopy(net.state_dict()), torch.get_rng_state()
@@ -186,16 +156,20 @@ def test_a_diagnosis_leaves_the_model_as_it_was():
     assert net.training
     assert net.moe.balance == TOP2.balance
     assert torch.equal(random, torch.get_rng_state())
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert all(p.grad is gradients[n] or torch.equal(p.grad, gradients[n]) for n, p in net.named_parameters())
+    scores = core.ablate_experts(net, lambda: task_loss(net, batches(1)[0]).item())
+    assert scores.keys() == {"moe"}
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    for e, score in enumerate(scores["moe"]):
+        other = deepcopy(net)
+        for t in other.moe.experts.weights_of(e).values():
+            t.data.zero_()
+        assert score == task_loss(other, batches(1)[0]).item()
 
 
-def test_a_finding_is_one_line():
+def test_a_finding_is_one_line_and_bad_input_is_named():
     finding = core.Finding("dead_experts", "blocks.1.mlp", "warning", "2 of 8 got none", "raise the weight")
     assert str(finding) == "warning: blocks.1.mlp: dead experts: 2 of 8 got none. Remedy: raise the weight"
-
-
-def test_bad_input():
     with pytest.raises(ValueError, match="a Patient without MoE layers has no routing to diagnose"):
         core.diagnose(Patient(None), batches(1))
     with pytest.raises(ValueError, match="there is no batch to diagnose the model on"):

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from routed import ids
+from stepped import assert_same, step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from core import FFN, Balance, MoEConfig, RoutingContext, aux_loss, record
 from core.layers import aux_losses
 from core.routing.learned import Attention, Cosine, Stable
-from core.routing.router import RouterConfig
 
 
 def context(B: int, S: int, vocab_size: int = 10, **fields: Tensor) -> RoutingContext:
@@ -45,9 +45,7 @@ def test_cosine_projects_before_it_compares():
     projection = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
     built = cosine(projection, torch.eye(2), temperature=0.2)
     assert built(torch.tensor([[[1.0, 2.0, 2.0]]])).evidence.logits_TE[0].tolist() == pytest.approx([4.0, 3.0])
-
-
-def test_the_length_of_tokens_and_embeddings_does_not_count():
+    # The length of tokens and embeddings does not count.
     experts, x = torch.randn(4, 3), torch.randn(2, 5, 6)
     projection = torch.randn(3, 6)
     plain = cosine(projection, experts)(x)
@@ -64,12 +62,9 @@ def test_the_temperature_is_learned_and_stays_above_a_hundredth():
     assert built(torch.tensor([[[1.0, 0.0]]])).evidence.logits_TE[0, 0].item() == pytest.approx(100.0)
 
 
-def test_cosine_space_is_half_the_experts_and_never_a_line():
+def test_cosine_space_is_half_the_experts_and_a_zero_token_has_zero_cosines_and_finite_gradients():
     assert [Cosine().space(E) for E in (2, 4, 6, 64)] == [2, 2, 3, 32]
     assert Cosine(proj_dim=256).space(8) == 256
-
-
-def test_a_zero_token_has_zero_cosines_and_finite_gradients():
     built = Cosine(proj_dim=2).build(3, 4)
     x = torch.zeros(1, 2, 3, requires_grad=True)
     routing = built(x)
@@ -98,9 +93,7 @@ def test_attention_logits_by_hand():
     assert ids(routing) == [[1, 0]]
     # Softmax of the chosen logits: 1 / (1 + e^-0.5) = 0.622459.
     assert routing.gates_N.tolist() == pytest.approx([0.622459, 0.377541], abs=1e-6)
-
-
-def test_attention_equals_its_equation():
+    # Of any weights it is the equation.
     built = Attention(top_k=1).build(4, 5).eval()
     x = torch.randn(1, 6, 4)
     query, key, value = (F.linear(x[0], w).tolist() for w in built.gate.weight)
@@ -118,19 +111,17 @@ def stable(training: bool = True, **options):
     return built
 
 
-def test_stage_1_takes_the_best_expert_of_the_hidden_state_at_its_sigmoid():
+def test_the_best_expert_of_the_hidden_state_and_then_of_the_light_router_is_taken_at_the_gates_sigmoid():
+    built, given = stable(False), RoutingContext(token_ids_BS=torch.tensor([[0, 2]]))
     x = torch.tensor([[[math.log(3), 0.0], [-1.0, 0.0]]])
-    routing = stable(False)(x, RoutingContext(token_ids_BS=torch.tensor([[0, 2]])))
-    assert ids(routing) == [[0], [1]]  # the light router would say 1 and 0
+    routing = built(x, given)
+    assert ids(routing) == [[0], [1]]
     assert routing.gates_N.tolist() == pytest.approx([0.75, 0.5])  # 3 / (3 + 1) and 1 / 2
     assert routing.evidence.extra is None  # nothing is distilled in evaluation
-
-
-def test_the_distillation_loss_is_the_light_routers_cross_entropy():
-    x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
-    routing = stable()(x, RoutingContext(token_ids_BS=torch.tensor([[0, 1, 2]])))
-    # Targets 0, 0, 1; light logits (0, 1), (1, 1), (2, 1): log(1 + e), log 2, log(1 + e).
-    assert routing.evidence.extra["distillation"].tolist() == pytest.approx([1.313262, 0.693147, 1.313262], abs=1e-6)
+    built.freeze_light_router()
+    routing = built(x, given)
+    assert ids(routing) == [[1], [0]]
+    assert routing.gates_N.tolist() == pytest.approx([0.5, 1 / (1 + math.e)])  # sigmoid(0), sigmoid(-1)
 
 
 def test_the_gate_learns_nothing_from_distillation_and_the_light_router_nothing_else():
@@ -141,30 +132,11 @@ def test_the_gate_learns_nothing_from_distillation_and_the_light_router_nothing_
     assert built.light.embedding.grad.abs().max() > 0
     built.zero_grad()
     routing = built(x, given)
-    (
-        routing.gates_N.sum()
-        + routing.evidence.logits_TE.logsumexp(-1).sum()
-        + routing.evidence.scores_TE.square().sum()
-    ).backward()
+    evidence = routing.evidence
+    rest = (routing.gates_N, evidence.logits_TE.logsumexp(-1), evidence.scores_TE.square())
+    sum(tensor.sum() for tensor in rest).backward()
     assert built.light.embedding.grad is None
     assert built.gate.weight.grad.abs().max() > 0
-
-
-def test_stage_2_takes_the_light_routers_expert_at_the_gates_sigmoid():
-    built = stable(False)
-    built.freeze_light_router()
-    x = torch.tensor([[[math.log(3), 0.0], [-1.0, 0.0]]])
-    routing = built(x, RoutingContext(token_ids_BS=torch.tensor([[0, 2]])))
-    assert ids(routing) == [[1], [0]]
-    assert routing.gates_N.tolist() == pytest.approx([0.5, 1 / (1 + math.e)])  # sigmoid(0), sigmoid(-1)
-
-
-def test_stage_2_is_stable_whatever_the_hidden_states():
-    built, given = stable(), context(2, 9, 3)
-    built.freeze_light_router()
-    first, second = (built(torch.randn(2, 9, 2), given) for _ in range(2))
-    assert torch.equal(first.expert_ids_N, second.expert_ids_N)
-    assert not torch.equal(first.gates_N, second.gates_N)
 
 
 def test_the_frozen_light_router_does_not_move_and_the_gate_does():
@@ -215,6 +187,9 @@ def test_distillation_joins_the_auxiliary_loss_as_the_mean_over_real_tokens():
     with record(layer) as tape:
         layer(x, RoutingContext(valid_BS=valid, token_ids_BS=torch.tensor([[0, 1, 2, -100]])))
     losses = aux_losses(tape)
+    # Targets 0, 0, 1; light logits (0, 1), (1, 1), (2, 1): log(1 + e), log 2, log(1 + e).
+    given = tape.entries[0].routing.evidence.extra["distillation"]
+    assert given[:3].tolist() == pytest.approx([1.313262, 0.693147, 1.313262], abs=1e-6)
     # (1.313262 + 0.693147 + 1.313262) / 3 = 1.106557, at weight 0.5.
     assert losses.terms["distillation"].item() == pytest.approx(1.106557, abs=1e-6)
     assert losses.total.item() == pytest.approx(0.553278, abs=1e-6)
@@ -229,14 +204,17 @@ def test_the_light_router_learns_what_the_gate_does():
     optimizer = torch.optim.Adam(built.light.parameters(), lr=0.1)
     tokens = torch.arange(20)[None]
     given = RoutingContext(token_ids_BS=tokens)  # the hidden state is a function of the token
-    for _ in range(100):
+    for _ in range(50):
         built(vocab[tokens], given).evidence.extra["distillation"].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     learned = built(vocab[tokens], given).expert_ids_N
     assert len(learned.unique()) > 1
     built.freeze_light_router()
-    assert torch.equal(built(torch.randn(1, 20, 16), given).expert_ids_N, learned)
+    first, second = (built(torch.randn(1, 20, 16), given) for _ in range(2))  # whatever the hidden states
+    assert torch.equal(first.expert_ids_N, learned)
+    assert torch.equal(second.expert_ids_N, learned)
+    assert not torch.equal(first.gates_N, second.gates_N)
 
 
 def test_the_stage_is_saved_and_loaded_both_ways():
@@ -266,58 +244,21 @@ def test_the_stage_of_a_copied_buffer_is_followed():
     assert not any(p.requires_grad for p in averaged.module.light.parameters())
     averaged.module.reset_parameters()
     assert ids(averaged(x, given)) == [[1]]
-
-
-def test_a_forward_leaves_a_frozen_router_frozen():
+    # A forward leaves a frozen router frozen.
     built = stable().requires_grad_(False)
     built(torch.randn(1, 2, 2), context(1, 2, 3))
     assert not any(p.requires_grad for p in built.parameters())
 
 
-class OfIds(nn.Module):
-    """A layer as a function of tensors, as ``torch.export`` wants it."""
-
-    def __init__(self, config: RouterConfig) -> None:
-        super().__init__()
-        self.layer = MoEConfig(4, config, FFN(8), balance=Balance(load_balancing_loss=1.0)).build(6)
-
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return self.layer(x, RoutingContext(token_ids_BS=tokens))
-
-
+@pytest.mark.usefixtures("fresh_compiler")
 def test_stage_2_compiles_and_exports_as_stage_1_does_in_the_conformance_suite():
-    model = OfIds(Stable(10))
-    x, tokens = torch.randn(2, 5, 6), torch.randint(10, (2, 5))
-    model.layer.router.freeze_light_router()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-
-    def step(run: nn.Module) -> list[Tensor]:
-        model.zero_grad()
-        with record(model) as tape:
-            y = run(x, tokens)
-        loss = y.square().sum() + aux_loss(tape)
-        loss.backward()
-        return [y, loss, *(p.grad for p in model.parameters() if p.grad is not None)]
-
-    torch.testing.assert_close(step(compiled), step(model), rtol=1e-5, atol=1e-6)
-    model.eval()
-    program = torch.export.export(model, (x, tokens)).module()
-    torch.testing.assert_close(program(x, tokens), model(x, tokens), rtol=1e-5, atol=1e-6)
-
-
-def test_stable_needs_token_ids_in_range_and_of_the_tokens_shape():
-    built, x = Stable(10).build(6, 4), torch.randn(2, 5, 6)
-    with pytest.raises(ValueError, match=r"StableRouter needs context.token_ids_BS, which is None"):
-        built(x)
-    with pytest.raises(ValueError, match=r"context.token_ids_BS holds 10, which is not in range\(10\)"):
-        built(x, RoutingContext(token_ids_BS=torch.full((2, 5), 10)))
-    with pytest.raises(ValueError, match=r"context.token_ids_BS holds -1, which is not in range\(10\)"):
-        built(x, RoutingContext(token_ids_BS=torch.tensor([[-1, 0, 0, 0, 0]] * 2)))
-    with pytest.raises(ValueError, match=r"context.token_ids_BS has shape \(2, 4\), the tokens \(2, 5\)"):
-        built(x, context(2, 4))
-    with pytest.raises(ValueError, match=r"context.token_ids_BS is torch.float32: ids are integers"):
-        built(x, RoutingContext(token_ids_BS=torch.zeros(2, 5)))
+    layer = MoEConfig(4, Stable(10), FFN(8), balance=Balance(load_balancing_loss=1.0)).build(6)
+    x, given = torch.randn(2, 5, 6), context(2, 5)
+    layer.router.freeze_light_router()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert_same(step(layer, x, given, compiled), step(layer, x, given))
+    program = torch.export.export(layer.eval(), (x, given)).module()
+    torch.testing.assert_close(program(x, given), layer(x, given), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def scores_by_brute_force(r, x_TD: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shared_keys", [True, False])
-@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (4, 3), (4, 4), (49, 5), (49, 10), (256, 16), (9, 9)])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (4, 3), (49, 10), (64, 16), (9, 9)])
 def test_retrieval_has_recall_1_against_all_experts(num_experts, top_k, shared_keys):
     r = router(num_experts, top_k=top_k, heads=3, shared_keys=shared_keys)
     x = torch.randn(40, 8, dtype=torch.float64)
@@ -99,13 +99,6 @@ def scores_of(r, q_TC: torch.Tensor) -> torch.Tensor:
     return (first[..., :, None] + second[..., None, :]).flatten(-2)
 
 
-def test_batch_norm_is_refused_in_a_causal_decoder():
-    config = core.MoEConfig(16, ProductKeys(2, 2, query_norm="batch"), PEER())
-    with pytest.raises(ValueError, match="not for a causal decoder"):
-        config.build(8, causal=True)
-    core.MoEConfig(16, ProductKeys(2, 2), PEER()).build(8, causal=True)
-
-
 @pytest.mark.parametrize(
     ("num_experts", "options", "message"),
     [
@@ -119,11 +112,10 @@ def test_bad_values(num_experts, options, message):
         core.MoEConfig(num_experts, ProductKeys(**options), PEER())
 
 
-def test_capacity_has_no_meaning():
-    with pytest.raises(ValueError, match=r"capacity_factor=1\.0 does not apply to ProductKeys"):
-        core.MoEConfig(16, ProductKeys(2, 2), PEER(), capacity_factor=1.0)
-
-
-def test_other_experts_may_be_retrieved_too():
+def test_other_experts_may_be_retrieved_too_without_a_capacity():
     layer = core.MoEConfig(16, ProductKeys(2, 2), core.FFN(5)).build(8)
     assert layer(torch.randn(2, 3, 8)).shape == (2, 3, 8)
+    with pytest.raises(ValueError, match=r"capacity_factor=1\.0 does not apply to ProductKeys"):
+        core.MoEConfig(16, ProductKeys(2, 2), PEER(), capacity_factor=1.0)
+    with pytest.raises(ValueError, match="not for a causal decoder"):
+        core.MoEConfig(16, ProductKeys(2, 2, query_norm="batch"), PEER()).build(8, causal=True)

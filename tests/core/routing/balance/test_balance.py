@@ -10,19 +10,8 @@ import torch
 from routed import built, logits_of, terms_of
 from torch import Tensor
 
-from core import (
-    Balance,
-    Capacity,
-    Entry,
-    Evidence,
-    MoEConfig,
-    Routing,
-    RoutingContext,
-    Tape,
-    TokenChoice,
-    aux_loss,
-    aux_losses,
-)
+import core
+from core import Balance, Capacity, Entry, Evidence, MoEConfig, Routing, Tape, TokenChoice, aux_loss, aux_losses
 from core.routing.balance.balance import expert_bias_step
 from core.routing.balance.losses import load_balancing_loss, mean_over, smooth_load, squared_cv
 from core.routing.balance.terms import TERMS, balance_sums, balance_terms
@@ -64,15 +53,14 @@ def test_every_term_has_its_weight():
 
 def test_load_balancing_loss_by_hand():
     # Shares of the pairs 2/3, 1/3, 0; mean scores 1.3/3, 1.1/3, 0.6/3.
-    # 3 * (2/3 * 1.3/3 + 1/3 * 1.1/3) = 2/3 * 1.3 + 1/3 * 1.1 = 1.233333
-    loss = load_balancing_loss(torch.tensor([1.3, 1.1, 0.6]), torch.tensor([2, 1, 0]), 3)
-    assert loss.item() == pytest.approx(1.233333, abs=1e-6)
-
-
-def test_load_balancing_loss_does_not_depend_on_the_number_of_experts_a_token_takes():
-    # Twice the pairs in the same shares.
-    loss = load_balancing_loss(torch.tensor([1.3, 1.1, 0.6]), torch.tensor([4, 2, 0]), 3)
-    assert loss.item() == pytest.approx(1.233333, abs=1e-6)
+    # 3 * (2/3 * 1.3/3 + 1/3 * 1.1/3) = 2/3 * 1.3 + 1/3 * 1.1 = 1.233333, as with twice the pairs in the same shares.
+    for chosen in ([2, 1, 0], [4, 2, 0]):
+        loss = load_balancing_loss(torch.tensor([1.3, 1.1, 0.6]), torch.tensor(chosen), 3)
+        assert loss.item() == pytest.approx(1.233333, abs=1e-6)
+    # At balance it is 1, and E where one expert takes all.
+    assert load_balancing_loss(torch.full((4,), 2.5), torch.tensor([5] * 4), 10).item() == pytest.approx(1, abs=1e-6)
+    one = load_balancing_loss(torch.tensor([10.0, 0, 0, 0]), torch.tensor([10, 0, 0, 0]), 10)
+    assert one.item() == pytest.approx(4.0, abs=1e-6)
 
 
 def test_importance_is_of_the_scores_of_all_experts_as_in_v_moe():
@@ -108,17 +96,10 @@ def test_first_choice_counts_the_best_expert_of_each_token_alone():
     assert single["first_choice"] == pytest.approx(single["load_balancing_loss"])
 
 
-def test_padding_is_in_neither_first_choices_nor_gates():
-    x = logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5))
-    padded = torch.cat((x, torch.full((1, 2, 3), torch.nan)), 1)
-    router, names = built(TokenChoice(2), 3), ("first_choice", "gate_importance")
-    valid = RoutingContext(valid_BS=torch.tensor([[True, True, False, False]]))
-    assert terms_of(router(padded, valid), *names) == pytest.approx(terms_of(router(x), *names))
-
-
 def test_importance_loss_by_hand():
-    # Mean 1.0; variance (0.3^2 + 0.1^2 + 0.4^2) / 3 = 0.26 / 3.
-    assert squared_cv(torch.tensor([1.3, 1.1, 0.6])).item() == pytest.approx(0.086667, abs=1e-6)
+    # Mean 1.0; variance (0.3^2 + 0.1^2 + 0.4^2) / 3 = 0.26 / 3. Mean 2.5; variance (7.5^2 + 3 * 2.5^2) / 4 = 18.75.
+    for importance, expected in (([1.3, 1.1, 0.6], 0.086667), ([2.5] * 4, 0.0), ([10.0, 0.0, 0.0, 0.0], 3.0)):
+        assert squared_cv(torch.tensor(importance)).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_router_z_loss_by_hand():
@@ -135,34 +116,19 @@ def test_load_loss_by_hand():
     assert squared_cv(load.sum(0)).item() == pytest.approx(0.715181, abs=1e-6)
 
 
-def test_losses_at_balance_are_one_and_zero():
-    even = torch.full((4,), 2.5)
-    assert load_balancing_loss(even, torch.tensor([5, 5, 5, 5]), 10).item() == pytest.approx(1.0, abs=1e-6)
-    assert squared_cv(even).item() == 0.0
-
-
-def test_losses_when_one_of_four_experts_takes_all_are_e_and_e_minus_one():
-    one = torch.tensor([10.0, 0.0, 0.0, 0.0])
-    assert load_balancing_loss(one, torch.tensor([10, 0, 0, 0]), 10).item() == pytest.approx(4.0, abs=1e-6)
-    # Mean 2.5; variance (7.5^2 + 3 * 2.5^2) / 4 = 18.75; over 6.25 is 3.
-    assert squared_cv(one).item() == pytest.approx(3.0, abs=1e-6)
-
-
-def test_terms_of_a_routing_by_hand():
-    terms = balance_terms(balance_sums(routing(SCORES, [2, 1, 0]), ALL), ALL)
-    assert terms["load_balancing_loss"].item() == pytest.approx(1.233333, abs=1e-6)
-    assert terms["importance"].item() == pytest.approx(0.086667, abs=1e-6)
-    assert terms["router_z_loss"].item() == pytest.approx(0.0, abs=1e-6)  # logsumexp(log p) = log 1
-    assert "load" not in terms  # no noise
-
-
-def test_padding_is_in_no_term():
+def test_terms_of_a_routing_by_hand_have_no_padding():
     padded = routing([*SCORES, [0.98, 0.01, 0.01]], [2, 1, 0], valid=[True, True, True, False])
-    padded_terms = balance_terms(balance_sums(padded, ALL), ALL)
-    terms = balance_terms(balance_sums(routing(SCORES, [2, 1, 0]), ALL), ALL)
-    assert padded_terms.keys() == terms.keys()
-    for name, value in terms.items():
-        assert padded_terms[name].item() == pytest.approx(value.item(), abs=1e-6)
+    for decided in (routing(SCORES, [2, 1, 0]), padded):
+        terms = balance_terms(balance_sums(decided, ALL), ALL)
+        assert terms["load_balancing_loss"].item() == pytest.approx(1.233333, abs=1e-6)
+        assert terms["importance"].item() == pytest.approx(0.086667, abs=1e-6)
+        assert terms["router_z_loss"].item() == pytest.approx(0.0, abs=1e-6)  # logsumexp(log p) = log 1
+        assert "load" not in terms  # no noise
+    x = logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5))
+    router, names = built(TokenChoice(2), 3), ("first_choice", "gate_importance")
+    valid = core.RoutingContext(valid_BS=torch.tensor([[True, True, False, False]]))
+    padded = router(torch.cat((x, torch.full((1, 2, 3), torch.nan)), 1), valid)
+    assert terms_of(padded, *names) == pytest.approx(terms_of(router(x), *names))
 
 
 def test_sums_of_parts_add_up_to_the_sums_of_the_whole():
@@ -239,29 +205,17 @@ def test_smooth_load_of_a_choice_of_all_experts_is_one_and_its_gradient_finite()
         assert parameter.grad is None or parameter.grad.isfinite().all()
 
 
-def test_learned_noise_of_almost_zero_gives_a_finite_load_loss_and_gradient():
+def test_a_load_loss_trains_the_learned_noise_and_is_finite_where_that_is_almost_zero():
+    balance = Balance(load_balancing_loss=0, router_z_loss=0, load=1.0)
     router = TokenChoice(top_k=1, noise="learned").build(3, 4).train()
+    aux_loss(tape_of(router(torch.randn(1, 50, 3)), balance=balance)).backward()
+    assert router.gate.noise_weight.grad.abs().max() > 0
+    assert router.gate.weight.grad.abs().max() > 0
     torch.nn.init.constant_(router.gate.noise_weight, -100.0)  # softplus(-300) is 0 in float32
-    decided = router(torch.ones(1, 5, 3))
-    loss = aux_loss(tape_of(decided, balance=Balance(load_balancing_loss=0, router_z_loss=0, load=1.0)))
+    loss = aux_loss(tape_of(router(torch.ones(1, 5, 3)), balance=balance))
     assert loss.item() == pytest.approx(3.0)  # as without noise: one of four experts takes all
     loss.backward()
     assert all(p.grad.isfinite().all() for p in router.parameters())
-
-
-@pytest.mark.parametrize("limit", [{"expert_bias": True}, {"num_groups": 2, "limited_groups": 1}])
-def test_load_loss_is_refused_where_the_choice_is_not_by_noisy_logits_alone(limit):
-    # A bias or a group limit chooses by more than the logits, so their threshold says nothing of the load.
-    with pytest.raises(ValueError, match=r"balance.load=0.1 does not apply to TokenChoice without noise.*group limits"):
-        MoEConfig(4, router=TokenChoice(top_k=1, noise="fixed", **limit), balance=Balance(load=0.1))
-
-
-def test_load_loss_trains_the_learned_noise():
-    router = TokenChoice(top_k=1, noise="learned").build(3, 4).train()
-    decided = router(torch.randn(1, 50, 3))
-    aux_loss(tape_of(decided, balance=Balance(load_balancing_loss=0, router_z_loss=0, load=1.0))).backward()
-    assert router.gate.noise_weight.grad.abs().max() > 0
-    assert router.gate.weight.grad.abs().max() > 0
 
 
 def test_aux_loss_is_the_weighted_sum_and_terms_are_unweighted_means_over_passes():
@@ -306,18 +260,12 @@ def test_a_term_of_weight_zero_cannot_bring_nan_in(weights):
 
 def test_nothing_to_balance_is_a_loss_of_zero():
     assert aux_loss(Tape()).item() == 0.0
-    off = Balance(load_balancing_loss=0, router_z_loss=0)
-    losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=off))
-    assert (losses.total.item(), losses.terms) == (0.0, {})
-
-
-def test_a_load_term_alone_is_zero_in_evaluation_where_there_is_no_noise():
-    only_load = Balance(load_balancing_loss=0, router_z_loss=0, load=0.1)
-    losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=only_load))
-    assert (losses.total.item(), losses.terms) == (0.0, {})
-
-
-def test_a_term_that_does_not_apply_is_skipped():
+    # With every weight at 0, and with a load alone in evaluation, where there is no noise.
+    for weights in ({}, {"load": 0.1}):
+        balance = Balance(load_balancing_loss=0, router_z_loss=0, **weights)
+        losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=balance))
+        assert (losses.total.item(), losses.terms) == (0.0, {})
+    # A term that does not apply is skipped.
     losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=Balance(), terms=frozenset({"router_z_loss"})))
     assert losses.terms.keys() == {"router_z_loss"}
 
@@ -328,8 +276,11 @@ def test_an_expert_below_the_mean_load_rises():
 
 
 def test_a_term_set_by_hand_that_does_not_apply_is_refused_and_a_default_is_not():
-    with pytest.raises(ValueError, match=r"balance.load=0.1 does not apply to TokenChoice without noise on its logits"):
-        Balance(load=0.1).check(TokenChoice().terms, "TokenChoice")
+    # A bias or a group limit chooses by more than the logits, so their threshold says nothing of the load.
+    noise = r"balance.load=0.1 does not apply to TokenChoice without noise on its logits.*group limits"
+    for options in ({}, {"noise": "fixed", "expert_bias": True}, {"noise": "fixed", "num_groups": 2}):
+        with pytest.raises(ValueError, match=noise):
+            MoEConfig(4, TokenChoice(1, **options), balance=Balance(load=0.1))
     Balance(load=0.1).check(TokenChoice(noise="fixed").terms, "TokenChoice")
     with pytest.raises(ValueError, match=r"balance.load_balancing_loss=0.5 does not apply to Hash"):
         Balance(load_balancing_loss=0.5).check(frozenset(), "Hash")
