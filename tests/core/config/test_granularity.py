@@ -1,7 +1,5 @@
 """``MoEConfig.granularity``: more and narrower experts at the same cost (DeepSeekMoE, arXiv 2401.06066)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 
@@ -17,8 +15,7 @@ def test_costs_by_hand():
     fine = replace(coarse, granularity=3)
     layer = fine.build(8)
     # 12 experts of width 8, 6 a token. An expert has 2 * 8 * 8 = 128 parameters; the gate has 8 * 12 in place of 8 * 4.
-    assert layer.experts.w_in.shape == (12, 8, 8)
-    assert len(layer.router(torch.randn(1, 5, 8)).gates_N) == 5 * 6
+    assert (layer.experts.w_in.shape, len(layer.router(torch.randn(1, 5, 8)).gates_N)) == ((12, 8, 8), 5 * 6)
     assert fine.num_params(8) == sum(p.numel() for p in layer.parameters()) == 12 * 128 + 96
     assert fine.active_params(8) == active_params(layer) == 6 * 128 + 96
     assert fine.flops_per_token(8) == 2 * (6 * 128 + 96)

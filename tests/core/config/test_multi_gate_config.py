@@ -1,7 +1,5 @@
 """Configs of multi-task layers: plain form, costs, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 
@@ -26,8 +24,7 @@ FIXED = [name for name in ALL if name not in (*LEARNED, "sparse rank mixer")]
 def test_parameters_equal_the_formulas_and_a_config_is_plain_dicts_and_back(name):
     config, domains = ALL[name], DOMAINS if name in DOMAIN else 0
     plain = json.loads(json.dumps(config.to_dict()))
-    assert plain["class_path"] == f"core.{type(config).__name__}"
-    assert core.MultiGateConfig.from_dict(plain) == config
+    assert (plain["class_path"], core.MultiGateConfig.from_dict(plain)) == (f"core.{type(config).__name__}", config)
     assert type(config).from_dict(plain["init_args"]) == config
     for num_tasks in (1, 3):
         if isinstance(own := getattr(ALL[name], "num_task_experts", 0), tuple):
@@ -73,8 +70,7 @@ def test_costs_by_hand():
     assert mmoe.flops_per_token(9, 3) == 1500
     # CGC: 3 shared and 2 for each of 3 tasks: 9 experts of 9 * 6 + 6, three gates over 5.
     cgc = ALL["cgc"]
-    assert cgc.num_params(9, 3) == 9 * 60 + 3 * 5 * 9
-    assert cgc.flops_per_token(9, 3) == 2 * (9 * 54 + 15 * 9 + 15 * 6)
+    assert (cgc.num_params(9, 3), cgc.flops_per_token(9, 3)) == (9 * 60 + 3 * 5 * 9, 2 * (9 * 54 + 15 * 9 + 15 * 6))
     # CGC of 2, 0 and 1 own experts: 6 experts of 60, gates over 5, 3 and 4.
     uneven = ALL["uneven cgc"]
     assert uneven.num_params(9, 3) == uneven.active_params(9, 3) == 6 * 60 + 12 * 9
@@ -82,26 +78,20 @@ def test_costs_by_hand():
     # Sparse: 8 experts of 60; each of 3 tasks routes (2 * 9 * 8) and takes 2 experts of 2 * 54. By chance an expert is
     # missed by all tasks with probability (3/4)^3, so that 4.625 of 8 are taken.
     sparse = ALL["top-k"]
-    assert sparse.num_params(9, 3) == 8 * 60 + 3 * 72
-    assert sparse.active_params(9, 3) == round(4.625 * 60) + 3 * 72
+    assert (sparse.num_params(9, 3), sparse.active_params(9, 3)) == (8 * 60 + 3 * 72, round(4.625 * 60) + 3 * 72)
     assert sparse.flops_per_token(9, 3) == 3 * 144 + round(4.625 * 108)
     # Gates that scale the input: no row is shared.
     assert ALL["input gates"].flops_per_token(9, 3) == 3 * (144 + 2 * 108)
     # SMES: 2 for all and one for each task, at most 5 of 8.
     smes = ALL["smes"]
-    assert smes.num_params(9, 3) == 8 * 60 + 3 * 72
-    assert smes.active_params(9, 3) == 5 * 60 + 3 * 72
-    assert smes.flops_per_token(9, 3) == 3 * 144 + 5 * 108
-    assert smes.most_experts(9) == 8
+    assert (smes.num_params(9, 3), smes.active_params(9, 3)) == (8 * 60 + 3 * 72, 5 * 60 + 3 * 72)
+    assert (smes.flops_per_token(9, 3), smes.most_experts(9)) == (3 * 144 + 5 * 108, 8)
     # One selection for all: one route, 3 rows, and three gates of 2 * 9 * 8.
     assert ALL["shared top-k"].flops_per_token(9, 3) == 144 + 3 * 108 + 3 * 144
     # Two of each domain's experts (of 4 domains) beside 3: 11 experts held, 5 taken; gates over 5 and 4 vectors.
     domain = ALL["domain mmoe"]
     assert domain.num_params(9, 3, 4) == 11 * 60 + 3 * 5 * 9 + 4 * 9
     assert domain.active_params(9, 3, 4) == 5 * 60 + 3 * 5 * 9 + 4 * 9
-
-
-def test_many_small_experts_cost_a_part_of_the_dense_layer():
     # E=64 of 16, K=4, D=128: dense 64 rows of 4096 FLOPs; each task 4 rows and a gate of 2 * 128 * 64.
     dense, sparse = MMoE(64), MMoE(64, router=TokenChoice(4))
     assert dense.flops_per_token(128, 2) == 64 * 4096 + 2 * 2 * 64 * (128 + 16)

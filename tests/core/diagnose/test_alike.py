@@ -19,8 +19,7 @@ def test_the_same_outputs_have_a_distance_of_0_and_likeness_by_design_is_not_com
         model["star"](torch.randn(4, 5), known)
         model["mmoe"](torch.randn(4, 5))
     distances = inputs.distances()
-    assert list(distances) == ["mmoe"]
-    assert distances["mmoe"][0, 1] == 0
+    assert (list(distances), distances["mmoe"][0, 1]) == (["mmoe"], 0)
     # Outputs (1, 0), (0, 1), (1, 0) and nothing: unrelated 1, the same 0, and nothing can be said of nothing.
     y_TED = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]]).double()
     distance = _distances(_products(y_TED))

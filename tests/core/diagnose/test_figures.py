@@ -1,7 +1,5 @@
 """The figures that the rules read, on numbers that can be checked by hand; bad input; and what a diagnosis leaves."""
 
-from __future__ import annotations
-
 import math
 from copy import deepcopy
 from dataclasses import replace
@@ -39,11 +37,7 @@ def test_experts_in_use_and_what_groups_explain():
     assert figures_of(a_pass()).experts_in_use == pytest.approx(math.exp(0.5623351 + 1 / 16))
     # Each of two groups has its expert: all of the log 2 nats, less (1 * 1) / (2 * 200).
     assert explained(torch.tensor([[100.0, 0.0], [0.0, 100.0]])) == pytest.approx(1 - 1 / 400 / math.log(2))
-    assert explained(torch.tensor([[50.0, 50.0], [50.0, 50.0]])) == 0
-    assert explained(torch.zeros(2, 2)) == 0
-
-
-def test_places_and_classes_of_pairs():
+    assert (explained(torch.tensor([[50.0, 50.0], [50.0, 50.0]])), explained(torch.zeros(2, 2))) == (0, 0)
     # Places 0 to 3 of the first sequence take expert 0; of the second, places 2 and 3 take expert 1.
     figures = figures_of(a_pass(), labels=torch.tensor([0, 1]))
     assert figures.place_PE[:4].tolist() == [[2, 0], [2, 0], [1, 1], [1, 1]]
@@ -54,8 +48,7 @@ def test_the_variances_of_logits():
     # Logits less their mean are +-1 for the first half and +-3 for the second: a mean of +-2 and a variance of 1.
     logits = torch.tensor([[1.0, -1.0]] * 4 + [[8.0, 2.0]] * 4)
     figures = figures_of(a_pass(logits_TE=logits))
-    assert figures.token_variance == pytest.approx(1)
-    assert figures.expert_variance == pytest.approx(4)
+    assert (figures.token_variance, figures.expert_variance) == (pytest.approx(1), pytest.approx(4))
     assert figures.largest == 8
     # A sequence's tokens have the same logits: they decided twice, not eight times.
     assert figures.decisions == 2
@@ -90,15 +83,13 @@ def test_drops_by_chance():
 
 def test_the_experts_of_each_modality():
     # Tokens 0 to 3 are of modality 0, 4 to 7 of modality 1; the last is padding, and of none.
-    modality = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    valid = torch.arange(8) < 7
+    modality, valid = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.arange(8) < 7
     one = a_pass(modality_T=modality, valid_T=valid, token_N=torch.arange(7), expert_N=torch.tensor([0] * 5 + [1, 2]))
     figures = figures_of(one)
     assert figures.modality_GE[:2].tolist() == [[4, 0], [1, 1]]  # expert 2 of 2 stands for a pair that had no room
     assert figures.modality_tokens_G[:3].tolist() == [4, 3, 0]
     # Loads of 1/2 each: an entropy of log 2, and (2 - 1) / (2 * 2) more for chance, of at most 2 experts.
-    assert figures.experts_of_modality(1) == 2
-    assert figures.experts_of_modality(0) == pytest.approx(math.exp(1 / 8))
+    assert (figures.experts_of_modality(1), figures.experts_of_modality(0)) == (2, pytest.approx(math.exp(1 / 8)))
     # One modality is no evidence.
     assert list(modality_findings("layer", figures_of(replace(one, modality_T=torch.zeros_like(modality))))) == []
 
@@ -115,7 +106,7 @@ def of_modalities(expert_of_1: torch.Tensor, **facts):
     return list(modality_findings("layer", figures_of(one), ("image",)))
 
 
-def test_a_modality_that_uses_one_expert():
+def test_a_modality_that_uses_one_expert_and_one_that_is_crowded_out():
     (finding,) = of_modalities(torch.tensor(3))
     assert (finding.name, finding.severity) == ("collapsed_modality", "warning")
     # Without a name it has its number. 1.0 is exp(0 + 3 / 400), for chance.
@@ -123,9 +114,6 @@ def test_a_modality_that_uses_one_expert():
     assert "num_modalities=2" in finding.remedy
     assert of_modalities(torch.arange(200) % 2) == []  # two experts are enough
     assert of_modalities(torch.tensor(3), by_data=True) == []  # the data decide by design
-
-
-def test_a_modality_that_is_crowded_out():
     # 20 of its 200 tokens are computed; of all tokens 220 of 400 are.
     (finding,) = of_modalities(torch.where(torch.arange(200) < 20, 3, 4))
     assert (finding.name, finding.severity) == ("starved_modality", "error")
@@ -135,8 +123,7 @@ def test_a_modality_that_is_crowded_out():
 
 def test_a_diagnosis_reads_the_modality_from_the_context():
     layer = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(8)).build(4)
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(4))
+    layer.router.gate.weight.data.copy_(torch.eye(4))
     x_BSD = torch.eye(4)[torch.arange(4 * 64) % 4].view(4, 64, 4)
     x_BSD[2:] = torch.eye(4)[3]  # texts
     modality_BS = (torch.arange(4) >= 2)[:, None].expand(4, 64).long()

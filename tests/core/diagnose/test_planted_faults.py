@@ -3,8 +3,6 @@
 The network has 4 experts and tokens of 32 words at 8 places. What a fault does to the figures is in its comment.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -48,15 +46,13 @@ def test_drops():
     # would leave out sqrt(64 * 3/4) / sqrt(2 pi) = 2.8 of 64, the mean excess of a normal load.
     training = Training(replace(TOP2, router=core.TokenChoice(top_k=2), eval_capacity_factor=0.5))
     (finding,) = training.findings()
-    assert finding.name == "drops"
-    assert finding.figures["by_chance"] == pytest.approx(2.764 / 64, rel=1e-3)
+    assert (finding.name, finding.figures["by_chance"]) == ("drops", pytest.approx(2.764 / 64, rel=1e-3))
     assert finding.figures["drop_rate"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_load_that_follows_the_place():
     def plant(net: Patient) -> None:
-        with torch.no_grad():
-            net.place.copy_(torch.eye(LENGTH).repeat(1, 2) * 12)
+        net.place.data.copy_(torch.eye(LENGTH).repeat(1, 2) * 12)
 
     training = Training(replace(TOP2, router=core.TokenChoice(top_k=1)), plant=plant)
     assert "skew_by_place" in names(training.findings())
@@ -168,10 +164,6 @@ def test_a_constant_router_in_few_sequences():
     assert finding.figures["token_share"] < 1e-9
 
 
-def test_a_router_of_one_expert_has_no_fault():
-    assert core.diagnose(core.MoEConfig(1, core.TokenChoice(top_k=1), FFN).build(16), [torch.randn(8, 32, 16)]) == []
-
-
 class Tasks(nn.Module):
     """Two tasks over one MMoE layer."""
 
@@ -206,7 +198,8 @@ def test_a_healthy_training_has_no_finding(padded):
     assert Training(TOP2, padded=padded).findings() == []
 
 
-def test_few_tokens_are_no_evidence_of_loads():
+def test_few_tokens_are_no_evidence_of_loads_nor_has_a_router_of_one_expert_a_fault():
     # 8 tokens of one choice: some of the experts get none by chance.
     net, _ = Training(replace(TOP2, router=core.TokenChoice(top_k=1)), steps=5).run()
     assert names(core.diagnose(net, [batches(1)[0][:1]])) == set()
+    assert core.diagnose(core.MoEConfig(1, core.TokenChoice(top_k=1), FFN).build(16), [torch.randn(8, 32, 16)]) == []

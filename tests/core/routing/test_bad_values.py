@@ -1,7 +1,5 @@
 """Bad values of sizes and of the context end in one line that names the value and the rule."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Cosine, attention and two-stage gates on typed weights."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -23,50 +21,38 @@ def context(B: int, S: int, vocab_size: int = 10, **fields: Tensor) -> RoutingCo
 
 def cosine(projection: Tensor, experts: Tensor, **options) -> nn.Module:
     built = Cosine(proj_dim=projection.shape[0], **options).build(projection.shape[1], len(experts)).eval()
-    with torch.no_grad():
-        built.gate.projection.copy_(projection)
-        built.gate.weight.copy_(experts)
+    built.gate.projection.data.copy_(projection)
+    built.gate.weight.data.copy_(experts)
     return built
 
 
-def test_cosine_logits_are_cosines_over_the_temperature():
+def test_cosine_logits_are_projected_cosines_over_the_temperature():
     # Token (5, 0) against (3, 4) of length 5: 15 / 25 = 0.6; against (0, 2): 0; over 0.5: 1.2 and 0.
     built = cosine(torch.eye(2), torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
     routing = built(torch.tensor([[[5.0, 0.0]]]))
-    assert routing.evidence.logits_TE.tolist() == [[pytest.approx(0.0), pytest.approx(1.2)]]
-    assert ids(routing) == [[1, 0]]
+    assert (routing.evidence.logits_TE.tolist(), ids(routing)) == ([[pytest.approx(0.0), pytest.approx(1.2)]], [[1, 0]])
     # 1 / (1 + e^-1.2) = 1 / 1.301194 = 0.768525.
     assert routing.gates_N.tolist() == pytest.approx([0.768525, 0.231475], abs=1e-6)
     assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.231475, 0.768525], abs=1e-6)
-
-
-def test_cosine_projects_before_it_compares():
     # (1, 2, 2) -> (2 + 2, 1 + 2) = (4, 3); against (1, 0): 0.8, against (0, 1): 0.6; over 0.2: 4 and 3.
     projection = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
     built = cosine(projection, torch.eye(2), temperature=0.2)
     assert built(torch.tensor([[[1.0, 2.0, 2.0]]])).evidence.logits_TE[0].tolist() == pytest.approx([4.0, 3.0])
     # The length of tokens and embeddings does not count.
-    experts, x = torch.randn(4, 3), torch.randn(2, 5, 6)
-    projection = torch.randn(3, 6)
+    experts, x, projection = torch.randn(4, 3), torch.randn(2, 5, 6), torch.randn(3, 6)
     plain = cosine(projection, experts)(x)
     scaled = cosine(projection, experts * torch.tensor([[1.0], [0.1], [10.0], [3.0]]))(x * 7)
     torch.testing.assert_close(scaled.evidence.logits_TE, plain.evidence.logits_TE)
 
 
-def test_the_temperature_is_learned_and_stays_above_a_hundredth():
+def test_the_temperature_is_learned_the_space_never_a_line_and_a_zero_token_has_zero_cosines():
     built = cosine(torch.eye(2), torch.eye(2))
     built(torch.tensor([[[1.0, 0.0]]])).evidence.logits_TE[0, 0].backward()
     assert built.gate.log_scale.grad.item() == pytest.approx(2.0)  # d exp(s) / ds = exp(s) = 1 / 0.5
-    with torch.no_grad():
-        built.gate.log_scale.fill_(9.0)
+    built.gate.log_scale.data.fill_(9.0)
     assert built(torch.tensor([[[1.0, 0.0]]])).evidence.logits_TE[0, 0].item() == pytest.approx(100.0)
-
-
-def test_cosine_space_is_half_the_experts_and_a_zero_token_has_zero_cosines_and_finite_gradients():
-    assert [Cosine().space(E) for E in (2, 4, 6, 64)] == [2, 2, 3, 32]
-    assert Cosine(proj_dim=256).space(8) == 256
-    built = Cosine(proj_dim=2).build(3, 4)
-    x = torch.zeros(1, 2, 3, requires_grad=True)
+    assert ([Cosine().space(E) for E in (2, 4, 6, 64)], Cosine(proj_dim=256).space(8)) == ([2, 2, 3, 32], 256)
+    built, x = Cosine(proj_dim=2).build(3, 4), torch.zeros(1, 2, 3, requires_grad=True)
     routing = built(x)
     assert routing.evidence.logits_TE.abs().max() == 0
     routing.gates_N.square().sum().backward()
@@ -89,13 +75,11 @@ def test_attention_logits_by_hand():
         built.gate.weight.copy_(torch.tensor([[[1.0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0] * 3], [[0, 0, 1], [0, 0, 4]]]))
     routing = built(torch.tensor([[[1.0, math.log(2), 1.0]]]))
     # Expert 0: weights exp(1 log 2), exp(0) -> 2/3, 1/3: 2/3 + 4/3 = 2. Expert 1: 1/2, 1/2: 2.5.
-    assert routing.evidence.logits_TE[0].tolist() == pytest.approx([2.0, 2.5])
-    assert ids(routing) == [[1, 0]]
+    assert (routing.evidence.logits_TE[0].tolist(), ids(routing)) == (pytest.approx([2.0, 2.5]), [[1, 0]])
     # Softmax of the chosen logits: 1 / (1 + e^-0.5) = 0.622459.
     assert routing.gates_N.tolist() == pytest.approx([0.622459, 0.377541], abs=1e-6)
     # Of any weights it is the equation.
-    built = Attention(top_k=1).build(4, 5).eval()
-    x = torch.randn(1, 6, 4)
+    built, x = Attention(top_k=1).build(4, 5).eval(), torch.randn(1, 6, 4)
     query, key, value = (F.linear(x[0], w).tolist() for w in built.gate.weight)
     expected = [attention_logits(*row) for row in zip(query, key, value, strict=True)]
     torch.testing.assert_close(built(x).evidence.logits_TE, torch.tensor(expected))
@@ -125,8 +109,7 @@ def test_the_best_expert_of_the_hidden_state_and_then_of_the_light_router_is_tak
 
 
 def test_the_gate_learns_nothing_from_distillation_and_the_light_router_nothing_else():
-    x, given = torch.randn(1, 8, 2), context(1, 8, 3)
-    built = stable()
+    x, given, built = torch.randn(1, 8, 2), context(1, 8, 3), stable()
     built(x, given).evidence.extra["distillation"].sum().backward()
     assert built.gate.weight.grad is None
     assert built.light.embedding.grad.abs().max() > 0
@@ -201,8 +184,7 @@ def test_distillation_joins_the_auxiliary_loss_as_the_mean_over_real_tokens():
 
 def test_the_light_router_learns_what_the_gate_does():
     built, vocab = Stable(20, 8).build(16, 4).train(), torch.randn(20, 16)
-    optimizer = torch.optim.Adam(built.light.parameters(), lr=0.1)
-    tokens = torch.arange(20)[None]
+    optimizer, tokens = torch.optim.Adam(built.light.parameters(), lr=0.1), torch.arange(20)[None]
     given = RoutingContext(token_ids_BS=tokens)  # the hidden state is a function of the token
     for _ in range(50):
         built(vocab[tokens], given).evidence.extra["distillation"].mean().backward()
@@ -217,7 +199,7 @@ def test_the_light_router_learns_what_the_gate_does():
     assert not torch.equal(first.gates_N, second.gates_N)
 
 
-def test_the_stage_is_saved_and_loaded_both_ways():
+def test_the_stage_is_saved_loaded_and_copied():
     built, other = stable(False), Stable(3, embedding_dim=2).build(2, 2).eval()
     start = {name: value.clone() for name, value in built.state_dict().items()}
     built.freeze_light_router()
@@ -230,17 +212,13 @@ def test_the_stage_is_saved_and_loaded_both_ways():
     assert torch.equal(other(x, given).expert_ids_N, other(x, given).evidence.logits_TE.argmax(-1))
     assert "distillation" in other.terms
     assert all(p.requires_grad for p in other.light.parameters())
-
-
-def test_the_stage_of_a_copied_buffer_is_followed():
     model, averaged = stable(), AveragedModel(stable())
     averaged.update_parameters(model)
     model.freeze_light_router()
     averaged.update_parameters(model)
     x, given = torch.tensor([[[-1.0, 0.0]]]), RoutingContext(token_ids_BS=torch.tensor([[2]]))
     # The hidden state takes expert 1, the light router's (2, 1) expert 0.
-    assert ids(stable()(x, given)) == [[1]]
-    assert ids(averaged(x, given)) == [[0]]
+    assert (ids(stable()(x, given)), ids(averaged(x, given))) == ([[1]], [[0]])
     assert not any(p.requires_grad for p in averaged.module.light.parameters())
     averaged.module.reset_parameters()
     assert ids(averaged(x, given)) == [[1]]

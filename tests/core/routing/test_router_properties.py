@@ -1,7 +1,5 @@
 """Properties of gates beyond the conformance suite: derivatives of all that losses read, graphs of dynamic sizes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch._dynamo
@@ -117,7 +115,6 @@ def test_compiled_with_dynamic_sizes_equals_eager(name):
 def test_a_random_second_compiles_without_a_graph_break():
     # Second gates are about 0.45 at the start, each kept with that probability.
     layer = layer_of(Threshold(1.0))
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 40, D)
+    compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(2, 40, D)
     steps = [step(layer, x, run=compiled) for _ in range(2)]
     assert not torch.equal(steps[0]["ids"], steps[1]["ids"])

@@ -1,7 +1,5 @@
 """Tests of the choice of pairs: capacity, priority and groups, on tables small enough to route by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from routed import ids
@@ -45,20 +43,22 @@ THREE = [
 X = 3  # not computed
 
 
-def test_dropless_computes_every_pair():
+def test_dropless_computes_every_pair_and_no_tokens_route_to_nothing():
     routing = select(THREE, 2, Capacity())
-    assert ids(routing) == [[0, 1], [0, 2], [1, 0]]
-    assert routing.tokens_per_expert_E.tolist() == [3, 2, 1]
+    assert (ids(routing), routing.tokens_per_expert_E.tolist()) == ([[0, 1], [0, 2], [1, 0]], [3, 2, 1])
     assert routing.gates_N.tolist() == pytest.approx([0.5, 0.3, 0.6, 0.3, 0.7, 0.2])
     assert routing.token_index_N.tolist() == [0, 0, 1, 1, 2, 2]
+    for group in ("batch", "sequence", 3):
+        for sequences in (0, 2):
+            routing = select(torch.zeros(0, 3), 2, Capacity(0.5, group=group), sequences=sequences)
+            assert (routing.tokens_per_expert_E.tolist(), routing.expert_ids_N.shape) == ([0, 0, 0], (0,))
 
 
 def test_position_priority_serves_first_choices_then_earlier_tokens():
     # Capacity ceil(0.5 * 2 * 3 / 3) = 1. First choices: token 0 takes expert 0, token 1 finds it full, token 2
     # takes expert 1. Second choices: token 0 finds expert 1 full, token 1 takes expert 2, token 2 finds 0 full.
     routing = select(THREE, 2, Capacity(0.5))
-    assert ids(routing) == [[0, X], [X, 2], [1, X]]
-    assert routing.tokens_per_expert_E.tolist() == [1, 1, 1]
+    assert (ids(routing), routing.tokens_per_expert_E.tolist()) == ([[0, X], [X, 2], [1, X]], [1, 1, 1])
     assert routing.chosen_per_expert_E.tolist() == [3, 2, 1]
     assert routing.gates_N.tolist() == pytest.approx([0.5, 0, 0, 0.3, 0.7, 0])
     # Capacity ceil(0.5 * 2 * 2 / 2) = 1. Token by token, token 0 would take both experts and token 1 none.
@@ -101,8 +101,7 @@ def test_capacity_holds_within_each_group(group, tokens, sequences, expected):
 def test_padding_takes_no_place_and_does_not_raise_the_capacity():
     # Real tokens 1 and 3 of four: capacity ceil(1 * 1 * 2 / 2) = 1 goes to token 1, though padding 0 comes first.
     routing = select(ALL_ON_0 * 4, 1, Capacity(1.0), valid=[False, True, False, True])
-    assert kept(routing) == [1]
-    assert routing.chosen_per_expert_E.tolist() == [2, 0]
+    assert (kept(routing), routing.chosen_per_expert_E.tolist()) == ([1], [2, 0])
     assert routing.tokens_per_expert_E.tolist() == [1, 0]
     # That of a sequence lowers its own capacity alone:
     # ceil(4 / 2) = 2 in the first sequence, ceil(1 / 2) = 1 in the second, whose one real token is its last.
@@ -112,8 +111,7 @@ def test_padding_takes_no_place_and_does_not_raise_the_capacity():
 
 def test_a_second_expert_left_out_is_neither_computed_nor_chosen_and_frees_its_place():
     routing = select(THREE, 2, Capacity(), keep_second=[True, False, False])
-    assert ids(routing) == [[0, 1], [0, X], [1, X]]
-    assert routing.chosen_per_expert_E.tolist() == [2, 2, 0]
+    assert (ids(routing), routing.chosen_per_expert_E.tolist()) == ([[0, 1], [0, X], [1, X]], [2, 2, 0])
     assert routing.gates_N.tolist() == pytest.approx([0.5, 0.3, 0.6, 0, 0.7, 0])
     # Its place is free: tokens 0 and 1 want expert 2 second, and 0 leaves it out.
     scores = [[0.6, 0.1, 0.3], [0.1, 0.6, 0.3]]
@@ -156,8 +154,7 @@ def test_every_expert_serves_exactly_what_it_was_asked_for_up_to_its_capacity(pr
     valid = torch.rand(B * S, generator=generator) < 0.8
     limit = Capacity(factor, priority=priority, group=group)
     routing = select(scores, K, limit, sequences=B, valid=valid.tolist(), training=True)
-    ids_TK = torch.tensor(ids(routing))
-    chosen = scores.topk(K, dim=-1).indices
+    ids_TK, chosen = torch.tensor(ids(routing)), scores.topk(K, dim=-1).indices
     size = {"batch": B * S, "sequence": S, 5: 5}[group]
     for start in range(0, B * S, size):
         here = slice(start, start + size)
@@ -174,11 +171,3 @@ def test_every_expert_serves_exactly_what_it_was_asked_for_up_to_its_capacity(pr
     assert int(routing.tokens_per_expert_E.sum()) + dropped + K * int((~valid).sum()) == B * S * K
     assert int(routing.chosen_per_expert_E.sum()) == K * int(valid.sum())
     assert ((routing.gates_N > 0) == (routing.expert_ids_N < E)).all()
-
-
-def test_no_tokens_route_to_nothing():
-    for group in ("batch", "sequence", 3):
-        for sequences in (0, 2):
-            routing = select(torch.zeros(0, 3), 2, Capacity(0.5, group=group), sequences=sequences)
-            assert routing.tokens_per_expert_E.tolist() == [0, 0, 0]
-            assert routing.expert_ids_N.shape == (0,)

@@ -1,7 +1,5 @@
 """Balance losses to six digits by hand, and what may and may not enter them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -29,8 +27,7 @@ def routing(
     noise_std: float | Tensor | None = None,
 ) -> Routing:
     """A decision with typed softmax scores; its logits are their logarithms."""
-    scores_TE = torch.as_tensor(scores)
-    none = torch.zeros(0, dtype=torch.int64)
+    scores_TE, none = torch.as_tensor(scores), torch.zeros(0, dtype=torch.int64)
     return Routing(
         token_index_N=none,
         expert_ids_N=none,
@@ -47,8 +44,10 @@ def tape_of(*routings: Routing, balance: Balance, terms: frozenset[str] = ALL) -
     return Tape(tuple(Entry(f"layer{i}", r, None, balance, terms) for i, r in enumerate(routings)))
 
 
-def test_every_term_has_its_weight():
+def test_every_term_has_its_weight_and_an_expert_below_the_mean_load_rises():
     assert Balance().weights().keys() == TERMS.keys()
+    # Loads 4, 2, 0 around the mean 2.
+    assert expert_bias_step(torch.tensor([4, 2, 0]), 0.1).tolist() == pytest.approx([-0.1, 0.0, 0.1])
 
 
 def test_load_balancing_loss_by_hand():
@@ -63,16 +62,13 @@ def test_load_balancing_loss_by_hand():
     assert one.item() == pytest.approx(4.0, abs=1e-6)
 
 
-def test_importance_is_of_the_scores_of_all_experts_as_in_v_moe():
+def test_importance_is_of_the_scores_of_all_experts_as_in_v_moe_and_gate_importance_of_the_gates_computed():
     # Scores (0.5, 0.3, 0.2) and (0.2, 0.3, 0.5) sum to 0.7, 0.6, 0.7: mean 2/3, variance (2 / 900 + 4 / 900) / 3 =
     # 0.002222, over 4/9: 0.005. Shazeer's gates of the chosen, 0.5, 0, 0.5, have 0.5.
     routing = built(TokenChoice(1), 3)(logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5)))
     # Mean 1/3, variance (2 / 36 + 1 / 9) / 3 = 1/18, over 1/9.
     terms = terms_of(routing, "importance", "gate_importance")
     assert terms == pytest.approx({"importance": 0.005, "gate_importance": 0.5})
-
-
-def test_gate_importance_is_of_the_gates_that_are_computed():
     # Gates 5/8 and 3/8 of experts 0 and 1; 5/8 and 3/8 of 2 and 1: sums 5/8, 6/8, 5/8. Mean 2/3, variance
     # (2 * (1/24)^2 + (1/12)^2) / 3 = (2 + 4) / 576 / 3 = 1/288, over 4/9: 1/128.
     x = logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5))
@@ -102,13 +98,10 @@ def test_importance_loss_by_hand():
         assert squared_cv(torch.tensor(importance)).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_router_z_loss_by_hand():
+def test_router_z_loss_and_load_loss_by_hand():
     # Logits (0, 0) and (log 3, 0): logsumexp log 2 and log 4; (0.480453 + 1.921812) / 2.
     squares = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]).logsumexp(-1).square().sum()
     assert mean_over(squares, 2).item() == pytest.approx(1.201133, abs=1e-6)
-
-
-def test_load_loss_by_hand():
     # Logits 1 and 0 had to reach 0.8 under noise of 0.5: Phi(0.4) = 0.655422 and Phi(-1.6) = 0.054799.
     # Mean 0.3551105, both 0.3003112 away: (0.3003112 / 0.3551105)^2 = 0.715181.
     load = smooth_load(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.8]]), 0.5)
@@ -129,24 +122,6 @@ def test_terms_of_a_routing_by_hand_have_no_padding():
     valid = core.RoutingContext(valid_BS=torch.tensor([[True, True, False, False]]))
     padded = router(torch.cat((x, torch.full((1, 2, 3), torch.nan)), 1), valid)
     assert terms_of(padded, *names) == pytest.approx(terms_of(router(x), *names))
-
-
-def test_sums_of_parts_add_up_to_the_sums_of_the_whole():
-    scores = torch.rand(10, 4).softmax(-1)
-    threshold = torch.randn(10, 1)
-    parts = (slice(0, 3), slice(3, 10))
-    counts = ([3, 0, 0, 0], [1, 2, 2, 2])
-    options = {"noise_std": 0.5}
-    added: dict[str, Tensor] = {}
-    for part, chosen in zip(parts, counts, strict=True):
-        for name, value in balance_sums(
-            routing(scores[part], chosen, threshold=threshold[part], **options), ALL
-        ).items():
-            added[name] = added.get(name, 0) + value
-    whole = balance_sums(routing(scores, [4, 2, 2, 2], threshold=threshold, **options), ALL)
-    assert {"num_tokens", "chosen", "score", "square", "load"} <= set(whole)
-    for name, value in whole.items():
-        torch.testing.assert_close(added[name], value, rtol=1e-6, atol=1e-6)
 
 
 def test_sigmoid_scores_count_by_their_share():
@@ -218,9 +193,8 @@ def test_a_load_loss_trains_the_learned_noise_and_is_finite_where_that_is_almost
     assert all(p.grad.isfinite().all() for p in router.parameters())
 
 
-def test_aux_loss_is_the_weighted_sum_and_terms_are_unweighted_means_over_passes():
-    even = [[0.25, 0.25, 0.25, 0.25]] * 4
-    skewed = [[0.7, 0.1, 0.1, 0.1]] * 4
+def test_aux_loss_is_the_weighted_sum_and_terms_are_unweighted_means_over_passes_of_each_layers_own_balance():
+    even, skewed = [[0.25, 0.25, 0.25, 0.25]] * 4, [[0.7, 0.1, 0.1, 0.1]] * 4
     # load balancing: 1 and 4 * 0.7 = 2.8; importance: 0 and, of sums 2.8, 0.4, 0.4, 0.4 with mean 1,
     # (1.8^2 + 3 * 0.6^2) / 4 = 1.08.
     balance = Balance(load_balancing_loss=0.1, router_z_loss=0, importance=0.01)
@@ -229,9 +203,6 @@ def test_aux_loss_is_the_weighted_sum_and_terms_are_unweighted_means_over_passes
     assert {k: v.item() for k, v in losses.terms.items()} == pytest.approx(
         {"load_balancing_loss": 1.9, "importance": 0.54}, abs=1e-6
     )
-
-
-def test_each_layer_is_weighted_by_its_own_balance():
     skewed = routing([[0.7, 0.3]] * 2, [2, 0])  # load balancing 2 * 0.7 = 1.4
     entries = [
         Entry(name, skewed, None, Balance(load_balancing_loss=weight, router_z_loss=0), ALL)
@@ -268,11 +239,6 @@ def test_nothing_to_balance_is_a_loss_of_zero():
     # A term that does not apply is skipped.
     losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=Balance(), terms=frozenset({"router_z_loss"})))
     assert losses.terms.keys() == {"router_z_loss"}
-
-
-def test_an_expert_below_the_mean_load_rises():
-    # Loads 4, 2, 0 around the mean 2.
-    assert expert_bias_step(torch.tensor([4, 2, 0]), 0.1).tolist() == pytest.approx([-0.1, 0.0, 0.1])
 
 
 def test_a_term_set_by_hand_that_does_not_apply_is_refused_and_a_default_is_not():

@@ -1,7 +1,5 @@
 """Gates that learn nothing: hashes, random experts, random experts of a domain; and the consistency loss."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -30,8 +28,7 @@ def test_a_hash_is_its_table_at_gate_1():
     built = Hash(4).build(6, 3)
     built.table.copy_(torch.tensor([[2], [0], [0], [1]]))
     routing = built(torch.randn(1, 5, 6), by_id([[3, 0, 0, 2, 1]]))
-    assert ids(routing) == [[1], [2], [2], [0], [0]]
-    assert routing.gates_N.tolist() == [1.0] * 5
+    assert (ids(routing), routing.gates_N.tolist()) == ([[1], [2], [2], [0], [0]], [1.0] * 5)
     assert routing.tokens_per_expert_E.tolist() == [2, 1, 2]
     assert routing.evidence.scores_TE is None
     # A token keeps its expert whatever is around it.
@@ -44,24 +41,21 @@ def test_a_hash_is_its_table_at_gate_1():
 def test_a_hash_with_learned_gates_takes_the_tables_experts_at_their_scores():
     built = Hash(2, top_k=2, score_func="sqrt_softplus", scale=1.5).build(3, 3)
     built.table.copy_(torch.tensor([[2, 0], [1, 2]]))
-    with torch.no_grad():
-        built.gate.weight.copy_(torch.eye(3))
+    built.gate.weight.data.copy_(torch.eye(3))
     # Logits log(e^s^2 - 1) have the scores s: 1, 3, 2. Experts 2 and 0: 1.5 * 2/3 and 1.5 * 1/3; 1 and 2: 3/5, 2/5.
     x = torch.tensor([[[math.log(math.exp(s * s) - 1) for s in (1.0, 3.0, 2.0)]] * 2]).squeeze(0)[None]
     routing = built(x, by_id([[0, 1]]))
-    assert ids(routing) == [[2, 0], [1, 2]]
-    assert routing.gates_N.tolist() == pytest.approx([1.0, 0.5, 0.9, 0.6])
+    assert (ids(routing), routing.gates_N.tolist()) == ([[2, 0], [1, 2]], pytest.approx([1.0, 0.5, 0.9, 0.6]))
     assert routing.evidence.scores_TE[0].tolist() == pytest.approx([1, 3, 2])
     assert Hash(2, score_func="sigmoid").num_params(6, 4) == 24
     # One expert's gate is its score, for a gate of 1 would learn nothing.
     one = Hash(2, score_func="sigmoid").build(3, 3)
     one.table.fill_(1)
-    with torch.no_grad():
-        one.gate.weight.copy_(torch.eye(3))
+    one.gate.weight.data.copy_(torch.eye(3))
     assert one(torch.tensor([[[0.0, 1.0, 5.0]]]), by_id([[0]])).gates_N.item() == pytest.approx(0.731059)
 
 
-def test_a_random_table_is_uniform_and_its_columns_differ():
+def test_a_random_table_is_uniform_its_columns_differ_and_the_seed_says_it():
     table = random_table(20_000, 5, 3, seed=1)
     assert table.shape == (20_000, 3)
     for column in table.T:
@@ -71,9 +65,6 @@ def test_a_random_table_is_uniform_and_its_columns_differ():
     # Every one of the 10 pairs of the first two: 2000 expected, 4 sigma of a binomial of 0.1 is 170.
     pairs = table[:, :2].sort(-1).values
     assert torch.bincount(pairs[:, 0] * 5 + pairs[:, 1]).sub(2000).abs().le(170).sum() == 10
-
-
-def test_the_seed_says_the_table():
     one, same, other = (Hash(100, seed=seed).build(6, 8).table for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -94,34 +85,28 @@ def test_a_balanced_hash_gives_each_expert_as_many_ids_and_deals_frequent_ones_f
     assert sorted(load(balanced_table([5.0, 5.0] + [0.0] * 8, 2, 1, seed=0), 2)) == [5.0, 5.0]
 
 
-def test_a_balanced_hash_balances_the_tokens_it_was_fitted_to():
+def test_a_balanced_hash_balances_the_tokens_it_was_fitted_to_and_its_several_experts_are_different():
     counts = (10_000 / torch.arange(1, 2001)).round()  # Zipf's law
     built = Hash(2000, "balanced").build(6, 8)
     before = load(built.table, 8, counts)
     built.fit(counts)
-    after = load(built.table, 8, counts)
-    mean = float(counts.sum() / 8)
+    after, mean = load(built.table, 8, counts), float(counts.sum() / 8)
     assert max(after) - min(after) <= 5  # the last ids occur 5 times: any gap is filled up to one of them
     assert max(before) > 1.2 * mean
     tokens = torch.arange(2000).repeat_interleave(counts.long())
     routing = built(torch.zeros(1, len(tokens), 6), RoutingContext(token_ids_BS=tokens[None]))
     assert routing.chosen_per_expert_E.tolist() == after
-
-
-def test_several_experts_of_a_balanced_hash_are_different_and_as_loaded():
     built = Hash(60, "balanced", top_k=2).build(6, 5)
     assert (built.table[:, 0] != built.table[:, 1]).all()
     assert torch.bincount(built.table.flatten(), minlength=5).tolist() == [24] * 5
     routing = built(torch.randn(1, 3, 6), by_id([[0, 1, 59]]))
-    assert routing.gates_N.tolist() == [0.5] * 6
-    assert ids(routing) == built.table[[0, 1, 59]].tolist()
+    assert (routing.gates_N.tolist(), ids(routing)) == ([0.5] * 6, built.table[[0, 1, 59]].tolist())
 
 
 def test_clusters_keep_like_points_together_and_have_equal_sizes():
     # Three tight groups of 4, far apart.
     centers = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
-    points = centers.repeat_interleave(4, 0) + 0.1 * torch.randn(12, 2)
-    order = torch.randperm(12)
+    points, order = centers.repeat_interleave(4, 0) + 0.1 * torch.randn(12, 2), torch.randperm(12)
     cluster_N = min(
         (balanced_clusters(points[order], 3, seed=s) for s in range(5)), key=lambda c: spread(points[order], c)
     )
@@ -201,7 +186,7 @@ def test_random_experts_are_drawn_once_a_token_a_sequence_or_a_batch_in_training
     assert torch.equal(built.eval()(x).expert_ids_N, built(x).expert_ids_N)
 
 
-def test_fixed_evaluation_takes_the_experts_in_turn_by_position_balanced_in_every_sequence():
+def test_evaluation_takes_the_experts_in_turn_by_position_or_the_mean_of_all():
     routing = Random(2).build(6, 3).eval()(torch.randn(2, 4, 6))
     assert ids(routing) == [[0, 1], [2, 0], [1, 2], [0, 1]] * 2
     # 16 pairs over 3 experts, each sequence 3, 3, 2.
@@ -210,24 +195,18 @@ def test_fixed_evaluation_takes_the_experts_in_turn_by_position_balanced_in_ever
         counts = Random(top_k).build(6, 4).eval()(torch.randn(1, length, 6)).tokens_per_expert_E
         assert counts.sum() == length * top_k
         assert counts.max() - counts.min() <= 1
-
-
-def test_average_evaluation_is_the_mean_of_all_experts():
     layer = MoEConfig(3, Random(evaluation="average"), FFN(8)).build(6).eval()
-    x = torch.randn(2, 5, 6)
-    experts = layer.experts
+    x, experts = torch.randn(2, 5, 6), layer.experts
     alone = [torch.nn.functional.gelu(x @ experts.w_in[e]) @ experts.w_out[e] for e in range(3)]
     torch.testing.assert_close(layer(x), sum(alone) / 3, rtol=1e-5, atol=1e-6)
-    assert layer.router(x).tokens_per_expert_E.tolist() == [10] * 3
-    assert layer.train().router(x).top_k == 1
+    assert (layer.router(x).tokens_per_expert_E.tolist(), layer.train().router(x).top_k) == ([10] * 3, 1)
 
 
 def test_a_domain_has_its_own_experts_and_its_own_map():
     built = DomainRandom(2, 6).build(6, 4)
     built.table.copy_(torch.tensor([[0, 1, 0, 1, 1, 0], [3, 3, 2, 2, 3, 2]]))
     routing = built(torch.randn(2, 3, 6), by_id([[0, 1, 5], [0, 1, 5]], [1, 0]))
-    assert ids(routing) == [[3], [3], [2], [0], [1], [0]]
-    assert routing.gates_N.tolist() == [1.0] * 6
+    assert (ids(routing), routing.gates_N.tolist()) == ([[3], [3], [2], [0], [1], [0]], [1.0] * 6)
     for vocab_size in (30, 32):  # the ids are shared out evenly within the group of a domain
         table = DomainRandom(3, vocab_size).build(6, 12).table
         for domain, row in enumerate(table):
@@ -256,12 +235,8 @@ def test_consistency_is_the_symmetric_divergence():
     assert a.grad[~valid].abs().max() == 0
     assert b.grad.isfinite().all()
     assert consistency_loss(a, dirty, torch.zeros_like(valid)).item() == 0
-
-
-def test_consistency_equals_torchs_divergence_and_its_gradient():
     a, b = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    kl = torch.nn.functional.kl_div
-    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    kl, log_a, log_b = torch.nn.functional.kl_div, a.log_softmax(-1), b.log_softmax(-1)
     both = [kl(log_b, log_a, log_target=True, reduction="sum"), kl(log_a, log_b, log_target=True, reduction="sum")]
     torch.testing.assert_close(consistency_loss(a, b), sum(both) / 8)
     assert torch.autograd.gradcheck(consistency_loss, (a, b))

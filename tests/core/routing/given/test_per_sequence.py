@@ -1,7 +1,5 @@
 """Gates that decide once for a sequence: by its mean, its task or its domain."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -20,8 +18,7 @@ def sentence(num_experts: int = 2, **options):
 
 def task(logits: list[list[float]], **options):
     built = Task(len(logits), **options).build(5, len(logits[0])).eval()
-    with torch.no_grad():
-        built.gate.weight.copy_(torch.tensor(logits))
+    built.gate.weight.data.copy_(torch.tensor(logits))
     return built
 
 
@@ -36,14 +33,12 @@ def test_a_sentence_takes_the_experts_of_its_mean():
     # Padding is not in the mean.
     x = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, 90.0]]])
     routing = sentence(top_k=1)(x, RoutingContext(valid_BS=torch.tensor([[True, True, False]])))
-    assert routing.evidence.logits_TE.tolist() == [[2.0, 0.0]] * 3
-    assert ids(routing) == [[0], [0], [2]]
+    assert (routing.evidence.logits_TE.tolist(), ids(routing)) == ([[2.0, 0.0]] * 3, [[0], [0], [2]])
     assert routing.tokens_per_expert_E.tolist() == [2, 0]
 
 
 def test_a_sentences_experts_depend_on_its_later_tokens_and_not_on_its_batch_mates():
-    built = sentence(4, top_k=1)
-    x = torch.randn(3, 5, 4)
+    built, x = sentence(4, top_k=1), torch.randn(3, 5, 4)
     routing = built(x)
     assert torch.equal(built(x[1:2]).expert_ids_N, routing.expert_ids_N[5:10])
     changed = x.clone()
@@ -65,21 +60,24 @@ def test_a_task_takes_the_experts_of_its_row():
     assert ids(routing) == [[1], [2], [2], [2]]
 
 
-def test_one_expert_a_task_has_its_score_as_gate():
+def test_one_expert_a_task_has_its_score_as_gate_and_sequences_compete_for_capacity():
     built = task([[math.log(6), 0.0, math.log(2)]], top_k=1)
     routing = built(torch.randn(1, 2, 5), RoutingContext(task_ids_B=torch.tensor([0])))
     assert routing.gates_N.tolist() == pytest.approx([6 / 9] * 2)
     routing.gates_N.sum().backward()
     # Two tokens, each g (1 - g) = 2/3 1/3 for the chosen and - g_0 g_i for the others.
     assert built.gate.weight.grad[0].tolist() == pytest.approx([4 / 9, -4 / 27, -8 / 27])
+    # Three sequences of 4 tokens on one expert of 2: ceil(1 * 1 * 12 / 2) = 6 have room, the first ones.
+    built = Task(1, top_k=1).build(5, 2, Capacity(1.0))
+    routing = built(torch.randn(3, 4, 5), RoutingContext(task_ids_B=torch.zeros(3, dtype=torch.int64)))
+    assert sorted(routing.tokens_per_expert_E.tolist()) == [0, 6]
+    assert (routing.expert_ids_N[6:] == 2).all()
 
 
 def test_a_tasks_subnetwork_computes_what_the_layer_does():
     layer = MoEConfig(6, Task(3, top_k=2), FFN(8, bias=True)).build(5).eval()
-    x = torch.randn(4, 7, 5)
-    subnetwork = layer.router.experts_of(2)
-    experts = layer.experts
-    expected = torch.zeros_like(x)
+    x, subnetwork = torch.randn(4, 7, 5), layer.router.experts_of(2)
+    experts, expected = layer.experts, torch.zeros_like(x)
     for expert, gate in zip(subnetwork.expert_ids_K.tolist(), subnetwork.gates_K, strict=True):
         h = torch.nn.functional.gelu(x @ experts.w_in[expert] + experts.b_in[expert])
         expected = expected + gate * (h @ experts.w_out[expert] + experts.b_out[expert])
@@ -95,8 +93,7 @@ def test_a_known_domain_is_its_expert_at_gate_1():
     built = Domain(3).build(5, 3)
     for mode in (True, False):
         routing = built.train(mode)(torch.randn(3, 2, 5), RoutingContext(domain_ids_B=torch.tensor([2, 0, 2])))
-        assert ids(routing) == [[2], [2], [0], [0], [2], [2]]
-        assert routing.gates_N.tolist() == [1.0] * 6
+        assert (ids(routing), routing.gates_N.tolist()) == ([[2], [2], [0], [0], [2], [2]], [1.0] * 6)
         assert routing.tokens_per_expert_E.tolist() == [2, 0, 4]
 
 
@@ -125,12 +122,14 @@ def test_the_context_may_say_the_mixture_of_each_sequence():
         assert routing.gates_N.tolist() == pytest.approx([0.75, 0.25, 1.0, 0.0, 0.0, 0.0])
 
 
-def test_the_mixture_mixes_the_outputs_of_the_experts():
-    layer = MoEConfig(3, Domain(3), FFN(8)).build(5).eval()
-    x = torch.randn(1, 4, 5)
+def test_the_mixture_mixes_the_outputs_of_the_experts_and_is_exported():
+    layer, x = MoEConfig(3, Domain(3), FFN(8)).build(5).eval(), torch.randn(1, 4, 5)
     alone = [layer(x, RoutingContext(domain_ids_B=torch.tensor([d]))) for d in range(3)]
     layer.router.set_prior([0.2, 0.3, 0.5])
     torch.testing.assert_close(layer(x), 0.2 * alone[0] + 0.3 * alone[1] + 0.5 * alone[2], rtol=1e-5, atol=1e-6)
+    layer, x = MoEConfig(4, Domain(4), FFN(8)).build(6).eval(), torch.randn(3, 5, 6)
+    program = torch.export.export(layer, (x, RoutingContext())).module()
+    torch.testing.assert_close(program(x, RoutingContext()), layer(x), rtol=1e-5, atol=1e-6)
 
 
 def test_the_posterior_is_bayes_rule_and_the_prior_its_mean():
@@ -150,20 +149,6 @@ def test_the_posterior_is_bayes_rule_and_the_prior_its_mean():
     other = Domain(2).build(5, 2).eval()
     other.load_state_dict(built.state_dict())
     assert other.prior[0].item() == pytest.approx(0.4525)
-
-
-def test_sequences_compete_for_capacity_in_the_batch():
-    # Three sequences of 4 tokens on one expert of 2: ceil(1 * 1 * 12 / 2) = 6 have room, the first ones.
-    built = Task(1, top_k=1).build(5, 2, Capacity(1.0))
-    routing = built(torch.randn(3, 4, 5), RoutingContext(task_ids_B=torch.zeros(3, dtype=torch.int64)))
-    assert sorted(routing.tokens_per_expert_E.tolist()) == [0, 6]
-    assert (routing.expert_ids_N[6:] == 2).all()
-
-
-def test_a_layer_of_unknown_domains_is_exported():
-    layer, x = MoEConfig(4, Domain(4), FFN(8)).build(6).eval(), torch.randn(3, 5, 6)
-    program = torch.export.export(layer, (x, RoutingContext())).module()
-    torch.testing.assert_close(program(x, RoutingContext()), layer(x), rtol=1e-5, atol=1e-6)
 
 
 X = torch.zeros(2, 3, 6)

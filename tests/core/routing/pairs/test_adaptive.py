@@ -1,7 +1,5 @@
 """Routers with a varying number of experts a token, on typed logits: the gate's weight is the identity."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -117,9 +115,6 @@ def test_a_token_of_null_experts_alone_comes_out_zero_and_has_no_gradient_but_th
     y.sum().backward()
     assert x.grad.isfinite().all()
     assert x.grad[0, 2].abs().max() == 0
-
-
-def test_pairs_per_token_is_the_mean_at_balance():
     # 4 of 8 + 8: 4 * 8 / 16.
     assert NullExperts(4, 8).pairs_per_token(8) == 2.0
     config = MoEConfig(8, NullExperts(4, 8), FFN(16))
@@ -132,8 +127,7 @@ def test_pairs_per_token_is_the_mean_at_balance():
 
 def dynamic(thresholds: tuple[float, ...], training: bool = False, **options) -> PairRouter:
     router = built(DynamicThreshold(**{"max_k": len(thresholds), **options}), len(thresholds), training)
-    with torch.no_grad():
-        router.gate.threshold.copy_(torch.tensor(thresholds))
+    router.gate.threshold.data.copy_(torch.tensor(thresholds))
     return router
 
 
@@ -145,8 +139,7 @@ def test_every_expert_above_its_threshold_is_taken_with_equal_gates():
         # 0.6 > 0.5 and 0 > -1, but 0.8 < 0.9. Distances sigmoid(0.6) - sigmoid(0.5) = 0.645656 - 0.622459 = 0.023197
         # and sigmoid(0) - sigmoid(-1) = 0.5 - 0.268941 = 0.231059: expert 2 is first.
         routing = dynamic((0.5, 0.9, -1.0), training)(X)
-        assert ids(routing) == [[2, 0, 3]]
-        assert gates(routing) == [[0.5, 0.5, 0.0]]
+        assert (ids(routing), gates(routing)) == ([[2, 0, 3]], [[0.5, 0.5, 0.0]])
         assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.645656, 0.689974, 0.5], abs=1e-6)
         # Expert 0 is nearest to its threshold, 0.6 to 0.65, but where none is above its own the best score is taken.
         routing = dynamic((0.65, 2.0, 0.5), training)(X)
@@ -156,13 +149,11 @@ def test_every_expert_above_its_threshold_is_taken_with_equal_gates():
     assert (ids(routing), gates(routing)) == ([[2]], [[1.0]])
     # The temperature divides cosines and thresholds: sigmoid(0.6 / 0.5) = sigmoid(1.2) = 0.768525.
     routing = dynamic((0.5, 0.9, -1.0), temperature=0.5)(X)
-    assert ids(routing) == [[2, 0, 3]]
-    assert routing.evidence.scores_TE[0, 0].item() == pytest.approx(0.768525, abs=1e-6)
+    assert (ids(routing), routing.evidence.scores_TE[0, 0].item()) == ([[2, 0, 3]], pytest.approx(0.768525, abs=1e-6))
 
 
 def test_the_gradient_goes_straight_through_the_step_to_thresholds_and_tokens():
-    router = dynamic((0.5, 0.9, -1.0), training=True)
-    x = X.clone().requires_grad_()
+    router, x = dynamic((0.5, 0.9, -1.0), training=True), X.clone().requires_grad_()
     routing = router(x)
     # Expert 2 is the first pair, expert 0 the second one, each with gate 1/2.
     (3 * routing.gates_N[0] + 2 * routing.gates_N[1]).backward()
@@ -198,8 +189,7 @@ def test_diversity_and_simplicity_join_the_losses_with_their_weights():
 def test_experts_start_orthogonal_with_thresholds_of_zero_and_a_token_of_zeros_has_a_finite_gradient():
     gate = DynamicThreshold().build(16, 6).gate
     torch.testing.assert_close(gate.weight @ gate.weight.T, torch.eye(6), rtol=0, atol=1e-5)
-    assert gate.threshold.tolist() == [0.0] * 6
-    assert gate.diversity().item() == pytest.approx(0.0, abs=1e-5)
+    assert (gate.threshold.tolist(), gate.diversity().item()) == ([0.0] * 6, pytest.approx(0.0, abs=1e-5))
     x = torch.zeros(1, 2, 3, requires_grad=True)
     dynamic((0.5, 0.9, 1.0), training=True)(x).gates_N.sum().backward()
     assert x.grad.isfinite().all()
@@ -230,13 +220,11 @@ def test_loads_are_rounded_up_with_the_best_scored_others():
     # 3 is nearer to 4 than to 0 (or as near, with a half up). Expert 0 gets token 3 (0.4), expert 1 token 2 (0.3).
     routing = built(TokenRounding(top_k=1, tile=4), 2, training=True)(logits_of(*HALVES))
     expected = {(0, 0): 0.9, (1, 0): 0.8, (2, 0): 0.7, (3, 0): 0.4, (3, 1): 0.6, (4, 1): 0.7, (5, 1): 0.8, (2, 1): 0.3}
-    assert pairs(routing) == pytest.approx(expected)
-    assert routing.tokens_per_expert_E.tolist() == [4, 4]
+    assert (pairs(routing), routing.tokens_per_expert_E.tolist()) == (pytest.approx(expected), [4, 4])
     assert routing.expert_ids_N.shape == (6 * 1 + 2 * 2,)
     assert routing.top_k is None
     # The losses see the choice; the drop rate counts the added ones as chosen.
-    assert routing.evidence.balance_chosen.tolist() == [3, 3]
-    assert routing.chosen_per_expert_E.tolist() == [4, 4]
+    assert (routing.evidence.balance_chosen.tolist(), routing.chosen_per_expert_E.tolist()) == ([3, 3], [4, 4])
 
 
 def test_loads_are_rounded_down_by_leaving_out_the_lowest_scored():
@@ -266,8 +254,7 @@ def test_gates_are_shared_by_the_experts_that_compute_the_token():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_tile_of_one_and_evaluation_are_plain_top_k(training):
-    x = torch.randn(2, 9, 5)
-    tile = 1 if training else 4
+    x, tile = torch.randn(2, 9, 5), 1 if training else 4
     plain, rounded = built(TokenChoice(2), 5)(x), built(TokenRounding(2, tile), 5, training)(x)
     assert torch.equal(rounded.expert_ids_N, plain.expert_ids_N)
     assert torch.equal(rounded.token_index_N, plain.token_index_N)
@@ -291,8 +278,7 @@ def rounded_by_loops(scores: list[list[float]], chosen: list[list[int]], real: l
 @pytest.mark.parametrize("tile", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("T", [1, 5, 40])
 def test_rounding_equals_the_loops(tile, T):
-    scores = torch.randn(T, 4).softmax(-1)
-    real = torch.rand(T) < 0.8
+    scores, real = torch.randn(T, 4).softmax(-1), torch.rand(T) < 0.8
     chosen = scores.topk(2).indices.masked_fill(~real[:, None], 4)
     rounded = round_to_tiles(scores, chosen, real, tile)
     live = rounded.expert_ids_N < 4
@@ -302,17 +288,13 @@ def test_rounding_equals_the_loops(tile, T):
     assert (rounded.tokens_per_expert_E % tile == 0).all()
 
 
-def test_batch_mates_change_a_token_in_training_alone():
-    layer = identity_gate(MoEConfig(2, TokenRounding(1, 4), FFN(8)).build(2))
-    x = logits_of(*HALVES)
+def test_batch_mates_change_a_token_in_training_alone_and_a_capacity_may_be_tried_in_evaluation():
+    layer, x = identity_gate(MoEConfig(2, TokenRounding(1, 4), FFN(8)).build(2)), logits_of(*HALVES)
     more = torch.cat((x, logits_of(*((0.95, 0.05),) * 2)), 1)
     # With two more tokens of its own expert 0 has 5 of 8, so 4: it keeps its own best four and leaves token 3 out.
     assert not torch.allclose(layer(x)[0, 3], layer(more)[0, 3])
     layer.eval()
     torch.testing.assert_close(layer(x), layer(more)[:, :6])
-
-
-def test_a_capacity_may_be_tried_in_evaluation():
     layer = MoEConfig(4, TokenRounding(2, 4)).build(8).eval()
     with set_capacity_factor(layer, 0.5):  # ceil(0.5 * 2 * 32 / 4) = 8
         assert layer.router(torch.randn(1, 32, 8)).tokens_per_expert_E.max() <= 8
@@ -326,17 +308,12 @@ def test_normalized_logits_have_mean_zero_and_the_given_deviation():
     # exp: 0.086338, 1, 11.582435; sum 12.668773; the largest is 0.914251 of it.
     routing = built(TokenChoice(1, logit_norm=2.0), 3)(torch.tensor([[[1.0, 2.0, 3.0]]]))
     assert routing.evidence.logits_TE[0].tolist() == pytest.approx([-2.449490, 0.0, 2.449490], abs=1e-5)
-    assert gates(routing) == [pytest.approx([0.914251], abs=1e-5)]
-    assert ids(routing) == [[2]]
+    assert (gates(routing), ids(routing)) == ([pytest.approx([0.914251], abs=1e-5)], [[2]])
     # They forget scale and shift, and sharpen with the factor.
-    x = torch.randn(1, 20, 5)
-    router = built(TokenChoice(2, logit_norm=1.0), 5)
+    x, router = torch.randn(1, 20, 5), built(TokenChoice(2, logit_norm=1.0), 5)
     torch.testing.assert_close(router(x).gates_N, router(30 * x + 7).gates_N, rtol=1e-4, atol=1e-5)
     sharper = built(TokenChoice(2, logit_norm=3.0), 5)(x)
     assert (sharper.gates_N[::2] >= router(x).gates_N[::2]).all()
-
-
-def test_equal_logits_stay_equal_with_a_finite_gradient():
     x = torch.ones(1, 2, 4, requires_grad=True)
     routing = built(TokenChoice(1, logit_norm=1.0), 4, training=True)(x)
     assert routing.evidence.scores_TE.tolist() == [[0.25] * 4] * 2

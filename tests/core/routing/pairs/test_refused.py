@@ -1,7 +1,5 @@
 """What the routers of pairs refuse, each in one line with the value and the rule."""
 
-from __future__ import annotations
-
 import pytest
 
 from core import (

@@ -1,7 +1,5 @@
 """ReLU routing on typed logits: the gate's weight is the identity."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from layered import identity_gate
@@ -22,8 +20,7 @@ def layer_of(training: bool = True, **options) -> object:
 
 def test_a_token_takes_the_experts_of_its_positive_logits_at_their_value():
     routing = built(ReLURouting(1), 3)(X)
-    assert ids(routing) == [[2, 0, 3], [0, 3, 3]]
-    assert gates(routing) == [[1.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
+    assert (ids(routing), gates(routing)) == ([[2, 0, 3], [0, 3, 3]], [[1.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
     assert routing.tokens_per_expert_E.tolist() == [2, 0, 1]
     bounded = built(ReLURouting(1, max_k=1), 3)(X)
     assert (ids(bounded), gates(bounded)) == ([[2], [0]], [[1.5], [1.0]])
@@ -48,8 +45,7 @@ def test_the_loss_by_hand_and_its_gradient():
     with record(layer) as tape:
         layer(x)
     losses = aux_losses(tape)
-    assert losses.terms["sparsity"].item() == pytest.approx(3.375)
-    assert losses.total.item() == pytest.approx(0.5 * 3.375)
+    assert (losses.terms["sparsity"].item(), losses.total.item()) == (pytest.approx(3.375), pytest.approx(0.5 * 3.375))
     # 0.5 * 3 * f_e / 2 where the logit is positive: 0.75 for expert 0, 0.375 for expert 2.
     (grad,) = torch.autograd.grad(losses.total, x)
     assert grad.flatten().tolist() == pytest.approx([0.75, 0, 0.375, 0.75, 0, 0])
@@ -91,8 +87,7 @@ def test_a_step_moves_the_weight_by_the_counts_of_all_its_passes(loads):
 
 def test_training_brings_the_mean_number_of_experts_to_its_target():
     layer = MoEConfig(8, ReLURouting(2, l1_start=2e-2, l1_factor=1.1), FFN(8)).build(16)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
-    taken = []
+    optimizer, taken = torch.optim.Adam(layer.parameters(), lr=1e-2), []
     for _ in range(150):
         x = torch.randn(1, 64, 16)
         with record(layer) as tape:
@@ -103,15 +98,13 @@ def test_training_brings_the_mean_number_of_experts_to_its_target():
         optimizer.step()
         update_expert_bias(layer, tape)
         taken.append(tape.entries[0].routing.tokens_per_expert_E.sum().item() / 64)
-    assert taken[0] == pytest.approx(4, abs=0.7)
-    assert sum(taken[-75:]) / 75 == pytest.approx(2, abs=0.4)
+    assert (taken[0], sum(taken[-75:]) / 75) == (pytest.approx(4, abs=0.7), pytest.approx(2, abs=0.4))
 
 
 def test_without_a_bias_half_of_the_logits_of_symmetric_tokens_are_positive():
     x = torch.randn(1, 200, 16)
     biased, plain = (MoEConfig(8, ReLURouting(2, gate_bias=bias), FFN(8)).build(16).router for bias in (True, False))
-    with torch.no_grad():
-        biased.gate.bias.fill_(-9.0)
+    biased.gate.bias.data.fill_(-9.0)
     assert biased(x).tokens_per_expert_E.sum() == 0
     # A token and its opposite: each expert takes one of the two.
     assert plain(torch.cat((x, -x), 1)).tokens_per_expert_E.tolist() == [200] * 8
@@ -121,15 +114,13 @@ def test_dense_training_trains_two_gates_and_evaluates_the_sparse_one():
     torch.manual_seed(0)
     config = ReLURouting(1, max_k=1, dense_training=True, gate_bias=False)
     router = built(config, 3, training=True)
-    with torch.no_grad():
-        router.dense_gate.weight.copy_(torch.ones(3, 3))
+    router.dense_gate.weight.data.copy_(torch.ones(3, 3))
     # The logits of the dense gate are the token's sum, 1, for every expert; the sparse gate's are the token.
     routing = router(X[:, :1].expand(1, 1000, 3))
     dense = [row for row in ids(routing) if row == [0, 1, 2]]
     assert len(dense) / 1000 == pytest.approx(0.5, abs=0.064)  # 4 sigma
     assert all(row == [2, 0, 3] for row in ids(routing) if row != [0, 1, 2])
     # The counts and the loss are those of the sparse gate, 2 of 3 positive.
-    assert routing.evidence.counts.tolist() == [2000, 3000]
-    assert routing.evidence.scores_TE[0].tolist() == [0.5, 0, 1.5]
+    assert (routing.evidence.counts.tolist(), routing.evidence.scores_TE[0].tolist()) == ([2000, 3000], [0.5, 0, 1.5])
     assert ids(router.eval()(X)) == [[2], [0]]
     assert config.num_params(3, 3) == 18

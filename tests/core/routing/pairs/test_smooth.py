@@ -1,7 +1,5 @@
 """Dense gates, DSelect-k and dense-to-sparse annealing on typed logits and codes."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -25,31 +23,24 @@ def coded(codes: list[list[float]], weights: list[float], num_experts: int, trai
     """A static DSelect-k of these codes, a row a selector, lowest bit first, and these selectors' weights."""
     config = DSelectK(top_k=len(codes), per_token=False, **options)
     router = config.build(3, num_experts).train(training)
-    with torch.no_grad():
-        router.gate.code_weight.copy_(torch.tensor(codes).reshape(-1, 1))
-        router.gate.weight.copy_(torch.tensor(weights).log()[:, None])
+    router.gate.code_weight.data.copy_(torch.tensor(codes).reshape(-1, 1))
+    router.gate.weight.data.copy_(torch.tensor(weights).log()[:, None])
     return router
 
 
 # Dense
 
 
-def test_dense_gates_are_the_softmax_of_all_experts():
+def test_dense_gates_are_the_softmax_of_all_experts_and_the_output_their_mixture():
     x = logits_of((0.3, 0.5, 0.2))
     for training in (False, True):
         routing = built(Dense(), 3, training)(x)
-        assert ids(routing) == [[1, 0, 2]]
-        assert gates(routing) == [pytest.approx([0.5, 0.3, 0.2])]
+        assert (ids(routing), gates(routing)) == ([[1, 0, 2]], [pytest.approx([0.5, 0.3, 0.2])])
     # In evaluation alone it may be sparse, with its gates as they were.
     router = built(Dense(eval_top_k=2), 3)
-    assert ids(router(x)) == [[1, 0]]
-    assert gates(router(x)) == [pytest.approx([0.5, 0.3])]
+    assert (ids(router(x)), gates(router(x))) == ([[1, 0]], [pytest.approx([0.5, 0.3])])
     assert ids(router.train()(x)) == [[1, 0, 2]]
-
-
-def test_dense_output_is_the_mixture_of_all_experts():
-    layer = MoEConfig(3, Dense(), FFN(6)).build(4)
-    x = torch.randn(2, 5, 4)
+    layer, x = MoEConfig(3, Dense(), FFN(6)).build(4), torch.randn(2, 5, 4)
     weights = (x @ layer.router.gate.weight.T).softmax(-1)
     each = torch.stack([torch.nn.functional.gelu(x @ layer.experts.w_in[e]) @ layer.experts.w_out[e] for e in range(3)])
     torch.testing.assert_close(layer(x), torch.einsum("bse,ebsd->bsd", weights, each))
@@ -58,19 +49,15 @@ def test_dense_output_is_the_mixture_of_all_experts():
 # DSelect-k
 
 
-def test_the_smooth_step_by_hand():
+def test_the_smooth_step_and_a_product_of_bits_by_hand():
     # t = 1/4: 1/4 (3/2 - 1/8) + 1/2 = 0.84375. Gamma 2 is twice as wide.
     z = torch.tensor([-9.0, -0.5, -0.25, 0.0, 0.25, 0.5, 9.0])
     expected = [0.0, 0.0, 0.15625, 0.5, 0.84375, 1.0, 1.0]
-    assert smooth_step(z, 1.0).tolist() == expected
-    assert smooth_step(2 * z, 2.0).tolist() == expected
+    assert (smooth_step(z, 1.0).tolist(), smooth_step(2 * z, 2.0).tolist()) == (expected, expected)
     # It is flat at its ends, and has slope 3 / 2 over gamma in the middle.
     z = torch.tensor([-0.5, 0.0, 0.5, 2.0], requires_grad=True)
     smooth_step(z, 1.0).sum().backward()
     assert z.grad.tolist() == [0.0, 1.5, 0.0, 0.0]
-
-
-def test_a_selector_is_the_product_of_its_bits():
     # S(1/4) = 0.84375 = s for bit 0, S(-1/4) = 0.15625 = 1 - s for bit 1.
     # Expert 0: (1-s) s = 0.131836, 1: s s = 0.711914, 2: (1-s) (1-s) = 0.024414, 3: s (1-s) = 0.131836.
     r = selectors(torch.tensor([0.25, -0.25]), 4, 1.0)
@@ -82,32 +69,13 @@ def test_a_selector_is_the_product_of_its_bits():
         assert selectors(bits, 5, 1.0).tolist() == [float(e == expert) for e in range(5)]
 
 
-def test_weights_of_soft_codes_and_all_experts_computed():
+def test_weights_of_soft_codes_and_a_bound_that_keeps_their_sum():
     # Two selectors of weights 3/4 and 1/4: the one above, and expert 2 for certain.
     router = coded([[0.25, -0.25], [-1.0, 1.0]], [0.75, 0.25], 4)
     routing = router(torch.randn(1, 2, 3))
     q = [0.75 * 0.131836, 0.75 * 0.711914, 0.75 * 0.024414 + 0.25, 0.75 * 0.131836]  # 0.0989, 0.5339, 0.2683, 0.0989
     assert routing.evidence.scores_TE[0].tolist() == pytest.approx(q, abs=1e-6)
-    assert [row[:2] for row in ids(routing)] == [[1, 2]] * 2
-    assert routing.tokens_per_expert_E.tolist() == [2, 2, 2, 2]
-
-
-def test_once_the_codes_are_binary_k_experts_are_computed():
-    for training in (False, True):
-        routing = coded([[1.0, -1.0], [-1.0, 1.0]], [0.75, 0.25], 4, training)(torch.randn(1, 3, 3))
-        assert ids(routing) == [[1, 2, 4, 4]] * 3
-        assert gates(routing) == [pytest.approx([0.75, 0.25, 0.0, 0.0])] * 3
-        assert routing.tokens_per_expert_E.tolist() == [0, 3, 3, 0]
-    # Both on the same expert: one is computed, with their whole weight.
-    assert ids(coded([[1.0, -1.0]] * 2, [0.75, 0.25], 4)(torch.randn(1, 1, 3))) == [[1, 4, 4, 4]]
-    # Three experts in two bits: code 3 is none, and gives nothing.
-    routing = coded([[1.0, 1.0], [1.0, -1.0]], [0.75, 0.25], 3)(torch.randn(1, 1, 3))
-    assert ids(routing) == [[1, 3, 3]]
-    assert gates(routing) == [pytest.approx([0.25, 0.0, 0.0])]
-    assert ids(coded([[1.0, 1.0]], [1.0], 3, max_k=2)(torch.randn(1, 1, 3))) == [[3, 3]]
-
-
-def test_a_bound_on_the_places_keeps_the_sum_of_the_gates():
+    assert ([row[:2] for row in ids(routing)], routing.tokens_per_expert_E.tolist()) == ([[1, 2]] * 2, [2, 2, 2, 2])
     codes, weights = [[0.25, -0.25]], [1.0]
     # 0.711914 and 0.131836 of a sum of 1: 0.843750 and 0.156250 (s, and 1 - s).
     routing = coded(codes, weights, 4, max_k=2)(torch.randn(1, 1, 3))
@@ -116,6 +84,19 @@ def test_a_bound_on_the_places_keeps_the_sum_of_the_gates():
     router = coded(codes, weights, 4, eval_max_k=1)
     assert gates(router(torch.randn(1, 1, 3))) == [pytest.approx([1.0])]
     assert len(ids(router.train()(torch.randn(1, 1, 3)))[0]) == 4
+
+
+def test_once_the_codes_are_binary_k_experts_are_computed():
+    for training in (False, True):
+        routing = coded([[1.0, -1.0], [-1.0, 1.0]], [0.75, 0.25], 4, training)(torch.randn(1, 3, 3))
+        assert (ids(routing), gates(routing)) == ([[1, 2, 4, 4]] * 3, [pytest.approx([0.75, 0.25, 0.0, 0.0])] * 3)
+        assert routing.tokens_per_expert_E.tolist() == [0, 3, 3, 0]
+    # Both on the same expert: one is computed, with their whole weight.
+    assert ids(coded([[1.0, -1.0]] * 2, [0.75, 0.25], 4)(torch.randn(1, 1, 3))) == [[1, 4, 4, 4]]
+    # Three experts in two bits: code 3 is none, and gives nothing.
+    routing = coded([[1.0, 1.0], [1.0, -1.0]], [0.75, 0.25], 3)(torch.randn(1, 1, 3))
+    assert (ids(routing), gates(routing)) == ([[1, 3, 3]], [pytest.approx([0.25, 0.0, 0.0])])
+    assert ids(coded([[1.0, 1.0]], [1.0], 3, max_k=2)(torch.randn(1, 1, 3))) == [[3, 3]]
 
 
 def test_entropy_and_reachability_by_hand():
@@ -145,7 +126,7 @@ def test_the_gates_own_losses_are_in_the_balance_losses_in_training():
     assert not layer.eval().router(torch.randn(1, 3, 4)).evidence.extra
 
 
-def test_reachability_drives_weight_back_to_experts():
+def test_reachability_drives_weight_back_to_experts_and_entropy_makes_the_codes_binary():
     # Three experts, z = 0.45 for both bits: S = 0.99275 and 1 - S^2 = 0.01445 is left for them.
     router = coded([[0.45, 0.45]], [1.0], 3, training=True)
     routing = router(torch.randn(1, 1, 3))
@@ -153,9 +134,6 @@ def test_reachability_drives_weight_back_to_experts():
     routing.evidence.extra["reachability"].sum().backward()
     # d(1 / r) / dz = S S' / r^2, with S' = 1.5 - 6 * 0.45^2 = 0.285: 0.99275 * 0.285 / 0.01445^2 = 1355.
     assert router.gate.code_weight.grad.flatten().tolist() == pytest.approx([1355.0, 1355.0], rel=2e-3)
-
-
-def test_entropy_training_makes_the_codes_binary():
     router = DSelectK(top_k=2, per_token=False).build(3, 8).train()
     optimizer = torch.optim.SGD(router.parameters(), lr=0.1)
     for _ in range(100):
@@ -167,8 +145,7 @@ def test_entropy_training_makes_the_codes_binary():
 
 def test_codes_that_depend_on_the_token_are_linear_in_it():
     router = DSelectK(top_k=1).build(2, 4).eval()
-    with torch.no_grad():
-        router.gate.code_weight.copy_(torch.eye(2))
+    router.gate.code_weight.data.copy_(torch.eye(2))
     # A token is its own code.
     x = torch.tensor([[[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]])
     assert [row[0] for row in ids(router(x))] == [0, 1, 2, 3]
@@ -202,8 +179,7 @@ def test_the_best_expert_is_always_taken_and_a_bound_cuts_the_rest():
     # All gates at the threshold or below it.
     assert ids(built(DenseToSparse(threshold=0.0), 1)(torch.zeros(1, 1, 1))) == [[0]]
     router = DenseToSparse(threshold=0.49).build(2, 2).eval()
-    with torch.no_grad():
-        router.gate.weight.zero_()
+    router.gate.weight.data.zero_()
     assert ids(router(torch.zeros(1, 1, 2))) == [[0, 1]]
 
 
@@ -239,8 +215,7 @@ def test_annealing_does_not_recompile():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     layer = MoEConfig(4, DenseToSparse(anneal_steps=3), FFN(6)).build(4).eval()
-    compiled = torch.compile(layer, backend=counter, fullgraph=True)
-    x = torch.randn(2, 3, 4)
+    compiled, x = torch.compile(layer, backend=counter, fullgraph=True), torch.randn(2, 3, 4)
     for _ in range(4):
         torch.testing.assert_close(compiled(x), layer(x))
         layer.router.after_step()
@@ -250,8 +225,7 @@ def test_annealing_does_not_recompile():
 def test_one_temperature_and_no_threshold_are_gumbel_gates_of_all_experts():
     # GG-MoE: softmax((l + gumbel) / tau). For tau = 1 and two experts the first gate is the sigmoid of a logistic
     # variable around log(0.8 / 0.2), above 1/2 with probability 0.8; 4 sigma of 10000 draws is 0.016.
-    config = DenseToSparse(tau_start=1.0, tau_end=1.0, threshold=0.0)
-    x = logits_of((0.8, 0.2))
+    config, x = DenseToSparse(tau_start=1.0, tau_end=1.0, threshold=0.0), logits_of((0.8, 0.2))
     routing = built(config, 2, training=True)(x.expand(1, 10_000, 2))
     assert routing.tokens_per_expert_E.tolist() == [10_000, 10_000]
     drawn = torch.tensor(gates(routing))

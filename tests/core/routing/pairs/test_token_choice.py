@@ -1,7 +1,5 @@
 """Token choice on typed logits: the gate's weight is the identity, so a token is its own logits."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -29,7 +27,7 @@ def gates(routing: Routing) -> list[float]:
     return routing.gates_N.tolist()
 
 
-def test_normalized_gates_are_the_softmax_of_the_chosen_logits():
+def test_normalized_gates_are_the_softmax_of_the_chosen_logits_scaled():
     routing = router(3, top_k=2)(logits_of((0.3, 0.5, 0.2)))
     assert ids(routing) == [[1, 0]]
     assert gates(routing) == pytest.approx([5 / 8, 3 / 8])  # 0.5 / 0.8 and 0.3 / 0.8
@@ -39,6 +37,15 @@ def test_normalized_gates_are_the_softmax_of_the_chosen_logits():
     assert gates(router(3, top_k=2, normalize=False)(x)) == pytest.approx([0.5, 0.3])
     assert gates(router(3, top_k=1)(x)) == pytest.approx([0.5])
     assert sum(gates(router(3, top_k=3)(x))) == pytest.approx(1.0)
+    x = logit(0.75, 0.25, 0.5)
+    assert gates(router(3, score_func="sigmoid")(x)) == pytest.approx([0.6, 0.4])  # 0.75 / 1.25 and 0.5 / 1.25
+    assert gates(router(3, score_func="sigmoid", normalize=False)(x)) == pytest.approx([0.75, 0.5])
+    assert gates(router(3, score_func="sigmoid", scale=2.5)(x)) == pytest.approx([1.5, 1.0])
+    # Probabilities 0.4 and 0.3 of the chosen: over 0.5, their Euclidean norm. Over 0.7, their sum.
+    x = logits_of((0.3, 0.4, 0.2, 0.1))
+    assert gates(router(4, top_k=2, norm_order=2.0)(x)) == pytest.approx([0.8, 0.6])
+    assert gates(router(4, top_k=2, norm_order=2.0, scale=3.0)(x)) == pytest.approx([2.4, 1.8])
+    assert gates(router(4, top_k=2, norm_order=1.0)(x)) == pytest.approx([4 / 7, 3 / 7])
 
 
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
@@ -51,16 +58,8 @@ def test_a_router_of_one_expert_a_token_gets_a_gradient(score_func):
     assert built.gate.weight.grad[1, 1].item() == pytest.approx(slope * math.log(0.5))
 
 
-def test_sigmoid_gates_with_and_without_normalize_and_scale():
-    x = logit(0.75, 0.25, 0.5)
-    assert gates(router(3, score_func="sigmoid")(x)) == pytest.approx([0.6, 0.4])  # 0.75 / 1.25 and 0.5 / 1.25
-    assert gates(router(3, score_func="sigmoid", normalize=False)(x)) == pytest.approx([0.75, 0.5])
-    assert gates(router(3, score_func="sigmoid", scale=2.5)(x)) == pytest.approx([1.5, 1.0])
-
-
 def test_expert_bias_changes_the_choice_and_never_the_gates():
-    built = router(3, top_k=2, expert_bias=True)
-    x = logits_of((0.5, 0.3, 0.2))
+    built, x = router(3, top_k=2, expert_bias=True), logits_of((0.5, 0.3, 0.2))
     assert ids(built(x)) == [[0, 1]]
     built.expert_bias = torch.tensor([0.0, 0.0, 1.0])  # 0.5, 0.3, 1.2
     biased = built(x)
@@ -89,24 +88,19 @@ def test_groups_are_ranked_by_their_two_best_experts_or_by_the_best_alone():
     built = router(8, top_k=3, score_func="sigmoid", num_groups=4, limited_groups=2)
     chosen = torch.tensor(ids(built(torch.randn(1, 200, 8)))) // 2
     assert all(len(set(row)) == 2 for row in chosen.tolist())
-
-
-def test_group_limit_keeps_negative_biased_scores_over_masked_ones():
     # Biased scores 0.75 - 2, 0.5 - 2 in group 0 and lower ones in group 1: all negative. A mask of 0 in place of -inf
     # would choose from group 1.
     built = router(4, top_k=2, score_func="sigmoid", num_groups=2, limited_groups=1, expert_bias=True)
     built.expert_bias = torch.full((4,), -2.0)
     routing = built(logit(0.75, 0.5, 0.25, 0.1))
-    assert ids(routing) == [[0, 1]]
-    assert gates(routing) == pytest.approx([0.6, 0.4])
+    assert (ids(routing), gates(routing)) == ([[0, 1]], pytest.approx([0.6, 0.4]))
 
 
 @pytest.mark.parametrize("noise", [None, "learned"])
 def test_gate_bias_is_added_to_the_logits_and_learned(noise):
     built = router(3, top_k=2, gate_bias=True, noise=noise)
     assert built.gate.bias.tolist() == [0.0] * 3
-    with torch.no_grad():
-        built.gate.bias.copy_(torch.tensor([1.0, 1.0, 6.0]).log())
+    built.gate.bias.data.copy_(torch.tensor([1.0, 1.0, 6.0]).log())
     routing = built(logits_of((0.3, 0.5, 0.2)))
     assert ids(routing) == [[2, 1]]  # 0.3, 0.5 and 6 * 0.2 = 1.2
     assert gates(routing) == pytest.approx([1.2 / 1.7, 0.5 / 1.7])
@@ -144,8 +138,7 @@ def test_gates_may_scale_the_input_of_the_experts_in_place_of_their_output():
 def test_gates_on_the_input_are_those_of_the_formula_in_every_gradient(backend):
     router_ = TokenChoice(top_k=2, gates_on="input")
     layer = MoEConfig(4, router_, FFN(8, "silu"), backend=backend, capacity_factor=0.75).build(8)
-    x = torch.randn(2, 6, 8)
-    valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    x, valid = torch.randn(2, 6, 8), torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     ours = x.masked_fill(~valid[..., None], torch.nan).requires_grad_()
     context = RoutingContext(valid_BS=valid)
     y = layer(ours, context)
@@ -199,8 +192,7 @@ def test_learned_noise_has_standard_deviation_softplus():
     assert routing.evidence.noise_std[0].tolist() == pytest.approx([math.log(2)] * 2)
     assert (routing.expert_ids_N == 1).double().mean().item() == pytest.approx(0.3050, abs=0.0131)
     # Typed weights: softplus(0.5 * 2) = log(1 + e) = 1.313262 for expert 0, softplus(0.5 * -4) = 0.126928 for 1.
-    with torch.no_grad():
-        built.gate.noise_weight.copy_(torch.tensor([[2.0, 0.0], [-4.0, 0.0]]))
+    built.gate.noise_weight.data.copy_(torch.tensor([[2.0, 0.0], [-4.0, 0.0]]))
     assert built(x).evidence.noise_std[0].tolist() == pytest.approx([1.313262, 0.126928], abs=1e-6)
     built(torch.randn(1, 20, 2)).gates_N.square().sum().backward()
     assert built.gate.noise_weight.grad.abs().max() > 0
@@ -210,8 +202,7 @@ def test_learned_noise_has_standard_deviation_softplus():
 
 @pytest.mark.parametrize("noise", ["fixed", "learned"])
 def test_noise_is_off_in_evaluation(noise):
-    x = torch.zeros(1, 50, 4)
-    noisy, plain = router(4, noise=noise), router(4)
+    x, noisy, plain = torch.zeros(1, 50, 4), router(4, noise=noise), router(4)
     assert torch.equal(noisy(x).gates_N, plain(x).gates_N)
     assert noisy(x).evidence.noise_std is None
     assert noisy(x).evidence.threshold_TE is None
@@ -223,8 +214,7 @@ def test_noise_is_off_in_evaluation(noise):
 def test_random_second_always_stays_at_a_gate_of_one_half_and_in_evaluation():
     built = router(2, second_expert_policy="random", training=True)
     routing = built(torch.zeros(1, 2000, 2))
-    assert gates(routing) == [0.5] * 4000
-    assert routing.tokens_per_expert_E.tolist() == [2000, 2000]
+    assert (gates(routing), routing.tokens_per_expert_E.tolist()) == ([0.5] * 4000, [2000, 2000])
     x = logits_of((0.85, 0.15)).expand(1, 1000, 2)
     assert built.eval()(x).tokens_per_expert_E.tolist() == [1000, 1000]
 
@@ -244,13 +234,10 @@ def test_random_second_stays_with_twice_the_probability_of_its_gate(scale):
     assert routing.gates_N[1::2][~left_out].tolist() == pytest.approx([0.15 * scale] * int((~left_out).sum()))
 
 
-def test_choices_of_a_token_are_distinct_and_best_first():
+def test_choices_of_a_token_are_distinct_and_best_first_and_a_gate_starts_truncated():
     routing = router(6, top_k=3)(torch.randn(1, 50, 6))
     expected = routing.evidence.logits_TE.argsort(-1, descending=True)[:, :3]
     assert ids(routing) == expected.tolist()
-
-
-def test_gate_starts_truncated_at_two_standard_deviations():
     gate = LinearGate(64, 500, init_scale=0.16)  # std 0.4 / 8 = 0.05
     assert gate.weight.abs().max() <= 0.1
     # A normal cut at two sigma keeps 0.8796 of its standard deviation: 0.04398; 32000 draws are within 1 %.
@@ -288,14 +275,6 @@ def test_the_score_of_deepseek_v4_is_the_root_of_a_softplus():
     assert x.grad[0, 0, 2].item() == pytest.approx(0.5 / math.sqrt(90))
 
 
-def test_gates_are_divided_by_the_norm_of_the_order_given():
-    # Probabilities 0.4 and 0.3 of the chosen: over 0.5, their Euclidean norm. Over 0.7, their sum.
-    x = logits_of((0.3, 0.4, 0.2, 0.1))
-    assert gates(router(4, top_k=2, norm_order=2.0)(x)) == pytest.approx([0.8, 0.6])
-    assert gates(router(4, top_k=2, norm_order=2.0, scale=3.0)(x)) == pytest.approx([2.4, 1.8])
-    assert gates(router(4, top_k=2, norm_order=1.0)(x)) == pytest.approx([4 / 7, 3 / 7])
-
-
 def test_the_gate_of_gemma_4_reads_a_normalized_token_and_scales_each_experts_gate():
     config = TokenChoice(2, input_norm=True, expert_scale=True)
     built = config.build(4, 4)
@@ -322,30 +301,24 @@ def test_kept_gates_sum_to_one_over_the_experts_that_capacity_left():
     x = logits_of((0.6, 0.3, 0.1), (0.5, 0.2, 0.3))
     routing = router(3, Capacity(factor=0.75), top_k=2, normalize="kept")(x)
     # ceil(0.75 * 2 * 2 / 3) = 1. Token 1 lost expert 0 and keeps expert 2: 0.3 / 0.3. Token 0: 0.6 / 0.9, 0.3 / 0.9.
-    assert ids(routing) == [[0, 1], [3, 2]]
-    assert gates(routing) == pytest.approx([2 / 3, 1 / 3, 0, 1])
+    assert (ids(routing), gates(routing)) == ([[0, 1], [3, 2]], pytest.approx([2 / 3, 1 / 3, 0, 1]))
     before = router(3, Capacity(factor=0.75), top_k=2)(x)
     assert gates(before) == pytest.approx([2 / 3, 1 / 3, 0, 3 / 8])  # 0.3 / 0.8
     # Without a capacity the two are equal, and ``scale`` comes last.
     assert gates(router(3, top_k=2, normalize="kept", scale=0.8)(x)) == pytest.approx([8 / 15, 4 / 15, 0.5, 0.3])
+    x = logits_of((0.6, 0.4), (0.6, 0.4)).requires_grad_()
+    routing = router(2, Capacity(factor=0.5), top_k=2, normalize="kept")(x)
+    assert (ids(routing), gates(routing)) == ([[0, 1], [2, 2]], pytest.approx([0.6, 0.4, 0, 0]))
+    routing.gates_N.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad[0, 1].abs().max() == 0
 
 
 def test_unit_gates_are_one_and_have_the_gradient_of_the_score():
-    x = logits_of((0.3, 0.5, 0.2))
-    built = router(3, top_k=1, normalize="unit")
+    x, built = logits_of((0.3, 0.5, 0.2)), router(3, top_k=1, normalize="unit")
     routing = built(x)
     assert (ids(routing), gates(routing)) == ([[1]], [1.0])
     routing.gates_N.sum().backward()
     # As for Switch: d gate / d logit is s (1 - s) = 0.25 at s = 0.5, times the input log 0.5 of that expert.
     assert built.gate.weight.grad[1, 1].item() == pytest.approx(0.25 * math.log(0.5))
     assert gates(router(3, top_k=2, normalize="unit", scale=0.5)(x)) == [0.5, 0.5]
-
-
-def test_a_token_that_lost_every_expert_has_gates_of_zero_and_a_finite_gradient():
-    x = logits_of((0.6, 0.4), (0.6, 0.4)).requires_grad_()
-    routing = router(2, Capacity(factor=0.5), top_k=2, normalize="kept")(x)
-    assert ids(routing) == [[0, 1], [2, 2]]
-    assert gates(routing) == pytest.approx([0.6, 0.4, 0, 0])
-    routing.gates_N.square().sum().backward()
-    assert x.grad.isfinite().all()
-    assert x.grad[0, 1].abs().max() == 0

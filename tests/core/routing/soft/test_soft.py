@@ -1,7 +1,5 @@
 """Soft slots and merged experts against their definitions: by hand, as loops, and what may change what."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -54,8 +52,7 @@ def naive_slots(layer: SoftMoE, x: Tensor) -> Tensor:
 def naive_merge(layer: MergedMoE, x: Tensor) -> Tensor:
     """Compute the definition, sequence by sequence and segment by segment."""
     config, gate = layer.router.config, layer.router.gate.weight
-    E = gate.shape[0]
-    out = []
+    E, out = gate.shape[0], []
     for x_SD in x:
         step = config.segment_length if config.kind == "lory" else max(len(x_SD), 1)
         segments = list(x_SD.split(step)) if len(x_SD) else []
@@ -117,10 +114,17 @@ def merged_by_hand(router: Merge, length: int = 2) -> MergedMoE:
 LOG2 = math.log(2)
 
 
-def test_smear_by_hand():
+def test_smear_and_lory_by_hand():
     # Mean log 2: weights 2, 1, 1/2 over 7/2 = 4/7, 2/7, 1/7; the factor is (4 + 20 + 100) / 7 = 124 / 7.
     y = merged_by_hand(Merge("smear"))(torch.tensor([[[0.5 * LOG2], [1.5 * LOG2]]]))
     torch.testing.assert_close(y.flatten(), torch.tensor([0.5, 1.5]) * LOG2 * 124 / 7)
+    # Segments (a, b), (c, d), (e): the second takes the weights of the mean of the first, the third of the second.
+    x = torch.tensor([[[0.5], [1.5], [1.0], [3.0], [2.0]]]) * LOG2
+    uniform, one, two = 111 / 3, 124 / 7, (16 * 1 + 4 * 10 + 1 * 100) / 21  # means log 2, then 2 log 2: 4, 1, 1/4
+    expected = x.flatten() * torch.tensor([uniform, uniform, one, one, two])
+    torch.testing.assert_close(merged_by_hand(Merge("lory", segment_length=2))(x).flatten(), expected)
+    own = expected * torch.tensor([one / uniform, one / uniform, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(merged_by_hand(Merge("lory", segment_length=2, first="own"))(x).flatten(), own)
 
 
 @pytest.mark.parametrize(
@@ -139,23 +143,12 @@ def test_meo_by_hand(options, factor):
     torch.testing.assert_close(y.flatten(), torch.tensor([0.5, 1.5]) * LOG2 * factor)
 
 
-def test_lory_by_hand():
-    # Segments (a, b), (c, d), (e): the second takes the weights of the mean of the first, the third of the second.
-    x = torch.tensor([[[0.5], [1.5], [1.0], [3.0], [2.0]]]) * LOG2
-    uniform, one, two = 111 / 3, 124 / 7, (16 * 1 + 4 * 10 + 1 * 100) / 21  # means log 2, then 2 log 2: 4, 1, 1/4
-    expected = x.flatten() * torch.tensor([uniform, uniform, one, one, two])
-    torch.testing.assert_close(merged_by_hand(Merge("lory", segment_length=2))(x).flatten(), expected)
-    own = expected * torch.tensor([one / uniform, one / uniform, 1.0, 1.0, 1.0])
-    torch.testing.assert_close(merged_by_hand(Merge("lory", segment_length=2, first="own"))(x).flatten(), own)
-
-
 # --- against the loops ---
 
 
 @pytest.mark.parametrize("backend, config, slots", pairwise(BACKENDS, EXPERTS, [1, 3]), ids=str)
 def test_soft_moe_equals_the_loop_over_slots(backend, config, slots):
-    layer = build(SoftSlots(slots), config, backend=backend)
-    x = torch.randn(2, 5, 8)
+    layer, x = build(SoftSlots(slots), config, backend=backend), torch.randn(2, 5, 8)
     assert isinstance(layer, SoftMoE)
     torch.testing.assert_close(layer(x), naive(layer, x), rtol=1e-4, atol=1e-5)
 
@@ -173,8 +166,7 @@ def test_merged_moe_equals_the_loop_over_segments(config, router):
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
 def test_gradients_equal_those_of_the_loop_and_one_sequence_may_have_two_dimensions(router):
     layer = build(router, SwiGLU(6, bias=True)).double()
-    x = torch.randn(2, 7, 8, dtype=torch.float64)
-    gradients = []
+    x, gradients = torch.randn(2, 7, 8, dtype=torch.float64), []
     for run in (layer, lambda x: naive(layer, x)):
         layer.zero_grad()
         given = x.clone().requires_grad_()
@@ -215,7 +207,7 @@ def test_a_users_own_experts_run_on_slots_and_are_refused_where_they_cannot_be_m
 # --- padding, zeros and time ---
 
 
-def test_padding_has_share_zero_exactly_and_shares_sum_to_one():
+def test_padding_has_share_zero_exactly_shares_sum_to_one_and_a_token_of_zeros_has_no_direction():
     layer = build(SoftSlots(2))
     with record(layer) as tape:
         layer(torch.randn(2, 7, 8), RoutingContext(valid_BS=VALID))
@@ -223,11 +215,14 @@ def test_padding_has_share_zero_exactly_and_shares_sum_to_one():
     assert routing.dispatch_GSEP[~VALID].abs().max() == routing.combine_GSEP[~VALID].abs().max() == 0
     torch.testing.assert_close(routing.dispatch_GSEP.sum(1), torch.ones(2, 4, 2))
     torch.testing.assert_close(routing.combine_GSEP.sum((2, 3)), VALID.float())
+    layer, x = build(SoftSlots(2)), torch.zeros(1, 3, 8, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    assert all(tensor.isfinite().all() for tensor in (y, x.grad, layer.router.phi.grad))
 
 
 def test_lory_means_are_of_the_real_tokens_of_the_segment_before():
-    layer = build(LORY)
-    x = torch.randn(2, 7, 8)
+    layer, x = build(LORY), torch.randn(2, 7, 8)
     with record(layer) as tape:
         layer(x, RoutingContext(valid_BS=VALID))
     weights = tape.entries[0].routing.weights_GE.unflatten(0, (2, 3))
@@ -243,13 +238,6 @@ def test_lory_means_are_of_the_real_tokens_of_the_segment_before():
     torch.testing.assert_close(tape.entries[0].routing.weights_GE[1], torch.full((4,), 0.25))
 
 
-def test_a_token_of_zeros_has_no_direction_and_no_nan():
-    layer, x = build(SoftSlots(2)), torch.zeros(1, 3, 8, requires_grad=True)
-    y = layer(x)
-    y.square().sum().backward()
-    assert all(tensor.isfinite().all() for tensor in (y, x.grad, layer.router.phi.grad))
-
-
 def test_lory_is_causal_but_for_a_first_segment_of_its_own():
     # The conformance suite checks what each says.
     assert [router.is_causal for router in ROUTERS] == [False, False, False, True, False]
@@ -262,8 +250,7 @@ def test_lory_is_causal_but_for_a_first_segment_of_its_own():
 
 
 def test_expert_dropout_drops_in_training_alone_and_the_rest_sums_to_one():
-    layer = build(Merge("smear", expert_dropout=0.5))
-    x = torch.randn(2000, 1, 8)
+    layer, x = build(Merge("smear", expert_dropout=0.5)), torch.randn(2000, 1, 8)
     with record(layer) as tape:
         layer(x)
         layer.eval()
