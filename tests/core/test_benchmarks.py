@@ -40,14 +40,12 @@ def test_a_peer_that_fails_is_named_and_the_others_are_measured(monkeypatch, cap
 def test_the_benchmark_of_one_neuron_experts_prints_a_row_with_recall_1():
     args = argparse.Namespace(tokens=32, dim=8, heads=2, top_k=3, rounds=2, recall_tokens=8)
     cells = [cell.strip() for cell in peer.measure(49, args).strip("|").split("|")]
-    assert cells[0] == "49"
-    assert cells[7] == "1.0000"
-    assert len(cells) == 10
+    assert (cells[0], cells[7], len(cells)) == ("49", "1.0000", 10)
 
 
 def test_low_rank_experts_are_compared_at_equal_outputs_and_gradients(capsys):
-    sizes = ["--tokens", "256", "--dim", "16", "--out_dim", "24", "--experts", "4", "--rank", "2"]
-    assert lora_experts.main([*sizes, "--rounds", "2", "--threads", "1", "--no_peak"]) == 0
+    sizes = "--tokens 256 --dim 16 --out_dim 24 --experts 4 --rank 2 --rounds 2 --threads 1 --no_peak"
+    assert lora_experts.main(sizes.split()) == 0
     _machine, _head, _rule, *rows = capsys.readouterr().out.splitlines()
     names = [row.split("|")[1].strip() for row in rows]
     assert names == [*lora_experts.SYSTEMS, *(f"{name}, and the linear" for name in lora_experts.SYSTEMS)]
@@ -65,19 +63,8 @@ def test_every_kind_of_experts_costs_a_token_the_same():
 
 
 def test_the_benchmark_of_experts_prints_a_row_for_the_dense_ffn_and_each_kind(capsys, tmp_path):
-    argv = [
-        "--small",
-        "--rounds",
-        "2",
-        "--threads",
-        "1",
-        "--kinds",
-        "ffn",
-        "ia3",
-        "--json",
-        str(tmp_path / "rows.json"),
-    ]
-    assert experts.main(argv) == 0
+    argv = ["--small", "--rounds", "2", "--threads", "1", "--kinds", "ffn", "ia3", "--json"]
+    assert experts.main([*argv, str(tmp_path / "rows.json")]) == 0
     _machine, _head, _rule, *rows = capsys.readouterr().out.splitlines()
     assert [row.split("|")[1].strip() for row in rows] == ["dense", "ffn", "ia3"]
     saved = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -28,12 +28,9 @@ def _classes() -> list[type]:
 def test_no_constructor_of_core_calls_a_method_that_a_subclass_overrides():
     classes, checked = _classes(), 0
     for base in (c for c in classes if issubclass(c, nn.Module) and "__init__" in vars(c)):
-        calls = [
-            n.func
-            for n in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base.__init__))))
-            if isinstance(n, ast.Call)
-        ]
-        names = {f.attr for f in calls if isinstance(f, ast.Attribute) and getattr(f.value, "id", "") == "self"}
+        nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base.__init__))))
+        calls = [n.func for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+        names = {f.attr for f in calls if getattr(f.value, "id", "") == "self"}
         for name in names:
             checked += 1
             below = (c for c in classes if c is not base and issubclass(c, base))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from unittest import mock
 
@@ -21,19 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from two_ranks import WORLD, on_two_ranks
 
-from core import (
-    FFN,
-    Balance,
-    MoEConfig,
-    ReLURouting,
-    RoutingContext,
-    RoutingStats,
-    TokenChoice,
-    active_params,
-    aux_losses,
-    record,
-    update_expert_bias,
-)
+import core
+from core import FFN, Balance, MoEConfig, TokenChoice, active_params, aux_losses, record, update_expert_bias
 from core.routing.balance.terms import TERMS
 
 # Every term, so heavy that the aux loss makes most of the gradient; but for the contrast of a rank's own rows.
@@ -53,14 +42,13 @@ class Net(nn.Module):
         super().__init__()
         router = TokenChoice(2, noise=noise, noise_std=4.0, init_scale=1.0)
         balance = BALANCE if noise else replace(BALANCE, load=0.0)
-        config = MoEConfig(
-            4, router, FFN(12), num_shared_experts=1, shared_gate="mix", balance=balance, backend=backend
-        )
+        shared = {"num_shared_experts": 1, "shared_gate": "mix"}
+        config = MoEConfig(4, router, FFN(12), **shared, balance=balance, backend=backend)
         self.stem = nn.Linear(8, 8)
         self.blocks = nn.ModuleList([config.build(8), config.build(8)])
         self.checkpointed = checkpointed
 
-    def forward(self, x: Tensor, context: RoutingContext) -> Tensor:
+    def forward(self, x: Tensor, context: core.RoutingContext) -> Tensor:
         x = self.stem(x)
         for block in self.blocks:
             y = checkpoint(block, x, context, use_reentrant=False) if self.checkpointed else block(x, context)
@@ -98,7 +86,7 @@ def run(net: nn.Module, x: Tensor, valid: Tensor, factor: float = 1.0) -> Outcom
     """Forward and backward of task and aux loss; the loss and its terms."""
     with noise_of_the_token(), record(net) as tape:
         # The task of a sequence is a function of it: the same however the batch is split over ranks.
-        y = net(x, RoutingContext(valid_BS=valid, task_ids_B=(x[:, 0, 0] > 0).long()))
+        y = net(x, core.RoutingContext(valid_BS=valid, task_ids_B=(x[:, 0, 0] > 0).long()))
         losses = aux_losses(tape)
         ((y.square().mean() + losses.total) * factor).backward()  # inside both: a checkpoint draws the noise again
     assert len(tape) == 2
@@ -137,41 +125,36 @@ def one_step(rank: int, kind: str, noise: str, checkpointed: bool = False, facto
 def accumulation(rank: int, kind: str) -> Outcome:
     """Two micro-batches, gradients synchronized with the second one."""
     net = wrap(model("fixed"), kind)
-    for micro in range(2):
-        if isinstance(net, DistributedDataParallel) and micro == 0:
-            with net.no_sync():
-                run(net, *share_of(batch(micro), rank), 0.5)
-        else:
-            run(net, *share_of(batch(micro), rank), 0.5)
+    with net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext():
+        run(net, *share_of(batch(0), rank), 0.5)
+    run(net, *share_of(batch(1), rank), 0.5)
     return gradients(net)
+
+
+def stepped(rank: int, kind: str, router: core.RouterConfig, halves: list[Tensor]) -> core.MoE:
+    """Return a layer whose logits are the tokens after one step: of a rank's half, of both in one process."""
+    width = halves[0].shape[-1]
+    layer = MoEConfig(width, router).build(width)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(width))
+    net = DistributedDataParallel(layer) if kind == "ddp" else layer
+    with record(net) as tape:
+        net(torch.cat(halves) if rank < 0 else halves[rank])
+    update_expert_bias(net, tape)
+    return layer
 
 
 def bias_step(rank: int, kind: str) -> Outcome:
     """Rank 0 sends 4 tokens to expert 0, rank 1 sends 6 to expert 1; one process sees all ten."""
-    layer = MoEConfig(3, TokenChoice(1, expert_bias=True, bias_update_rate=0.125)).build(3)
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(3))
-    halves = [torch.eye(3)[[0] * 4], torch.eye(3)[[1] * 6]]
-    x = torch.cat(halves) if rank < 0 else halves[rank]
-    net = DistributedDataParallel(layer) if kind == "ddp" else layer
-    with record(net) as tape:
-        net(x)
-    update_expert_bias(net, tape)
+    router = TokenChoice(1, expert_bias=True, bias_update_rate=0.125)
+    layer = stepped(rank, kind, router, [torch.eye(3)[[0] * 4], torch.eye(3)[[1] * 6]])
     return {"bias": layer.router.expert_bias.clone()}
 
 
 def l1_step(rank: int, kind: str) -> Outcome:
     """Rank 0 sends 4 tokens that take both experts, rank 1 sends 12 that take none; one process sees all 16."""
-    layer = MoEConfig(2, ReLURouting(1, l1_start=0.5, l1_factor=2.0)).build(2)
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(2))
-    halves = [torch.ones(4, 2), -torch.ones(12, 2)]
-    x = torch.cat(halves) if rank < 0 else halves[rank]
-    net = DistributedDataParallel(layer) if kind == "ddp" else layer
-    with record(net) as tape:
-        net(x)
-    update_expert_bias(net, tape)
-    return {"weight": layer.router.l1_weight.clone()}
+    router = core.ReLURouting(1, l1_start=0.5, l1_factor=2.0)
+    return {"weight": stepped(rank, kind, router, [torch.ones(4, 2), -torch.ones(12, 2)]).router.l1_weight.clone()}
 
 
 def idle_rank(rank: int, kind: str) -> Outcome:
@@ -278,7 +261,7 @@ def telemetry(rank: int) -> list[dict[str, float]]:
             net(TOKENS[1], "b")
         else:
             net(TOKENS[rank], ("a", "ab")[rank])
-    stats = RoutingStats.from_tape(tape).all_reduce().layers
+    stats = core.RoutingStats.from_tape(tape).all_reduce().layers
     assert all(not s.chosen_per_expert.is_floating_point() for s in stats.values())
     return [stats[f"towers.{name}"].figures() for name in "ab"]
 
@@ -344,18 +327,15 @@ def test_the_loss_is_not_a_mean_of_the_ranks_own_losses():
         assert (mean - whole[key]).abs().max() > 1e-2 * whole[key].abs().max(), key
 
 
-def test_bias_moves_by_the_loads_of_all_ranks(ranks):
+def test_a_step_follows_the_loads_of_all_ranks(ranks):
     # Loads 4, 6, 0 around 10/3. Rank 0 alone would raise expert 1: 4, 0, 0 around 4/3.
-    assert bias_step(-1, "none")["bias"].tolist() == [-0.125, -0.125, 0.125]
-    for rank in range(WORLD):
-        assert ranks[rank]["steps"]["bias", "ddp"]["bias"].tolist() == [-0.125, -0.125, 0.125]
-
-
-def test_the_weight_of_an_l1_norm_follows_the_share_of_all_ranks(ranks):
     # 8 positive gates of 32, below K / E = 1/2: the weight is halved. Rank 0 alone (8 of 8) would double it, and the
     # mean of the ranks' shares, 1/2, would leave it.
-    assert l1_step(-1, "none")["weight"].item() == 0.25
-    assert [rank["steps"]["l1", "ddp"]["weight"].item() for rank in ranks] == [0.25, 0.25]
+    moved = [(bias_step(-1, "none"), l1_step(-1, "none"))]
+    moved += [(rank["steps"]["bias", "ddp"], rank["steps"]["l1", "ddp"]) for rank in ranks]
+    for bias, l1 in moved:
+        assert bias["bias"].tolist() == [-0.125, -0.125, 0.125]
+        assert l1["weight"].item() == 0.25
 
 
 def test_a_scaled_loss_scales_gradients_on_every_rank_exactly(ranks):

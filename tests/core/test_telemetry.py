@@ -31,30 +31,29 @@ def test_load_imbalance_dead_experts_and_drop_rate_by_hand():
     assert layer_stats.drop_rate == 0.5
     # Shares 3/4, 1/4: (0.75 log(4/3) + 0.25 log 4) / log 4 = 0.405639.
     assert layer_stats.load_entropy == pytest.approx(0.405639, abs=1e-6)
-
-
-def test_the_detailed_figures_by_hand():
     # The loads 3, 1, 0, 0 have the mean 1, deviations 2, 0, -1, -1, and the quartiles 0, 0.5, 1.5.
-    x = [[9.0, 0, 0, 0], [9.0, 0, 0, 0], [9.0, 0, 0, 0], [0, 9.0, 0, 0]]
-    layer_stats = stats(x, router=TokenChoice(1))
     figures = layer_stats.figures(detailed=True)
     assert layer_stats.relative_load.tolist() == [3.0, 1.0, 0.0, 0.0]
     assert figures["max_violation"] == 2.0
     assert figures["load_variation"] == pytest.approx(math.sqrt(6 / 4))
     assert [figures[f"load_p{p}"] for p in (5, 25, 50, 75, 95)] == pytest.approx([0.0, 0.0, 0.5, 1.5, 2.7])
     assert {name: figures[name] for name in layer_stats.figures()} == layer_stats.figures()
+    # Balanced, nothing is dropped.
+    even = stats([[9.0, 0.0], [0.0, 9.0]], router=TokenChoice(1), capacity_factor=1.0)
+    assert (even.load_imbalance, even.drop_rate, even.dead_experts) == (1.0, 0.0, 0)
+    assert even.load_entropy == pytest.approx(1.0)
 
 
 def test_entropy_is_that_of_the_scores_over_log_e():
     # Scores (1/2, 1/2) and (3/4, 1/4): entropies log 2 and 0.562335; their mean 0.627741 over log 2.
     layer_stats = stats([[0.0, 0.0], [math.log(3), 0.0]], router=TokenChoice(1))
     assert layer_stats.entropy == pytest.approx(0.905639, abs=1e-6)
-
-
-def test_entropy_of_sigmoid_scores_is_that_of_their_shares():
     # Sigmoids 3/4 and 1/4 sum to 1: entropy 0.562335 / log 2 = 0.811278.
     layer_stats = stats([[math.log(3), -math.log(3)]], router=TokenChoice(1, score_func="sigmoid"))
     assert layer_stats.entropy == pytest.approx(0.811278, abs=1e-6)
+    # One expert has none.
+    layer_stats = stats([[1.0], [2.0]], router=TokenChoice(1))
+    assert (layer_stats.entropy, layer_stats.load_entropy, layer_stats.load_imbalance) == (0.0, 1.0, 1.0)
 
 
 def test_padding_is_in_no_figure():
@@ -72,29 +71,13 @@ def test_padding_is_in_no_figure():
     assert layer_stats.figures() == pytest.approx(alone.figures())
 
 
-def test_balanced_load_is_one_and_drops_nothing():
-    layer_stats = stats([[9.0, 0.0], [0.0, 9.0]], router=TokenChoice(1), capacity_factor=1.0)
-    assert (layer_stats.load_imbalance, layer_stats.drop_rate, layer_stats.dead_experts) == (1.0, 0.0, 0)
-    assert layer_stats.load_entropy == pytest.approx(1.0)
-
-
 def test_nothing_routed_has_figures_too():
     layer = MoEConfig(3).build(4)
     with record(layer) as tape:
         layer(torch.randn(2, 0, 4))
     figures = RoutingStats.from_tape(tape).layers[""].figures()
-    assert figures == {
-        "load_imbalance": 1.0,
-        "entropy": 0.0,
-        "load_entropy": 0.0,
-        "drop_rate": 0.0,
-        "dead_experts": 3.0,
-    }
-
-
-def test_one_expert_has_no_entropy():
-    layer_stats = stats([[1.0], [2.0]], router=TokenChoice(1))
-    assert (layer_stats.entropy, layer_stats.load_entropy, layer_stats.load_imbalance) == (0.0, 1.0, 1.0)
+    expected = {"load_imbalance": 1.0, "entropy": 0.0, "load_entropy": 0.0, "drop_rate": 0.0, "dead_experts": 3.0}
+    assert figures == expected
 
 
 def of_modalities(modality: list[int], valid: list[bool] | None = None, **options):
@@ -118,51 +101,34 @@ def test_the_experts_of_each_modality_by_hand():
     assert "modality2_experts" not in figures
 
 
-def test_padding_and_dropped_tokens_reach_no_expert_of_their_modality():
+def test_padding_and_dropped_tokens_reach_no_expert_of_their_modality_and_figures_add_up():
     # Room for ceil(0.25 * 6 / 4) = 1: of the three tokens for expert 2 the first one, of modality 1, is computed.
     layer_stats = of_modalities([0, 0, 0, 1, 2, 2], capacity_factor=0.25).layers[""]
     assert layer_stats.pairs_of_modality[:3].tolist() == [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert layer_stats.figures()["modality2_experts"] == 0.0
     padded = of_modalities([0, 0, 0, 1, 1, 9], [True, True, True, True, False, True]).layers[""]
     assert padded.tokens_of_modality.tolist() == [3, 1, 0, 0, 0, 0, 0, 0]  # 9 is no modality that is told apart
-
-
-def test_figures_of_modalities_add_up():
-    first, second = of_modalities([0] * 6), of_modalities([1] * 6)
-    both = (first + second).layers[""]
+    both = (of_modalities([0] * 6) + of_modalities([1] * 6)).layers[""]
     assert both.tokens_of_modality[:2].tolist() == [6, 6]
     assert both.figures()["modality1_unreached"] == 1.0
 
 
-def test_passes_and_batches_of_a_layer_add_up():
-    layer = MoEConfig(4, capacity_factor=0.5).build(8)
-    x, z = torch.randn(2, 6, 8), torch.randn(3, 4, 8)
+def test_passes_and_batches_of_a_layer_add_up_and_layers_are_kept_apart():
+    model = torch.nn.ModuleDict({name: MoEConfig(4, capacity_factor=0.5).build(8) for name in "ab"})
     tapes = []
-    for batch in (x, z):
-        with record(layer) as tape:
-            layer(batch)
+    for name, batch in (("a", torch.randn(2, 6, 8)), ("a", torch.randn(3, 4, 8)), ("b", torch.randn(1, 5, 8))):
+        with record(model) as tape:
+            model[name](batch)
         tapes.append(tape)
     parts = [RoutingStats.from_tape(t) for t in tapes]
-    both = RoutingStats.from_tape(tapes[0].merge(tapes[1])).layers[""]
-    added = (parts[0] + parts[1]).layers[""]
-    assert both.num_tokens == added.num_tokens == 24
+    both = RoutingStats.from_tape(tapes[0].merge(tapes[1])).layers["a"]
+    total = parts[0] + parts[1] + parts[2]
+    assert {name: int(s.num_tokens) for name, s in total.layers.items()} == {"a": 24, "b": 5}
+    added = total.layers["a"]
     assert both.chosen_per_expert.sum() == 48
     assert torch.equal(both.chosen_per_expert, added.chosen_per_expert)
     assert torch.equal(both.tokens_per_expert, added.tokens_per_expert)
     assert both.figures() == pytest.approx(added.figures())
-
-
-def test_stats_with_different_layers_keep_them_all():
-    layers = {name: MoEConfig(2, router=TokenChoice(1)).build(2) for name in ("a", "b")}
-    model = torch.nn.ModuleDict(layers)
-    seen = []
-    for name in ("a", "b"):
-        with record(model) as tape:
-            model[name](torch.randn(1, 5, 2))
-        seen.append(RoutingStats.from_tape(tape))
-    merged = seen[0] + seen[1]
-    assert list(merged.layers) == ["a", "b"]
-    assert [int(s.num_tokens) for s in merged.layers.values()] == [5, 5]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -18,20 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from core import torch_internals as internals
 
 
-@pytest.fixture
-def fake_ranks():
-    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_a_profiler_is_seen_while_it_runs():
     assert not internals.is_profiled()
     with profile(activities=[ProfilerActivity.CPU]):
@@ -70,7 +56,7 @@ def test_transforms_are_seen_inside_only():
         assert internals.is_transformed()
 
 
-def test_a_flop_counter_is_a_mode_and_its_fake_tensors_are_known():
+def test_a_flop_counter_is_a_mode_and_fake_tensors_and_storages_are_known():
     assert not internals.is_watched()
     assert not internals.is_in_torch_dispatch_mode()
     with FlopCounterMode(display=False):
@@ -79,9 +65,7 @@ def test_a_flop_counter_is_a_mode_and_its_fake_tensors_are_known():
     seen = []
     make_fx(lambda x: seen.append(type(x)) or x + 1, tracing_mode="fake")(torch.ones(2))
     assert seen == [internals.FakeTensor]
-
-
-def test_storages_are_told_apart_on_the_meta_device():
+    # Storages are told apart on the meta device.
     x, y = torch.empty(4, device="meta"), torch.empty(4, device="meta")
     assert internals.storage_id(x) == internals.storage_id(x[2:])
     assert internals.storage_id(x) != internals.storage_id(y)
@@ -110,31 +94,35 @@ def test_the_fused_attention_is_attention_and_has_a_backward():
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         y.sum().backward()
     assert backward._qualified_op_name in {event.name for event in seen.events()}
-
-
-def test_the_fused_recurrent_layer_is_given_inputs_and_weights_first():
-    first = internals.fused_recurrent().default._schema.arguments[:2]
-    assert [(a.name, str(a.type)) for a in first] == [("input", "Tensor"), ("weight", "List[Tensor]")]
-
-
-def test_the_other_fused_attention_differentiates_its_mask():
+    # The other one differentiates its mask.
     q, k, v = torch.empty(3, 1, 2, 4, 8, device="meta").unbind()
     mask = torch.empty(1, 2, 4, 4, device="meta", requires_grad=True)
     y = internals.fused_attention("efficient_attention")(q, k, v, mask, True, 0.0, False)[0]
     assert y.shape == (1, 2, 4, 8)
     assert y.requires_grad
+    # The fused recurrent layer is given inputs and weights first.
+    first = internals.fused_recurrent().default._schema.arguments[:2]
+    assert [(a.name, str(a.type)) for a in first] == [("input", "Tensor"), ("weight", "List[Tensor]")]
 
 
-def test_a_rank_has_its_part_of_a_divided_tensor(fake_ranks):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))  # this is rank 2, the first of the second row
-    placed = internals.local_place(torch.Size((6, 4)), mesh, (Shard(0), Shard(1)))
-    assert placed == (slice(3, 6), slice(0, 2))
-    assert internals.one_axis(mesh).mesh.tolist() == [0, 1, 2, 3]
+def test_a_rank_has_its_part_of_a_divided_tensor():
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))  # rank 2 is the first of the second row
+        placed = internals.local_place(torch.Size((6, 4)), mesh, (Shard(0), Shard(1)))
+        assert placed == (slice(3, 6), slice(0, 2))
+        assert internals.one_axis(mesh).mesh.tolist() == [0, 1, 2, 3]
+    finally:
+        dist.destroy_process_group()
 
 
-def test_an_exchange_of_one_rank_gives_back_rows_and_gradients(one_rank):
-    x = torch.tensor([[1.0], [2.0]], requires_grad=True)
-    y = internals.all_to_all(x, [2], [2], dist.group.WORLD)
-    (y * torch.tensor([[3.0], [4.0]])).sum().backward()
-    assert y.tolist() == [[1.0], [2.0]]
-    assert x.grad.tolist() == [[3.0], [4.0]]
+def test_an_exchange_of_one_rank_gives_back_rows_and_gradients():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x = torch.tensor([[1.0], [2.0]], requires_grad=True)
+        y = internals.all_to_all(x, [2], [2], dist.group.WORLD)
+        (y * torch.tensor([[3.0], [4.0]])).sum().backward()
+        assert y.tolist() == [[1.0], [2.0]]
+        assert x.grad.tolist() == [[3.0], [4.0]]
+    finally:
+        dist.destroy_process_group()

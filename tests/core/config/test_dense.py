@@ -7,7 +7,7 @@ from torch.testing import assert_close
 import core
 
 
-def test_a_plain_ffn_by_hand():
+def test_a_plain_ffn_and_quick_gelu_by_hand():
     # D = 1, F = 2: relu(2 * 3 + 1) = 7 and relu(2 * -1 + 0) = 0; 7 * 0.5 + 0 * 4 + 10 = 13.5.
     layer = core.DenseFFN(2, "relu").build(1).double()
     layer.load_state_dict(
@@ -19,6 +19,11 @@ def test_a_plain_ffn_by_hand():
         }
     )
     assert layer(torch.tensor([[2.0]], dtype=torch.float64)).item() == 13.5
+    # x sigmoid(1.702 x): at 1 it is 1 / (1 + e^-1.702) = 0.845796.
+    layer = core.DenseFFN(1, "quick_gelu", bias=False).build(1)
+    layer.w_in.weight.data.fill_(1.0)
+    layer.w_out.weight.data.fill_(1.0)
+    assert layer(torch.ones(1, 1)).item() == pytest.approx(0.845796, rel=1e-5)
 
 
 def test_a_gated_ffn_is_the_expert_of_the_same_kind():
@@ -30,32 +35,18 @@ def test_a_gated_ffn_is_the_expert_of_the_same_kind():
         assert_close(dense(x), expert(x, "dense"))
 
 
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_costs_are_those_of_the_layer(gated, bias):
-    config = core.DenseFFN(10, gated=gated, bias=bias)
-    layer = config.build(4)
-    assert config.num_params(4) == config.active_params(4) == sum(p.numel() for p in layer.parameters())
-    # One token: 2 or 3 products of 4 x 10, two FLOPs a multiply-add.
-    assert config.flops_per_token(4) == (240 if gated else 160) == core.count_flops(layer, torch.randn(1, 4))
+def test_costs_are_those_of_the_layer(bias):
+    for gated, flops in ((False, 160), (True, 240)):  # one token: 2 or 3 products of 4 x 10, two FLOPs a multiply-add
+        config = core.DenseFFN(10, gated=gated, bias=bias)
+        layer = config.build(4)
+        assert config.num_params(4) == config.active_params(4) == sum(p.numel() for p in layer.parameters())
+        assert config.flops_per_token(4) == flops == core.count_flops(layer, torch.randn(1, 4))
 
 
-def test_the_hidden_dim_is_four_times_the_width_unless_it_is_given():
+def test_the_hidden_dim_is_four_times_the_width_unless_it_is_given_and_is_dropped_out_in_training_alone():
     assert core.DenseFFN().build(8).w_in.weight.shape == (32, 8)
     assert core.DenseFFN(5).build(8, out_dim=3).w_out.weight.shape == (3, 5)
-
-
-def test_the_hidden_layer_is_dropped_out_in_training_alone():
-    layer = core.DenseFFN(64, "relu", dropout=0.5).build(4)
-    x = torch.randn(3, 4)
+    layer, x = core.DenseFFN(64, "relu", dropout=0.5).build(4), torch.randn(3, 4)
     assert not torch.equal(layer.train()(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
-
-
-def test_quick_gelu_is_clips():
-    # x sigmoid(1.702 x): at 1 it is 1 / (1 + e^-1.702) = 0.845796.
-    layer = core.DenseFFN(1, "quick_gelu", bias=False).build(1)
-    with torch.no_grad():
-        layer.w_in.weight.fill_(1.0)
-        layer.w_out.weight.fill_(1.0)
-    assert layer(torch.ones(1, 1)).item() == pytest.approx(0.845796, rel=1e-5)

@@ -1,7 +1,5 @@
 """Configs of multi-task layers: plain form, costs, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 
@@ -9,28 +7,8 @@ import pytest
 import torch
 from gated import ALL, DOMAIN, DOMAINS, TASKS, D, build, context, examples
 
-from core import (
-    CGC,
-    FFN,
-    MLP,
-    PLE,
-    SMES,
-    STAR,
-    Balance,
-    DenseRouting,
-    Hash,
-    HoME,
-    M3oE,
-    Merge,
-    MMoE,
-    MultiGateConfig,
-    RoutingContext,
-    SoftSlots,
-    TokenChoice,
-    active_params,
-    count_flops,
-    record,
-)
+import core
+from core import MLP, PLE, SMES, STAR, Balance, HoME, M3oE, MMoE, RoutingContext, TokenChoice, count_flops
 
 LEARNED = [  # their cost depends on how far the tasks' choices agree, or on the scores
     *("top-k", "top-k of FFN", "top-1, batch norm", "dselect-k", "expert choice", "threshold", "null experts", "relu"),
@@ -39,38 +17,23 @@ LEARNED = [  # their cost depends on how far the tasks' choices agree, or on the
 FIXED = [name for name in ALL if name not in (*LEARNED, "sparse rank mixer")]
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_config_is_plain_dicts_and_back(name):
-    config = ALL[name]
-    plain = json.loads(json.dumps(config.to_dict()))
-    assert plain["class_path"] == f"core.{type(config).__name__}"
-    assert MultiGateConfig.from_dict(plain) == config
-    assert type(config).from_dict(plain["init_args"]) == config
-
-
-def test_a_dict_of_another_class_is_refused():
-    with pytest.raises(ValueError, match=r"core\.TokenChoice' is no MultiGateConfig"):
-        MultiGateConfig.from_dict({"class_path": "core.TokenChoice", "init_args": {}})
-    with pytest.raises(ValueError, match=r"core\.MMoE' is no PLE"):
-        PLE.from_dict(MMoE().to_dict())
-    with pytest.raises(ValueError, match="CGC has no field 'router'"):
-        CGC.from_dict({"router": None})
-
-
 # Costs.
 
 
-@pytest.mark.parametrize("num_tasks", [1, 3])
 @pytest.mark.parametrize("name", ALL)
-def test_parameters_equal_the_formulas(name, num_tasks):
+def test_parameters_equal_the_formulas_and_a_config_is_plain_dicts_and_back(name):
     config, domains = ALL[name], DOMAINS if name in DOMAIN else 0
-    if isinstance(own := getattr(config, "num_task_experts", 0), tuple):
-        config = replace(config, num_task_experts=own[-num_tasks:])
-    if getattr(config, "categories", ()) and num_tasks == 1:
-        config = replace(config, categories=(0,))
-    layer = config.build(D, num_tasks, domains)
-    assert sum(p.numel() for p in layer.parameters()) == config.num_params(D, num_tasks, domains)
-    assert active_params(layer) == config.active_params(D, num_tasks, domains)
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert (plain["class_path"], core.MultiGateConfig.from_dict(plain)) == (f"core.{type(config).__name__}", config)
+    assert type(config).from_dict(plain["init_args"]) == config
+    for num_tasks in (1, 3):
+        if isinstance(own := getattr(ALL[name], "num_task_experts", 0), tuple):
+            config = replace(config, num_task_experts=own[-num_tasks:])
+        if categories := getattr(ALL[name], "categories", ()):
+            config = replace(config, categories=(0,) if num_tasks == 1 else categories)
+        layer = config.build(D, num_tasks, domains)
+        assert sum(p.numel() for p in layer.parameters()) == config.num_params(D, num_tasks, domains)
+        assert core.active_params(layer) == config.active_params(D, num_tasks, domains)
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -83,9 +46,9 @@ def test_counted_flops_equal_the_formula(name):
 @pytest.mark.parametrize("name", LEARNED)
 def test_each_chosen_row_is_computed_and_counted_once(name):
     config, layer, x = ALL[name], build(name).eval(), examples(16)
-    with record(layer) as tape:
+    with core.record(layer) as tape:
         layer(x)
-    routings = [e.routing for e in tape.entries if not isinstance(e.routing, DenseRouting)]
+    routings = [e.routing for e in tape.entries if not isinstance(e.routing, core.DenseRouting)]
     pairs = {p for r in routings for p in zip(r.token_index_N.tolist(), r.expert_ids_N.tolist(), strict=True)}
     rows = sum(expert < 8 for _, expert in pairs)
     if name == "smes of FFN":  # a hidden layer of 5
@@ -107,8 +70,7 @@ def test_costs_by_hand():
     assert mmoe.flops_per_token(9, 3) == 1500
     # CGC: 3 shared and 2 for each of 3 tasks: 9 experts of 9 * 6 + 6, three gates over 5.
     cgc = ALL["cgc"]
-    assert cgc.num_params(9, 3) == 9 * 60 + 3 * 5 * 9
-    assert cgc.flops_per_token(9, 3) == 2 * (9 * 54 + 15 * 9 + 15 * 6)
+    assert (cgc.num_params(9, 3), cgc.flops_per_token(9, 3)) == (9 * 60 + 3 * 5 * 9, 2 * (9 * 54 + 15 * 9 + 15 * 6))
     # CGC of 2, 0 and 1 own experts: 6 experts of 60, gates over 5, 3 and 4.
     uneven = ALL["uneven cgc"]
     assert uneven.num_params(9, 3) == uneven.active_params(9, 3) == 6 * 60 + 12 * 9
@@ -116,26 +78,20 @@ def test_costs_by_hand():
     # Sparse: 8 experts of 60; each of 3 tasks routes (2 * 9 * 8) and takes 2 experts of 2 * 54. By chance an expert is
     # missed by all tasks with probability (3/4)^3, so that 4.625 of 8 are taken.
     sparse = ALL["top-k"]
-    assert sparse.num_params(9, 3) == 8 * 60 + 3 * 72
-    assert sparse.active_params(9, 3) == round(4.625 * 60) + 3 * 72
+    assert (sparse.num_params(9, 3), sparse.active_params(9, 3)) == (8 * 60 + 3 * 72, round(4.625 * 60) + 3 * 72)
     assert sparse.flops_per_token(9, 3) == 3 * 144 + round(4.625 * 108)
     # Gates that scale the input: no row is shared.
     assert ALL["input gates"].flops_per_token(9, 3) == 3 * (144 + 2 * 108)
     # SMES: 2 for all and one for each task, at most 5 of 8.
     smes = ALL["smes"]
-    assert smes.num_params(9, 3) == 8 * 60 + 3 * 72
-    assert smes.active_params(9, 3) == 5 * 60 + 3 * 72
-    assert smes.flops_per_token(9, 3) == 3 * 144 + 5 * 108
-    assert smes.most_experts(9) == 8
+    assert (smes.num_params(9, 3), smes.active_params(9, 3)) == (8 * 60 + 3 * 72, 5 * 60 + 3 * 72)
+    assert (smes.flops_per_token(9, 3), smes.most_experts(9)) == (3 * 144 + 5 * 108, 8)
     # One selection for all: one route, 3 rows, and three gates of 2 * 9 * 8.
     assert ALL["shared top-k"].flops_per_token(9, 3) == 144 + 3 * 108 + 3 * 144
     # Two of each domain's experts (of 4 domains) beside 3: 11 experts held, 5 taken; gates over 5 and 4 vectors.
     domain = ALL["domain mmoe"]
     assert domain.num_params(9, 3, 4) == 11 * 60 + 3 * 5 * 9 + 4 * 9
     assert domain.active_params(9, 3, 4) == 5 * 60 + 3 * 5 * 9 + 4 * 9
-
-
-def test_many_small_experts_cost_a_part_of_the_dense_layer():
     # E=64 of 16, K=4, D=128: dense 64 rows of 4096 FLOPs; each task 4 rows and a gate of 2 * 128 * 64.
     dense, sparse = MMoE(64), MMoE(64, router=TokenChoice(4))
     assert dense.flops_per_token(128, 2) == 64 * 4096 + 2 * 2 * 64 * (128 + 16)
@@ -149,11 +105,15 @@ def test_many_small_experts_cost_a_part_of_the_dense_layer():
 @pytest.mark.parametrize(
     "make, message",
     [
+        (lambda: core.MultiGateConfig.from_dict({"class_path": "core.TokenChoice"}), "is no MultiGateConfig"),
+        (lambda: PLE.from_dict(MMoE().to_dict()), r"core\.MMoE' is no PLE"),
+        (lambda: MMoE(4, MLP((6,)), core.Hash(10)).build(D, 2)(examples(3)), "token_ids_BS"),
+        (lambda: core.CGC.from_dict({"router": None}), "CGC has no field 'router'"),
         (lambda: PLE(2, num_task_experts=[1, 2]).build(D, 3), r"num_task_experts=\[1, 2\] has 2 numbers for 3 tasks"),
         (lambda: MMoE(selection="shared"), "selection='shared' needs a router"),
         (lambda: MMoE(4, router=TokenChoice(9)), "top_k=9 exceeds num_experts=4"),
-        (lambda: MMoE(4, router=SoftSlots()), "SoftSlots .* mixes: not for MMoE"),
-        (lambda: MMoE(4, router=Merge()), "Merge.* mixes: not for MMoE"),
+        (lambda: MMoE(4, router=core.SoftSlots()), "SoftSlots .* mixes: not for MMoE"),
+        (lambda: MMoE(4, router=core.Merge()), "Merge.* mixes: not for MMoE"),
         (lambda: MMoE(4, router=TokenChoice(2), feature_gate=2), "feature_gate=2 does not apply with a router"),
         (lambda: MMoE(4, router=TokenChoice(2), expert_dropout=0.1), "expert_dropout=0.1 does not apply"),
         (lambda: MMoE(4, router=TokenChoice(2, gates_on="input"), selection="shared"), "gates_on='input'"),
@@ -176,7 +136,7 @@ def test_many_small_experts_cost_a_part_of_the_dense_layer():
         (lambda: M3oE(balance=Balance(router_z_loss=0.1)), "router_z_loss"),
         (lambda: STAR().num_params(D, 2), "STAR needs num_domains, which is 0"),
         (lambda: STAR(3), "num_experts=3: STAR has one network a domain"),
-        (lambda: STAR(expert=FFN(8)), "expert=FFN: STAR multiplies the layers of an MLP"),
+        (lambda: STAR(expert=core.FFN(8)), "expert=FFN: STAR multiplies the layers of an MLP"),
         (lambda: STAR(expert_dropout=0.1), "expert_dropout=0.1 has no meaning for STAR, which has no gates"),
     ],
 )
@@ -208,20 +168,13 @@ def test_a_bad_context_is_refused(config, known, message):
 
 @pytest.mark.parametrize(
     "config",
-    [MMoE(3, MLP((6,))), PLE(2, MLP((6,))), MMoE(3, MLP((6,)), Hash(9)), MMoE(3, MLP((6,)), TokenChoice(2), "shared")],
+    [MMoE(3), PLE(2), MMoE(3, MLP((6,)), core.Hash(9)), MMoE(3, MLP((6,)), TokenChoice(2), "shared")],
     ids=["gates", "levels", "router a task", "selection"],
 )
 def test_examples_of_another_width_are_refused(config):
     ids = RoutingContext(token_ids_BS=torch.zeros(3, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match=f"x has width {D + 1}, the layer is for dim={D}"):
         config.build(D, TASKS)(torch.zeros(3, D + 1), ids)
-
-
-def test_a_router_that_needs_ids_says_so():
-    layer = MMoE(4, MLP((6,)), Hash(10)).build(D, 2)
-    with pytest.raises(ValueError, match="token_ids_BS"):
-        layer(examples(3))
-    layer(examples(3), RoutingContext(token_ids_BS=torch.tensor([[1], [2], [9]])))
 
 
 @pytest.mark.parametrize("selection", ["task", "shared"])

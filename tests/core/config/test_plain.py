@@ -50,14 +50,15 @@ TOWER = Tower((4, 2), (Part("x"), Part("y")), {"z": Part()}, MoEConfig(4, TokenC
 
 def test_a_class_is_named_where_its_place_allows_several():
     plain = to_plain(TOWER, Tower | None)
-    assert plain["dims"] == [4, 2]
-    assert plain["parts"] == [{"name": "x"}, {"name": "y"}]
-    assert plain["by_name"] == {"z": {"name": "a"}}
-    assert plain["moe"]["router"]["class_path"] == "core.TokenChoice"
+    assert (plain["dims"], plain["parts"]) == ([4, 2], [{"name": "x"}, {"name": "y"}])
+    assert (plain["by_name"], plain["moe"]["router"]["class_path"]) == ({"z": {"name": "a"}}, "core.TokenChoice")
     assert plain["moe"]["balance"]["load"] == 0.0
     # Nothing says what stands here, or a base class does.
     assert to_plain(TOWER)["class_path"] == f"{__name__}.Tower"
     assert to_plain(Wide(), Part) == {"class_path": f"{__name__}.Wide", "init_args": {"name": "a", "width": 2}}
+    assert from_plain({"dims": [3], "moe": MoEConfig(2)}, Tower) == Tower((3,), moe=MoEConfig(2))
+    assert from_plain({"class_path": "FFN"}) == FFN()
+    assert from_plain({"class_path": "Tower", "init_args": None}, Tower) == Tower()
 
 
 @pytest.mark.parametrize(
@@ -76,12 +77,6 @@ def test_a_class_is_named_where_its_place_allows_several():
 )
 def test_plain_values_survive_json_and_come_back_equal(value, hint):
     assert from_plain(json.loads(json.dumps(to_plain(value, hint))), hint) == value
-
-
-def test_a_config_may_stand_among_plain_values():
-    assert from_plain({"dims": [3], "moe": MoEConfig(2)}, Tower) == Tower((3,), moe=MoEConfig(2))
-    assert from_plain({"class_path": "FFN"}) == FFN()
-    assert from_plain({"class_path": "Tower", "init_args": None}, Tower) == Tower()
 
 
 def test_arguments_of_a_constructor_and_its_base():
@@ -103,6 +98,10 @@ def test_arguments_of_a_constructor_and_its_base():
         ({"nam": "x"}, Part, "^at: Part has no field 'nam'; did you mean 'name'\\?$"),
         ({"parts": [{"size": 1}]}, Tower, r"^at\.parts\.0: Part has no field 'size'; it has name$"),
         ({"moe": {"num_experts": 4, "router": {"top_k": 2}}}, Tower, r"^at\.moe\.router has no class_path, which says"),
+        ({"moe": {"num_experts": 4, "topk": 2}}, Tower, "MoEConfig has no field 'topk'"),
+        ({"moe": {"num_experts": 4, "balance": {"z": 0.1}}}, Tower, "Balance has no field 'z'"),
+        ({"class_path": "core.TopK"}, Any, r"'core\.TopK' is not a registered config class; did you mean 'T"),
+        ({"class_path": "core.TokenChoice", "init_args": {"k": 2}}, Any, "has no field 'k'; it has .*top_k"),
         ({"moe": {}}, Tower, r"^at\.moe: .*missing 1 required positional argument: 'num_experts'$"),
         ({"moe": {"num_experts": 2, "router": {"class_path": "TokenChoice", "init_args": {"top_k": 3}}}}, Tower,
          "^top_k=3 exceeds num_experts=2"),
@@ -124,14 +123,12 @@ def test_a_text_stands_where_no_class_belongs(hint):
     assert from_plain("a", hint) == "a"
 
 
-def test_a_plain_name_means_core_s_class_or_the_only_one():
+def test_a_plain_name_means_core_s_class_or_the_only_one_and_a_class_that_is_not_registered_is_not_written():
     assert registered_config("Wide") is registered_config(f"{__name__}.Wide") is Wide
     assert registered_config("FFN") is registered_config("core.FFN") is FFN
     with pytest.raises(ValueError, match=r"'core\.Wide' is not a registered config class"):
         registered_config("core.Wide")
 
-
-def test_a_class_that_is_not_registered_is_not_written():
     @dataclass(frozen=True)
     class Unknown:
         x: int = 1

@@ -1,26 +1,15 @@
 """The tape: what ``record`` collects, under which names, and that nothing is left behind in a module."""
 
-from __future__ import annotations
-
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from core import (
-    MoE,
-    MoEConfig,
-    RoutingContext,
-    RoutingStats,
-    Tape,
-    TokenChoice,
-    aux_loss,
-    moe_layers,
-    record,
-    update_expert_bias,
-)
+import core
+from core import MoE, MoEConfig, RoutingStats, Tape, TokenChoice, aux_loss, moe_layers, record, update_expert_bias
 from core.contract import Rows, unwrapped_modules
 
 
@@ -48,16 +37,9 @@ def test_one_entry_a_pass_in_the_order_of_the_passes():
     with record(net) as tape:
         net(torch.randn(2, 3, 8))
         net(torch.randn(1, 5, 8))
-    assert names(tape) == ["blocks.0", "blocks.0", "blocks.1"] * 2
-    assert len(tape) == 6
+    assert (names(tape), len(tape)) == (["blocks.0", "blocks.0", "blocks.1"] * 2, 6)
     assert [entry.routing.num_tokens for entry in tape.entries] == [6] * 3 + [5] * 3
-
-
-def test_a_layer_used_twice_counts_twice_in_the_loss():
-    net = Net(passes=2)
-    x = torch.randn(2, 3, 8)
-    with record(net) as tape:
-        net(x)
+    # A layer used twice counts twice in the loss.
     single = [aux_loss(Tape((entry,))).item() for entry in tape.entries]
     assert aux_loss(tape).item() == pytest.approx(sum(single), rel=1e-6)
     assert single[0] != single[1]
@@ -65,7 +47,7 @@ def test_a_layer_used_twice_counts_twice_in_the_loss():
 
 def test_an_entry_tells_the_routing_the_context_and_the_layers_own_balance():
     layer = MoEConfig(4, router=TokenChoice(1)).build(8)
-    context = RoutingContext(valid_BS=torch.tensor([[True, True, False]]))
+    context = core.RoutingContext(valid_BS=torch.tensor([[True, True, False]]))
     with record(layer) as tape:
         layer(torch.randn(1, 3, 8), context)
     (entry,) = tape.entries
@@ -77,26 +59,17 @@ def test_an_entry_tells_the_routing_the_context_and_the_layers_own_balance():
     assert entry.routing.tokens_per_expert_E.sum() == 2
 
 
-def test_passes_outside_the_block_and_of_other_models_are_not_recorded():
-    net, other = Net(), Net()
-    x = torch.randn(1, 3, 8)
+def test_blocks_may_be_nested_and_each_hears_its_own_part_alone():
+    net, other, x = Net(), Net(), torch.randn(1, 3, 8)
     net(x)
-    with record(net) as tape:
-        other(x)
-    net(x)
-    assert len(tape) == 0
-
-
-def test_blocks_may_be_nested_and_each_hears_its_own_part():
-    net = Net()
-    x = torch.randn(1, 3, 8)
     with record(net) as outer:
         net(x)
         with record(net.blocks[1]) as inner:
             net(x)
+        other(x)
         net(x)
-    assert names(outer) == ["blocks.0", "blocks.1"] * 3
-    assert names(inner) == [""]
+    net(x)
+    assert (names(outer), names(inner)) == (["blocks.0", "blocks.1"] * 3, [""])
 
 
 def test_nothing_is_left_behind_in_the_modules_even_after_an_error():
@@ -110,32 +83,22 @@ def test_nothing_is_left_behind_in_the_modules_even_after_an_error():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_a_copy_or_pickle_taken_inside_the_block_is_equal_and_not_recorded(duplicate):
-    net = Net()
-    x = torch.randn(1, 3, 8)
+    net, x = Net(), torch.randn(1, 3, 8)
     with record(net) as tape:
-        y = net(x)
-        twin = duplicate(net)
+        y, twin = net(x), duplicate(net)
         assert torch.equal(twin(x), y)
     assert names(tape) == ["blocks.0", "blocks.1"]
+    # It trains apart from its original.
     with record(twin) as own:
-        twin(x)
-    assert names(own) == ["blocks.0", "blocks.1"]
-
-
-def test_a_copy_trains_apart_from_its_original():
-    net = Net()
-    twin = copy.deepcopy(net)
-    x = torch.randn(1, 3, 8)
-    with record(twin) as tape:
         loss = twin(x).square().mean()
-    (loss + aux_loss(tape)).backward()
+    assert names(own) == ["blocks.0", "blocks.1"]
+    (loss + aux_loss(own)).backward()
     assert all(p.grad is not None for p in twin.parameters())
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_merged_tapes_hold_both_and_change_neither():
-    net = Net()
-    tapes = []
+def test_tapes_merge_and_change_neither_and_a_detached_one_keeps_the_numbers_and_drops_the_graph():
+    net, tapes = Net(), []
     for length in (3, 5):
         with record(net) as tape:
             net(torch.randn(1, length, 8))
@@ -144,9 +107,6 @@ def test_merged_tapes_hold_both_and_change_neither():
     assert [entry.routing.num_tokens for entry in merged.entries] == [3, 3, 5, 5]
     assert (len(tapes[0]), len(tapes[1])) == (2, 2)
     assert aux_loss(merged).item() == pytest.approx(sum(aux_loss(t).item() for t in tapes), rel=1e-6)
-
-
-def test_a_detached_tape_keeps_the_numbers_and_drops_the_graph():
     net = Net()
     with record(net) as tape:
         net(torch.randn(1, 3, 8))
@@ -205,7 +165,7 @@ def test_a_tape_of_a_part_of_the_model_is_refused(part):
     assert model["encoder"]["moe"].router.expert_bias.tolist() == [-0.5, 0.5]
 
 
-def test_the_loads_of_a_tape_move_the_bias_and_have_no_losses():
+def test_the_loads_of_a_tape_move_the_bias_of_a_bare_layer_and_have_no_losses():
     layer = bias_layer()
     with record(layer) as tape:
         layer(torch.tensor([[[1.0, 0.0]]]))
@@ -216,38 +176,22 @@ def test_the_loads_of_a_tape_move_the_bias_and_have_no_losses():
     assert entry.context is None
     update_expert_bias(layer, loads.merge(tape.loads()))
     assert layer.router.expert_bias.tolist() == [-0.5, 0.5]
-    with pytest.raises(ValueError, match="layer '' is on this tape with its loads alone"):
-        aux_loss(loads)
-    with pytest.raises(ValueError, match="layer '' is on this tape with its loads alone"):
-        RoutingStats.from_tape(loads)
+    for read in (aux_loss, RoutingStats.from_tape):
+        with pytest.raises(ValueError, match="layer '' is on this tape with its loads alone"):
+            read(loads)
+    layer = bias_layer()
+    wrapped = nn.Sequential(OrderedDict(module=layer))  # names its content as DDP does
+    with record(wrapped) as tape:
+        wrapped(torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]))
+    update_expert_bias(layer, tape)
+    assert layer.router.expert_bias.tolist() == [-0.5, 0.5]  # loads 2 and 1
 
 
 def bias_layer() -> MoE:
     """Two experts, whose logits are the token."""
     layer = MoEConfig(2, router=TokenChoice(1, expert_bias=True, bias_update_rate=0.5)).build(2)
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(2))
+    layer.router.gate.weight.data.copy_(torch.eye(2))
     return layer
-
-
-class Wrapper(nn.Module):
-    """Names its content as DDP does."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
-
-
-def test_a_tape_of_a_wrapped_layer_moves_the_bias_of_the_bare_one():
-    layer = bias_layer()
-    wrapped = Wrapper(layer)
-    with record(wrapped) as tape:
-        wrapped(torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]))
-    update_expert_bias(layer, tape)
-    assert layer.router.expert_bias.tolist() == [-0.5, 0.5]  # loads 2 and 1
 
 
 def test_rows_materialize_to_the_tokens_sorted_by_expert():

@@ -26,12 +26,10 @@ def test_a_profiler_shows_each_part_of_a_layer_once(router, training):
     assert calls(layer, torch.randn(2, 3, 8)) == dict.fromkeys(PARTS, 1)
 
 
-def test_a_layer_of_several_gates_is_shown_too():
+def test_a_layer_of_several_gates_is_shown_too_and_a_spans_arguments_are_the_functions():
     layer = core.MMoE(4, core.MLP((8, 6))).build(8, num_tasks=3)
     assert set(calls(layer, torch.randn(5, 8))) >= {"moe.router", "moe.experts"}
 
-
-def test_arguments_result_and_name_are_the_function_s():
     @core.contract.span("moe.part")
     def halved(x: int, by: int = 2) -> float:
         """Halve."""

@@ -1,7 +1,5 @@
 """The figures that the rules read, on numbers that can be checked by hand; bad input; and what a diagnosis leaves."""
 
-from __future__ import annotations
-
 import math
 from copy import deepcopy
 from dataclasses import replace
@@ -12,7 +10,6 @@ from patients import Patient, Training, batches, task_loss, whole_loss
 from torch import nn
 
 import core
-from core.diagnose.alike import _distances, _products
 from core.diagnose.figures import LayerFigures, explained
 from core.diagnose.passes import Facts, Pass
 from core.diagnose.rules import load_findings, modality_findings
@@ -35,19 +32,12 @@ def figures_of(*passes, **options):
     return figures
 
 
-def test_experts_in_use():
+def test_experts_in_use_and_what_groups_explain():
     # Loads of 3/4 and 1/4: an entropy of 0.5623 nats, and (2 - 1) / (2 * 8) more for chance.
     assert figures_of(a_pass()).experts_in_use == pytest.approx(math.exp(0.5623351 + 1 / 16))
-
-
-def test_what_groups_explain():
     # Each of two groups has its expert: all of the log 2 nats, less (1 * 1) / (2 * 200).
     assert explained(torch.tensor([[100.0, 0.0], [0.0, 100.0]])) == pytest.approx(1 - 1 / 400 / math.log(2))
-    assert explained(torch.tensor([[50.0, 50.0], [50.0, 50.0]])) == 0
-    assert explained(torch.zeros(2, 2)) == 0
-
-
-def test_places_and_classes_of_pairs():
+    assert (explained(torch.tensor([[50.0, 50.0], [50.0, 50.0]])), explained(torch.zeros(2, 2))) == (0, 0)
     # Places 0 to 3 of the first sequence take expert 0; of the second, places 2 and 3 take expert 1.
     figures = figures_of(a_pass(), labels=torch.tensor([0, 1]))
     assert figures.place_PE[:4].tolist() == [[2, 0], [2, 0], [1, 1], [1, 1]]
@@ -58,14 +48,11 @@ def test_the_variances_of_logits():
     # Logits less their mean are +-1 for the first half and +-3 for the second: a mean of +-2 and a variance of 1.
     logits = torch.tensor([[1.0, -1.0]] * 4 + [[8.0, 2.0]] * 4)
     figures = figures_of(a_pass(logits_TE=logits))
-    assert figures.token_variance == pytest.approx(1)
-    assert figures.expert_variance == pytest.approx(4)
+    assert (figures.token_variance, figures.expert_variance) == (pytest.approx(1), pytest.approx(4))
     assert figures.largest == 8
     # A sequence's tokens have the same logits: they decided twice, not eight times.
     assert figures.decisions == 2
-
-
-def test_unreachable_experts_and_broken_logits():
+    # Unreachable experts are no broken logits.
     logits = torch.zeros(8, 2)
     logits[0, 1] = -torch.inf
     assert figures_of(a_pass(logits_TE=logits)).not_finite == 0
@@ -96,15 +83,15 @@ def test_drops_by_chance():
 
 def test_the_experts_of_each_modality():
     # Tokens 0 to 3 are of modality 0, 4 to 7 of modality 1; the last is padding, and of none.
-    modality = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    valid = torch.arange(8) < 7
+    modality, valid = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.arange(8) < 7
     one = a_pass(modality_T=modality, valid_T=valid, token_N=torch.arange(7), expert_N=torch.tensor([0] * 5 + [1, 2]))
     figures = figures_of(one)
     assert figures.modality_GE[:2].tolist() == [[4, 0], [1, 1]]  # expert 2 of 2 stands for a pair that had no room
     assert figures.modality_tokens_G[:3].tolist() == [4, 3, 0]
     # Loads of 1/2 each: an entropy of log 2, and (2 - 1) / (2 * 2) more for chance, of at most 2 experts.
-    assert figures.experts_of_modality(1) == 2
-    assert figures.experts_of_modality(0) == pytest.approx(math.exp(1 / 8))
+    assert (figures.experts_of_modality(1), figures.experts_of_modality(0)) == (2, pytest.approx(math.exp(1 / 8)))
+    # One modality is no evidence.
+    assert list(modality_findings("layer", figures_of(replace(one, modality_T=torch.zeros_like(modality))))) == []
 
 
 def of_modalities(expert_of_1: torch.Tensor, **facts):
@@ -119,7 +106,7 @@ def of_modalities(expert_of_1: torch.Tensor, **facts):
     return list(modality_findings("layer", figures_of(one), ("image",)))
 
 
-def test_a_modality_that_uses_one_expert():
+def test_a_modality_that_uses_one_expert_and_one_that_is_crowded_out():
     (finding,) = of_modalities(torch.tensor(3))
     assert (finding.name, finding.severity) == ("collapsed_modality", "warning")
     # Without a name it has its number. 1.0 is exp(0 + 3 / 400), for chance.
@@ -127,9 +114,6 @@ def test_a_modality_that_uses_one_expert():
     assert "num_modalities=2" in finding.remedy
     assert of_modalities(torch.arange(200) % 2) == []  # two experts are enough
     assert of_modalities(torch.tensor(3), by_data=True) == []  # the data decide by design
-
-
-def test_a_modality_that_is_crowded_out():
     # 20 of its 200 tokens are computed; of all tokens 220 of 400 are.
     (finding,) = of_modalities(torch.where(torch.arange(200) < 20, 3, 4))
     assert (finding.name, finding.severity) == ("starved_modality", "error")
@@ -137,15 +121,9 @@ def test_a_modality_that_is_crowded_out():
     assert of_modalities(torch.where(torch.arange(200) < 160, torch.arange(200) % 4, 4)) == []
 
 
-def test_one_modality_is_no_evidence():
-    figures = figures_of(a_pass(modality_T=torch.zeros(8, dtype=torch.int64)))
-    assert list(modality_findings("layer", figures)) == []
-
-
 def test_a_diagnosis_reads_the_modality_from_the_context():
     layer = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(8)).build(4)
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(4))
+    layer.router.gate.weight.data.copy_(torch.eye(4))
     x_BSD = torch.eye(4)[torch.arange(4 * 64) % 4].view(4, 64, 4)
     x_BSD[2:] = torch.eye(4)[3]  # texts
     modality_BS = (torch.arange(4) >= 2)[:, None].expand(4, 64).long()
@@ -156,28 +134,7 @@ def test_a_diagnosis_reads_the_modality_from_the_context():
     assert "the tokens of text use 1.0 of 4 experts, and each takes 1.0" in [f.evidence for f in findings]
 
 
-def test_distances_of_outputs():
-    # Outputs (1, 0), (0, 1), (1, 0) and nothing: unrelated 1, the same 0, and nothing can be said of nothing.
-    y_TED = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]]).double()
-    distance = _distances(_products(y_TED))
-    assert (distance[0, 1], distance[0, 2]) == (1, 0)
-    assert distance[3, 3].isnan()
-
-
-def test_without_an_expert():
-    net, _ = Training(TOP2, steps=5).run()
-    ids, before = batches(1)[0], deepcopy(net.state_dict())
-    scores = core.ablate_experts(net, lambda: task_loss(net, ids).item())
-    assert scores.keys() == {"moe"}
-    for e, score in enumerate(scores["moe"]):
-        other = deepcopy(net)
-        for t in other.moe.experts.weights_of(e).values():
-            t.data.zero_()
-        assert score == task_loss(other, ids).item()
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-
-
-def test_a_diagnosis_leaves_the_model_as_it_was():
+def test_a_diagnosis_and_an_ablation_leave_the_model_as_it_was():
     net, start = Training(TOP2, steps=5).run()
     net.train()
     before, random = deepcopy(net.state_dict()), torch.get_rng_state()
@@ -186,16 +143,20 @@ def test_a_diagnosis_leaves_the_model_as_it_was():
     assert net.training
     assert net.moe.balance == TOP2.balance
     assert torch.equal(random, torch.get_rng_state())
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert all(p.grad is gradients[n] or torch.equal(p.grad, gradients[n]) for n, p in net.named_parameters())
+    scores = core.ablate_experts(net, lambda: task_loss(net, batches(1)[0]).item())
+    assert scores.keys() == {"moe"}
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    for e, score in enumerate(scores["moe"]):
+        other = deepcopy(net)
+        for t in other.moe.experts.weights_of(e).values():
+            t.data.zero_()
+        assert score == task_loss(other, batches(1)[0]).item()
 
 
-def test_a_finding_is_one_line():
+def test_a_finding_is_one_line_and_bad_input_is_named():
     finding = core.Finding("dead_experts", "blocks.1.mlp", "warning", "2 of 8 got none", "raise the weight")
     assert str(finding) == "warning: blocks.1.mlp: dead experts: 2 of 8 got none. Remedy: raise the weight"
-
-
-def test_bad_input():
     with pytest.raises(ValueError, match="a Patient without MoE layers has no routing to diagnose"):
         core.diagnose(Patient(None), batches(1))
     with pytest.raises(ValueError, match="there is no batch to diagnose the model on"):

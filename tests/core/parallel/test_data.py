@@ -15,19 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from two_ranks import on_ranks, results
 
-from core import (
-    FFN,
-    Balance,
-    MMoE,
-    MoEConfig,
-    RoutingContext,
-    RoutingStats,
-    SwiGLU,
-    TokenChoice,
-    aux_loss,
-    record,
-    update_expert_bias,
-)
+import core
+from core import FFN, MMoE, MoEConfig, RoutingContext, SwiGLU, TokenChoice, aux_loss, record, update_expert_bias
 from core.parallel import (
     blocks_of,
     clip_grad_norm,
@@ -42,7 +31,7 @@ from core.parallel import (
 )
 
 D, STEPS = 8, 8
-BALANCE = Balance(load_balancing_loss=0.1, router_z_loss=0.01)
+BALANCE = core.Balance(load_balancing_loss=0.1, router_z_loss=0.01)
 LAYERS: dict[str, MoEConfig | MMoE] = {
     "dropless": MoEConfig(4, TokenChoice(2), FFN(6, bias=True), balance=BALANCE),
     "capacity": MoEConfig(4, TokenChoice(2), FFN(6), balance=BALANCE, capacity_factor=0.75, group="sequence"),
@@ -190,7 +179,7 @@ def losses_of_pairs(rank: int, world: int = 4) -> dict[str, Tensor]:
     with record(model) as tape:
         layer(x)
     aux = aux_loss(tape, groups[pair])
-    stats = RoutingStats.from_tape(tape).all_reduce(groups[pair]).layers[f"stage{pair}"]
+    stats = core.RoutingStats.from_tape(tape).all_reduce(groups[pair]).layers[f"stage{pair}"]
     update_expert_bias(model, tape, groups[pair])
     bias = layer.router.expert_bias
     return {"aux": aux.detach(), "bias": bias.clone(), "counts": stats.tokens_per_expert.clone()}

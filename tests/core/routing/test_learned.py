@@ -1,20 +1,18 @@
 """Cosine, attention and two-stage gates on typed weights."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from routed import ids
+from stepped import assert_same, step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from core import FFN, Balance, MoEConfig, RoutingContext, aux_loss, record
 from core.layers import aux_losses
 from core.routing.learned import Attention, Cosine, Stable
-from core.routing.router import RouterConfig
 
 
 def context(B: int, S: int, vocab_size: int = 10, **fields: Tensor) -> RoutingContext:
@@ -23,55 +21,38 @@ def context(B: int, S: int, vocab_size: int = 10, **fields: Tensor) -> RoutingCo
 
 def cosine(projection: Tensor, experts: Tensor, **options) -> nn.Module:
     built = Cosine(proj_dim=projection.shape[0], **options).build(projection.shape[1], len(experts)).eval()
-    with torch.no_grad():
-        built.gate.projection.copy_(projection)
-        built.gate.weight.copy_(experts)
+    built.gate.projection.data.copy_(projection)
+    built.gate.weight.data.copy_(experts)
     return built
 
 
-def test_cosine_logits_are_cosines_over_the_temperature():
+def test_cosine_logits_are_projected_cosines_over_the_temperature():
     # Token (5, 0) against (3, 4) of length 5: 15 / 25 = 0.6; against (0, 2): 0; over 0.5: 1.2 and 0.
     built = cosine(torch.eye(2), torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
     routing = built(torch.tensor([[[5.0, 0.0]]]))
-    assert routing.evidence.logits_TE.tolist() == [[pytest.approx(0.0), pytest.approx(1.2)]]
-    assert ids(routing) == [[1, 0]]
+    assert (routing.evidence.logits_TE.tolist(), ids(routing)) == ([[pytest.approx(0.0), pytest.approx(1.2)]], [[1, 0]])
     # 1 / (1 + e^-1.2) = 1 / 1.301194 = 0.768525.
     assert routing.gates_N.tolist() == pytest.approx([0.768525, 0.231475], abs=1e-6)
     assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.231475, 0.768525], abs=1e-6)
-
-
-def test_cosine_projects_before_it_compares():
     # (1, 2, 2) -> (2 + 2, 1 + 2) = (4, 3); against (1, 0): 0.8, against (0, 1): 0.6; over 0.2: 4 and 3.
     projection = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
     built = cosine(projection, torch.eye(2), temperature=0.2)
     assert built(torch.tensor([[[1.0, 2.0, 2.0]]])).evidence.logits_TE[0].tolist() == pytest.approx([4.0, 3.0])
-
-
-def test_the_length_of_tokens_and_embeddings_does_not_count():
-    experts, x = torch.randn(4, 3), torch.randn(2, 5, 6)
-    projection = torch.randn(3, 6)
+    # The length of tokens and embeddings does not count.
+    experts, x, projection = torch.randn(4, 3), torch.randn(2, 5, 6), torch.randn(3, 6)
     plain = cosine(projection, experts)(x)
     scaled = cosine(projection, experts * torch.tensor([[1.0], [0.1], [10.0], [3.0]]))(x * 7)
     torch.testing.assert_close(scaled.evidence.logits_TE, plain.evidence.logits_TE)
 
 
-def test_the_temperature_is_learned_and_stays_above_a_hundredth():
+def test_the_temperature_is_learned_the_space_never_a_line_and_a_zero_token_has_zero_cosines():
     built = cosine(torch.eye(2), torch.eye(2))
     built(torch.tensor([[[1.0, 0.0]]])).evidence.logits_TE[0, 0].backward()
     assert built.gate.log_scale.grad.item() == pytest.approx(2.0)  # d exp(s) / ds = exp(s) = 1 / 0.5
-    with torch.no_grad():
-        built.gate.log_scale.fill_(9.0)
+    built.gate.log_scale.data.fill_(9.0)
     assert built(torch.tensor([[[1.0, 0.0]]])).evidence.logits_TE[0, 0].item() == pytest.approx(100.0)
-
-
-def test_cosine_space_is_half_the_experts_and_never_a_line():
-    assert [Cosine().space(E) for E in (2, 4, 6, 64)] == [2, 2, 3, 32]
-    assert Cosine(proj_dim=256).space(8) == 256
-
-
-def test_a_zero_token_has_zero_cosines_and_finite_gradients():
-    built = Cosine(proj_dim=2).build(3, 4)
-    x = torch.zeros(1, 2, 3, requires_grad=True)
+    assert ([Cosine().space(E) for E in (2, 4, 6, 64)], Cosine(proj_dim=256).space(8)) == ([2, 2, 3, 32], 256)
+    built, x = Cosine(proj_dim=2).build(3, 4), torch.zeros(1, 2, 3, requires_grad=True)
     routing = built(x)
     assert routing.evidence.logits_TE.abs().max() == 0
     routing.gates_N.square().sum().backward()
@@ -94,15 +75,11 @@ def test_attention_logits_by_hand():
         built.gate.weight.copy_(torch.tensor([[[1.0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0] * 3], [[0, 0, 1], [0, 0, 4]]]))
     routing = built(torch.tensor([[[1.0, math.log(2), 1.0]]]))
     # Expert 0: weights exp(1 log 2), exp(0) -> 2/3, 1/3: 2/3 + 4/3 = 2. Expert 1: 1/2, 1/2: 2.5.
-    assert routing.evidence.logits_TE[0].tolist() == pytest.approx([2.0, 2.5])
-    assert ids(routing) == [[1, 0]]
+    assert (routing.evidence.logits_TE[0].tolist(), ids(routing)) == (pytest.approx([2.0, 2.5]), [[1, 0]])
     # Softmax of the chosen logits: 1 / (1 + e^-0.5) = 0.622459.
     assert routing.gates_N.tolist() == pytest.approx([0.622459, 0.377541], abs=1e-6)
-
-
-def test_attention_equals_its_equation():
-    built = Attention(top_k=1).build(4, 5).eval()
-    x = torch.randn(1, 6, 4)
+    # Of any weights it is the equation.
+    built, x = Attention(top_k=1).build(4, 5).eval(), torch.randn(1, 6, 4)
     query, key, value = (F.linear(x[0], w).tolist() for w in built.gate.weight)
     expected = [attention_logits(*row) for row in zip(query, key, value, strict=True)]
     torch.testing.assert_close(built(x).evidence.logits_TE, torch.tensor(expected))
@@ -118,53 +95,31 @@ def stable(training: bool = True, **options):
     return built
 
 
-def test_stage_1_takes_the_best_expert_of_the_hidden_state_at_its_sigmoid():
+def test_the_best_expert_of_the_hidden_state_and_then_of_the_light_router_is_taken_at_the_gates_sigmoid():
+    built, given = stable(False), RoutingContext(token_ids_BS=torch.tensor([[0, 2]]))
     x = torch.tensor([[[math.log(3), 0.0], [-1.0, 0.0]]])
-    routing = stable(False)(x, RoutingContext(token_ids_BS=torch.tensor([[0, 2]])))
-    assert ids(routing) == [[0], [1]]  # the light router would say 1 and 0
+    routing = built(x, given)
+    assert ids(routing) == [[0], [1]]
     assert routing.gates_N.tolist() == pytest.approx([0.75, 0.5])  # 3 / (3 + 1) and 1 / 2
     assert routing.evidence.extra is None  # nothing is distilled in evaluation
-
-
-def test_the_distillation_loss_is_the_light_routers_cross_entropy():
-    x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
-    routing = stable()(x, RoutingContext(token_ids_BS=torch.tensor([[0, 1, 2]])))
-    # Targets 0, 0, 1; light logits (0, 1), (1, 1), (2, 1): log(1 + e), log 2, log(1 + e).
-    assert routing.evidence.extra["distillation"].tolist() == pytest.approx([1.313262, 0.693147, 1.313262], abs=1e-6)
+    built.freeze_light_router()
+    routing = built(x, given)
+    assert ids(routing) == [[1], [0]]
+    assert routing.gates_N.tolist() == pytest.approx([0.5, 1 / (1 + math.e)])  # sigmoid(0), sigmoid(-1)
 
 
 def test_the_gate_learns_nothing_from_distillation_and_the_light_router_nothing_else():
-    x, given = torch.randn(1, 8, 2), context(1, 8, 3)
-    built = stable()
+    x, given, built = torch.randn(1, 8, 2), context(1, 8, 3), stable()
     built(x, given).evidence.extra["distillation"].sum().backward()
     assert built.gate.weight.grad is None
     assert built.light.embedding.grad.abs().max() > 0
     built.zero_grad()
     routing = built(x, given)
-    (
-        routing.gates_N.sum()
-        + routing.evidence.logits_TE.logsumexp(-1).sum()
-        + routing.evidence.scores_TE.square().sum()
-    ).backward()
+    evidence = routing.evidence
+    rest = (routing.gates_N, evidence.logits_TE.logsumexp(-1), evidence.scores_TE.square())
+    sum(tensor.sum() for tensor in rest).backward()
     assert built.light.embedding.grad is None
     assert built.gate.weight.grad.abs().max() > 0
-
-
-def test_stage_2_takes_the_light_routers_expert_at_the_gates_sigmoid():
-    built = stable(False)
-    built.freeze_light_router()
-    x = torch.tensor([[[math.log(3), 0.0], [-1.0, 0.0]]])
-    routing = built(x, RoutingContext(token_ids_BS=torch.tensor([[0, 2]])))
-    assert ids(routing) == [[1], [0]]
-    assert routing.gates_N.tolist() == pytest.approx([0.5, 1 / (1 + math.e)])  # sigmoid(0), sigmoid(-1)
-
-
-def test_stage_2_is_stable_whatever_the_hidden_states():
-    built, given = stable(), context(2, 9, 3)
-    built.freeze_light_router()
-    first, second = (built(torch.randn(2, 9, 2), given) for _ in range(2))
-    assert torch.equal(first.expert_ids_N, second.expert_ids_N)
-    assert not torch.equal(first.gates_N, second.gates_N)
 
 
 def test_the_frozen_light_router_does_not_move_and_the_gate_does():
@@ -215,6 +170,9 @@ def test_distillation_joins_the_auxiliary_loss_as_the_mean_over_real_tokens():
     with record(layer) as tape:
         layer(x, RoutingContext(valid_BS=valid, token_ids_BS=torch.tensor([[0, 1, 2, -100]])))
     losses = aux_losses(tape)
+    # Targets 0, 0, 1; light logits (0, 1), (1, 1), (2, 1): log(1 + e), log 2, log(1 + e).
+    given = tape.entries[0].routing.evidence.extra["distillation"]
+    assert given[:3].tolist() == pytest.approx([1.313262, 0.693147, 1.313262], abs=1e-6)
     # (1.313262 + 0.693147 + 1.313262) / 3 = 1.106557, at weight 0.5.
     assert losses.terms["distillation"].item() == pytest.approx(1.106557, abs=1e-6)
     assert losses.total.item() == pytest.approx(0.553278, abs=1e-6)
@@ -226,20 +184,22 @@ def test_distillation_joins_the_auxiliary_loss_as_the_mean_over_real_tokens():
 
 def test_the_light_router_learns_what_the_gate_does():
     built, vocab = Stable(20, 8).build(16, 4).train(), torch.randn(20, 16)
-    optimizer = torch.optim.Adam(built.light.parameters(), lr=0.1)
-    tokens = torch.arange(20)[None]
+    optimizer, tokens = torch.optim.Adam(built.light.parameters(), lr=0.1), torch.arange(20)[None]
     given = RoutingContext(token_ids_BS=tokens)  # the hidden state is a function of the token
-    for _ in range(100):
+    for _ in range(50):
         built(vocab[tokens], given).evidence.extra["distillation"].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     learned = built(vocab[tokens], given).expert_ids_N
     assert len(learned.unique()) > 1
     built.freeze_light_router()
-    assert torch.equal(built(torch.randn(1, 20, 16), given).expert_ids_N, learned)
+    first, second = (built(torch.randn(1, 20, 16), given) for _ in range(2))  # whatever the hidden states
+    assert torch.equal(first.expert_ids_N, learned)
+    assert torch.equal(second.expert_ids_N, learned)
+    assert not torch.equal(first.gates_N, second.gates_N)
 
 
-def test_the_stage_is_saved_and_loaded_both_ways():
+def test_the_stage_is_saved_loaded_and_copied():
     built, other = stable(False), Stable(3, embedding_dim=2).build(2, 2).eval()
     start = {name: value.clone() for name, value in built.state_dict().items()}
     built.freeze_light_router()
@@ -252,72 +212,31 @@ def test_the_stage_is_saved_and_loaded_both_ways():
     assert torch.equal(other(x, given).expert_ids_N, other(x, given).evidence.logits_TE.argmax(-1))
     assert "distillation" in other.terms
     assert all(p.requires_grad for p in other.light.parameters())
-
-
-def test_the_stage_of_a_copied_buffer_is_followed():
     model, averaged = stable(), AveragedModel(stable())
     averaged.update_parameters(model)
     model.freeze_light_router()
     averaged.update_parameters(model)
     x, given = torch.tensor([[[-1.0, 0.0]]]), RoutingContext(token_ids_BS=torch.tensor([[2]]))
     # The hidden state takes expert 1, the light router's (2, 1) expert 0.
-    assert ids(stable()(x, given)) == [[1]]
-    assert ids(averaged(x, given)) == [[0]]
+    assert (ids(stable()(x, given)), ids(averaged(x, given))) == ([[1]], [[0]])
     assert not any(p.requires_grad for p in averaged.module.light.parameters())
     averaged.module.reset_parameters()
     assert ids(averaged(x, given)) == [[1]]
-
-
-def test_a_forward_leaves_a_frozen_router_frozen():
+    # A forward leaves a frozen router frozen.
     built = stable().requires_grad_(False)
     built(torch.randn(1, 2, 2), context(1, 2, 3))
     assert not any(p.requires_grad for p in built.parameters())
 
 
-class OfIds(nn.Module):
-    """A layer as a function of tensors, as ``torch.export`` wants it."""
-
-    def __init__(self, config: RouterConfig) -> None:
-        super().__init__()
-        self.layer = MoEConfig(4, config, FFN(8), balance=Balance(load_balancing_loss=1.0)).build(6)
-
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return self.layer(x, RoutingContext(token_ids_BS=tokens))
-
-
+@pytest.mark.usefixtures("fresh_compiler")
 def test_stage_2_compiles_and_exports_as_stage_1_does_in_the_conformance_suite():
-    model = OfIds(Stable(10))
-    x, tokens = torch.randn(2, 5, 6), torch.randint(10, (2, 5))
-    model.layer.router.freeze_light_router()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-
-    def step(run: nn.Module) -> list[Tensor]:
-        model.zero_grad()
-        with record(model) as tape:
-            y = run(x, tokens)
-        loss = y.square().sum() + aux_loss(tape)
-        loss.backward()
-        return [y, loss, *(p.grad for p in model.parameters() if p.grad is not None)]
-
-    torch.testing.assert_close(step(compiled), step(model), rtol=1e-5, atol=1e-6)
-    model.eval()
-    program = torch.export.export(model, (x, tokens)).module()
-    torch.testing.assert_close(program(x, tokens), model(x, tokens), rtol=1e-5, atol=1e-6)
-
-
-def test_stable_needs_token_ids_in_range_and_of_the_tokens_shape():
-    built, x = Stable(10).build(6, 4), torch.randn(2, 5, 6)
-    with pytest.raises(ValueError, match=r"StableRouter needs context.token_ids_BS, which is None"):
-        built(x)
-    with pytest.raises(ValueError, match=r"context.token_ids_BS holds 10, which is not in range\(10\)"):
-        built(x, RoutingContext(token_ids_BS=torch.full((2, 5), 10)))
-    with pytest.raises(ValueError, match=r"context.token_ids_BS holds -1, which is not in range\(10\)"):
-        built(x, RoutingContext(token_ids_BS=torch.tensor([[-1, 0, 0, 0, 0]] * 2)))
-    with pytest.raises(ValueError, match=r"context.token_ids_BS has shape \(2, 4\), the tokens \(2, 5\)"):
-        built(x, context(2, 4))
-    with pytest.raises(ValueError, match=r"context.token_ids_BS is torch.float32: ids are integers"):
-        built(x, RoutingContext(token_ids_BS=torch.zeros(2, 5)))
+    layer = MoEConfig(4, Stable(10), FFN(8), balance=Balance(load_balancing_loss=1.0)).build(6)
+    x, given = torch.randn(2, 5, 6), context(2, 5)
+    layer.router.freeze_light_router()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert_same(step(layer, x, given, compiled), step(layer, x, given))
+    program = torch.export.export(layer.eval(), (x, given)).module()
+    torch.testing.assert_close(program(x, given), layer(x, given), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Properties of gates beyond the conformance suite: derivatives of all that losses read, graphs of dynamic sizes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch._dynamo
@@ -65,11 +63,10 @@ DIFFERENTIABLE = {
 
 
 # In evaluation, the conformance suite checks the layer's gradients.
-@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_gates_and_all_that_losses_read_pass_gradcheck(name, training):
+def test_gates_and_all_that_losses_read_pass_gradcheck(name):
     config, num_experts = DIFFERENTIABLE[name]
-    router = config.build(D, num_experts).double().train(training)
+    router = config.build(D, num_experts).double()
     names = [n for n, _ in router.named_parameters()]
     context = RoutingContext(torch.rand(2, 4) < 0.8, token_ids_BS=torch.randint(5, (2, 4)), task_ids_B=torch.arange(2))
 
@@ -85,7 +82,7 @@ def test_gates_and_all_that_losses_read_pass_gradcheck(name, training):
     x = torch.randn(2, 4, D, dtype=torch.float64, requires_grad=True)
     weights = [p.detach().clone().requires_grad_() for p in router.parameters()]
     assert router(x, context).gates_N.dtype == torch.float64
-    assert gradcheck(run, (x, *weights))
+    assert gradcheck(run, (x, *weights), fast_mode=True)
 
 
 @every_config
@@ -102,11 +99,7 @@ def test_scores_of_a_token_sum_to_one_or_are_brought_to_it(config):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "name",
-    [
-        "threshold",
-        "base",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("hierarchical", "null-experts", "token-rounding")),
-    ],
+    ["base", *(pytest.param(n, marks=pytest.mark.slow) for n in ("threshold", "hierarchical", "token-rounding"))],
 )
 def test_compiled_with_dynamic_sizes_equals_eager(name):
     config = CONFIGS[name]
@@ -122,7 +115,6 @@ def test_compiled_with_dynamic_sizes_equals_eager(name):
 def test_a_random_second_compiles_without_a_graph_break():
     # Second gates are about 0.45 at the start, each kept with that probability.
     layer = layer_of(Threshold(1.0))
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 40, D)
+    compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(2, 40, D)
     steps = [step(layer, x, run=compiled) for _ in range(2)]
     assert not torch.equal(steps[0]["ids"], steps[1]["ids"])

@@ -1,14 +1,12 @@
 """Tests of the choice of pairs: capacity, priority and groups, on tables small enough to route by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from routed import ids
 from torch import Tensor
 
 from core.contract import Evidence, Routing
-from core.routing.selection import Capacity, Choice, group_tokens, select_pairs
+from core.routing.selection import Capacity, Choice, select_pairs
 
 
 def select(
@@ -45,22 +43,28 @@ THREE = [
 X = 3  # not computed
 
 
-def test_dropless_computes_every_pair():
+def test_dropless_computes_every_pair_and_no_tokens_route_to_nothing():
     routing = select(THREE, 2, Capacity())
-    assert ids(routing) == [[0, 1], [0, 2], [1, 0]]
-    assert routing.tokens_per_expert_E.tolist() == [3, 2, 1]
+    assert (ids(routing), routing.tokens_per_expert_E.tolist()) == ([[0, 1], [0, 2], [1, 0]], [3, 2, 1])
     assert routing.gates_N.tolist() == pytest.approx([0.5, 0.3, 0.6, 0.3, 0.7, 0.2])
     assert routing.token_index_N.tolist() == [0, 0, 1, 1, 2, 2]
+    for group in ("batch", "sequence", 3):
+        for sequences in (0, 2):
+            routing = select(torch.zeros(0, 3), 2, Capacity(0.5, group=group), sequences=sequences)
+            assert (routing.tokens_per_expert_E.tolist(), routing.expert_ids_N.shape) == ([0, 0, 0], (0,))
 
 
 def test_position_priority_serves_first_choices_then_earlier_tokens():
     # Capacity ceil(0.5 * 2 * 3 / 3) = 1. First choices: token 0 takes expert 0, token 1 finds it full, token 2
     # takes expert 1. Second choices: token 0 finds expert 1 full, token 1 takes expert 2, token 2 finds 0 full.
     routing = select(THREE, 2, Capacity(0.5))
-    assert ids(routing) == [[0, X], [X, 2], [1, X]]
-    assert routing.tokens_per_expert_E.tolist() == [1, 1, 1]
+    assert (ids(routing), routing.tokens_per_expert_E.tolist()) == ([[0, X], [X, 2], [1, X]], [1, 1, 1])
     assert routing.chosen_per_expert_E.tolist() == [3, 2, 1]
     assert routing.gates_N.tolist() == pytest.approx([0.5, 0, 0, 0.3, 0.7, 0])
+    # Capacity ceil(0.5 * 2 * 2 / 2) = 1. Token by token, token 0 would take both experts and token 1 none.
+    assert ids(select([[0.6, 0.4], [0.4, 0.6]], 2, Capacity(0.5))) == [[0, 2], [1, 2]]
+    # Capacity ceil(0.7 * 2 * 3 / 3) = ceil(1.4) = 2: token 2's second choice finds expert 0 full, all else fits.
+    assert ids(select(THREE, 2, Capacity(0.7))) == [[0, 1], [0, 2], [1, X]]
 
 
 def test_score_priority_serves_the_most_certain_tokens_first():
@@ -69,16 +73,6 @@ def test_score_priority_serves_the_most_certain_tokens_first():
     routing = select(THREE, 2, Capacity(0.5, priority="score"))
     assert ids(routing) == [[X, X], [0, 2], [1, X]]
     assert routing.gates_N.tolist() == pytest.approx([0, 0, 0.6, 0.3, 0.7, 0])
-
-
-def test_first_choices_of_all_tokens_go_before_second_ones():
-    # Capacity ceil(0.5 * 2 * 2 / 2) = 1. Token by token, token 0 would take both experts and token 1 none.
-    assert ids(select([[0.6, 0.4], [0.4, 0.6]], 2, Capacity(0.5))) == [[0, 2], [1, 2]]
-
-
-def test_a_dropped_first_choice_leaves_the_second_its_place():
-    # Capacity ceil(0.7 * 2 * 3 / 3) = ceil(1.4) = 2: token 2's second choice finds expert 0 full, all else fits.
-    assert ids(select(THREE, 2, Capacity(0.7))) == [[0, 1], [0, 2], [1, X]]
 
 
 def kept(routing: Routing) -> list[int]:
@@ -104,39 +98,22 @@ def test_capacity_holds_within_each_group(group, tokens, sequences, expected):
     assert kept(select(ALL_ON_0 * tokens, 1, Capacity(1.0, group=group), sequences=sequences)) == expected
 
 
-def test_groups_of_tokens_count_from_the_start_of_the_batch():
-    ids, count = group_tokens(4, 2, 3, torch.device("cpu"))
-    assert (ids.tolist(), count) == ([0, 0, 0, 0, 1, 1], 2)
-    ids, count = group_tokens("sequence", 2, 3, torch.device("cpu"))
-    assert (ids.tolist(), count) == ([0, 0, 0, 1, 1, 1], 2)
-    ids, count = group_tokens("batch", 2, 3, torch.device("cpu"))
-    assert (ids.tolist(), count) == ([0] * 6, 1)
-
-
 def test_padding_takes_no_place_and_does_not_raise_the_capacity():
     # Real tokens 1 and 3 of four: capacity ceil(1 * 1 * 2 / 2) = 1 goes to token 1, though padding 0 comes first.
     routing = select(ALL_ON_0 * 4, 1, Capacity(1.0), valid=[False, True, False, True])
-    assert kept(routing) == [1]
-    assert routing.chosen_per_expert_E.tolist() == [2, 0]
+    assert (kept(routing), routing.chosen_per_expert_E.tolist()) == ([1], [2, 0])
     assert routing.tokens_per_expert_E.tolist() == [1, 0]
-
-
-def test_padding_of_one_sequence_lowers_its_own_capacity_alone():
+    # That of a sequence lowers its own capacity alone:
     # ceil(4 / 2) = 2 in the first sequence, ceil(1 / 2) = 1 in the second, whose one real token is its last.
     valid = [True] * 4 + [False] * 3 + [True]
     assert kept(select(ALL_ON_0 * 8, 1, Capacity(1.0, group="sequence"), sequences=2, valid=valid)) == [0, 1, 7]
 
 
-def test_a_second_expert_left_out_is_neither_computed_nor_chosen():
+def test_a_second_expert_left_out_is_neither_computed_nor_chosen_and_frees_its_place():
     routing = select(THREE, 2, Capacity(), keep_second=[True, False, False])
-    assert ids(routing) == [[0, 1], [0, X], [1, X]]
-    assert routing.chosen_per_expert_E.tolist() == [2, 2, 0]
+    assert (ids(routing), routing.chosen_per_expert_E.tolist()) == ([[0, 1], [0, X], [1, X]], [2, 2, 0])
     assert routing.gates_N.tolist() == pytest.approx([0.5, 0.3, 0.6, 0, 0.7, 0])
-
-
-def test_a_second_expert_left_out_frees_its_place():
-    # Capacity 1. The second choices 0 -> 1 and 1 -> 0 find both experts full; 2 -> 0 as well. Without token 0's first
-    # claim on it there is nothing to free, so look at expert 2: tokens 0 and 1 want it second, and 0 leaves it out.
+    # Its place is free: tokens 0 and 1 want expert 2 second, and 0 leaves it out.
     scores = [[0.6, 0.1, 0.3], [0.1, 0.6, 0.3]]
     limit = Capacity(0.5)  # ceil(0.5 * 2 * 2 / 3) = 1
     assert ids(select(scores, 2, limit)) == [[0, 2], [1, X]]
@@ -162,12 +139,9 @@ def test_evaluation_has_a_capacity_of_its_own():
     # Only evaluation is limited.
     assert kept(select(ALL_ON_0 * 8, 1, Capacity(None, 0.5), training=True)) == list(range(8))
     assert kept(select(ALL_ON_0 * 8, 1, Capacity(None, 0.5))) == [0, 1]
-
-
-@pytest.mark.parametrize("factor, kept_tokens", [(1.99, 7), (2.0, 7), (2.5, 7), (1.7, 6)])
-def test_a_factor_of_e_over_k_or_more_drops_nothing(factor, kept_tokens):
     # E / K = 2. ceil(1.99 * 7 / 2) = ceil(6.97) = 7 and ceil(1.7 * 7 / 2) = ceil(5.95) = 6.
-    assert len(kept(select(ALL_ON_0 * 7, 1, Capacity(factor)))) == kept_tokens
+    for factor, kept_tokens in ((1.99, 7), (2.0, 7), (2.5, 7), (1.7, 6)):
+        assert len(kept(select(ALL_ON_0 * 7, 1, Capacity(factor)))) == kept_tokens
 
 
 @pytest.mark.parametrize("priority", ["position", "score", "random"])
@@ -180,8 +154,7 @@ def test_every_expert_serves_exactly_what_it_was_asked_for_up_to_its_capacity(pr
     valid = torch.rand(B * S, generator=generator) < 0.8
     limit = Capacity(factor, priority=priority, group=group)
     routing = select(scores, K, limit, sequences=B, valid=valid.tolist(), training=True)
-    ids_TK = torch.tensor(ids(routing))
-    chosen = scores.topk(K, dim=-1).indices
+    ids_TK, chosen = torch.tensor(ids(routing)), scores.topk(K, dim=-1).indices
     size = {"batch": B * S, "sequence": S, 5: 5}[group]
     for start in range(0, B * S, size):
         here = slice(start, start + size)
@@ -198,11 +171,3 @@ def test_every_expert_serves_exactly_what_it_was_asked_for_up_to_its_capacity(pr
     assert int(routing.tokens_per_expert_E.sum()) + dropped + K * int((~valid).sum()) == B * S * K
     assert int(routing.chosen_per_expert_E.sum()) == K * int(valid.sum())
     assert ((routing.gates_N > 0) == (routing.expert_ids_N < E)).all()
-
-
-@pytest.mark.parametrize("sequences", [0, 2])
-def test_no_tokens_route_to_nothing(sequences):
-    for group in ("batch", "sequence", 3):
-        routing = select(torch.zeros(0, 3), 2, Capacity(0.5, group=group), sequences=sequences)
-        assert routing.tokens_per_expert_E.tolist() == [0, 0, 0]
-        assert routing.expert_ids_N.shape == (0,)

@@ -1,7 +1,5 @@
 """Balance losses to six digits by hand, and what may and may not enter them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -10,19 +8,8 @@ import torch
 from routed import built, logits_of, terms_of
 from torch import Tensor
 
-from core import (
-    Balance,
-    Capacity,
-    Entry,
-    Evidence,
-    MoEConfig,
-    Routing,
-    RoutingContext,
-    Tape,
-    TokenChoice,
-    aux_loss,
-    aux_losses,
-)
+import core
+from core import Balance, Capacity, Entry, Evidence, MoEConfig, Routing, Tape, TokenChoice, aux_loss, aux_losses
 from core.routing.balance.balance import expert_bias_step
 from core.routing.balance.losses import load_balancing_loss, mean_over, smooth_load, squared_cv
 from core.routing.balance.terms import TERMS, balance_sums, balance_terms
@@ -40,8 +27,7 @@ def routing(
     noise_std: float | Tensor | None = None,
 ) -> Routing:
     """A decision with typed softmax scores; its logits are their logarithms."""
-    scores_TE = torch.as_tensor(scores)
-    none = torch.zeros(0, dtype=torch.int64)
+    scores_TE, none = torch.as_tensor(scores), torch.zeros(0, dtype=torch.int64)
     return Routing(
         token_index_N=none,
         expert_ids_N=none,
@@ -58,33 +44,31 @@ def tape_of(*routings: Routing, balance: Balance, terms: frozenset[str] = ALL) -
     return Tape(tuple(Entry(f"layer{i}", r, None, balance, terms) for i, r in enumerate(routings)))
 
 
-def test_every_term_has_its_weight():
+def test_every_term_has_its_weight_and_an_expert_below_the_mean_load_rises():
     assert Balance().weights().keys() == TERMS.keys()
+    # Loads 4, 2, 0 around the mean 2.
+    assert expert_bias_step(torch.tensor([4, 2, 0]), 0.1).tolist() == pytest.approx([-0.1, 0.0, 0.1])
 
 
 def test_load_balancing_loss_by_hand():
     # Shares of the pairs 2/3, 1/3, 0; mean scores 1.3/3, 1.1/3, 0.6/3.
-    # 3 * (2/3 * 1.3/3 + 1/3 * 1.1/3) = 2/3 * 1.3 + 1/3 * 1.1 = 1.233333
-    loss = load_balancing_loss(torch.tensor([1.3, 1.1, 0.6]), torch.tensor([2, 1, 0]), 3)
-    assert loss.item() == pytest.approx(1.233333, abs=1e-6)
+    # 3 * (2/3 * 1.3/3 + 1/3 * 1.1/3) = 2/3 * 1.3 + 1/3 * 1.1 = 1.233333, as with twice the pairs in the same shares.
+    for chosen in ([2, 1, 0], [4, 2, 0]):
+        loss = load_balancing_loss(torch.tensor([1.3, 1.1, 0.6]), torch.tensor(chosen), 3)
+        assert loss.item() == pytest.approx(1.233333, abs=1e-6)
+    # At balance it is 1, and E where one expert takes all.
+    assert load_balancing_loss(torch.full((4,), 2.5), torch.tensor([5] * 4), 10).item() == pytest.approx(1, abs=1e-6)
+    one = load_balancing_loss(torch.tensor([10.0, 0, 0, 0]), torch.tensor([10, 0, 0, 0]), 10)
+    assert one.item() == pytest.approx(4.0, abs=1e-6)
 
 
-def test_load_balancing_loss_does_not_depend_on_the_number_of_experts_a_token_takes():
-    # Twice the pairs in the same shares.
-    loss = load_balancing_loss(torch.tensor([1.3, 1.1, 0.6]), torch.tensor([4, 2, 0]), 3)
-    assert loss.item() == pytest.approx(1.233333, abs=1e-6)
-
-
-def test_importance_is_of_the_scores_of_all_experts_as_in_v_moe():
+def test_importance_is_of_the_scores_of_all_experts_as_in_v_moe_and_gate_importance_of_the_gates_computed():
     # Scores (0.5, 0.3, 0.2) and (0.2, 0.3, 0.5) sum to 0.7, 0.6, 0.7: mean 2/3, variance (2 / 900 + 4 / 900) / 3 =
     # 0.002222, over 4/9: 0.005. Shazeer's gates of the chosen, 0.5, 0, 0.5, have 0.5.
     routing = built(TokenChoice(1), 3)(logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5)))
     # Mean 1/3, variance (2 / 36 + 1 / 9) / 3 = 1/18, over 1/9.
     terms = terms_of(routing, "importance", "gate_importance")
     assert terms == pytest.approx({"importance": 0.005, "gate_importance": 0.5})
-
-
-def test_gate_importance_is_of_the_gates_that_are_computed():
     # Gates 5/8 and 3/8 of experts 0 and 1; 5/8 and 3/8 of 2 and 1: sums 5/8, 6/8, 5/8. Mean 2/3, variance
     # (2 * (1/24)^2 + (1/12)^2) / 3 = (2 + 4) / 576 / 3 = 1/288, over 4/9: 1/128.
     x = logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5))
@@ -108,26 +92,16 @@ def test_first_choice_counts_the_best_expert_of_each_token_alone():
     assert single["first_choice"] == pytest.approx(single["load_balancing_loss"])
 
 
-def test_padding_is_in_neither_first_choices_nor_gates():
-    x = logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5))
-    padded = torch.cat((x, torch.full((1, 2, 3), torch.nan)), 1)
-    router, names = built(TokenChoice(2), 3), ("first_choice", "gate_importance")
-    valid = RoutingContext(valid_BS=torch.tensor([[True, True, False, False]]))
-    assert terms_of(router(padded, valid), *names) == pytest.approx(terms_of(router(x), *names))
-
-
 def test_importance_loss_by_hand():
-    # Mean 1.0; variance (0.3^2 + 0.1^2 + 0.4^2) / 3 = 0.26 / 3.
-    assert squared_cv(torch.tensor([1.3, 1.1, 0.6])).item() == pytest.approx(0.086667, abs=1e-6)
+    # Mean 1.0; variance (0.3^2 + 0.1^2 + 0.4^2) / 3 = 0.26 / 3. Mean 2.5; variance (7.5^2 + 3 * 2.5^2) / 4 = 18.75.
+    for importance, expected in (([1.3, 1.1, 0.6], 0.086667), ([2.5] * 4, 0.0), ([10.0, 0.0, 0.0, 0.0], 3.0)):
+        assert squared_cv(torch.tensor(importance)).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_router_z_loss_by_hand():
+def test_router_z_loss_and_load_loss_by_hand():
     # Logits (0, 0) and (log 3, 0): logsumexp log 2 and log 4; (0.480453 + 1.921812) / 2.
     squares = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]).logsumexp(-1).square().sum()
     assert mean_over(squares, 2).item() == pytest.approx(1.201133, abs=1e-6)
-
-
-def test_load_loss_by_hand():
     # Logits 1 and 0 had to reach 0.8 under noise of 0.5: Phi(0.4) = 0.655422 and Phi(-1.6) = 0.054799.
     # Mean 0.3551105, both 0.3003112 away: (0.3003112 / 0.3551105)^2 = 0.715181.
     load = smooth_load(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.8]]), 0.5)
@@ -135,52 +109,19 @@ def test_load_loss_by_hand():
     assert squared_cv(load.sum(0)).item() == pytest.approx(0.715181, abs=1e-6)
 
 
-def test_losses_at_balance_are_one_and_zero():
-    even = torch.full((4,), 2.5)
-    assert load_balancing_loss(even, torch.tensor([5, 5, 5, 5]), 10).item() == pytest.approx(1.0, abs=1e-6)
-    assert squared_cv(even).item() == 0.0
-
-
-def test_losses_when_one_of_four_experts_takes_all_are_e_and_e_minus_one():
-    one = torch.tensor([10.0, 0.0, 0.0, 0.0])
-    assert load_balancing_loss(one, torch.tensor([10, 0, 0, 0]), 10).item() == pytest.approx(4.0, abs=1e-6)
-    # Mean 2.5; variance (7.5^2 + 3 * 2.5^2) / 4 = 18.75; over 6.25 is 3.
-    assert squared_cv(one).item() == pytest.approx(3.0, abs=1e-6)
-
-
-def test_terms_of_a_routing_by_hand():
-    terms = balance_terms(balance_sums(routing(SCORES, [2, 1, 0]), ALL), ALL)
-    assert terms["load_balancing_loss"].item() == pytest.approx(1.233333, abs=1e-6)
-    assert terms["importance"].item() == pytest.approx(0.086667, abs=1e-6)
-    assert terms["router_z_loss"].item() == pytest.approx(0.0, abs=1e-6)  # logsumexp(log p) = log 1
-    assert "load" not in terms  # no noise
-
-
-def test_padding_is_in_no_term():
+def test_terms_of_a_routing_by_hand_have_no_padding():
     padded = routing([*SCORES, [0.98, 0.01, 0.01]], [2, 1, 0], valid=[True, True, True, False])
-    padded_terms = balance_terms(balance_sums(padded, ALL), ALL)
-    terms = balance_terms(balance_sums(routing(SCORES, [2, 1, 0]), ALL), ALL)
-    assert padded_terms.keys() == terms.keys()
-    for name, value in terms.items():
-        assert padded_terms[name].item() == pytest.approx(value.item(), abs=1e-6)
-
-
-def test_sums_of_parts_add_up_to_the_sums_of_the_whole():
-    scores = torch.rand(10, 4).softmax(-1)
-    threshold = torch.randn(10, 1)
-    parts = (slice(0, 3), slice(3, 10))
-    counts = ([3, 0, 0, 0], [1, 2, 2, 2])
-    options = {"noise_std": 0.5}
-    added: dict[str, Tensor] = {}
-    for part, chosen in zip(parts, counts, strict=True):
-        for name, value in balance_sums(
-            routing(scores[part], chosen, threshold=threshold[part], **options), ALL
-        ).items():
-            added[name] = added.get(name, 0) + value
-    whole = balance_sums(routing(scores, [4, 2, 2, 2], threshold=threshold, **options), ALL)
-    assert {"num_tokens", "chosen", "score", "square", "load"} <= set(whole)
-    for name, value in whole.items():
-        torch.testing.assert_close(added[name], value, rtol=1e-6, atol=1e-6)
+    for decided in (routing(SCORES, [2, 1, 0]), padded):
+        terms = balance_terms(balance_sums(decided, ALL), ALL)
+        assert terms["load_balancing_loss"].item() == pytest.approx(1.233333, abs=1e-6)
+        assert terms["importance"].item() == pytest.approx(0.086667, abs=1e-6)
+        assert terms["router_z_loss"].item() == pytest.approx(0.0, abs=1e-6)  # logsumexp(log p) = log 1
+        assert "load" not in terms  # no noise
+    x = logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5))
+    router, names = built(TokenChoice(2), 3), ("first_choice", "gate_importance")
+    valid = core.RoutingContext(valid_BS=torch.tensor([[True, True, False, False]]))
+    padded = router(torch.cat((x, torch.full((1, 2, 3), torch.nan)), 1), valid)
+    assert terms_of(padded, *names) == pytest.approx(terms_of(router(x), *names))
 
 
 def test_sigmoid_scores_count_by_their_share():
@@ -239,34 +180,21 @@ def test_smooth_load_of_a_choice_of_all_experts_is_one_and_its_gradient_finite()
         assert parameter.grad is None or parameter.grad.isfinite().all()
 
 
-def test_learned_noise_of_almost_zero_gives_a_finite_load_loss_and_gradient():
+def test_a_load_loss_trains_the_learned_noise_and_is_finite_where_that_is_almost_zero():
+    balance = Balance(load_balancing_loss=0, router_z_loss=0, load=1.0)
     router = TokenChoice(top_k=1, noise="learned").build(3, 4).train()
+    aux_loss(tape_of(router(torch.randn(1, 50, 3)), balance=balance)).backward()
+    assert router.gate.noise_weight.grad.abs().max() > 0
+    assert router.gate.weight.grad.abs().max() > 0
     torch.nn.init.constant_(router.gate.noise_weight, -100.0)  # softplus(-300) is 0 in float32
-    decided = router(torch.ones(1, 5, 3))
-    loss = aux_loss(tape_of(decided, balance=Balance(load_balancing_loss=0, router_z_loss=0, load=1.0)))
+    loss = aux_loss(tape_of(router(torch.ones(1, 5, 3)), balance=balance))
     assert loss.item() == pytest.approx(3.0)  # as without noise: one of four experts takes all
     loss.backward()
     assert all(p.grad.isfinite().all() for p in router.parameters())
 
 
-@pytest.mark.parametrize("limit", [{"expert_bias": True}, {"num_groups": 2, "limited_groups": 1}])
-def test_load_loss_is_refused_where_the_choice_is_not_by_noisy_logits_alone(limit):
-    # A bias or a group limit chooses by more than the logits, so their threshold says nothing of the load.
-    with pytest.raises(ValueError, match=r"balance.load=0.1 does not apply to TokenChoice without noise.*group limits"):
-        MoEConfig(4, router=TokenChoice(top_k=1, noise="fixed", **limit), balance=Balance(load=0.1))
-
-
-def test_load_loss_trains_the_learned_noise():
-    router = TokenChoice(top_k=1, noise="learned").build(3, 4).train()
-    decided = router(torch.randn(1, 50, 3))
-    aux_loss(tape_of(decided, balance=Balance(load_balancing_loss=0, router_z_loss=0, load=1.0))).backward()
-    assert router.gate.noise_weight.grad.abs().max() > 0
-    assert router.gate.weight.grad.abs().max() > 0
-
-
-def test_aux_loss_is_the_weighted_sum_and_terms_are_unweighted_means_over_passes():
-    even = [[0.25, 0.25, 0.25, 0.25]] * 4
-    skewed = [[0.7, 0.1, 0.1, 0.1]] * 4
+def test_aux_loss_is_the_weighted_sum_and_terms_are_unweighted_means_over_passes_of_each_layers_own_balance():
+    even, skewed = [[0.25, 0.25, 0.25, 0.25]] * 4, [[0.7, 0.1, 0.1, 0.1]] * 4
     # load balancing: 1 and 4 * 0.7 = 2.8; importance: 0 and, of sums 2.8, 0.4, 0.4, 0.4 with mean 1,
     # (1.8^2 + 3 * 0.6^2) / 4 = 1.08.
     balance = Balance(load_balancing_loss=0.1, router_z_loss=0, importance=0.01)
@@ -275,9 +203,6 @@ def test_aux_loss_is_the_weighted_sum_and_terms_are_unweighted_means_over_passes
     assert {k: v.item() for k, v in losses.terms.items()} == pytest.approx(
         {"load_balancing_loss": 1.9, "importance": 0.54}, abs=1e-6
     )
-
-
-def test_each_layer_is_weighted_by_its_own_balance():
     skewed = routing([[0.7, 0.3]] * 2, [2, 0])  # load balancing 2 * 0.7 = 1.4
     entries = [
         Entry(name, skewed, None, Balance(load_balancing_loss=weight, router_z_loss=0), ALL)
@@ -306,30 +231,22 @@ def test_a_term_of_weight_zero_cannot_bring_nan_in(weights):
 
 def test_nothing_to_balance_is_a_loss_of_zero():
     assert aux_loss(Tape()).item() == 0.0
-    off = Balance(load_balancing_loss=0, router_z_loss=0)
-    losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=off))
-    assert (losses.total.item(), losses.terms) == (0.0, {})
-
-
-def test_a_load_term_alone_is_zero_in_evaluation_where_there_is_no_noise():
-    only_load = Balance(load_balancing_loss=0, router_z_loss=0, load=0.1)
-    losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=only_load))
-    assert (losses.total.item(), losses.terms) == (0.0, {})
-
-
-def test_a_term_that_does_not_apply_is_skipped():
+    # With every weight at 0, and with a load alone in evaluation, where there is no noise.
+    for weights in ({}, {"load": 0.1}):
+        balance = Balance(load_balancing_loss=0, router_z_loss=0, **weights)
+        losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=balance))
+        assert (losses.total.item(), losses.terms) == (0.0, {})
+    # A term that does not apply is skipped.
     losses = aux_losses(tape_of(routing(SCORES, [2, 1, 0]), balance=Balance(), terms=frozenset({"router_z_loss"})))
     assert losses.terms.keys() == {"router_z_loss"}
 
 
-def test_an_expert_below_the_mean_load_rises():
-    # Loads 4, 2, 0 around the mean 2.
-    assert expert_bias_step(torch.tensor([4, 2, 0]), 0.1).tolist() == pytest.approx([-0.1, 0.0, 0.1])
-
-
 def test_a_term_set_by_hand_that_does_not_apply_is_refused_and_a_default_is_not():
-    with pytest.raises(ValueError, match=r"balance.load=0.1 does not apply to TokenChoice without noise on its logits"):
-        Balance(load=0.1).check(TokenChoice().terms, "TokenChoice")
+    # A bias or a group limit chooses by more than the logits, so their threshold says nothing of the load.
+    noise = r"balance.load=0.1 does not apply to TokenChoice without noise on its logits.*group limits"
+    for options in ({}, {"noise": "fixed", "expert_bias": True}, {"noise": "fixed", "num_groups": 2}):
+        with pytest.raises(ValueError, match=noise):
+            MoEConfig(4, TokenChoice(1, **options), balance=Balance(load=0.1))
     Balance(load=0.1).check(TokenChoice(noise="fixed").terms, "TokenChoice")
     with pytest.raises(ValueError, match=r"balance.load_balancing_loss=0.5 does not apply to Hash"):
         Balance(load_balancing_loss=0.5).check(frozenset(), "Hash")

@@ -1,7 +1,5 @@
 """Gates that learn nothing: hashes, random experts, random experts of a domain; and the consistency loss."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -30,40 +28,34 @@ def test_a_hash_is_its_table_at_gate_1():
     built = Hash(4).build(6, 3)
     built.table.copy_(torch.tensor([[2], [0], [0], [1]]))
     routing = built(torch.randn(1, 5, 6), by_id([[3, 0, 0, 2, 1]]))
-    assert ids(routing) == [[1], [2], [2], [0], [0]]
-    assert routing.gates_N.tolist() == [1.0] * 5
+    assert (ids(routing), routing.gates_N.tolist()) == ([[1], [2], [2], [0], [0]], [1.0] * 5)
     assert routing.tokens_per_expert_E.tolist() == [2, 1, 2]
     assert routing.evidence.scores_TE is None
-
-
-def test_a_hash_with_learned_gates_takes_the_tables_experts_at_their_scores():
-    built = Hash(2, top_k=2, score_func="sqrt_softplus", scale=1.5).build(3, 3)
-    built.table.copy_(torch.tensor([[2, 0], [1, 2]]))
-    with torch.no_grad():
-        built.gate.weight.copy_(torch.eye(3))
-    # Logits log(e^s^2 - 1) have the scores s: 1, 3, 2. Experts 2 and 0: 1.5 * 2/3 and 1.5 * 1/3; 1 and 2: 3/5, 2/5.
-    x = torch.tensor([[[math.log(math.exp(s * s) - 1) for s in (1.0, 3.0, 2.0)]] * 2]).squeeze(0)[None]
-    routing = built(x, by_id([[0, 1]]))
-    assert ids(routing) == [[2, 0], [1, 2]]
-    assert routing.gates_N.tolist() == pytest.approx([1.0, 0.5, 0.9, 0.6])
-    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([1, 3, 2])
-    assert Hash(2, score_func="sigmoid").num_params(6, 4) == 24
-    # One expert's gate is its score, for a gate of 1 would learn nothing.
-    one = Hash(2, score_func="sigmoid").build(3, 3)
-    one.table.fill_(1)
-    with torch.no_grad():
-        one.gate.weight.copy_(torch.eye(3))
-    assert one(torch.tensor([[[0.0, 1.0, 5.0]]]), by_id([[0]])).gates_N.item() == pytest.approx(0.731059)
-
-
-def test_a_token_keeps_its_expert_whatever_is_around_it():
+    # A token keeps its expert whatever is around it.
     built = Hash(50).build(6, 8)
     alone = built(torch.randn(1, 1, 6), by_id([[17]])).expert_ids_N
     among = built(torch.randn(2, 3, 6), by_id([[1, 17, 2], [3, 4, 17]])).expert_ids_N
     assert among[1] == among[5] == alone[0]
 
 
-def test_a_random_table_is_uniform_and_its_columns_differ():
+def test_a_hash_with_learned_gates_takes_the_tables_experts_at_their_scores():
+    built = Hash(2, top_k=2, score_func="sqrt_softplus", scale=1.5).build(3, 3)
+    built.table.copy_(torch.tensor([[2, 0], [1, 2]]))
+    built.gate.weight.data.copy_(torch.eye(3))
+    # Logits log(e^s^2 - 1) have the scores s: 1, 3, 2. Experts 2 and 0: 1.5 * 2/3 and 1.5 * 1/3; 1 and 2: 3/5, 2/5.
+    x = torch.tensor([[[math.log(math.exp(s * s) - 1) for s in (1.0, 3.0, 2.0)]] * 2]).squeeze(0)[None]
+    routing = built(x, by_id([[0, 1]]))
+    assert (ids(routing), routing.gates_N.tolist()) == ([[2, 0], [1, 2]], pytest.approx([1.0, 0.5, 0.9, 0.6]))
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([1, 3, 2])
+    assert Hash(2, score_func="sigmoid").num_params(6, 4) == 24
+    # One expert's gate is its score, for a gate of 1 would learn nothing.
+    one = Hash(2, score_func="sigmoid").build(3, 3)
+    one.table.fill_(1)
+    one.gate.weight.data.copy_(torch.eye(3))
+    assert one(torch.tensor([[[0.0, 1.0, 5.0]]]), by_id([[0]])).gates_N.item() == pytest.approx(0.731059)
+
+
+def test_a_random_table_is_uniform_its_columns_differ_and_the_seed_says_it():
     table = random_table(20_000, 5, 3, seed=1)
     assert table.shape == (20_000, 3)
     for column in table.T:
@@ -73,9 +65,6 @@ def test_a_random_table_is_uniform_and_its_columns_differ():
     # Every one of the 10 pairs of the first two: 2000 expected, 4 sigma of a binomial of 0.1 is 170.
     pairs = table[:, :2].sort(-1).values
     assert torch.bincount(pairs[:, 0] * 5 + pairs[:, 1]).sub(2000).abs().le(170).sum() == 10
-
-
-def test_the_seed_says_the_table():
     one, same, other = (Hash(100, seed=seed).build(6, 8).table for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -84,51 +73,40 @@ def test_the_seed_says_the_table():
     assert torch.equal(torch.random.get_rng_state(), state)  # nothing else is drawn from
 
 
-@pytest.mark.parametrize("vocab_size, sizes", [(12, [3.0] * 4), (14, [3.0, 3.0, 4.0, 4.0])])
-def test_a_balanced_hash_gives_each_expert_as_many_ids(vocab_size, sizes):
-    table = Hash(vocab_size, "balanced").build(6, 4).table
-    assert sorted(load(table, 4)) == sizes
-    assert not torch.equal(table, Hash(vocab_size, "balanced", seed=1).build(6, 4).table)
-
-
-def test_frequent_ids_are_dealt_first_to_the_emptiest_expert():
+def test_a_balanced_hash_gives_each_expert_as_many_ids_and_deals_frequent_ones_first_to_the_emptiest():
+    for vocab_size, sizes in ((12, [3.0] * 4), (14, [3.0, 3.0, 4.0, 4.0])):
+        table = Hash(vocab_size, "balanced").build(6, 4).table
+        assert sorted(load(table, 4)) == sizes
+        assert not torch.equal(table, Hash(vocab_size, "balanced", seed=1).build(6, 4).table)
     # 9 to expert 0; 5 to 1; 4 to 1 (5 < 9); then 9 : 9, and fewer ids: 3 to 0; 2 to 1 (9 < 12); 0 to 1 (11 < 12).
     table = balanced_table([2.0, 9.0, 4.0, 0.0, 5.0, 3.0], 2, 1, seed=0)
     assert table.flatten().tolist() == [1, 0, 1, 1, 1, 0]
-
-
-def test_ids_that_never_occur_are_spread_too():
+    # Ids that never occur are spread too.
     assert sorted(load(balanced_table([5.0, 5.0] + [0.0] * 8, 2, 1, seed=0), 2)) == [5.0, 5.0]
 
 
-def test_a_balanced_hash_balances_the_tokens_it_was_fitted_to():
+def test_a_balanced_hash_balances_the_tokens_it_was_fitted_to_and_its_several_experts_are_different():
     counts = (10_000 / torch.arange(1, 2001)).round()  # Zipf's law
     built = Hash(2000, "balanced").build(6, 8)
     before = load(built.table, 8, counts)
     built.fit(counts)
-    after = load(built.table, 8, counts)
-    mean = float(counts.sum() / 8)
+    after, mean = load(built.table, 8, counts), float(counts.sum() / 8)
     assert max(after) - min(after) <= 5  # the last ids occur 5 times: any gap is filled up to one of them
     assert max(before) > 1.2 * mean
     tokens = torch.arange(2000).repeat_interleave(counts.long())
     routing = built(torch.zeros(1, len(tokens), 6), RoutingContext(token_ids_BS=tokens[None]))
     assert routing.chosen_per_expert_E.tolist() == after
-
-
-def test_several_experts_of_a_balanced_hash_are_different_and_as_loaded():
     built = Hash(60, "balanced", top_k=2).build(6, 5)
     assert (built.table[:, 0] != built.table[:, 1]).all()
     assert torch.bincount(built.table.flatten(), minlength=5).tolist() == [24] * 5
     routing = built(torch.randn(1, 3, 6), by_id([[0, 1, 59]]))
-    assert routing.gates_N.tolist() == [0.5] * 6
-    assert ids(routing) == built.table[[0, 1, 59]].tolist()
+    assert (routing.gates_N.tolist(), ids(routing)) == ([0.5] * 6, built.table[[0, 1, 59]].tolist())
 
 
 def test_clusters_keep_like_points_together_and_have_equal_sizes():
     # Three tight groups of 4, far apart.
     centers = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
-    points = centers.repeat_interleave(4, 0) + 0.1 * torch.randn(12, 2)
-    order = torch.randperm(12)
+    points, order = centers.repeat_interleave(4, 0) + 0.1 * torch.randn(12, 2), torch.randperm(12)
     cluster_N = min(
         (balanced_clusters(points[order], 3, seed=s) for s in range(5)), key=lambda c: spread(points[order], c)
     )
@@ -140,23 +118,16 @@ def spread(points: Tensor, clusters: Tensor) -> float:
     return sum(float((points[clusters == c] - points[clusters == c].mean(0)).square().sum()) for c in clusters.unique())
 
 
-@pytest.mark.parametrize("num_points, sizes", [(12, [4, 4, 4]), (13, [4, 4, 5]), (14, [4, 5, 5]), (3, [1, 1, 1])])
-def test_cluster_sizes_differ_by_at_most_one_even_where_all_points_are_alike(num_points, sizes):
-    for points in (torch.randn(num_points, 2), torch.zeros(num_points, 2)):
-        cluster_N = balanced_clusters(points, 3)
-        assert sorted(torch.bincount(cluster_N, minlength=3).tolist()) == sizes
-
-
-def test_a_full_cluster_keeps_the_nearest_points():
+def test_cluster_sizes_differ_by_at_most_one_and_a_full_cluster_keeps_the_nearest_points():
+    for num_points, sizes in ((12, [4, 4, 4]), (13, [4, 4, 5]), (14, [4, 5, 5]), (3, [1, 1, 1])):
+        for points in (torch.randn(num_points, 2), torch.zeros(num_points, 2)):
+            assert sorted(torch.bincount(balanced_clusters(points, 3), minlength=3).tolist()) == sizes
     # All but 9 are nearest to center 0, which has room for two of four: 2.9 goes on to center 9.
     points, centers = torch.tensor([[2.9], [0.0], [0.1], [9.0]]), torch.tensor([[0.0], [9.0]])
     assert assign_equally(points, centers).tolist() == [1, 0, 0, 1]
-
-
-def test_clusters_are_better_than_chance():
+    # Clusters are better than chance.
     points = torch.randn(200, 3)
-    cluster_N = balanced_clusters(points, 8)
-    assert spread(points, cluster_N) < 0.6 * spread(points, torch.arange(200) % 8)
+    assert spread(points, balanced_clusters(points, 8)) < 0.6 * spread(points, torch.arange(200) % 8)
 
 
 def test_a_clustered_hash_is_made_from_embeddings_and_not_used_before():
@@ -169,30 +140,27 @@ def test_a_clustered_hash_is_made_from_embeddings_and_not_used_before():
     routing = built(x, given)
     assert torch.equal(routing.expert_ids_N, balanced_clusters(embeddings, 4))
     assert routing.tokens_per_expert_E.tolist() == [5] * 4
-    other = Hash(20, "clustered").build(6, 4)
+    other, third = (Hash(20, "clustered").build(6, 4) for _ in range(2))
     other.load_state_dict(built.state_dict())
-    assert torch.equal(other(x, given).expert_ids_N, routing.expert_ids_N)
-
-
-def test_a_clustered_table_that_is_copied_from_outside_is_used():
-    made, empty = (Hash(20, "clustered").build(6, 4) for _ in range(2))
-    made.fit_clusters(torch.randn(20, 3))
-    empty.table.copy_(made.table)
-    x, given = torch.randn(1, 5, 6), by_id([[0, 3, 7, 11, 19]])
-    assert ids(empty(x, given)) == ids(made(x, given))
-    made.reset_parameters()
+    third.table.copy_(built.table)
+    for copied in (other, third):
+        assert torch.equal(copied(x, given).expert_ids_N, routing.expert_ids_N)
+    built.reset_parameters()
     with pytest.raises(ValueError, match="has no table yet"):
-        made(x, given)
+        built(x, given)
 
 
-def test_tables_are_buffers_of_the_state_dict():
-    for config in (Hash(50, seed=1), DomainRandom(2, 50, seed=1)):
+def test_there_is_nothing_to_train_or_to_balance_and_tables_are_buffers_of_the_state_dict():
+    for config in (Hash(50, seed=1), DomainRandom(2, 50, seed=1), Random()):
         built = config.build(6, 4)
-        other = type(config)(**{**vars(config), "seed": 2}).build(6, 4)
-        assert not torch.equal(built.table, other.table)
-        other.load_state_dict(built.state_dict())
-        assert torch.equal(built.table, other.table)
         assert not list(built.parameters())
+        assert config.num_params(6, 4) == config.flops_per_token(6, 4) == 0
+        assert config.terms == frozenset()
+        if not isinstance(config, Random):
+            other = type(config)(**{**vars(config), "seed": 2}).build(6, 4)
+            assert not torch.equal(built.table, other.table)
+            other.load_state_dict(built.state_dict())
+            assert torch.equal(built.table, other.table)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -205,7 +173,7 @@ def test_random_experts_are_uniform_and_different(top_k):
     assert (chosen.diff(dim=-1) > 0).all()
 
 
-def test_random_experts_are_drawn_once_a_token_a_sequence_or_a_batch():
+def test_random_experts_are_drawn_once_a_token_a_sequence_or_a_batch_in_training_alone():
     x = torch.randn(32, 16, 6)
     for per, different in (("token", 3), ("sequence", 1), ("batch", 1)):
         chosen_BS = Random(1, per).build(6, 8).train()(x).expert_ids_N.unflatten(0, (32, 16))
@@ -213,56 +181,39 @@ def test_random_experts_are_drawn_once_a_token_a_sequence_or_a_batch():
         if per != "token":
             assert all(len(row.unique()) == 1 for row in chosen_BS)
         assert (len(chosen_BS.unique()) == 1) == (per == "batch")
-
-
-def test_random_experts_change_from_pass_to_pass_in_training_alone():
-    built, x = Random(2).build(6, 8), torch.randn(2, 50, 6)
+    built = Random(2).build(6, 8)
     assert not torch.equal(built.train()(x).expert_ids_N, built(x).expert_ids_N)
     assert torch.equal(built.eval()(x).expert_ids_N, built(x).expert_ids_N)
 
 
-def test_fixed_evaluation_takes_the_experts_in_turn_by_position():
+def test_evaluation_takes_the_experts_in_turn_by_position_or_the_mean_of_all():
     routing = Random(2).build(6, 3).eval()(torch.randn(2, 4, 6))
     assert ids(routing) == [[0, 1], [2, 0], [1, 2], [0, 1]] * 2
     # 16 pairs over 3 experts, each sequence 3, 3, 2.
     assert routing.tokens_per_expert_E.tolist() == [6, 6, 4]
-
-
-@pytest.mark.parametrize("top_k, length", [(1, 8), (2, 6), (3, 7), (1, 3)])
-def test_fixed_evaluation_is_balanced_in_every_sequence(top_k, length):
-    routing = Random(top_k).build(6, 4).eval()(torch.randn(1, length, 6))
-    counts = routing.tokens_per_expert_E
-    assert counts.sum() == length * top_k
-    assert counts.max() - counts.min() <= 1
-
-
-def test_average_evaluation_is_the_mean_of_all_experts():
+    for top_k, length in ((1, 8), (2, 6), (3, 7), (1, 3)):
+        counts = Random(top_k).build(6, 4).eval()(torch.randn(1, length, 6)).tokens_per_expert_E
+        assert counts.sum() == length * top_k
+        assert counts.max() - counts.min() <= 1
     layer = MoEConfig(3, Random(evaluation="average"), FFN(8)).build(6).eval()
-    x = torch.randn(2, 5, 6)
-    experts = layer.experts
+    x, experts = torch.randn(2, 5, 6), layer.experts
     alone = [torch.nn.functional.gelu(x @ experts.w_in[e]) @ experts.w_out[e] for e in range(3)]
     torch.testing.assert_close(layer(x), sum(alone) / 3, rtol=1e-5, atol=1e-6)
-    assert layer.router(x).tokens_per_expert_E.tolist() == [10] * 3
-    assert layer.train().router(x).top_k == 1
+    assert (layer.router(x).tokens_per_expert_E.tolist(), layer.train().router(x).top_k) == ([10] * 3, 1)
 
 
 def test_a_domain_has_its_own_experts_and_its_own_map():
     built = DomainRandom(2, 6).build(6, 4)
     built.table.copy_(torch.tensor([[0, 1, 0, 1, 1, 0], [3, 3, 2, 2, 3, 2]]))
     routing = built(torch.randn(2, 3, 6), by_id([[0, 1, 5], [0, 1, 5]], [1, 0]))
-    assert ids(routing) == [[3], [3], [2], [0], [1], [0]]
-    assert routing.gates_N.tolist() == [1.0] * 6
-
-
-@pytest.mark.parametrize("vocab_size", [30, 32])
-def test_the_ids_of_a_domain_are_shared_out_evenly_within_its_group(vocab_size):
-    table = DomainRandom(3, vocab_size).build(6, 12).table
-    for domain, row in enumerate(table):
-        counts = torch.bincount(row, minlength=12)
-        group = counts[4 * domain : 4 * domain + 4]
-        assert int(group.sum()) == vocab_size
-        assert int(group.max() - group.min()) <= 1
-    assert not torch.equal(table[0], table[1] - 4)  # each domain has a map of its own
+    assert (ids(routing), routing.gates_N.tolist()) == ([[3], [3], [2], [0], [1], [0]], [1.0] * 6)
+    for vocab_size in (30, 32):  # the ids are shared out evenly within the group of a domain
+        table = DomainRandom(3, vocab_size).build(6, 12).table
+        for domain, row in enumerate(table):
+            group = torch.bincount(row, minlength=12)[4 * domain : 4 * domain + 4]
+            assert int(group.sum()) == vocab_size
+            assert int(group.max() - group.min()) <= 1
+        assert not torch.equal(table[0], table[1] - 4)
 
 
 def test_consistency_is_the_symmetric_divergence():
@@ -274,9 +225,7 @@ def test_consistency_is_the_symmetric_divergence():
     assert consistency_loss(a, a + 3).item() == pytest.approx(0.0, abs=1e-7)  # logits are equal up to a constant
     # The mean over two predictions, one of them consistent.
     assert consistency_loss(torch.stack((a, a)), torch.stack((b, a))).item() == pytest.approx(0.103972, abs=1e-6)
-
-
-def test_consistency_leaves_padding_out():
+    # Padding is left out.
     a, b = (torch.randn(2, 3, 5, requires_grad=True) for _ in range(2))
     valid = torch.tensor([[True, True, False], [True, False, False]])
     dirty = b.masked_fill(~valid[..., None], torch.nan)
@@ -286,54 +235,11 @@ def test_consistency_leaves_padding_out():
     assert a.grad[~valid].abs().max() == 0
     assert b.grad.isfinite().all()
     assert consistency_loss(a, dirty, torch.zeros_like(valid)).item() == 0
-
-
-def test_consistency_equals_torchs_divergence_and_its_gradient():
     a, b = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    kl = torch.nn.functional.kl_div
-    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    kl, log_a, log_b = torch.nn.functional.kl_div, a.log_softmax(-1), b.log_softmax(-1)
     both = [kl(log_b, log_a, log_target=True, reduction="sum"), kl(log_a, log_b, log_target=True, reduction="sum")]
     torch.testing.assert_close(consistency_loss(a, b), sum(both) / 8)
     assert torch.autograd.gradcheck(consistency_loss, (a, b))
-
-
-def test_consistency_pulls_random_experts_together():
-    layer = MoEConfig(3, Random(per="batch"), FFN(8)).build(4)
-    x = torch.randn(4, 8, 4)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
-
-    @torch.no_grad()
-    def distance() -> float:
-        experts = layer.experts
-        y = torch.stack([torch.nn.functional.gelu(x @ experts.w_in[e]) @ experts.w_out[e] for e in range(3)])
-        return float(y.std(0).mean())
-
-    before = distance()
-    for _ in range(60):
-        loss = consistency_loss(layer(x), layer(x))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert distance() < 0.5 * before
-
-
-def test_there_is_nothing_to_train_and_nothing_to_balance():
-    for config in (Hash(10), Random(), DomainRandom(2, 10)):
-        assert list(config.build(6, 4).parameters()) == []
-        assert config.num_params(6, 4) == config.flops_per_token(6, 4) == 0
-        assert config.terms == frozenset()
-
-
-def test_an_id_out_of_range_is_refused():
-    x, built = torch.randn(1, 2, 6), DomainRandom(2, 10).build(6, 4)
-    with pytest.raises(ValueError, match=r"HashRouter needs context.token_ids_BS, which is None"):
-        Hash(10).build(6, 4)(x)
-    with pytest.raises(ValueError, match=r"context.token_ids_BS holds 10, which is not in range\(10\)"):
-        Hash(10).build(6, 4)(x, by_id([[3, 10]]))
-    with pytest.raises(ValueError, match=r"DomainRandomRouter needs context.domain_ids_B, which is None"):
-        built(x, by_id([[0, 1]]))
-    with pytest.raises(ValueError, match=r"context.domain_ids_B holds 2, which is not in range\(2\)"):
-        built(x, by_id([[0, 1]], [2]))
 
 
 @pytest.mark.parametrize(
@@ -346,15 +252,9 @@ def test_an_id_out_of_range_is_refused():
         (lambda: Hash(3).build(6, 4).fit([1, 2, 3]), r"fit makes a table of kind='balanced', .* kind='random'"),
         (lambda: Hash(3, "balanced").build(6, 4).fit([1, 2]), r"2 counts are not one for each of vocab_size=3"),
         (lambda: Hash(2, "balanced").build(6, 4).fit([1, -2]), r"a count is negative or not finite"),
-        (
-            lambda: Hash(2).build(6, 2).fit_clusters(torch.zeros(2, 1)),
-            r"fit_clusters makes a table of kind='clustered'",
-        ),
+        (lambda: Hash(2).build(6, 2).fit_clusters(torch.zeros(2, 1)), r"fit_clusters makes a table of kind='clust"),
         (lambda: Hash(2, "clustered").build(6, 2).fit_clusters(torch.zeros(3, 1)), r"embeddings of shape \(3, 1\) are"),
-        (
-            lambda: Hash(2, "clustered").build(6, 2).fit_clusters(torch.full((2, 1), math.inf)),
-            r"point .* is not finite",
-        ),
+        (lambda: Hash(2, "clustered").build(6, 2).fit_clusters(torch.full((2, 1), math.inf)), "point .* is not fin"),
         (lambda: balanced_clusters(torch.zeros(2, 1), 3), r"num_clusters=3 is not between 1 and 2 points"),
         (lambda: Random(5).build(6, 4), r"top_k=5 exceeds num_experts=4"),
         (lambda: DomainRandom(3, 5).build(6, 4), r"num_domains=3 does not divide num_experts=4"),

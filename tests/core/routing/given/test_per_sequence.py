@@ -1,13 +1,10 @@
 """Gates that decide once for a sequence: by its mean, its task or its domain."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
 from routed import built, ids
-from torch import Tensor, nn
 
 from core import FFN, Balance, MoEConfig, RoutingContext
 from core.routing.given.per_sequence import Domain, Sentence, Task, domain_posterior
@@ -21,8 +18,7 @@ def sentence(num_experts: int = 2, **options):
 
 def task(logits: list[list[float]], **options):
     built = Task(len(logits), **options).build(5, len(logits[0])).eval()
-    with torch.no_grad():
-        built.gate.weight.copy_(torch.tensor(logits))
+    built.gate.weight.data.copy_(torch.tensor(logits))
     return built
 
 
@@ -34,27 +30,20 @@ def test_a_sentence_takes_the_experts_of_its_mean():
     assert routing.gates_N.tolist() == pytest.approx([0.75, 0.25] * 2 + [0.731059, 0.268941] * 2, abs=1e-6)
     assert routing.evidence.logits_TE.tolist() == [pytest.approx([0.0, math.log(3)])] * 2 + [[1.0, 0.0]] * 2
     assert routing.chosen_per_expert_E.tolist() == [4, 4]
-
-
-def test_padding_is_not_in_a_sentences_mean():
+    # Padding is not in the mean.
     x = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, 90.0]]])
     routing = sentence(top_k=1)(x, RoutingContext(valid_BS=torch.tensor([[True, True, False]])))
-    assert routing.evidence.logits_TE.tolist() == [[2.0, 0.0]] * 3
-    assert ids(routing) == [[0], [0], [2]]
+    assert (routing.evidence.logits_TE.tolist(), ids(routing)) == ([[2.0, 0.0]] * 3, [[0], [0], [2]])
     assert routing.tokens_per_expert_E.tolist() == [2, 0]
 
 
 def test_a_sentences_experts_depend_on_its_later_tokens_and_not_on_its_batch_mates():
-    built = sentence(4, top_k=1)
-    x = torch.randn(3, 5, 4)
+    built, x = sentence(4, top_k=1), torch.randn(3, 5, 4)
     routing = built(x)
     assert torch.equal(built(x[1:2]).expert_ids_N, routing.expert_ids_N[5:10])
     changed = x.clone()
     changed[:, -1, 3] += 100.0
     assert built(changed).expert_ids_N.tolist() == [3] * 15
-    assert not Sentence().is_causal
-    with pytest.raises(ValueError, match=r"Sentence \(arXiv 2110\.03742\) lets later tokens change earlier ones"):
-        MoEConfig(4, Sentence()).build(4, causal=True)
 
 
 def test_a_task_takes_the_experts_of_its_row():
@@ -65,39 +54,36 @@ def test_a_task_takes_the_experts_of_its_row():
     assert routing.gates_N.tolist() == pytest.approx([0.75, 0.25] * 6)
     # Over all experts 6 / 9, 1 / 9 and 2 / 9.
     assert routing.evidence.scores_TE[2].tolist() == pytest.approx([6 / 9, 1 / 9, 2 / 9])
-
-
-def test_a_sequence_with_padding_keeps_its_task():
+    # A sequence with padding keeps its task.
     built, valid = task([[1.0, 0.0], [0.0, 1.0]], top_k=1), torch.tensor([[True, False], [False, False]])
     routing = built(torch.randn(2, 2, 5), RoutingContext(valid, task_ids_B=torch.tensor([1, 1])))
     assert ids(routing) == [[1], [2], [2], [2]]
 
 
-def test_one_expert_a_task_has_its_score_as_gate():
+def test_one_expert_a_task_has_its_score_as_gate_and_sequences_compete_for_capacity():
     built = task([[math.log(6), 0.0, math.log(2)]], top_k=1)
     routing = built(torch.randn(1, 2, 5), RoutingContext(task_ids_B=torch.tensor([0])))
     assert routing.gates_N.tolist() == pytest.approx([6 / 9] * 2)
     routing.gates_N.sum().backward()
     # Two tokens, each g (1 - g) = 2/3 1/3 for the chosen and - g_0 g_i for the others.
     assert built.gate.weight.grad[0].tolist() == pytest.approx([4 / 9, -4 / 27, -8 / 27])
+    # Three sequences of 4 tokens on one expert of 2: ceil(1 * 1 * 12 / 2) = 6 have room, the first ones.
+    built = Task(1, top_k=1).build(5, 2, Capacity(1.0))
+    routing = built(torch.randn(3, 4, 5), RoutingContext(task_ids_B=torch.zeros(3, dtype=torch.int64)))
+    assert sorted(routing.tokens_per_expert_E.tolist()) == [0, 6]
+    assert (routing.expert_ids_N[6:] == 2).all()
 
 
 def test_a_tasks_subnetwork_computes_what_the_layer_does():
     layer = MoEConfig(6, Task(3, top_k=2), FFN(8, bias=True)).build(5).eval()
-    x = torch.randn(4, 7, 5)
-    subnetwork = layer.router.experts_of(2)
-    experts = layer.experts
-    expected = torch.zeros_like(x)
+    x, subnetwork = torch.randn(4, 7, 5), layer.router.experts_of(2)
+    experts, expected = layer.experts, torch.zeros_like(x)
     for expert, gate in zip(subnetwork.expert_ids_K.tolist(), subnetwork.gates_K, strict=True):
         h = torch.nn.functional.gelu(x @ experts.w_in[expert] + experts.b_in[expert])
         expected = expected + gate * (h @ experts.w_out[expert] + experts.b_out[expert])
     y = layer(x, RoutingContext(task_ids_B=torch.full((4,), 2)))
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"task=3 is not in range\(3\)"):
-        layer.router.experts_of(3)
-
-
-def test_tasks_start_with_different_experts():
+    # Tasks start with different experts.
     built = Task(200, top_k=1).build(5, 8)
     first = torch.stack([built.experts_of(t).expert_ids_K for t in range(200)]).flatten()
     assert torch.bincount(first, minlength=8).min() > 0
@@ -107,8 +93,7 @@ def test_a_known_domain_is_its_expert_at_gate_1():
     built = Domain(3).build(5, 3)
     for mode in (True, False):
         routing = built.train(mode)(torch.randn(3, 2, 5), RoutingContext(domain_ids_B=torch.tensor([2, 0, 2])))
-        assert ids(routing) == [[2], [2], [0], [0], [2], [2]]
-        assert routing.gates_N.tolist() == [1.0] * 6
+        assert (ids(routing), routing.gates_N.tolist()) == ([[2], [2], [0], [0], [2], [2]], [1.0] * 6)
         assert routing.tokens_per_expert_E.tolist() == [2, 0, 4]
 
 
@@ -120,9 +105,7 @@ def test_an_unknown_domain_is_the_prior_mixture_in_evaluation():
     routing = built(x)
     assert ids(routing) == [[3, 2, 0, 4]] * 2  # a domain without weight is not computed
     assert routing.gates_N.tolist() == pytest.approx([0.5, 0.4, 0.1, 0.0] * 2)
-
-
-def test_the_largest_of_a_mixture_share_its_weight():
+    # The largest of a mixture share its weight.
     built, x = Domain(4, top_k=2).build(5, 4).eval(), torch.randn(1, 1, 5)
     built.set_prior(torch.tensor([0.1, 0.2, 0.6, 0.1]))
     assert ids(built(x)) == [[2, 1]]
@@ -139,23 +122,23 @@ def test_the_context_may_say_the_mixture_of_each_sequence():
         assert routing.gates_N.tolist() == pytest.approx([0.75, 0.25, 1.0, 0.0, 0.0, 0.0])
 
 
-def test_the_mixture_mixes_the_outputs_of_the_experts():
-    layer = MoEConfig(3, Domain(3), FFN(8)).build(5).eval()
-    x = torch.randn(1, 4, 5)
+def test_the_mixture_mixes_the_outputs_of_the_experts_and_is_exported():
+    layer, x = MoEConfig(3, Domain(3), FFN(8)).build(5).eval(), torch.randn(1, 4, 5)
     alone = [layer(x, RoutingContext(domain_ids_B=torch.tensor([d]))) for d in range(3)]
     layer.router.set_prior([0.2, 0.3, 0.5])
     torch.testing.assert_close(layer(x), 0.2 * alone[0] + 0.3 * alone[1] + 0.5 * alone[2], rtol=1e-5, atol=1e-6)
+    layer, x = MoEConfig(4, Domain(4), FFN(8)).build(6).eval(), torch.randn(3, 5, 6)
+    program = torch.export.export(layer, (x, RoutingContext())).module()
+    torch.testing.assert_close(program(x, RoutingContext()), layer(x), rtol=1e-5, atol=1e-6)
 
 
-def test_the_posterior_is_bayes_rule():
+def test_the_posterior_is_bayes_rule_and_the_prior_its_mean():
     likelihood = torch.tensor([[0.1, 0.3], [0.5, 0.5]]).log()
     assert domain_posterior(likelihood)[0].tolist() == pytest.approx([0.25, 0.75])
     # 0.1 0.9 : 0.3 0.1 is 0.09 : 0.03.
     posterior = domain_posterior(likelihood, torch.tensor([0.9, 0.1]))
     assert posterior.tolist() == [pytest.approx([0.75, 0.25]), pytest.approx([0.9, 0.1])]
-
-
-def test_the_prior_is_estimated_from_held_out_texts():
+    # The prior is estimated from held-out texts.
     built = Domain(2).build(5, 2).eval()
     likelihood = torch.tensor([[0.1, 0.3], [0.4, 0.4], [0.3, 0.1]]).log()
     # Posteriors 0.25, 0.5, 0.75 for domain 0.
@@ -168,50 +151,18 @@ def test_the_prior_is_estimated_from_held_out_texts():
     assert other.prior[0].item() == pytest.approx(0.4525)
 
 
-def test_sequences_compete_for_capacity_in_the_batch():
-    # Three sequences of 4 tokens on one expert of 2: ceil(1 * 1 * 12 / 2) = 6 have room, the first ones.
-    built = Task(1, top_k=1).build(5, 2, Capacity(1.0))
-    routing = built(torch.randn(3, 4, 5), RoutingContext(task_ids_B=torch.zeros(3, dtype=torch.int64)))
-    assert sorted(routing.tokens_per_expert_E.tolist()) == [0, 6]
-    assert (routing.expert_ids_N[6:] == 2).all()
-
-
-class OfMixtures(nn.Module):
-    """A layer as a function of tensors, as ``torch.export`` wants it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = MoEConfig(4, Domain(4), FFN(8)).build(6).eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x, RoutingContext())
-
-
-def test_a_layer_of_unknown_domains_is_exported():
-    model, x = OfMixtures(), torch.randn(3, 5, 6)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), rtol=1e-5, atol=1e-6)
-
-
-def test_an_id_out_of_range_or_of_another_shape_is_refused():
-    x = torch.randn(2, 3, 6)
-    by_task, by_domain = Task(3).build(6, 4), Domain(4).build(6, 4)
-    with pytest.raises(ValueError, match=r"TaskRouter needs context.task_ids_B, which is None"):
-        by_task(x)
-    with pytest.raises(ValueError, match=r"context.task_ids_B holds 3, which is not in range\(3\)"):
-        by_task(x, RoutingContext(task_ids_B=torch.tensor([0, 3])))
-    with pytest.raises(ValueError, match=r"context.task_ids_B has shape \(3,\), the tokens \(2,\)"):
-        by_task(x, RoutingContext(task_ids_B=torch.tensor([0, 1, 2])))
-    with pytest.raises(ValueError, match=r"context.domain_ids_B holds -1, which is not in range\(4\)"):
-        by_domain(x, RoutingContext(domain_ids_B=torch.tensor([-1, 3])))
-    with pytest.raises(ValueError, match=r"Domain needs context.domain_ids_B or domain_weights_BE in training"):
-        by_domain.train()(x)
-    with pytest.raises(ValueError, match=r"context.domain_weights_BE has shape \(2, 3\), not \(2, 4\)"):
-        by_domain(x, RoutingContext(domain_weights_BE=torch.ones(2, 3)))
+X = torch.zeros(2, 3, 6)
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
+        (lambda: Task(3).build(6, 4).experts_of(3), r"task=3 is not in range\(3\)"),
+        (lambda: Domain(4).build(6, 4)(X), r"Domain needs context.domain_ids_B or domain_weights_BE in training"),
+        (lambda: Domain(4).build(6, 4).eval()(X, RoutingContext(domain_weights_BE=torch.ones(2, 3))),
+         r"context.domain_weights_BE has shape \(2, 3\), not \(2, 4\)"),
+        (lambda: MoEConfig(4, Sentence()).build(4, causal=True),
+         r"Sentence \(arXiv 2110\.03742\) lets later tokens change earlier ones"),
         (lambda: Sentence(top_k=5).build(6, 4), r"top_k=5 exceeds num_experts=4"),
         (lambda: Task(2, top_k=1, normalize=True), r"normalize=True with top_k=1"),
         (lambda: Domain(3, top_k=4), r"top_k=4 exceeds num_domains=3"),
@@ -225,7 +176,7 @@ def test_an_id_out_of_range_or_of_another_shape_is_refused():
         (lambda: MoEConfig(4, Task(2), balance=Balance(sequence_balance=0.1)), r"sequence_balance=0.1 does not apply"),
         (lambda: MoEConfig(4, Domain(4), balance=Balance(importance=0.1)), r"importance=0.1 does not apply to Domain"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_option_is_refused_with_its_value_and_the_rule(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,7 +1,5 @@
 """Routers with a varying number of experts a token, on typed logits: the gate's weight is the identity."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -34,9 +32,6 @@ def test_the_second_stays_in_training_with_probability_gate_over_threshold():
     assert routing.tokens_per_expert_E[0] == 10_000
     assert routing.tokens_per_expert_E[1] / 10_000 == pytest.approx(0.75, abs=0.0173)
     assert routing.gates_N[::2].tolist() == pytest.approx([0.85] * 10_000)
-
-
-def test_the_second_at_the_threshold_always_stays():
     x = torch.zeros(1, 2000, 2)  # both gates are 1/2
     for training in (True, False):
         for second in ("random", "threshold"):
@@ -44,16 +39,12 @@ def test_the_second_at_the_threshold_always_stays():
             assert routing.tokens_per_expert_E.tolist() == [2000, 2000]
 
 
-def test_a_hard_threshold_in_training_is_that_of_evaluation():
-    x = torch.randn(2, 50, 6)
+def test_a_hard_threshold_is_that_of_evaluation_and_one_of_one_half_gshards_random_second():
+    x = torch.randn(2, 200, 6)
     router = built(Threshold(0.3, second_expert_policy="threshold"), 6, training=True)
     hard = router(x).expert_ids_N
     assert (hard == 6).any()
     assert torch.equal(hard, router.eval()(x).expert_ids_N)
-
-
-def test_a_threshold_of_one_half_is_gshards_random_second():
-    x = torch.randn(2, 200, 6)
     routings = []
     for config in (Threshold(0.5), TokenChoice(2, second_expert_policy="random")):
         router = built(config, 6, training=True)
@@ -70,8 +61,12 @@ def test_a_threshold_of_one_half_is_gshards_random_second():
 NULLS = ((0.4, 0.1, 0.3, 0.2), (0.4, 0.35, 0.15, 0.1), (0.1, 0.2, 0.3, 0.4))
 
 
+def with_nulls() -> PairRouter:
+    return built(NullExperts(top_k=2, num_null_experts=2), 2, columns=4)
+
+
 def test_null_experts_are_empty_places_and_gates_are_shared_by_the_real_ones():
-    routing = built(NullExperts(top_k=2, num_null_experts=2), 2, columns=4)(logits_of(*NULLS))
+    routing = with_nulls()(logits_of(*NULLS))
     assert ids(routing) == [[0, 2], [0, 1], [2, 2]]
     # 0.4 / 0.4 alone; 0.4 / 0.75 and 0.35 / 0.75; none.
     assert gates(routing) == [[1.0, 0.0], pytest.approx([0.533333, 0.466667], abs=1e-6), [0.0, 0.0]]
@@ -79,49 +74,36 @@ def test_null_experts_are_empty_places_and_gates_are_shared_by_the_real_ones():
     assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.8, 0.2])
 
 
-def test_the_balance_loss_sees_the_mean_load_of_the_null_experts():
-    routing = built(NullExperts(top_k=2, num_null_experts=2), 2, columns=4)(logits_of(*NULLS))
+def test_the_balance_loss_sees_the_mean_load_of_the_null_experts_and_no_padding():
+    padded = torch.cat((logits_of(*NULLS), torch.full((1, 2, 4), torch.nan)), 1)
+    valid = RoutingContext(valid_BS=torch.tensor([[True, True, True, False, False]]))
     # Chosen: 2 and 1 of the real ones, 1 + 2 null ones, 1.5 each; shares 2/6, 1/6, 1/4, 1/4.
-    assert routing.evidence.balance_chosen.tolist() == [2, 1, 1.5, 1.5]
     # Scores summed: 0.9, 0.65, and 0.5 + 0.25 + 0.7 = 1.45 for both null ones.
     # 4 * (2/6 * 0.9 + 1/6 * 0.65 + 1/4 * 1.45) / 3 = 4/3 * 0.7708333 = 1.0277778.
     # Importance of 0.9, 0.65, 0.725, 0.725: mean 0.75, variance (0.0225 + 0.01 + 2 * 0.000625) / 4 = 0.0084375,
     # over 0.5625: 0.015.
-    terms = terms_of(routing, "load_balancing_loss", "importance", "router_z_loss")
-    assert terms["load_balancing_loss"] == pytest.approx(1.0277778, rel=1e-6)
-    assert terms["importance"] == pytest.approx(0.015, rel=1e-5)
-    # The logits are logarithms of probabilities of all four: their logsumexp is 0.
-    assert terms["router_z_loss"] == pytest.approx(0.0, abs=1e-12)
+    for routing in (with_nulls()(logits_of(*NULLS)), with_nulls()(padded, valid)):
+        assert routing.evidence.balance_chosen.tolist() == [2, 1, 1.5, 1.5]
+        terms = terms_of(routing, "load_balancing_loss", "importance", "router_z_loss")
+        assert terms["load_balancing_loss"] == pytest.approx(1.0277778, rel=1e-6)
+        assert terms["importance"] == pytest.approx(0.015, rel=1e-5)
+        # The logits are logarithms of probabilities of all four: their logsumexp is 0.
+        assert terms["router_z_loss"] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_which_null_expert_is_taken_does_not_matter_to_the_loss():
-    router = built(NullExperts(top_k=2, num_null_experts=2), 2, columns=4)
-    x = torch.randn(1, 20, 4)
-    swapped = x[..., [0, 1, 3, 2]]
-    # The other way round in every second token alone, so that the null experts' own loads differ.
-    mixed = torch.where(torch.arange(20)[:, None] % 2 == 0, x, swapped)
-    assert terms_of(router(x), "load_balancing_loss", "importance") == pytest.approx(
-        terms_of(router(mixed), "load_balancing_loss", "importance")
-    )
+def test_more_null_experts_raise_the_loss_and_which_of_them_does_not_matter():
+    def loss(x: torch.Tensor) -> float:
+        return terms_of(with_nulls()(x), "load_balancing_loss")["load_balancing_loss"]
 
-
-def test_more_null_experts_taken_raise_the_loss():
-    router = built(NullExperts(top_k=2, num_null_experts=2), 2, columns=4)
-    some = terms_of(router(logits_of((0.4, 0.1, 0.3, 0.2), (0.1, 0.4, 0.2, 0.3))), "load_balancing_loss")
-    all_null = terms_of(router(logits_of((0.1, 0.2, 0.3, 0.4), (0.2, 0.1, 0.4, 0.3))), "load_balancing_loss")
     # One real and one null each: shares 1/4 everywhere, so the loss is 4 * 1/4 * 1 = 1.
-    assert some["load_balancing_loss"] == pytest.approx(1.0)
+    assert loss(logits_of((0.4, 0.1, 0.3, 0.2), (0.1, 0.4, 0.2, 0.3))) == pytest.approx(1.0)
     # All shares on the null ones, 1/2 each, with scores 0.7 a token: 4 * 1/2 * 0.7 = 1.4.
-    assert all_null["load_balancing_loss"] == pytest.approx(1.4)
-
-
-def test_padding_is_not_in_the_load_of_the_null_experts():
-    router = built(NullExperts(top_k=2, num_null_experts=2), 2, columns=4)
-    x = torch.cat((logits_of(*NULLS), torch.full((1, 2, 4), torch.nan)), 1)
-    padded = router(x, RoutingContext(valid_BS=torch.tensor([[True, True, True, False, False]])))
-    assert padded.evidence.balance_chosen.tolist() == [2, 1, 1.5, 1.5]
-    names = ("load_balancing_loss", "importance", "router_z_loss")
-    assert terms_of(padded, *names) == pytest.approx(terms_of(router(logits_of(*NULLS)), *names), abs=1e-12)
+    assert loss(logits_of((0.1, 0.2, 0.3, 0.4), (0.2, 0.1, 0.4, 0.3))) == pytest.approx(1.4)
+    # The other way round in every second token alone, so that the null experts' own loads differ.
+    x = torch.randn(1, 20, 4)
+    mixed = torch.where(torch.arange(20)[:, None] % 2 == 0, x, x[..., [0, 1, 3, 2]])
+    names = ("load_balancing_loss", "importance")
+    assert terms_of(with_nulls()(x), *names) == pytest.approx(terms_of(with_nulls()(mixed), *names))
 
 
 def test_a_token_of_null_experts_alone_comes_out_zero_and_has_no_gradient_but_the_losses():
@@ -133,9 +115,6 @@ def test_a_token_of_null_experts_alone_comes_out_zero_and_has_no_gradient_but_th
     y.sum().backward()
     assert x.grad.isfinite().all()
     assert x.grad[0, 2].abs().max() == 0
-
-
-def test_pairs_per_token_is_the_mean_at_balance():
     # 4 of 8 + 8: 4 * 8 / 16.
     assert NullExperts(4, 8).pairs_per_token(8) == 2.0
     config = MoEConfig(8, NullExperts(4, 8), FFN(16))
@@ -148,48 +127,33 @@ def test_pairs_per_token_is_the_mean_at_balance():
 
 def dynamic(thresholds: tuple[float, ...], training: bool = False, **options) -> PairRouter:
     router = built(DynamicThreshold(**{"max_k": len(thresholds), **options}), len(thresholds), training)
-    with torch.no_grad():
-        router.gate.threshold.copy_(torch.tensor(thresholds))
+    router.gate.threshold.data.copy_(torch.tensor(thresholds))
     return router
 
 
 X = torch.tensor([[[3.0, 4.0, 0.0]]])  # cosines 0.6, 0.8 and 0
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_every_expert_above_its_threshold_is_taken_with_equal_gates(training):
-    # 0.6 > 0.5 and 0 > -1, but 0.8 < 0.9. Distances sigmoid(0.6) - sigmoid(0.5) = 0.645656 - 0.622459 = 0.023197 and
-    # sigmoid(0) - sigmoid(-1) = 0.5 - 0.268941 = 0.231059: expert 2 is first.
-    routing = dynamic((0.5, 0.9, -1.0), training)(X)
-    assert ids(routing) == [[2, 0, 3]]
-    assert gates(routing) == [[0.5, 0.5, 0.0]]
-    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.645656, 0.689974, 0.5], abs=1e-6)
-
-
-def test_the_temperature_divides_cosines_and_thresholds():
-    routing = dynamic((0.5, 0.9, -1.0), temperature=0.5)(X)
-    assert ids(routing) == [[2, 0, 3]]
-    # sigmoid(0.6 / 0.5) = sigmoid(1.2) = 0.768525.
-    assert routing.evidence.scores_TE[0, 0].item() == pytest.approx(0.768525, abs=1e-6)
-
-
-def test_at_most_max_k_are_taken_those_furthest_above():
+def test_every_expert_above_its_threshold_is_taken_with_equal_gates():
+    for training in (True, False):
+        # 0.6 > 0.5 and 0 > -1, but 0.8 < 0.9. Distances sigmoid(0.6) - sigmoid(0.5) = 0.645656 - 0.622459 = 0.023197
+        # and sigmoid(0) - sigmoid(-1) = 0.5 - 0.268941 = 0.231059: expert 2 is first.
+        routing = dynamic((0.5, 0.9, -1.0), training)(X)
+        assert (ids(routing), gates(routing)) == ([[2, 0, 3]], [[0.5, 0.5, 0.0]])
+        assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.645656, 0.689974, 0.5], abs=1e-6)
+        # Expert 0 is nearest to its threshold, 0.6 to 0.65, but where none is above its own the best score is taken.
+        routing = dynamic((0.65, 2.0, 0.5), training)(X)
+        assert (ids(routing), gates(routing)) == ([[1, 3, 3]], [[1.0, 0.0, 0.0]])
+    # At most max_k, those furthest above.
     routing = dynamic((0.5, 0.9, -1.0), max_k=1)(X)
-    assert ids(routing) == [[2]]
-    assert gates(routing) == [[1.0]]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_best_score_is_taken_where_no_expert_is_above_its_threshold(training):
-    # Expert 0 is nearest to its threshold, 0.6 to 0.65, but expert 1 has the best score.
-    routing = dynamic((0.65, 2.0, 0.5), training)(X)
-    assert ids(routing) == [[1, 3, 3]]
-    assert gates(routing) == [[1.0, 0.0, 0.0]]
+    assert (ids(routing), gates(routing)) == ([[2]], [[1.0]])
+    # The temperature divides cosines and thresholds: sigmoid(0.6 / 0.5) = sigmoid(1.2) = 0.768525.
+    routing = dynamic((0.5, 0.9, -1.0), temperature=0.5)(X)
+    assert (ids(routing), routing.evidence.scores_TE[0, 0].item()) == ([[2, 0, 3]], pytest.approx(0.768525, abs=1e-6))
 
 
 def test_the_gradient_goes_straight_through_the_step_to_thresholds_and_tokens():
-    router = dynamic((0.5, 0.9, -1.0), training=True)
-    x = X.clone().requires_grad_()
+    router, x = dynamic((0.5, 0.9, -1.0), training=True), X.clone().requires_grad_()
     routing = router(x)
     # Expert 2 is the first pair, expert 0 the second one, each with gate 1/2.
     (3 * routing.gates_N[0] + 2 * routing.gates_N[1]).backward()
@@ -217,25 +181,17 @@ def test_diversity_and_simplicity_join_the_losses_with_their_weights():
         {"diversity": math.sqrt(2), "simplicity": 3.5}
     )
     assert losses.total.item() == pytest.approx(0.1 * math.sqrt(2) + 0.035)
-
-
-def test_a_loss_of_weight_zero_is_left_out():
+    # A loss of weight zero is left out.
     assert DynamicThreshold(diversity=0.0).extra_weights == {"simplicity": 0.01}
-    routing = dynamic((0.5, 0.9, -1.0), training=True, diversity=0.0)(X)
-    assert list(routing.evidence.extra) == ["simplicity"]
+    assert list(dynamic((0.5, 0.9, -1.0), True, diversity=0.0)(X).evidence.extra) == ["simplicity"]
 
 
-def test_experts_start_orthogonal_with_thresholds_of_zero():
+def test_experts_start_orthogonal_with_thresholds_of_zero_and_a_token_of_zeros_has_a_finite_gradient():
     gate = DynamicThreshold().build(16, 6).gate
     torch.testing.assert_close(gate.weight @ gate.weight.T, torch.eye(6), rtol=0, atol=1e-5)
-    assert gate.threshold.tolist() == [0.0] * 6
-    assert gate.diversity().item() == pytest.approx(0.0, abs=1e-5)
-
-
-def test_a_token_of_zeros_has_a_finite_gradient():
-    router = dynamic((0.5, 0.9, 1.0), training=True)
+    assert (gate.threshold.tolist(), gate.diversity().item()) == ([0.0] * 6, pytest.approx(0.0, abs=1e-5))
     x = torch.zeros(1, 2, 3, requires_grad=True)
-    router(x).gates_N.sum().backward()
+    dynamic((0.5, 0.9, 1.0), training=True)(x).gates_N.sum().backward()
     assert x.grad.isfinite().all()
 
 
@@ -264,13 +220,11 @@ def test_loads_are_rounded_up_with_the_best_scored_others():
     # 3 is nearer to 4 than to 0 (or as near, with a half up). Expert 0 gets token 3 (0.4), expert 1 token 2 (0.3).
     routing = built(TokenRounding(top_k=1, tile=4), 2, training=True)(logits_of(*HALVES))
     expected = {(0, 0): 0.9, (1, 0): 0.8, (2, 0): 0.7, (3, 0): 0.4, (3, 1): 0.6, (4, 1): 0.7, (5, 1): 0.8, (2, 1): 0.3}
-    assert pairs(routing) == pytest.approx(expected)
-    assert routing.tokens_per_expert_E.tolist() == [4, 4]
+    assert (pairs(routing), routing.tokens_per_expert_E.tolist()) == (pytest.approx(expected), [4, 4])
     assert routing.expert_ids_N.shape == (6 * 1 + 2 * 2,)
     assert routing.top_k is None
     # The losses see the choice; the drop rate counts the added ones as chosen.
-    assert routing.evidence.balance_chosen.tolist() == [3, 3]
-    assert routing.chosen_per_expert_E.tolist() == [4, 4]
+    assert (routing.evidence.balance_chosen.tolist(), routing.chosen_per_expert_E.tolist()) == ([3, 3], [4, 4])
 
 
 def test_loads_are_rounded_down_by_leaving_out_the_lowest_scored():
@@ -281,9 +235,6 @@ def test_loads_are_rounded_down_by_leaving_out_the_lowest_scored():
     assert routing.tokens_per_expert_E.tolist() == [4, 0]
     stats = RoutingStats.from_tape(Tape((Entry("", routing, None, Balance()),))).layers[""]
     assert stats.drop_rate == pytest.approx(2 / 6)
-
-
-def test_a_load_is_rounded_down_where_too_few_tokens_are_there_to_round_it_up():
     # All six choose expert 0: 8 is as near as 4, but six tokens fill only one tile.
     router = built(TokenRounding(top_k=1, tile=4), 2, training=True)
     assert router(logits_of(*((0.9, 0.1),) * 6)).tokens_per_expert_E.tolist() == [4, 0]
@@ -303,8 +254,7 @@ def test_gates_are_shared_by_the_experts_that_compute_the_token():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_tile_of_one_and_evaluation_are_plain_top_k(training):
-    x = torch.randn(2, 9, 5)
-    tile = 1 if training else 4
+    x, tile = torch.randn(2, 9, 5), 1 if training else 4
     plain, rounded = built(TokenChoice(2), 5)(x), built(TokenRounding(2, tile), 5, training)(x)
     assert torch.equal(rounded.expert_ids_N, plain.expert_ids_N)
     assert torch.equal(rounded.token_index_N, plain.token_index_N)
@@ -325,11 +275,10 @@ def rounded_by_loops(scores: list[list[float]], chosen: list[list[int]], real: l
     return kept
 
 
-@pytest.mark.parametrize("tile", [1, 2, 3, 4, 7, 16])
-@pytest.mark.parametrize("T", [1, 5, 40, 64])
+@pytest.mark.parametrize("tile", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("T", [1, 5, 40])
 def test_rounding_equals_the_loops(tile, T):
-    scores = torch.randn(T, 4).softmax(-1)
-    real = torch.rand(T) < 0.8
+    scores, real = torch.randn(T, 4).softmax(-1), torch.rand(T) < 0.8
     chosen = scores.topk(2).indices.masked_fill(~real[:, None], 4)
     rounded = round_to_tiles(scores, chosen, real, tile)
     live = rounded.expert_ids_N < 4
@@ -339,29 +288,15 @@ def test_rounding_equals_the_loops(tile, T):
     assert (rounded.tokens_per_expert_E % tile == 0).all()
 
 
-def test_batch_mates_change_a_token_in_training_alone():
-    layer = identity_gate(MoEConfig(2, TokenRounding(1, 4), FFN(8)).build(2))
-    x = logits_of(*HALVES)
+def test_batch_mates_change_a_token_in_training_alone_and_a_capacity_may_be_tried_in_evaluation():
+    layer, x = identity_gate(MoEConfig(2, TokenRounding(1, 4), FFN(8)).build(2)), logits_of(*HALVES)
     more = torch.cat((x, logits_of(*((0.95, 0.05),) * 2)), 1)
     # With two more tokens of its own expert 0 has 5 of 8, so 4: it keeps its own best four and leaves token 3 out.
     assert not torch.allclose(layer(x)[0, 3], layer(more)[0, 3])
     layer.eval()
     torch.testing.assert_close(layer(x), layer(more)[:, :6])
-
-
-def test_rounding_is_refused_with_a_capacity_in_groups_and_in_a_causal_decoder():
-    with pytest.raises(ValueError, match=r"capacity_factor=1.25 does not apply to TokenRounding"):
-        MoEConfig(4, TokenRounding(), capacity_factor=1.25)
-    with pytest.raises(ValueError, match=r"group='sequence' does not apply to TokenRounding"):
-        MoEConfig(4, TokenRounding(), group="sequence")
-    with pytest.raises(ValueError, match=r"TokenRounding \(arXiv 2512\.14080\) lets later tokens change earlier ones"):
-        MoEConfig(4, TokenRounding()).build(8, causal=True)
-
-
-def test_a_capacity_may_be_tried_in_evaluation():
     layer = MoEConfig(4, TokenRounding(2, 4)).build(8).eval()
-    with set_capacity_factor(layer, 0.5):
-        # ceil(0.5 * 2 * 32 / 4) = 8.
+    with set_capacity_factor(layer, 0.5):  # ceil(0.5 * 2 * 32 / 4) = 8
         assert layer.router(torch.randn(1, 32, 8)).tokens_per_expert_E.max() <= 8
 
 
@@ -373,56 +308,14 @@ def test_normalized_logits_have_mean_zero_and_the_given_deviation():
     # exp: 0.086338, 1, 11.582435; sum 12.668773; the largest is 0.914251 of it.
     routing = built(TokenChoice(1, logit_norm=2.0), 3)(torch.tensor([[[1.0, 2.0, 3.0]]]))
     assert routing.evidence.logits_TE[0].tolist() == pytest.approx([-2.449490, 0.0, 2.449490], abs=1e-5)
-    assert gates(routing) == [pytest.approx([0.914251], abs=1e-5)]
-    assert ids(routing) == [[2]]
-
-
-def test_normalized_logits_forget_scale_and_shift_and_sharpen_with_the_factor():
-    x = torch.randn(1, 20, 5)
-    router = built(TokenChoice(2, logit_norm=1.0), 5)
+    assert (gates(routing), ids(routing)) == ([pytest.approx([0.914251], abs=1e-5)], [[2]])
+    # They forget scale and shift, and sharpen with the factor.
+    x, router = torch.randn(1, 20, 5), built(TokenChoice(2, logit_norm=1.0), 5)
     torch.testing.assert_close(router(x).gates_N, router(30 * x + 7).gates_N, rtol=1e-4, atol=1e-5)
     sharper = built(TokenChoice(2, logit_norm=3.0), 5)(x)
     assert (sharper.gates_N[::2] >= router(x).gates_N[::2]).all()
-
-
-def test_equal_logits_stay_equal_with_a_finite_gradient():
     x = torch.ones(1, 2, 4, requires_grad=True)
     routing = built(TokenChoice(1, logit_norm=1.0), 4, training=True)(x)
     assert routing.evidence.scores_TE.tolist() == [[0.25] * 4] * 2
     routing.gates_N.sum().backward()
     assert x.grad.isfinite().all()
-
-
-def test_the_z_loss_does_not_apply_to_normalized_logits():
-    assert "router_z_loss" not in TokenChoice(logit_norm=1.0).terms
-    with pytest.raises(ValueError, match=r"balance.router_z_loss=0.1 does not apply to TokenChoice"):
-        MoEConfig(4, TokenChoice(logit_norm=1.0), balance=Balance(router_z_loss=0.1))
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    "kind, arguments, message",
-    [
-        (TokenRounding, {"top_k": 1, "normalize": True}, r"normalize=True with top_k=1 .* no gradient"),
-        (TokenChoice, {"logit_norm": 1.0, "score_func": "sigmoid"}, r"logit_norm=1.0 needs score_func='softmax'"),
-    ],
-)
-def test_a_wrong_option_is_refused_with_its_value_and_the_rule(kind, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**arguments)
-
-
-@pytest.mark.parametrize(
-    "config, num_experts, message",
-    [
-        (Threshold(), 1, r"num_experts=1 has no second one"),
-        (NullExperts(4, 1), 2, r"top_k=4 exceeds num_experts=2 plus num_null_experts=1"),
-        (DynamicThreshold(4), 3, r"max_k=4 exceeds num_experts=3"),
-        (TokenRounding(4), 3, r"top_k=4 exceeds num_experts=3"),
-    ],
-)
-def test_a_router_that_does_not_fit_its_experts_is_refused(config, num_experts, message):
-    with pytest.raises(ValueError, match=message):
-        MoEConfig(num_experts, config)

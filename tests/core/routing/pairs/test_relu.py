@@ -1,7 +1,5 @@
 """ReLU routing on typed logits: the gate's weight is the identity."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from layered import identity_gate
@@ -22,15 +20,10 @@ def layer_of(training: bool = True, **options) -> object:
 
 def test_a_token_takes_the_experts_of_its_positive_logits_at_their_value():
     routing = built(ReLURouting(1), 3)(X)
-    assert ids(routing) == [[2, 0, 3], [0, 3, 3]]
-    assert gates(routing) == [[1.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
+    assert (ids(routing), gates(routing)) == ([[2, 0, 3], [0, 3, 3]], [[1.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
     assert routing.tokens_per_expert_E.tolist() == [2, 0, 1]
-
-
-def test_max_k_bounds_the_experts_of_a_token():
-    routing = built(ReLURouting(1, max_k=1), 3)(X)
-    assert ids(routing) == [[2], [0]]
-    assert gates(routing) == [[1.5], [1.0]]
+    bounded = built(ReLURouting(1, max_k=1), 3)(X)
+    assert (ids(bounded), gates(bounded)) == ([[2], [0]], [[1.5], [1.0]])
 
 
 def test_a_token_without_a_positive_logit_comes_out_zero_with_a_finite_gradient():
@@ -39,10 +32,8 @@ def test_a_token_without_a_positive_logit_comes_out_zero_with_a_finite_gradient(
     y.sum().backward()
     assert y.abs().max() == 0
     assert x.grad.abs().max() == 0
-
-
-def test_the_output_is_continuous_where_an_expert_enters():
-    layer = layer_of(False)
+    # The output is continuous where an expert enters.
+    layer.eval()
     below, above = (layer(torch.tensor([[[1.0, logit, -1.0]]])) for logit in (-1e-6, 1e-6))
     assert torch.allclose(below, above, atol=1e-5)
 
@@ -54,16 +45,12 @@ def test_the_loss_by_hand_and_its_gradient():
     with record(layer) as tape:
         layer(x)
     losses = aux_losses(tape)
-    assert losses.terms["sparsity"].item() == pytest.approx(3.375)
-    assert losses.total.item() == pytest.approx(0.5 * 3.375)
+    assert (losses.terms["sparsity"].item(), losses.total.item()) == (pytest.approx(3.375), pytest.approx(0.5 * 3.375))
     # 0.5 * 3 * f_e / 2 where the logit is positive: 0.75 for expert 0, 0.375 for expert 2.
     (grad,) = torch.autograd.grad(losses.total, x)
     assert grad.flatten().tolist() == pytest.approx([0.75, 0, 0.375, 0.75, 0, 0])
     assert losses.terms.keys() == {"sparsity"}
-
-
-def test_padding_is_in_neither_loss_nor_counts():
-    layer = layer_of()
+    # Padding is in neither loss nor counts.
     padded = torch.cat((X, torch.full((1, 2, 3), torch.nan)), 1)
     with record(layer) as tape:
         layer(padded, RoutingContext(valid_BS=torch.tensor([[True, True, False, False]])))
@@ -99,12 +86,10 @@ def test_a_step_moves_the_weight_by_the_counts_of_all_its_passes(loads):
 
 
 def test_training_brings_the_mean_number_of_experts_to_its_target():
-    torch.manual_seed(0)
-    layer = MoEConfig(8, ReLURouting(2, l1_start=1e-2, l1_factor=1.05), FFN(8)).build(16)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
-    taken = []
-    for _ in range(400):
-        x = torch.randn(2, 64, 16)
+    layer = MoEConfig(8, ReLURouting(2, l1_start=2e-2, l1_factor=1.1), FFN(8)).build(16)
+    optimizer, taken = torch.optim.Adam(layer.parameters(), lr=1e-2), []
+    for _ in range(150):
+        x = torch.randn(1, 64, 16)
         with record(layer) as tape:
             y = layer(x)
         loss = (y - x.roll(1, -1)).square().mean() + aux_losses(tape).total
@@ -112,17 +97,14 @@ def test_training_brings_the_mean_number_of_experts_to_its_target():
         loss.backward()
         optimizer.step()
         update_expert_bias(layer, tape)
-        taken.append(tape.entries[0].routing.tokens_per_expert_E.sum().item() / 128)
-    assert taken[0] == pytest.approx(4, abs=0.7)
-    # A further 600 steps stay within 1.5 and 2.4; with factor 1.2 they swing between 0.5 and 3.2.
-    assert sum(taken[-200:]) / 200 == pytest.approx(2, abs=0.4)
+        taken.append(tape.entries[0].routing.tokens_per_expert_E.sum().item() / 64)
+    assert (taken[0], sum(taken[-75:]) / 75) == (pytest.approx(4, abs=0.7), pytest.approx(2, abs=0.4))
 
 
 def test_without_a_bias_half_of_the_logits_of_symmetric_tokens_are_positive():
     x = torch.randn(1, 200, 16)
     biased, plain = (MoEConfig(8, ReLURouting(2, gate_bias=bias), FFN(8)).build(16).router for bias in (True, False))
-    with torch.no_grad():
-        biased.gate.bias.fill_(-9.0)
+    biased.gate.bias.data.fill_(-9.0)
     assert biased(x).tokens_per_expert_E.sum() == 0
     # A token and its opposite: each expert takes one of the two.
     assert plain(torch.cat((x, -x), 1)).tokens_per_expert_E.tolist() == [200] * 8
@@ -132,28 +114,13 @@ def test_dense_training_trains_two_gates_and_evaluates_the_sparse_one():
     torch.manual_seed(0)
     config = ReLURouting(1, max_k=1, dense_training=True, gate_bias=False)
     router = built(config, 3, training=True)
-    with torch.no_grad():
-        router.dense_gate.weight.copy_(torch.ones(3, 3))
+    router.dense_gate.weight.data.copy_(torch.ones(3, 3))
     # The logits of the dense gate are the token's sum, 1, for every expert; the sparse gate's are the token.
     routing = router(X[:, :1].expand(1, 1000, 3))
     dense = [row for row in ids(routing) if row == [0, 1, 2]]
     assert len(dense) / 1000 == pytest.approx(0.5, abs=0.064)  # 4 sigma
     assert all(row == [2, 0, 3] for row in ids(routing) if row != [0, 1, 2])
     # The counts and the loss are those of the sparse gate, 2 of 3 positive.
-    assert routing.evidence.counts.tolist() == [2000, 3000]
-    assert routing.evidence.scores_TE[0].tolist() == [0.5, 0, 1.5]
+    assert (routing.evidence.counts.tolist(), routing.evidence.scores_TE[0].tolist()) == ([2000, 3000], [0.5, 0, 1.5])
     assert ids(router.eval()(X)) == [[2], [0]]
     assert config.num_params(3, 3) == 18
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"top_k": 9}, "top_k=9 exceeds num_experts=8"),
-        ({"max_k": 9}, "max_k=9 exceeds num_experts=8"),
-        ({"max_k": 1}, "max_k=1 is less than top_k=2"),
-    ],
-)
-def test_bad_values_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        MoEConfig(8, ReLURouting(**options))

@@ -1,7 +1,5 @@
 """Mixture-of-Tokens by hand, against a loop over the groups, and what the sequences of a batch change in each other."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -27,8 +25,7 @@ def build(router: core.RouterConfig, expert: core.ExpertConfig = FFN(6, bias=Tru
 def naive(layer: core.MoE, x: Tensor, group_size: int, valid: Tensor) -> Tensor:
     """Compute the definition, group by group, position by position and expert by expert."""
     B, S, _ = x.shape
-    count = math.ceil(B / group_size)
-    y = torch.zeros_like(x)
+    count, y = math.ceil(B / group_size), torch.zeros_like(x)
     for first in range(count):
         for s in range(S):
             members = [b for b in range(first, B, count) if valid[b, s]]
@@ -69,17 +66,14 @@ def test_by_hand():
     assert routing.num_tokens == 4
 
 
-@pytest.mark.parametrize("expert", [FFN(6, bias=True), SwiGLU(6)], ids=["ffn", "swiglu"])
-@pytest.mark.parametrize("group_size", [1, 2, 3, 32])
+@pytest.mark.parametrize(
+    ("group_size", "expert"), [(1, SwiGLU(6)), (2, FFN(6, bias=True)), (3, SwiGLU(6)), (32, FFN(6, bias=True))], ids=str
+)
 def test_output_and_gradients_equal_the_loop_over_groups(group_size, expert):
     # Five sequences in groups of at most 2, 3 and 32: sizes 2 + 2 + 1, 3 + 2, 5, with padding in them.
     layer = build(MixtureOfTokens(group_size, tau_start=0.7, tau_end=0.7), expert).double()
-    x = torch.randn(5, 6, D, dtype=torch.float64)
-    results = []
-    for run in (
-        lambda x: layer(x, RoutingContext(valid_BS=VALID)),
-        lambda x: naive(layer, x, group_size, VALID),
-    ):
+    x, results = torch.randn(5, 6, D, dtype=torch.float64), []
+    for run in (lambda x: layer(x, RoutingContext(valid_BS=VALID)), lambda x: naive(layer, x, group_size, VALID)):
         layer.zero_grad()
         given = x.clone().requires_grad_()
         y = run(given)
@@ -89,18 +83,8 @@ def test_output_and_gradients_equal_the_loop_over_groups(group_size, expert):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_the_shares_of_a_group_sum_to_one_and_padding_has_none():
-    layer = build(MixtureOfTokens(group_size=3))
-    shares = layer.router(torch.randn(5, 6, D), RoutingContext(valid_BS=VALID)).dispatch_GSEP.squeeze(-1)
-    assert not shares[~VALID].any()
-    for members in ([0, 2, 4], [1, 3]):
-        real_S = VALID[members].any(0)
-        torch.testing.assert_close(shares[members].sum(0)[real_S], torch.ones(int(real_S.sum()), E))
-
-
 def test_a_position_sees_no_other_and_sequences_of_a_group_see_each_other():
-    layer = build(MixtureOfTokens(group_size=2)).eval()
-    x = torch.randn(4, 6, D)
+    layer, x = build(MixtureOfTokens(group_size=2)).eval(), torch.randn(4, 6, D)
     moved = x.clone()
     moved[2, 3] += 1.0
     changed = (layer(x) - layer(moved)).abs().amax(-1) > 1e-5
@@ -111,19 +95,21 @@ def test_a_position_sees_no_other_and_sequences_of_a_group_see_each_other():
     router = layer.router.config
     assert router.is_causal
     assert not router.decodes_stepwise
+    layer = build(MixtureOfTokens(group_size=3))
+    shares = layer.router(torch.randn(5, 6, D), RoutingContext(valid_BS=VALID)).dispatch_GSEP.squeeze(-1)
+    assert not shares[~VALID].any()
+    for members in ([0, 2, 4], [1, 3]):
+        real_S = VALID[members].any(0)
+        torch.testing.assert_close(shares[members].sum(0)[real_S], torch.ones(int(real_S.sum()), E))
 
 
-def test_a_token_alone_takes_every_expert_with_share_one():
-    layer = build(MixtureOfTokens(group_size=32)).eval()
-    every = build(core.Dense()).eval()
+def test_a_token_alone_takes_every_expert_with_share_one_and_weights_are_those_of_a_token_choice_layer():
+    layer, every = build(MixtureOfTokens(group_size=32)).eval(), build(core.Dense()).eval()
     with torch.no_grad():
         every.router.gate.weight.zero_()  # a mean of all experts
     every.experts.load_state_dict(layer.experts.state_dict())
     x = torch.randn(1, 6, D)
     torch.testing.assert_close(layer(x), E * every(x))
-
-
-def test_the_weights_are_those_of_a_token_choice_layer_which_tuning_goes_on_with():
     mixed, sparse = build(MixtureOfTokens()), build(TokenChoice(1, normalize=False))
     with torch.no_grad():
         mixed.router.gate.weight.neg_()
@@ -136,8 +122,7 @@ def test_the_weights_are_those_of_a_token_choice_layer_which_tuning_goes_on_with
 def test_the_temperature_falls_to_one_token_a_group():
     # At 2, then 2 (1e-6 / 2)^(1/2), then 1e-6: the last makes each expert take the token it likes best.
     layer = build(MixtureOfTokens(group_size=4, tau_start=2.0, tau_end=1e-6, anneal_steps=2))
-    x = torch.randn(4, 6, D)
-    temperatures = []
+    x, temperatures = torch.randn(4, 6, D), []
     for _ in range(4):
         temperatures.append(float(layer.router.temperature))
         with record(layer) as tape:
