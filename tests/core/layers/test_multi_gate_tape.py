@@ -215,8 +215,6 @@ def test_expert_dropout_acts_in_training_alone_and_keeps_the_sum(name):
             if parameter_name.startswith("w"):
                 nn.init.zeros_(parameter)
     torch.testing.assert_close(layer(x), torch.ones(TASKS, 64, 6))
-    assert_sum = layer(x).sum()
-    assert assert_sum.isfinite()
 
 
 def test_an_expert_is_left_out_as_often_as_asked():

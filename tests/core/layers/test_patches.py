@@ -27,7 +27,6 @@ from core import (
     active_params,
     aux_loss,
     count_flops,
-    grow_experts,
     record,
     update_expert_bias,
 )
@@ -229,13 +228,6 @@ def test_a_bias_of_the_output_is_every_position_s():
     torch.testing.assert_close(layer(x), plain(x) + torch.arange(D_OUT), rtol=1e-12, atol=1e-12)
 
 
-def test_outputs_are_masked_in_training_alone():
-    layer, x = build(expert_output_masking=0.5), tokens()
-    assert torch.equal(layer.eval()(x), build()(x))
-    with seeded(0):
-        assert not torch.equal(layer.train()(x), build()(x))
-
-
 @pytest.mark.parametrize("backend", ["cpu", "grouped"])
 @pytest.mark.parametrize("router", [TokenChoice(2), ExpertChoice()], ids=["tokens", "experts"])
 def test_every_backend_gives_the_oracle_s_step(router, backend):
@@ -297,14 +289,6 @@ def test_a_pass_is_one_entry_with_losses_and_a_bias_step():
     assert layer.router.expert_bias.any()
 
 
-def test_a_grown_layer_is_one_of_more_experts():
-    layer = build()
-    assert grow_experts(layer, 2) == (E, E + 1)
-    wide = MoEConfig(E + 2, TokenChoice(2), KIND).build(D).double()
-    wide.load_state_dict(layer.state_dict())
-    assert torch.equal(wide(tokens()), layer(tokens()))
-
-
 def test_an_exported_layer_of_square_images_takes_any_number_of_them():
     layer, x = build(ExpertChoice(), replace(KIND, columns=None)).float(), tokens(3, 16).float()
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
@@ -315,53 +299,55 @@ def test_an_exported_layer_of_square_images_takes_any_number_of_them():
 # ---- what is refused
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kernel_size": 2}, "kernel_size=2 is even: a kernel has a middle"),
-        ({"kernel_size": 5}, "kernel_size=5 exceeds 3, beyond which a tap sees no position of a patch of patch_size=2"),
-        ({"columns": 5}, "patch_size=2 does not divide columns=5"),
-    ],
-)
-def test_bad_values_are_refused_in_one_line(options, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        Convolution(**options)
+SHARED = r"^num_shared_experts=1 with Convolution, which computes patches$"
+CONTEXT = r"^context.{} has shape \(3, 6\), the tokens \(3, 24\)$"
+OTHER_X = r"^x has shape \({}\): patches are of tokens \(B, S, D\) or a map \(B, D, h, w\)$"
 
 
-def test_layers_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match=r"^Convolution computes patches: not with the slots of SoftSlots"):
-        MoEConfig(4, SoftSlots(), Convolution())
-    for options in ({"expert": Convolution()}, {"expert": FFN(), "shared_expert": Convolution()}):
-        with pytest.raises(ValueError, match=r"^num_shared_experts=1 with Convolution, which computes patches$"):
-            MoEConfig(4, num_shared_experts=1, **options)
-    with pytest.raises(ValueError, match=r"^experts has Convolution, which cannot be one of several kinds$"):
-        Mixed((Convolution(), FFN()), (1, 1))
-    with pytest.raises(ValueError, match=r"^Convolution shows a token those after it: not for a causal decoder$"):
-        MoEConfig(4, TokenChoice(1), Convolution()).build(D, causal=True)
+def forward(*shape: int) -> Tensor:
+    return build()(torch.zeros(shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("make", "message"),
     [
-        ((2, 18, D), "^18 positions do not fill rows of columns=4$"),
-        ((2, 12, D), "^patch_size=2 does not divide a grid of 3 x 4 positions$"),
-        ((2, S, 7), "^x has width 7, the layer is for dim=3$"),
-        ((2, 7, 4, 4), r"^x is a map of 7 channels, the layer is for dim=3: \(B, D, h, w\)$"),
-        ((2, D, 4, 5), "^patch_size=2 does not divide a grid of 4 x 5 positions$"),
+        (lambda: Convolution(kernel_size=2), "^kernel_size=2 is even: a kernel has a middle$"),
         (
-            (2, 2, 2, 4, D),
-            r"^x has shape \(2, 2, 2, 4, 3\): patches are of tokens \(B, S, D\) or a map \(B, D, h, w\)$",
+            lambda: Convolution(kernel_size=5),
+            "^kernel_size=5 exceeds 3, beyond which a tap sees no position of a patch of patch_size=2$",
         ),
-        ((D,), r"^x has shape \(3,\): patches are of tokens"),
+        (lambda: Convolution(columns=5), "^patch_size=2 does not divide columns=5$"),
+        (
+            lambda: MoEConfig(4, SoftSlots(), Convolution()),
+            "^Convolution computes patches: not with the slots of SoftSlots",
+        ),
+        (lambda: MoEConfig(4, num_shared_experts=1, expert=Convolution()), SHARED),
+        (lambda: MoEConfig(4, num_shared_experts=1, expert=FFN(), shared_expert=Convolution()), SHARED),
+        (
+            lambda: Mixed((Convolution(), FFN()), (1, 1)),
+            "^experts has Convolution, which cannot be one of several kinds$",
+        ),
+        (
+            lambda: MoEConfig(4, TokenChoice(1), Convolution()).build(D, causal=True),
+            "^Convolution shows a token those after it: not for a causal decoder$",
+        ),
+        (lambda: forward(2, 18, D), "^18 positions do not fill rows of columns=4$"),
+        (lambda: forward(2, 12, D), "^patch_size=2 does not divide a grid of 3 x 4 positions$"),
+        (lambda: forward(2, S, 7), "^x has width 7, the layer is for dim=3$"),
+        (lambda: forward(2, 7, 4, 4), r"^x is a map of 7 channels, the layer is for dim=3: \(B, D, h, w\)$"),
+        (lambda: forward(2, D, 4, 5), "^patch_size=2 does not divide a grid of 4 x 5 positions$"),
+        (lambda: forward(2, 2, 2, 4, D), OTHER_X.format("2, 2, 2, 4, 3")),
+        (lambda: forward(D), OTHER_X.format("3,")),
+        (
+            lambda: build()(tokens(), RoutingContext(valid_BS=torch.ones(3, 6, dtype=torch.bool))),
+            CONTEXT.format("valid_BS"),
+        ),
+        (
+            lambda: build()(tokens(), RoutingContext(token_ids_BS=torch.ones(3, 6, dtype=torch.int64))),
+            CONTEXT.format("token_ids_BS"),
+        ),
     ],
 )
-def test_inputs_of_other_shapes_are_refused(shape, message):
+def test_what_cannot_be_is_refused_in_one_line(make, message):
     with pytest.raises(ValueError, match=message):
-        build()(torch.zeros(shape, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("name", ["valid_BS", "token_ids_BS"])
-def test_a_context_of_another_shape_is_refused(name):
-    wrong = torch.ones(3, 6, dtype=torch.bool if name == "valid_BS" else torch.int64)
-    with pytest.raises(ValueError, match=rf"^context.{name} has shape \(3, 6\), the tokens \(3, 24\)$"):
-        build()(tokens(), RoutingContext(**{name: wrong}))
+        make()

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from grids import pairwise
 from layered import identity_gate
 from stepped import assert_exports, assert_same, step
 from torch import Tensor
@@ -32,9 +31,7 @@ from core import (
     count_flops,
     record,
 )
-from core.routing.balance.losses import mean_over
 
-BACKENDS = ["eager", "cpu", "grouped", "triton"]
 OFF = {"load_balancing_loss": 0.0, "router_z_loss": 0.0}
 # Gates sigmoid(log 3) = 3/4 and sigmoid(0) = 1/2, with w = (1, 0).
 TOKENS = [[math.log(3), 1.0], [0.0, 4.0]]
@@ -55,14 +52,8 @@ def by_hand(**options: object) -> MoE:
     return layer
 
 
-def gated(kind: str, **options: object) -> MoEConfig:
-    return MoEConfig(
-        4,
-        expert=FFN(6, bias=True),
-        num_shared_experts=2,
-        shared_gate=kind,
-        **options,  # type: ignore[arg-type]
-    )
+def gated(kind: str, **options) -> MoEConfig:
+    return MoEConfig(4, expert=FFN(6, bias=True), num_shared_experts=2, shared_gate=kind, **options)
 
 
 def wide(layer: MoE) -> MoE:
@@ -96,32 +87,17 @@ def test_mix_and_scale_by_hand():
 
 
 @pytest.mark.parametrize(
-    "kind, backend, shape", pairwise(["mix", "scale"], BACKENDS, [(7, 8), (2, 5, 8), (2, 3, 4, 8)]), ids=str
+    "kind, backend, shape", [("mix", "cpu", (7, 8)), ("scale", "eager", (2, 5, 8)), ("mix", "cpu", (2, 3, 4, 8))]
 )
 def test_the_layer_equals_its_written_out_sum_in_output_and_gradients(kind, backend, shape):
-    layer = wide(gated(kind, backend=backend).build(8, out_dim=5))
-    x = torch.randn(shape, requires_grad=True)
+    layer = wide(gated(kind, backend=backend).build(8, out_dim=5)).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     y, expected = layer(x), sums(kind, *parts(layer, x))
     assert y.shape == (*shape[:-1], 5)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
     inputs, dy = [x, *layer.parameters()], torch.randn_like(y)
-    for actual, wanted in zip(
-        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True
-    ):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["mix", "scale"])
-def test_the_gradient_is_that_of_the_output_in_float64(kind):
-    layer = wide(gated(kind).build(4)).double()
-    x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
-    weight = layer.shared_gate.weight.detach().clone().requires_grad_()
-
-    def output(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, {"shared_gate.weight": weight}, (x,))
-
-    assert output(x, weight).dtype == torch.float64
-    torch.autograd.gradcheck(output, (x, weight), fast_mode=True)
+    of_layer, of_sum = (torch.autograd.grad(out, inputs, dy) for out in (y, expected))
+    for actual, wanted in zip((y, *of_layer), (expected, *of_sum), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("router", [SoftSlots(), Merge("smear"), Merge("lory", segment_length=2)], ids=str)
@@ -176,37 +152,12 @@ def test_the_budget_loss_by_hand_without_padding_and_its_gradient():
     assert layer.shared_gate.weight.grad[0].tolist() == pytest.approx([-3 / 16 * math.log(3), -3 / 16 - 1])
 
 
-def test_the_budget_loss_is_a_function_of_a_sum_and_a_count():
-    assert mean_over(torch.tensor(0.35), 2).item() == pytest.approx(0.175)
-    assert mean_over(torch.tensor(0.0), torch.tensor(0)).item() == 0.0
-
-
 def test_the_budget_loss_and_the_mean_see_the_gates_before_dropout():
     layer = budget_layer(shared_gate_dropout=0.9)
     with record(layer) as tape:
         layer(torch.tensor([TOKENS]))
     assert aux_losses(tape).terms["gate_budget"].item() == pytest.approx(0.175)
     assert RoutingStats.from_tape(tape).layers[""].shared_gate == pytest.approx(0.625)
-
-
-def test_at_weight_0_there_is_no_term_and_no_gradient():
-    layer = budget_layer(0.0)
-    with record(layer) as tape:
-        layer(torch.tensor([TOKENS]))
-    losses = aux_losses(tape)
-    assert losses.terms == {}
-    assert not losses.total.requires_grad
-
-
-def test_the_weighted_budget_joins_the_other_terms():
-    layer = wide(gated("mix", balance=Balance(gate_budget=0.5)).build(8))
-    with record(layer) as tape:
-        layer(torch.randn(2, 6, 8))
-    losses = aux_losses(tape)
-    terms = losses.terms
-    assert terms.keys() == {"load_balancing_loss", "router_z_loss", "gate_budget"}
-    expected = 0.01 * terms["load_balancing_loss"] + 0.001 * terms["router_z_loss"] + 0.5 * terms["gate_budget"]
-    torch.testing.assert_close(losses.total, expected)
 
 
 def test_a_budget_without_a_gradient_is_refused_as_other_losses_are():
@@ -265,20 +216,8 @@ def test_masked_outputs_by_hand():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_scale_of_the_gates_gives_the_unscaled_masking_of_the_paper():
-    # Its code masks in training and multiplies the evaluation by 1 - p: gates times 1 - p give both.
-    layer = by_hand(num_shared_experts=0, router=TokenChoice(1, scale=0.75), expert_output_masking=0.25)
-    x = torch.rand(1, 64, 2) + 1
-    y = layer(x)
-    kept = y[..., 0] > 0
-    assert 0 < kept.sum() < 64
-    torch.testing.assert_close(y[kept], 2 * x[kept])
-    torch.testing.assert_close(layer.eval()(x), 1.5 * x)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_each_pair_of_a_token_is_masked_by_itself_without_renormalization(backend):
-    layer = MoEConfig(4, TokenChoice(2), FFN(6, bias=True), backend=backend, expert_output_masking=0.5).build(8)
+def test_each_pair_of_a_token_is_masked_by_itself_without_renormalization():
+    layer = MoEConfig(4, TokenChoice(2), FFN(6, bias=True), expert_output_masking=0.5).build(8)
     x = torch.randn(1, 64, 8)
     routing = layer.router(x)
     f_ETD = torch.stack([layer.experts(x[0], "each")[:, e] for e in range(4)])
@@ -292,11 +231,10 @@ def test_each_pair_of_a_token_is_masked_by_itself_without_renormalization(backen
     torch.testing.assert_close(layer.eval()(x)[0], pairs_TKD.sum(1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_where_gates_are_on_the_input_the_output_is_masked_all_the_same(backend):
+def test_where_gates_are_on_the_input_the_output_is_masked_all_the_same():
     # Of a masked input, an expert with biases would still put out f(0).
     router = TokenChoice(1, score_func="sigmoid", gates_on="input")
-    layer = MoEConfig(2, router, FFN(6, bias=True), backend=backend, expert_output_masking=0.5).build(8)
+    layer = MoEConfig(2, router, FFN(6, bias=True), expert_output_masking=0.5).build(8)
     x = torch.randn(1, 32, 8)
     y, plain = layer(x), layer.eval()(x)
     kept = y.abs().amax(-1) > 0
@@ -372,17 +310,17 @@ def test_padding_of_nan_is_the_same_as_no_token():
 
 
 @pytest.mark.parametrize("kind", ["mix", "scale"])
-@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8), (0, 8)])
-def test_no_tokens_run_forward_and_backward(kind, shape):
+def test_no_tokens_run_forward_and_backward(kind):
     balance = Balance(gate_budget=1.0 if kind == "mix" else 0.0)
-    layer = gated(kind, balance=balance, expert_output_masking=0.3).build(8)
-    x = torch.zeros(shape, requires_grad=True)
-    with record(layer) as tape:
-        y = layer(x)
-    assert y.shape == shape
-    (y.sum() + aux_loss(tape)).backward()
-    assert all(p.grad is not None and p.grad.abs().max() == 0 for p in layer.parameters())
-    assert RoutingStats.from_tape(tape).layers[""].shared_gate == 0.0
+    for shape in ((0, 5, 8), (2, 0, 8), (0, 8)):
+        layer = gated(kind, balance=balance, expert_output_masking=0.3).build(8)
+        x = torch.zeros(shape, requires_grad=True)
+        with record(layer) as tape:
+            y = layer(x)
+        assert y.shape == shape
+        (y.sum() + aux_loss(tape)).backward()
+        assert all(p.grad is not None and p.grad.abs().max() == 0 for p in layer.parameters())
+        assert RoutingStats.from_tape(tape).layers[""].shared_gate == 0.0
 
 
 @pytest.mark.parametrize("kind", ["mix", "scale"])
@@ -403,20 +341,13 @@ def test_in_half_precision_the_gate_stays_in_float32(kind):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_torch_compile_goes_through_without_a_graph_break_to_the_same_step():
-    layer = wide(gated("mix", balance=Balance(gate_budget=1.0)).build(8))
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x, context = torch.randn(2, 6, 8), RoutingContext(valid_BS=torch.tensor([[True] * 6, [True] * 4 + [False] * 2]))
-    assert_same(step(layer, x, context, compiled), step(layer, x, context))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_what_is_random_compiles_and_is_drawn_at_each_call():
+def test_compiled_without_a_graph_break_what_is_random_is_drawn_at_each_call_and_evaluation_is_the_same_step():
     layer, x = everything(), torch.randn(2, 6, 8)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert not torch.equal(compiled(x), compiled(x))
     layer.eval()
-    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
+    context = RoutingContext(valid_BS=torch.tensor([[True] * 6, [True] * 4 + [False] * 2]))
+    assert_same(step(layer, x, context, compiled), step(layer, x, context))
 
 
 def test_torch_export_goes_through_for_any_number_of_tokens():
@@ -427,17 +358,10 @@ def test_torch_export_goes_through_for_any_number_of_tokens():
 
 
 @pytest.mark.parametrize(
-    "router, kind, backend",
-    [
-        *((TokenChoice(2), kind, backend) for backend, kind in zip(BACKENDS, ("mix", "scale") * 2, strict=True)),
-        *((SoftSlots(), kind, backend) for backend, kind in zip(BACKENDS, ("scale", "mix") * 2, strict=True)),
-        *((Merge("smear"), kind, None) for kind in ("mix", "scale")),
-    ],
-    ids=str,
+    "router, kind", [(TokenChoice(2), "mix"), (SoftSlots(), "scale"), (Merge("smear"), "mix")], ids=str
 )
-def test_the_gate_costs_dim_parameters_and_a_product_a_token(router, kind, backend):
-    options = {} if backend is None else {"backend": backend}
-    plain = MoEConfig(4, router, SwiGLU(6), num_shared_experts=1, **options)
+def test_the_gate_costs_dim_parameters_and_a_product_a_token(router, kind):
+    plain = MoEConfig(4, router, SwiGLU(6), num_shared_experts=1)
     config = replace(plain, shared_gate=kind)
     layer = config.build(8)
     assert config.num_params(8) == plain.num_params(8) + 8 == sum(p.numel() for p in layer.parameters())
@@ -458,7 +382,7 @@ def test_masking_costs_nothing():
     assert count_flops(config.build(8), torch.randn(1, 10, 8)) == 10 * config.flops_per_token(8)
 
 
-BUDGET = {"balance": Balance(gate_budget=0.1)}
+ONE = {"num_shared_experts": 1}
 
 
 @pytest.mark.parametrize(
@@ -466,29 +390,23 @@ BUDGET = {"balance": Balance(gate_budget=0.1)}
     [
         ({"shared_gate": "mix"}, r"shared_gate='mix' needs num_shared_experts, which is 0"),
         (
-            {"shared_gate_dropout": 0.1, "shared_gate": "scale", "num_shared_experts": 1},
+            ONE | {"shared_gate_dropout": 0.1, "shared_gate": "scale"},
             r"shared_gate_dropout=0.1 needs shared_gate='mix', not 'scale'",
         ),
-        (BUDGET, r"balance.gate_budget=0.1 needs shared_gate='mix', not 'none'"),
+        ({"balance": Balance(gate_budget=0.1)}, r"balance.gate_budget=0.1 needs shared_gate='mix', not 'none'"),
         (
-            {**BUDGET, "shared_gate": "scale", "num_shared_experts": 1},
+            ONE | {"balance": Balance(gate_budget=0.1), "shared_gate": "scale"},
             r"balance.gate_budget=0.1 needs shared_gate='mix', not 'scale'",
         ),
         (
             {"expert_output_masking": 0.1, "router": SoftSlots()},
             r"expert_output_masking=0.1 does not apply to SoftSlots \(arXiv 2308.00951\)",
         ),
-        (
-            {"expert_output_masking": 0.1, "router": Merge("smear")},
-            r"expert_output_masking=0.1 does not apply to Merge",
-        ),
+        ({"expert_output_masking": 0.1, "router": Merge("smear")}, r"masking=0.1 does not apply to Merge"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         MoEConfig(4, **options)
-
-
-def test_the_budget_of_a_layer_without_such_a_gate_is_refused():
     with pytest.raises(ValueError, match=r"balance.gate_budget=0.1 does not apply to MMoE"):
         Balance(gate_budget=0.1).check(frozenset({"importance"}), "MMoE")
