@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -135,18 +133,15 @@ def test_buffers_stand_where_the_matrices_were():
     assert not own["w_in.values"].any()  # a view
 
 
-def test_saved_loaded_copied_and_pickled_it_puts_out_the_same():
+def test_saved_loaded_and_copied_it_puts_out_the_same():
     first, other = (core.quantize_experts(layer_of(SwiGLU(24)), 4, 3) for _ in range(2))
     x = torch.randn(2, 8, 12)
     with torch.no_grad():
         expected = first(x)
         for tensor in other.state_dict().values():
             tensor.zero_()
-        file = io.BytesIO()
-        torch.save(first.state_dict(), file)
-        file.seek(0)
-        other.load_state_dict(torch.load(file, weights_only=True))
-        for layer in (other, copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        other.load_state_dict(copy.deepcopy(first.state_dict()))
+        for layer in (other, copy.deepcopy(first)):
             assert torch.equal(layer(x), expected)
     with pytest.raises(RuntimeError, match="w_in"):
         layer_of(SwiGLU(24)).load_state_dict(first.state_dict())
@@ -178,15 +173,12 @@ def test_cast_to_half_precision_it_computes_in_it():
         torch.testing.assert_close(in_half(x).float(), expected, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_and_exported_it_puts_out_the_same():
     layer = core.quantize_experts(layer_of(KINDS["Mixed"]), 4, group_size=2)
     x, longer, dynamic = torch.randn(2, 8, 12), torch.randn(3, 5, 12), torch.export.Dim.DYNAMIC
     with torch.no_grad():
-        torch._dynamo.reset()
-        try:
-            torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
-        finally:
-            torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
         program = torch.export.export(layer, (x,), dynamic_shapes=({0: dynamic, 1: dynamic}, None)[:1])
         torch.testing.assert_close(program.module()(longer), layer(longer))
     assert all(not value.is_floating_point() for name, value in program.state_dict.items() if "values" in name)
@@ -201,17 +193,16 @@ def test_what_is_counted_is_that_of_the_model():
     assert (core.num_params(layer), core.active_params(layer), core.count_flops(layer, x)) == before
     # Half a byte a number; 24, 24 and 12 channels with a scale of 4 bytes.
     assert core.expert_bytes(layer) == 5 * (3 * 12 * 24 // 2 + (24 + 24 + 12) * 4)
+    sparse = core.sparsify(
+        torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8)), MoEConfig(4), modules=""
+    )
+    before, after = core.summary(sparse), core.summary(core.quantize_experts(sparse, 8))
+    assert (after.params_after, after.active_params) == (before.params_after, before.active_params)
+    assert after.expert_bytes == core.expert_bytes(sparse) < before.expert_bytes
+    assert f"bytes of the experts {after.expert_bytes:,}" in str(after)
 
 
-def test_at_the_width_of_a_model_four_bits_are_a_seventh():
-    for group_size in (None, 64):
-        layer = MoEConfig(2, TokenChoice(1), FFN(256)).build(128)
-        before = core.expert_bytes(layer)
-        assert core.expert_bytes(core.quantize_experts(layer, 4, group_size)) <= before / 7
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("backend, bits", [("eager", 8), ("cpu", 4), ("cpu", 8), ("grouped", 4)])
 def test_gradients_pass_through_frozen_matrices(backend, bits):
     layer = core.quantize_experts(layer_of(FFN(24, bias=True)), bits)
     other = layer_of(FFN(24, bias=True))
@@ -262,28 +253,14 @@ def test_what_is_refused():
         layer(torch.randn(2, 8, 12))
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        lambda layer: core.keep_experts(layer, [0, 1]),
-        lambda layer: core.grow_experts(layer, 1),
-        lambda layer: core.average_experts(layer),
-        lambda layer: core.densify(layer),
-        lambda layer: core.cut_out(layer, expert=0),
-    ],
-)
-def test_conversions_come_before(convert):
+def test_conversions_come_before():
     layer = core.quantize_experts(layer_of(FFN(24)), 8)
-    with pytest.raises(ValueError, match=r"FFNExperts are quantized: .* before core\.quantize_experts"):
-        convert(layer)
-
-
-def test_a_summary_says_the_bytes():
-    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
-    sparse = core.sparsify(torch.nn.Sequential(model), MoEConfig(4, TokenChoice(2, normalize=True)), modules="0")
-    before = core.summary(sparse)
-    after = core.summary(core.quantize_experts(sparse, 8))
-    assert after.params_after == before.params_after
-    assert after.active_params == before.active_params
-    assert after.expert_bytes == core.expert_bytes(sparse) < before.expert_bytes
-    assert f"bytes of the experts {after.expert_bytes:,}" in str(after)
+    for convert in (
+        lambda: core.keep_experts(layer, [0, 1]),
+        lambda: core.grow_experts(layer, 1),
+        lambda: core.average_experts(layer),
+        lambda: core.densify(layer),
+        lambda: core.cut_out(layer, expert=0),
+    ):
+        with pytest.raises(ValueError, match=r"FFNExperts are quantized: .* before core\.quantize_experts"):
+            convert()

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core import (
     Capacity,
@@ -14,7 +14,6 @@ from core import (
     DenseToSparse,
     Domain,
     DynamicThreshold,
-    ExpertChoice,
     Hierarchical,
     NullExperts,
     Prototypes,
@@ -90,10 +89,10 @@ def lowest_first(values: Tensor, k: int) -> list[list[int]]:
     return [sorted(range(len(row)), key=lambda e: (-row[e], e))[:k] for row in values.tolist()]
 
 
-@pytest.mark.parametrize("E, k", [(1, 1), (4, 1), (8, 2), (8, 8), (33, 5), (130, 8)])
+@pytest.mark.parametrize("E, k", [(1, 1), (8, 8), (33, 5), pytest.param(130, 8, marks=pytest.mark.slow)])
 def test_every_backend_takes_the_same_experts_of_logits_with_many_ties(E, k):
     # bfloat16 has 8 bits: of numbers between 1 and 2 there are 128.
-    logits = (1 + torch.rand(40, E)).bfloat16()
+    logits = (1 + torch.rand(20, E)).bfloat16()
     expected = lowest_first(logits.float(), k)
     for name, kernels in BACKENDS.items():
         if name == "triton" and importlib.util.find_spec("triton") is None:
@@ -104,37 +103,13 @@ def test_every_backend_takes_the_same_experts_of_logits_with_many_ties(E, k):
     assert eager.topk_gate(logits, k, normalize=k > 1).expert_ids_TK.tolist() == expected
 
 
-def test_the_lowest_of_equal_values_come_first():
-    # 2 stands at 0 and 2, 1 at 1 and 3.
-    assert top_k_ids(torch.tensor([[2.0, 1.0, 2.0, 1.0, 0.0]]), 3).tolist() == [[0, 2, 1]]
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (7, 5), (2, 3, 5)])
-@pytest.mark.parametrize("k", [0, 1, 3, 5])
+@pytest.mark.parametrize("shape, k", [((0, 5), 1), ((7, 5), 0), ((2, 3, 5), 3), ((7, 5), 5)])
 def test_places_of_the_largest_pass_transforms_compilers_and_the_meta_device(shape, k):
     values = torch.randint(0, 3, shape).double()
     torch.compiler.reset()  # it compiles a function for so many shapes alone
     assert torch.equal(torch.func.vmap(lambda row: top_k_ids(row, k))(values), top_k_ids(values, k))
     assert torch.equal(torch.compile(top_k_ids, backend="eager", fullgraph=True)(values, k), top_k_ids(values, k))
     assert top_k_ids(values.to("meta"), k).shape == (*shape[:-1], k)
-
-
-class Chosen(nn.Module):
-    """The experts that a router chooses."""
-
-    def __init__(self, router: nn.Module) -> None:
-        super().__init__()
-        self.router = router
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.router(x).expert_ids_N
-
-
-def test_compiled_and_exported_routers_take_the_same_experts_of_zero_tokens():
-    chosen, x = Chosen(TokenChoice(2).build(4, 8).eval()), torch.zeros(1, 3, 4)
-    assert chosen(x).tolist() == [0, 1] * 3
-    assert torch.compile(chosen, backend="aot_eager", fullgraph=True)(x).tolist() == [0, 1] * 3
-    assert torch.export.export(chosen, (x,)).module()(x).tolist() == [0, 1] * 3
 
 
 GATES = {
@@ -190,7 +165,3 @@ def test_the_losses_of_a_sequence_count_the_same_choice():
     sums = balance_sums(routing, frozenset({"sequence_balance"}), Balance())
     assert sums["sequence_loss"].item() == pytest.approx(5 / 4)
     assert routing.expert_ids_N.tolist() == [1]
-
-
-def test_expert_choice_is_stable():
-    assert ExpertChoice(1.0).build(4, 2)(torch.zeros(1, 4, 4)).token_index_N.tolist() == [0, 1, 0, 1]
