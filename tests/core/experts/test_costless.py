@@ -37,7 +37,7 @@ def test_what_goes_through_cannot_change_its_width():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-@pytest.mark.parametrize(("router", "expert"), [(TokenChoice(2), Zero()), (Hash(16), Constant())], ids=["zero", "constant"])
+@pytest.mark.parametrize("router, expert", [(TokenChoice(2), Zero()), (Hash(16), Constant())], ids=["zero", "constant"])
 def test_a_layer_that_reads_no_token_has_gradients_of_zero(backend, router, expert):
     layer = MoEConfig(4, router, expert).build(8)
     layer.backend = backend

@@ -10,39 +10,29 @@ from gradients import close_gradients
 from pair_routers import PAIR_ROUTERS
 from torch import Tensor
 
-from core import (
-    FFN,
-    AttentionExperts,
-    AttentionMoE,
-    ExpertChoice,
-    MoEConfig,
-    RouterConfig,
-    Routing,
-    RoutingContext,
-    SoftSlots,
-    TokenChoice,
-    active_params,
-    count_flops,
-    record,
-)
+import core
 from core.testing.check import FLOAT32, close, same_step, step
 from core.testing.router_case import RouterCase, seeded
 
 D, E, HEAD, HEADS = 8, 8, 4, 2
 
 
-def build(router: RouterConfig = TokenChoice(2), causal: bool = False, **options) -> AttentionMoE:
+def build(router: core.RouterConfig = core.TokenChoice(2), causal: bool = False, **options) -> core.AttentionMoE:
     with seeded(0):
-        layer = MoEConfig(E, router, AttentionExperts(HEAD, HEADS), **options).build(D, causal=causal)
+        layer = core.MoEConfig(E, router, core.AttentionExperts(HEAD, HEADS), **options).build(D, causal=causal)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    assert isinstance(layer, AttentionMoE)
+    assert isinstance(layer, core.AttentionMoE)
     return layer.double()
 
 
 def slow(
-    layer: AttentionMoE, x_BSD: Tensor, routing: Routing, valid_BS: Tensor | None = None, mask: Tensor | None = None
+    layer: core.AttentionMoE,
+    x_BSD: Tensor,
+    routing: core.Routing,
+    valid_BS: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return the layer's output, pair by pair, head by head, key by key."""
     B, S, _ = x_BSD.shape
@@ -89,13 +79,13 @@ def test_keys_and_values_are_made_of_other_states():
     torch.testing.assert_close(layer(x, seen=x), layer(x))
 
 
-def compare(layer: AttentionMoE, x: Tensor, context: RoutingContext, mask: Tensor | None = None) -> None:
+def compare(layer: core.AttentionMoE, x: Tensor, context: core.RoutingContext, mask: Tensor | None = None) -> None:
     """Hold a step of the layer to the slow loop, in output and all gradients."""
     weight = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
     results = []
     for fast in (True, False):
         copied, own = copy.deepcopy(layer), x.clone().requires_grad_()
-        with seeded(3), record(copied) as tape:
+        with seeded(3), core.record(copied) as tape:
             y = copied(own, context, mask=mask)
         (entry,) = tape.entries
         if not fast:
@@ -127,15 +117,15 @@ def test_every_kind_of_router_gives_the_slow_loop_s_output_and_gradients(name):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("masked", ["none", "one", "each"])
 def test_masks_give_the_slow_loop_s_output_and_gradients(causal, padded, masked):
-    x, context = RouterCase(TokenChoice(2), E, D, 0).padded()
+    x, context = RouterCase(core.TokenChoice(2), E, D, 0).padded()
     mask = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(2)) < 0.6
     mask = mask | torch.eye(6, dtype=torch.bool)  # a real query keeps a key
     mask = {"none": None, "one": mask[0], "each": mask}[masked]
-    compare(build(causal=causal), x.double(), context if padded else RoutingContext(), mask)
+    compare(build(causal=causal), x.double(), context if padded else core.RoutingContext(), mask)
 
 
 def test_an_example_by_hand():
-    layer = MoEConfig(2, TokenChoice(1), AttentionExperts(head_dim=1)).build(2)
+    layer = core.MoEConfig(2, core.TokenChoice(1), core.AttentionExperts(head_dim=1)).build(2)
     with torch.no_grad():
         layer.router.gate.weight.copy_(torch.tensor([[10.0, 0.0], [-10.0, 0.0]]))  # by the sign of the first
         layer.kv.weight.copy_(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))  # keys are the second, values the first
@@ -157,7 +147,7 @@ def test_a_later_token_changes_no_earlier_one_in_a_causal_layer():
 
 
 def test_what_padding_holds_reaches_nobody():
-    x, context = RouterCase(TokenChoice(2), E, D, 0).padded()
+    x, context = RouterCase(core.TokenChoice(2), E, D, 0).padded()
     layer = build().float().train()
     expected = step(layer, x, context)
     held = step(layer, x.masked_fill(~context.valid_BS[..., None], torch.nan), context)
@@ -168,7 +158,7 @@ def test_what_padding_holds_reaches_nobody():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "grouped"])
-@pytest.mark.parametrize("router", [TokenChoice(2), ExpertChoice()], ids=["tokens", "experts"])
+@pytest.mark.parametrize("router", [core.TokenChoice(2), core.ExpertChoice()], ids=["tokens", "experts"])
 def test_every_backend_gives_the_oracle_s_step(router, backend):
     x, context = RouterCase(router, E, D, 0).padded()
     expected = step(build(router, backend="eager").float(), x, context)
@@ -189,7 +179,7 @@ def test_tokens_may_be_one_sequence_or_have_more_axes_and_come_out_as_wide_as_as
     layer = build()
     y = layer(x)
     torch.testing.assert_close(y[1, 2], layer(x[1, 2]), rtol=1e-9, atol=1e-12)
-    wide = MoEConfig(E, TokenChoice(2), AttentionExperts(HEAD)).build(D, 3)
+    wide = core.MoEConfig(E, core.TokenChoice(2), core.AttentionExperts(HEAD)).build(D, 3)
     assert wide(torch.randn(2, 5, D)).shape == (2, 5, 3)
 
 
@@ -197,14 +187,14 @@ def test_tokens_may_be_one_sequence_or_have_more_axes_and_come_out_as_wide_as_as
 
 
 def test_costs_are_numel_and_the_counter_s():
-    config = MoEConfig(E, TokenChoice(3), AttentionExperts(HEAD, HEADS))
+    config = core.MoEConfig(E, core.TokenChoice(3), core.AttentionExperts(HEAD, HEADS))
     for out_dim in (None, 6):
         layer = config.build(D, out_dim)
         assert config.num_params(D, out_dim) == sum(p.numel() for p in layer.parameters())
-        assert config.active_params(D, out_dim) == active_params(layer)
+        assert config.active_params(D, out_dim) == core.active_params(layer)
         for S, causal in ((7, False), (7, True), (1, False)):
             layer.causal = causal
-            counted = count_flops(layer, torch.randn(2, S, D))
+            counted = core.count_flops(layer, torch.randn(2, S, D))
             assert config.flops_per_token(D, out_dim, tokens_per_sequence=S) * 2 * S == counted
     # By hand: the gate 2 D E; keys and values 2 D 2 h d; of each of 3 pairs two products and attention to 7 keys.
     by_hand = 2 * D * E + 4 * D * HEADS * HEAD + 3 * (4 * D * HEADS * HEAD + 4 * 7 * HEADS * HEAD)
@@ -233,7 +223,7 @@ def test_experts_have_matrices_and_starts_of_their_own():
 
 def test_on_the_meta_device_emptied_and_reset_a_layer_starts():
     with torch.device("meta"):
-        layer = MoEConfig(E, TokenChoice(2), AttentionExperts(HEAD)).build(D)
+        layer = core.MoEConfig(E, core.TokenChoice(2), core.AttentionExperts(HEAD)).build(D)
     layer.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -257,7 +247,7 @@ def test_half_precision_and_autocast_give_the_output_rounded():
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_and_exported_a_layer_is_the_same():
-    x, context = RouterCase(TokenChoice(2), E, D, 0).padded()
+    x, context = RouterCase(core.TokenChoice(2), E, D, 0).padded()
     layer = build().float()
     expected = step(layer, x, context)
     same_step(step(layer, x, context, run=torch.compile(layer, backend="eager", fullgraph=True)), expected)
@@ -278,14 +268,17 @@ X = torch.randn(2, 6, D, dtype=torch.float64)
     ("make", "message"),
     [
         (
-            lambda: MoEConfig(4, SoftSlots(), AttentionExperts()),
+            lambda: core.MoEConfig(4, core.SoftSlots(), core.AttentionExperts()),
             r"^AttentionExperts computes attention: not with the slots of SoftSlots",
         ),
-        (lambda: MoEConfig(4, num_shared_experts=1, expert=AttentionExperts()), SHARED),
-        (lambda: MoEConfig(4, num_shared_experts=1, shared_expert=AttentionExperts()), SHARED),
-        (lambda: MoEConfig(4, num_shared_experts=1, expert=AttentionExperts(), shared_expert=FFN()), SHARED),
+        (lambda: core.MoEConfig(4, num_shared_experts=1, expert=core.AttentionExperts()), SHARED),
+        (lambda: core.MoEConfig(4, num_shared_experts=1, shared_expert=core.AttentionExperts()), SHARED),
         (
-            lambda: MoEConfig(4, ExpertChoice(), AttentionExperts()).build(D, causal=True),
+            lambda: core.MoEConfig(4, num_shared_experts=1, expert=core.AttentionExperts(), shared_expert=core.FFN()),
+            SHARED,
+        ),
+        (
+            lambda: core.MoEConfig(4, core.ExpertChoice(), core.AttentionExperts()).build(D, causal=True),
             "lets later tokens change earlier ones: not for a causal decoder",
         ),
         (

@@ -10,27 +10,10 @@ import torch.nn.functional as F
 from layered import BACKENDS, EVERY_TERM, Net, identity_gate
 from torch import Tensor
 
-from core import (
-    FFN,
-    GEGLU,
-    MLP,
-    Balance,
-    Hash,
-    Merge,
-    Mixed,
-    MoE,
-    MoEConfig,
-    RoutingContext,
-    SoftSlots,
-    SwiGLU,
-    TokenChoice,
-    aux_loss,
-    moe_layers,
-    record,
-)
+import core
 
 
-def naive(layer: MoE, x: Tensor) -> Tensor:
+def naive(layer: core.MoE, x: Tensor) -> Tensor:
     """Compute the definition, token by token: top-k of the logits, softmax of the chosen, the sum over experts."""
     experts, K = layer.experts, layer.router.config.top_k
     act = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[experts.activation]
@@ -51,16 +34,16 @@ def naive(layer: MoE, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "backend, top_k, expert",
     [
-        ("eager", 1, FFN(10, bias=True)),
-        ("cpu", 2, SwiGLU(10)),
-        ("grouped", 4, GEGLU(10)),
-        ("triton", 1, SwiGLU(10)),
-        ("cpu", 1, FFN(10, bias=True)),
+        ("eager", 1, core.FFN(10, bias=True)),
+        ("cpu", 2, core.SwiGLU(10)),
+        ("grouped", 4, core.GEGLU(10)),
+        ("triton", 1, core.SwiGLU(10)),
+        ("cpu", 1, core.FFN(10, bias=True)),
     ],
     ids=str,
 )
 def test_layer_equals_its_definition_token_by_token(backend, top_k, expert):
-    layer = MoEConfig(4, TokenChoice(top_k, init_scale=1.0), expert, backend=backend).build(6, out_dim=5)
+    layer = core.MoEConfig(4, core.TokenChoice(top_k, init_scale=1.0), expert, backend=backend).build(6, out_dim=5)
     x = torch.randn(2, 7, 6)
     expected = naive(layer, x)
     y = layer(x)
@@ -80,7 +63,9 @@ def test_with_capacity_by_batch_a_batch_mate_may_take_a_tokens_place_and_by_sequ
     ours = [[2.0, 0.0], [2.0, 0.0]]
     outputs = {}
     for group in ("batch", "sequence"):
-        layer = identity_gate(MoEConfig(2, TokenChoice(1), FFN(4), capacity_factor=0.5, group=group).build(2).double())
+        layer = identity_gate(
+            core.MoEConfig(2, core.TokenChoice(1), core.FFN(4), capacity_factor=0.5, group=group).build(2).double()
+        )
         for name, mate in (("busy", busy), ("quiet", quiet)):
             outputs[group, name] = layer(torch.tensor([mate, ours]).double())[1]
     # The busy mate takes expert 0's one place; the quiet one leaves it to our first token.
@@ -91,11 +76,11 @@ def test_with_capacity_by_batch_a_batch_mate_may_take_a_tokens_place_and_by_sequ
 
 
 def test_nan_in_padding_leaves_the_gradients_of_shared_experts_finite():
-    layer = MoEConfig(4, num_shared_experts=1).build(8)
+    layer = core.MoEConfig(4, num_shared_experts=1).build(8)
     x = torch.randn(1, 4, 8)
     x[0, 3] = torch.nan
     valid = torch.tensor([[True, True, True, False]])
-    y = layer(x, RoutingContext(valid_BS=valid))
+    y = layer(x, core.RoutingContext(valid_BS=valid))
     y.sum().backward()
     assert not y[~valid].any()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
@@ -104,12 +89,12 @@ def test_nan_in_padding_leaves_the_gradients_of_shared_experts_finite():
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_padding_is_not_in_the_statistics_of_shared_experts(backend, mixed):
-    shared = MLP((8,), norm="batch")
-    options = {"shared_expert": Mixed((shared, shared), (1, 1)) if mixed else shared, "num_shared_experts": 2}
-    padded = MoEConfig(4, backend=backend, **options).build(8)
+    shared = core.MLP((8,), norm="batch")
+    options = {"shared_expert": core.Mixed((shared, shared), (1, 1)) if mixed else shared, "num_shared_experts": 2}
+    padded = core.MoEConfig(4, backend=backend, **options).build(8)
     alone, x = copy.deepcopy(padded), torch.randn(2, 6, 8)
     valid = torch.arange(6) < torch.tensor([[4], [4]])
-    actual, expected = padded(x, RoutingContext(valid_BS=valid)), alone(x[:, :4])
+    actual, expected = padded(x, core.RoutingContext(valid_BS=valid)), alone(x[:, :4])
     torch.testing.assert_close(actual[:, :4], expected, rtol=1e-5, atol=1e-6)
     for kept, other in zip(padded.buffers(), alone.buffers(), strict=True):
         torch.testing.assert_close(kept, other, rtol=1e-5, atol=1e-6)
@@ -122,12 +107,14 @@ def test_no_tokens_run_forward_and_backward(backend):
         ((2, 0, 8), {"num_shared_experts": 1}),
         ((0, 8), {}),
     ):
-        layer = MoEConfig(4, expert=FFN(6, bias=True), balance=EVERY_TERM, backend=backend, **options).build(8)
+        layer = core.MoEConfig(4, expert=core.FFN(6, bias=True), balance=EVERY_TERM, backend=backend, **options).build(
+            8
+        )
         x = torch.zeros(shape, requires_grad=True)
-        with record(layer) as tape:
+        with core.record(layer) as tape:
             y = layer(x)
         assert y.shape == shape
-        (y.sum() + aux_loss(tape)).backward()
+        (y.sum() + core.aux_loss(tape)).backward()
         assert x.grad.shape == shape
         for name, p in layer.named_parameters():
             assert p.grad is not None, name
@@ -136,7 +123,7 @@ def test_no_tokens_run_forward_and_backward(backend):
 
 
 def test_leading_dimensions_are_kept_and_those_before_the_tokens_are_sequences():
-    layer = MoEConfig(2, TokenChoice(1), capacity_factor=0.5, group="sequence").build(8, out_dim=5)
+    layer = core.MoEConfig(2, core.TokenChoice(1), capacity_factor=0.5, group="sequence").build(8, out_dim=5)
     for shape in ((6, 8), (2, 3, 8), (2, 3, 4, 8), (1, 2, 3, 4, 8)):
         x = torch.randn(shape)
         y = layer(x)
@@ -158,23 +145,23 @@ def test_leading_dimensions_are_kept_and_those_before_the_tokens_are_sequences()
 )
 def test_wrong_inputs_are_refused_with_what_they_are(x, valid_BS, message):
     with pytest.raises(ValueError, match=message):
-        MoEConfig(4).build(8)(x, RoutingContext(valid_BS=valid_BS))
+        core.MoEConfig(4).build(8)(x, core.RoutingContext(valid_BS=valid_BS))
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        MoEConfig(4),
+        core.MoEConfig(4),
         # A gate without weights: it is the experts' products that would pad or cut theirs.
-        MoEConfig(4, Hash(vocab_size=9), MLP((8,))),
-        MoEConfig(4, Hash(vocab_size=9), backend="grouped"),
-        MoEConfig(4, SoftSlots(), balance=Balance(0, 0)),
-        MoEConfig(4, Merge("smear"), balance=Balance(0, 0)),
+        core.MoEConfig(4, core.Hash(vocab_size=9), core.MLP((8,))),
+        core.MoEConfig(4, core.Hash(vocab_size=9), backend="grouped"),
+        core.MoEConfig(4, core.SoftSlots(), balance=core.Balance(0, 0)),
+        core.MoEConfig(4, core.Merge("smear"), balance=core.Balance(0, 0)),
     ],
     ids=["top-2", "mlp", "grouped", "soft", "merged"],
 )
 def test_tokens_of_another_width_are_refused(config):
-    context = RoutingContext(token_ids_BS=torch.arange(6).view(2, 3))
+    context = core.RoutingContext(token_ids_BS=torch.arange(6).view(2, 3))
     for width in (0, 6, 10):
         with pytest.raises(ValueError, match=f"x has width {width}, the layer is for dim=8"):
             config.build(8)(torch.zeros(2, 3, width), context)
@@ -182,6 +169,6 @@ def test_tokens_of_another_width_are_refused(config):
 
 def test_moe_layers_are_listed_by_name_in_module_order():
     net = Net()
-    assert list(moe_layers(net)) == ["blocks.0", "blocks.1"]
-    assert list(moe_layers(net.blocks[0])) == [""]
-    assert moe_layers(net.stem) == {}
+    assert list(core.moe_layers(net)) == ["blocks.0", "blocks.1"]
+    assert list(core.moe_layers(net.blocks[0])) == [""]
+    assert core.moe_layers(net.stem) == {}
