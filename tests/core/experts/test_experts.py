@@ -94,9 +94,7 @@ def test_experts_of_a_users_own_are_weighted_and_summed_by_the_dispatcher_and_ar
 
 
 def test_parts_that_do_not_go_together_are_refused():
-    with pytest.raises(
-        ValueError, match=r"^Own overrides forward, which has .*: write compute_rows instead"
-    ):
+    with pytest.raises(ValueError, match=r"^Own overrides forward, which has .*: write compute_rows instead"):
         type("Own", (Experts,), {"forward": lambda self, rows: rows})
     for choosing, there in ((8, 4), (8, 16), (4, 8)):
         with pytest.raises(ValueError, match=f"^the router chooses among {choosing} experts, and there are {there}$"):

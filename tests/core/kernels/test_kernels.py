@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from expert_problems import EXPERTS, FLOAT32, Problem, assert_same, problem
+from expert_problems import EXPERTS, FLOAT32, assert_same, problem
 from grids import pairwise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.kernels import BACKENDS, FFNWeights, RowIndex, eager, fallback, grouped, resolve_backend
+from core.kernels import BACKENDS, FFNWeights, RowIndex, eager, fallback, resolve_backend
 from core.kernels.cpu import blocks, experts, products
 from core.kernels.triton_ops import environment
 
@@ -258,25 +258,6 @@ def test_rows_of_another_width_than_the_weights_are_refused(backend):
                 run()
 
 
-def test_grouped_mm_zeroes_the_tail_of_its_output_and_of_its_input_gradient():
-    offsets = torch.tensor([2, 3], dtype=torch.int32)
-    x = torch.ones(6, 4)
-    x[3:] = torch.nan
-    w = torch.stack((torch.ones(4, 4), 2 * torch.ones(4, 4))).requires_grad_()
-    x.requires_grad_()
-    poison_freed_memory((6, 4))
-    y = grouped.grouped_mm(x, w, offsets)
-    # Rows of ones: 4 through expert 0, 8 through expert 1, and zeros past the last offset.
-    assert torch.equal(y[:, 0], torch.tensor([4.0, 4.0, 8.0, 0.0, 0.0, 0.0]))
-    dy = torch.ones(6, 4)
-    dy[3:] = torch.nan
-    poison_freed_memory((6, 4))
-    y.backward(dy)
-    assert torch.equal(x.grad[:, 0], torch.tensor([4.0, 4.0, 8.0, 0.0, 0.0, 0.0]))
-    # x^T dy: two rows of expert 0, one of expert 1.
-    assert torch.equal(w.grad, torch.stack((torch.full((4, 4), 2.0), torch.ones(4, 4))))
-
-
 def test_combine_ignores_nan_past_the_last_offset_in_output_and_gradients():
     y = torch.tensor([[1.0], [2.0], [3.0], [torch.nan]], requires_grad=True)
     gates = torch.tensor([0.5, 1.0, 2.0, torch.nan], requires_grad=True)
@@ -287,23 +268,6 @@ def test_combine_ignores_nan_past_the_last_offset_in_output_and_gradients():
     out.sum().backward()
     assert y.grad.tolist() == [[0.5], [1.0], [2.0], [0.0]]
     assert gates.grad.tolist() == [1.0, 2.0, 3.0, 0.0]
-
-
-@pytest.mark.parametrize("backend", ["cpu", "grouped"])
-def test_inputs_of_a_backend_are_left_as_they_were(backend):
-    p = problem(9, expert="geglu+bias")
-    before = [t.clone() for t in (p.x, p.gates_TK, p.dy, *p.weights.values())]
-    p32 = Problem(
-        p.x.float(),
-        p.expert_ids_TK,
-        p.gates_TK.float(),
-        {k: w.float() for k, w in p.weights.items()},
-        p.activation,
-        p.dy.float(),
-    )  # .to(float32) in run is then no copy
-    p32.run(backend, torch.float32)
-    after = (p32.x, p32.gates_TK, p32.dy, *p32.weights.values())
-    assert all(torch.equal(a, b.detach().double()) for a, b in zip(before, after, strict=True))
 
 
 class _Calls(TorchDispatchMode):

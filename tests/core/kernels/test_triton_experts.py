@@ -6,7 +6,6 @@ import copy
 import itertools
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from expert_problems import FLOAT32, assert_same, problem
@@ -14,8 +13,7 @@ from fused import Operations, Severed
 
 import core
 from core.kernels import FFNWeights, RowIndex, eager, triton_ops
-from core.kernels.triton_ops import gate, products, quantized, sort, tuning
-from core.kernels.triton_ops.tuning import Tile
+from core.kernels.triton_ops import gate, products, quantized, sort
 
 pytest.importorskip("triton")
 
@@ -97,9 +95,8 @@ def test_one_product_has_the_gradients_that_are_wanted_and_no_other(monkeypatch,
             torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("rows", [0, 4])
-def test_tokens_that_do_not_learn_have_no_gradient_computed(rows):
-    p = problem(rows, expert="swiglu+bias")
+def test_tokens_that_do_not_learn_have_no_gradient_computed():
+    p = problem(4, expert="swiglu+bias")
     ids = p.expert_ids_TK.flatten()
     placed = eager.sort_pairs(ids, eager.count_experts(ids, 4))
     gates = p.gates_TK.float().requires_grad_()
@@ -160,39 +157,6 @@ def test_tf32_is_asked_for_by_either_of_torch_s_names():
         triton_ops.expert_linear(x, weight, torch.tensor([1, 3], dtype=torch.int32))  # torch's old name is now an error
     finally:
         matmul.fp32_precision = before
-
-
-@pytest.mark.slow
-def test_experts_compute_the_same_bits_every_time_and_whatever_the_tile(monkeypatch):
-    # The interpreter multiplies by NumPy, whose BLAS may add in another order for another shape: here first to last.
-    monkeypatch.setattr(np, "matmul", lambda a, b, dtype: (a[:, :, None] * b).astype(dtype).cumsum(1)[:, -1])
-    p = problem(70, D=20, H=40, expert="geglu+bias")
-    first = p.run("triton", torch.float32)
-    assert all(torch.equal(t, first[name]) for name, t in p.run("triton", torch.float32).items())
-    fixed = tuning.INTERPRETED
-    for tile in (Tile(16, 16, 4, 1, 1), Tile(64, 32, 4, 1, 4)):
-        monkeypatch.setattr(tuning, "INTERPRETED", (tile,))
-        # The tile of the rows' own sums is not tuned.
-        monkeypatch.setattr(products, "tiles", lambda *_: fixed)
-        monkeypatch.setattr(
-            tuning.Tuner, "choose", lambda _, kernel, *__, tile=tile: fixed[0] if kernel == "hidden_grad" else tile
-        )
-        for name, t in p.run("triton", torch.float32).items():
-            assert torch.equal(t, first[name]), f"{name} differs with {tile}"
-
-
-def test_experts_read_tensors_that_are_not_contiguous_and_not_aligned():
-    p = problem(21, D=24, H=20, expert="swiglu")
-    flat = torch.zeros(p.x.numel() + 1)
-    E, D, H = p.weights["w_in"].shape
-    placed = eager.sort_pairs(p.expert_ids_TK.flatten(), eager.count_experts(p.expert_ids_TK.flatten(), E))
-    x = flat[1:].view_as(p.x).copy_(p.x)  # starts at byte 4
-    weights = {name: w.float().transpose(1, 2).contiguous().transpose(1, 2) for name, w in p.weights.items()}
-    gates = torch.stack([p.gates_TK.flatten()[placed.order_R].float()] * 2, 1)[:, 0]
-    assert not any(w.is_contiguous() for w in weights.values())
-    assert not gates.is_contiguous()
-    y = triton_ops.expert_ffn(x, RowIndex(placed.order_R // 2, placed.offsets_E), gates, FFNWeights(**weights), "silu")
-    assert_same({"y": y.double()}, {"y": p.run("eager", torch.float64)["y"]}, FLOAT32)
 
 
 def apart(t):

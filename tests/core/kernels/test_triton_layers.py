@@ -133,27 +133,6 @@ def test_compiled_layer_has_no_graph_break():
     torch.testing.assert_close(*steps)
 
 
-def test_exported_layer_takes_another_number_of_tokens():
-    moe = layer("triton", core.TokenChoice(top_k=2)).eval()
-    length = torch.export.Dim("length", min=2, max=64)
-    program = torch.export.export(moe, (torch.randn(1, 8, 20),), dynamic_shapes=({1: length},))
-    x = torch.randn(1, 13, 20)
-    torch.testing.assert_close(program.module()(x), moe(x))
-
-
-def test_checkpointed_layer_has_the_same_gradients_under_autocast():
-    moe, x = layer("triton", core.TokenChoice(top_k=2)), torch.randn(1, 9, 20)
-    grads = []
-    for checkpoint in (False, True):
-        leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = torch.utils.checkpoint.checkpoint(moe, leaf, use_reentrant=False) if checkpoint else moe(leaf)
-        assert y.dtype == torch.bfloat16
-        y.float().sum().backward()
-        grads.append(leaf.grad)
-    assert torch.equal(*grads)
-
-
 def samples() -> dict[str, tuple[object, tuple[object, ...]]]:
     T, K, E, D, F = 5, 2, 3, 8, 6
     # Every pair is computed: pre-activations of rows past the last offset are never written.
@@ -216,13 +195,3 @@ QUICK = ("test_schema", "test_faketensor")
 def test_op_is_what_it_says_to_the_compiler(name, checks):
     op, args = samples()[name]
     torch.library.opcheck(op, args, **({} if checks is None else {"test_utils": checks}))
-
-
-def test_flops_of_the_kernels_are_counted():
-    T, K, E, D, F = 16, 2, 4, 20, 24
-    moe = layer("triton", core.TokenChoice(top_k=K))
-    x = torch.randn(1, T, D, requires_grad=True)
-    experts_forward = 2 * T * K * 3 * D * F
-    assert core.flops.count_flops(moe, x) == experts_forward + 2 * T * D * E
-    y = moe(x)
-    assert core.flops.count_flops(y.sum().backward) == 2 * experts_forward + 2 * 2 * T * D * E

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -19,20 +18,6 @@ from core.kernels.triton_ops import environment, launch, products, tuning
 from core.kernels.triton_ops.tuning import Tile
 
 pytest.importorskip("triton")
-
-
-@pytest.mark.parametrize(
-    "chosen, interpreted", [("not slow and not gpu", "1"), ("slow", "1"), ("", "1"), ("gpu", "0"), ("gpu or slow", "0")]
-)
-def test_the_kernels_of_these_tests_are_interpreted_on_a_machine_with_a_card_too(
-    pytestconfig, monkeypatch, chosen, interpreted
-):
-    plugin = pytestconfig.pluginmanager.getplugin(str(pytestconfig.rootpath / "tests" / "conftest.py"))
-    monkeypatch.setenv("TRITON_INTERPRET", "unset")  # and put back afterwards
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    plugin.pytest_addoption(SimpleNamespace(parse_known_args=lambda _: SimpleNamespace(markexpr=chosen)))
-    assert os.environ["TRITON_INTERPRET"] == interpreted
 
 
 def test_what_is_missing_is_named(monkeypatch):

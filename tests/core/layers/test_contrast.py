@@ -46,10 +46,7 @@ def test_a_contrast_by_hand():
     loss_S, has_loss_S = contrast_losses(OUTPUT, torch.zeros(4, dtype=torch.int64), kept_S, 0.36)
     assert loss_S.tolist() == pytest.approx([0.813262, 0.813262, math.log(2), 0.0], abs=1e-6)
     assert has_loss_S.tolist() == [True, True, True, False]
-
-
-def test_outputs_of_zero_have_a_gradient_of_zero():
-    y = torch.zeros(4, 3, requires_grad=True)
+    y = torch.zeros(4, 3, requires_grad=True)  # outputs of zero have a gradient of zero
     loss_S, _ = contrast_losses(y, torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool), 0.1)
     assert loss_S.tolist() == pytest.approx([math.log(3)] * 4)
     loss_S.sum().backward()
@@ -159,25 +156,6 @@ def test_the_mean_is_over_the_rows_of_all_ranks():
     torch.testing.assert_close(added, ((of_first + of_second) / (n + m))[0])
 
 
-def test_under_autocast_it_is_that_of_rounded_outputs_in_float32():
-    layer, x = built(core.TokenChoice(2), core.LoRA(4), contrast_temperature=1.0), torch.randn(2, 5, 8)
-    expected = contrast(layer, x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = contrast(layer, x)
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0)
-
-
-def test_it_is_compiled_without_a_break(fresh_compiler):
-    layer, x = built(core.TokenChoice(2), core.LoRA(4)), torch.randn(2, 5, 8)
-    losses = []
-    for run in (layer, torch.compile(layer, backend="eager", fullgraph=True)):
-        with core.record(layer) as tape:
-            run(x)
-        losses.append(core.aux_losses(tape).total)
-    torch.testing.assert_close(*losses)
-
-
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -191,3 +169,15 @@ def test_it_is_compiled_without_a_break(fresh_compiler):
 def test_where_it_has_no_meaning_it_is_refused(parts, message):
     with pytest.raises(ValueError, match=f"balance.contrast=1.0 {message}"):
         core.MoEConfig(4, *parts, balance=core.Balance(**ALONE, contrast=1.0)).build(8, 4)
+
+
+def test_compiled_it_is_the_same_and_under_autocast_that_of_rounded_outputs_in_float32(fresh_compiler):
+    layer, x = built(core.TokenChoice(2), core.LoRA(4), contrast_temperature=1.0), torch.randn(2, 5, 8)
+    expected = contrast(layer, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = contrast(layer, x)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0)
+    with core.record(layer) as tape:
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(core.aux_losses(tape).total, expected)

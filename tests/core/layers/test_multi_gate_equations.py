@@ -125,12 +125,6 @@ def test_gates_with_a_hidden_layer_and_biases_equal_their_equation(kind):
     assert all(p.grad is not None for p in layer.parameters())
 
 
-def test_a_router_takes_the_place_of_gates_with_hidden_layers():
-    for options in ({"gate_hidden_dims": (4,)}, {"gate_bias": True}):
-        with pytest.raises(ValueError, match="does not apply with a router"):
-            MMoE(4, router=TokenChoice(2), **options)
-
-
 def test_feature_gates_scale_each_experts_input():
     layer, x = build("mmoe", feature_gate=2), examples(5)
     gates = torch.stack([x @ w.T for w in layer.router.weight], 1).softmax(-1)
@@ -140,14 +134,9 @@ def test_feature_gates_scale_each_experts_input():
         outputs.append(expert(layer.experts, e, x * scale))
     expected = torch.einsum("bte,ebh->tbh", gates, torch.stack(outputs))
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_feature_gates_start_as_if_they_were_not_there():
-    torch.manual_seed(0)
-    gated = PLE(2, MLP((6,)), 1, feature_gate=2).build(D, TASKS)
-    plain = PLE(2, MLP((6,)), 1).build(D, TASKS)
-    plain.load_state_dict({n: v for n, v in gated.state_dict().items() if not n.startswith("feature_gates")})
-    x = examples(5)
+    gated = PLE(2, MLP((6,)), 1, feature_gate=2).build(D, TASKS)  # starts as if they were not there
+    state = {n: v for n, v in gated.state_dict().items() if not n.startswith("feature_gates")}
+    plain = copied(PLE(2, MLP((6,)), 1).build(D, TASKS), state)
     torch.testing.assert_close(gated(x), plain(x), rtol=1e-5, atol=1e-6)
 
 
@@ -162,15 +151,10 @@ def test_domain_experts_compute_their_domains_examples():
         for task in range(TASKS):
             gates = (layer.router.weight[task] @ seen).softmax(-1)
             torch.testing.assert_close(y[task, b], gates @ outputs, rtol=1e-5, atol=1e-5)
-
-
-def test_an_absent_domains_experts_get_no_gradient():
-    layer = build("domain mmoe")
-    layer(examples(4), RoutingContext(domain_ids_B=torch.tensor([0, 2, 2, 0]))).sum().backward()
-    touched = layer.experts.w_0.grad.flatten(1).any(1)
-    # Shared 0 to 2, then domains 0, 1, 2, 3 with two each.
-    assert touched.tolist() == [True] * 3 + [True] * 2 + [False] * 2 + [True] * 2 + [False] * 2
-    assert layer.router.domain.weight.grad.any(1).tolist() == [True, False, True, False]
+    y.sum().backward()
+    # Domain 1 is absent: its experts 5 and 6 get no gradient.
+    assert layer.experts.w_0.grad.flatten(1).any(1).tolist() == [e not in (5, 6) for e in range(11)]
+    assert layer.router.domain.weight.grad.any(1).tolist() == [True, False, True, True]
 
 
 @pytest.mark.parametrize("name", ["top-k", "top-k of FFN", "input gates", "expert choice", "threshold", "dselect-k"])
@@ -194,13 +178,13 @@ def test_a_shared_selection_is_weighted_by_each_task():
             weights = p * (layer.router[1].weight[task, ids] @ x[b]).exp()
             expected = p.sum() * weights / weights.sum() @ outputs
             torch.testing.assert_close(layer(x)[task, b], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_shared_selection_of_one_expert_trains_its_router():
     # normalize=False: the task's gate over one expert is 1, and the sum of the router's gates is its score.
     layer = MMoE(4, MLP((6,)), TokenChoice(1), "shared").build(D, 2)
     layer(examples(6)).sum().backward()
     assert layer.router[0].gate.weight.grad.abs().sum() > 0
+    for options in ({"gate_hidden_dims": (4,)}, {"gate_bias": True}):
+        with pytest.raises(ValueError, match="does not apply with a router"):
+            MMoE(4, router=TokenChoice(2), **options)
 
 
 # How they relate.

@@ -49,28 +49,23 @@ def test_each_gate_has_an_entry(name, expected):
     assert len(tape) == len(expected)  # nothing is added after the block
 
 
-def test_dense_entries_hold_the_gates_and_the_experts_names():
-    layer, x = build("cgc"), examples(5)
+def test_dense_entries_hold_the_gates_without_padding_and_the_experts_names():
+    layer, x, shared = build("cgc"), examples(5), ("shared0", "shared1", "shared2")
     with core.record(layer) as tape:
         layer(x)
     first, second, _ = tape.entries
     gates = (x @ layer.router.weight[1].T).softmax(-1)
     torch.testing.assert_close(second.routing.evidence.scores_TE, gates)
     assert first.routing.gates_BtE.shape == (5, TASKS, 5)
-    assert first.routing.expert_names == ("shared0", "shared1", "shared2", "task0.0", "task0.1")
-    assert second.routing.expert_names == ("shared0", "shared1", "shared2", "task1.0", "task1.1")
+    assert first.routing.expert_names == (*shared, "task0.0", "task0.1")
+    assert second.routing.expert_names == (*shared, "task1.0", "task1.1")
     assert second.routing.evidence.scores_TE.requires_grad
     assert not second.detach().routing.gates_BtE.requires_grad
-
-
-def test_gates_of_several_sizes_are_recorded_without_padding():
-    # Own experts: 2, none and 1 beside the three that all share.
-    layer, x = build("uneven cgc"), examples(5)
-    with core.record(layer) as tape:
+    with core.record(layer := build("uneven cgc")) as tape:  # own experts: 2, none and 1
         layer(x)
     second, third = tape.entries[1:]
-    assert second.routing.expert_names == ("shared0", "shared1", "shared2")
-    assert third.routing.expert_names == ("shared0", "shared1", "shared2", "task2.0")
+    assert second.routing.expert_names == shared
+    assert third.routing.expert_names == (*shared, "task2.0")
     logits = x @ layer.router.weight[8:].T
     torch.testing.assert_close(third.routing.evidence.logits_TE, logits)
     torch.testing.assert_close(third.routing.evidence.scores_TE, logits.softmax(-1))
@@ -173,9 +168,6 @@ def test_each_tasks_bias_moves_by_its_own_load():
     model.eval()
     core.update_expert_bias(model, tape)
     assert layer.router[1].expert_bias.tolist() == [0.5, 0.5, 0.5, -0.5]
-
-
-def test_annealing_routers_count_the_steps():
     layer = core.MMoE(4, core.MLP((6,)), core.DenseToSparse(anneal_steps=10)).build(D, 2)
     with core.record(layer) as tape:
         layer(examples(8))

@@ -75,15 +75,11 @@ class Plain(LocalDispatcher):
     """A dispatcher of one's own, which makes the layer move rows."""
 
 
-def test_where_rows_move_the_output_is_the_same():
-    layer, x = built(), torch.randn(2, 6, 8)
+def test_any_router_of_pairs_and_soft_slots_take_these_experts():
+    x, layer = torch.randn(2, 6, 8), built()
     expected = layer(x)
     layer.dispatcher = Plain()
     torch.testing.assert_close(layer(x), expected)
-
-
-def test_any_router_of_pairs_and_soft_slots_take_these_experts():
-    x = torch.randn(2, 6, 8)
     for config in (
         core.MoEConfig(6, TokenChoice(2), PEER(), capacity_factor=0.5),
         core.MoEConfig(6, TokenChoice(1, score_func="sigmoid", gates_on="input"), PEER()),

@@ -101,13 +101,6 @@ def test_m3oe_equals_its_equation():
             torch.testing.assert_close(y[k, b], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_shares_by_hand():
-    # 0.7 to its own; 0.3 in two equal parts.
-    expected = torch.tensor([[0.7, 0.15, 0.15], [0.15, 0.7, 0.15], [0.15, 0.15, 0.7]])
-    torch.testing.assert_close(shared_out(torch.tensor(0.7), 3), expected)
-    assert shared_out(torch.tensor(0.7), 1).tolist() == [[1.0]]
-
-
 def test_the_tape_of_m3oe_has_every_experts_share():
     # Fusion weights start at 1/2: the shared experts have 1 of 1 + 1/2 + 1/2, so 1/2 of all.
     layer = M3oE(2, MLP((6,))).build(D, 2, 2)
@@ -120,6 +113,10 @@ def test_the_tape_of_m3oe_has_every_experts_share():
     gates = routing.gates_BtE[:, routing.gate]
     torch.testing.assert_close(gates[:, :2].sum(-1), torch.full((3,), 0.5))
     torch.testing.assert_close(gates[:, 2:], torch.full((3, 4), 0.125))  # a half of a half of the 1/2, over 2
+    # 0.7 to its own; 0.3 in two equal parts.
+    expected = torch.tensor([[0.7, 0.15, 0.15], [0.15, 0.7, 0.15], [0.15, 0.15, 0.7]])
+    torch.testing.assert_close(shared_out(torch.tensor(0.7), 3), expected)
+    assert shared_out(torch.tensor(0.7), 1).tolist() == [[1.0]]
 
 
 # STAR.
@@ -153,7 +150,10 @@ def test_star_starts_as_one_network_and_an_absent_domain_learns_nothing():
     x = examples(4)
     known, other = (RoutingContext(domain_ids_B=torch.tensor(ids)) for ids in ([0, 2, 2, 0], [1, 1, 0, 2]))
     torch.testing.assert_close(layer(x, known), layer(x, other))
-    layer(x, known).sum().backward()
+    with record(layer) as tape:
+        layer(x, known).sum().backward()
+    (entry,) = tape.entries  # domains are the experts on the tape
+    assert (entry.name, entry.terms, entry.routing.tokens_per_expert_E.tolist()) == ("", frozenset(), [2, 0, 2])
     assert layer.experts.w_0.grad.flatten(1).any(1).tolist() == [True, False, True]
     assert layer.experts.centre["w_0"].grad.any()
 
@@ -183,13 +183,3 @@ def test_the_parts_of_a_star_start_and_are_handed_out_by_expert():
     assert (x @ experts.centre["w_0"]).tolist() == [[2.0 * D] * 6]
     assert (experts.w_0 == 1).all()
     assert not experts.centre["b_0"].any()
-
-
-def test_the_domains_of_a_star_are_the_experts_on_the_tape():
-    layer = STAR(1, MLP((6,))).build(D, 2, 3)
-    with record(layer) as tape:
-        layer(examples(4), RoutingContext(domain_ids_B=torch.tensor([2, 0, 2, 2])))
-    (entry,) = tape.entries
-    assert entry.name == ""
-    assert not entry.terms
-    assert entry.routing.tokens_per_expert_E.tolist() == [1, 0, 3]

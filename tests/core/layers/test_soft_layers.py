@@ -27,6 +27,9 @@ def test_losses_bias_updates_and_statistics_pass_over_soft_layers_beside_others(
     x = torch.randn(2, 7, 8)
     with core.record(model) as tape:
         model(x)
+    routing = tape.entries[3].routing  # scores are the weights of each token's group
+    weights = routing.weights_GE.unflatten(0, (2, 3))
+    assert torch.equal(routing.evidence.scores_TE, weights[:, torch.arange(7) // 3].flatten(0, 1))
     losses = core.aux_losses(tape)
     alone = copy.deepcopy(model[0])
     with core.record(alone) as first:
@@ -51,16 +54,6 @@ def test_losses_bias_updates_and_statistics_pass_over_soft_layers_beside_others(
     assert stats["1"].load_imbalance == 1.0
     assert 0 < stats["1"].entropy < 1
     assert stats["2"].entropy <= 0.5 + 1e-6  # of two experts of four: at most log 2 / log 4
-
-
-def test_scores_are_the_weights_of_each_tokens_group():
-    layer = build(LORY)
-    with core.record(layer) as tape:
-        layer(torch.randn(2, 7, 8))
-    routing = tape.entries[0].routing
-    weights = routing.weights_GE.unflatten(0, (2, 3))
-    expected = torch.stack([weights[b, s // 3] for b in range(2) for s in range(7)])
-    assert torch.equal(routing.evidence.scores_TE, expected)
 
 
 @pytest.mark.parametrize("router", [SoftSlots(), Merge()], ids=str)
@@ -151,13 +144,10 @@ def test_state_dict_has_the_documented_names_and_shapes():
     }
     merged = core.MoEConfig(4, Merge(), core.FFN(12)).build(8)
     assert {n: tuple(t.shape) for n, t in merged.state_dict().items()} == {"router.gate.weight": (4, 8), **experts}
-
-
-@pytest.mark.parametrize(("router", "name"), [(SoftSlots(3), "router.scale"), (core.Cosine(), "router.gate.log_scale")])
-def test_a_number_of_an_older_checkpoint_is_read(router, name):
-    layer = core.MoEConfig(4, router, core.FFN(12)).build(8)
-    layer.load_state_dict({**layer.state_dict(), name: torch.tensor(0.25)})
-    assert layer.get_parameter(name).tolist() == [0.25]
+    cosine = core.MoEConfig(4, core.Cosine(), core.FFN(12)).build(8)
+    for layer, name in ((soft, "router.scale"), (cosine, "router.gate.log_scale")):  # a number of an older checkpoint
+        layer.load_state_dict({**layer.state_dict(), name: torch.tensor(0.25)})
+        assert layer.get_parameter(name).tolist() == [0.25]
 
 
 # --- what is refused ---
@@ -178,12 +168,10 @@ def test_options_of_sparse_layers_are_refused_in_one_line(router, options, messa
     with pytest.raises(ValueError, match=message.format(type(router).__name__)) as error:
         core.MoEConfig(4, router, **options)
     assert "\n" not in str(error.value)
-
-
-def test_merged_experts_have_no_backend_to_choose_and_soft_ones_do():
     with pytest.raises(ValueError, match=r"backend='cpu' does not apply to Merge"):
         core.MoEConfig(4, Merge(), backend="cpu")
-    assert replace(core.MoEConfig(4, SoftSlots()), backend="cpu", group="sequence").build(8).experts.backend == "cpu"
+    soft = replace(core.MoEConfig(4, SoftSlots()), backend="cpu", group="sequence")
+    assert soft.build(8).experts.backend == "cpu"
 
 
 @pytest.mark.parametrize(

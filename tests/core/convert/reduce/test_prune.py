@@ -146,22 +146,6 @@ def test_merged_experts_are_means_by_load():
     assert_close(layer.router.gate.weight[0], 0.75 * gate[0] + 0.25 * gate[2])
 
 
-def test_equal_experts_with_equal_rows_merge_into_what_they_were():
-    layer = built(MoEConfig(4, TokenChoice(1, score_func="sigmoid"), FFN(6, bias=True))).eval()
-    with torch.no_grad():
-        for old, new in ((0, 2), (1, 3)):
-            layer.router.gate.weight[new] = layer.router.gate.weight[old]
-            for name, weight in layer.experts.weights_of(new).items():
-                weight.copy_(layer.experts.weights_of(old)[name])
-    expected = layer(tokens())
-    statistics = expert_statistics(layer, [tokens()], every_token=True)
-    assert merge_experts(layer, statistics, 0.5) == {"": ((0, 2), (1, 3))}
-    assert_close(layer(tokens()), expected, rtol=1e-5, atol=1e-6)
-    smaller = built(MoEConfig(2, TokenChoice(1, score_func="sigmoid"), FFN(6, bias=True)), seed=1).eval()
-    smaller.load_state_dict(layer.state_dict())
-    assert torch.equal(smaller(tokens()), layer(tokens()))
-
-
 def test_clusters_are_those_of_a_loop_over_all_pairs():
     points = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     distance = torch.cdist(points, points)
