@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 from expert_problems import EXPERTS, FLOAT32, assert_same, problem
+from fused import Calls
 from grids import pairwise
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.kernels import BACKENDS, FFNWeights, RowIndex, eager, fallback, resolve_backend
 from core.kernels.cpu import blocks, experts, products
@@ -270,19 +270,6 @@ def test_combine_ignores_nan_past_the_last_offset_in_output_and_gradients():
     assert gates.grad.tolist() == [1.0, 2.0, 3.0, 0.0]
 
 
-class _Calls(TorchDispatchMode):
-    """Remembers the calls of our custom ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "moesaic":
-            self.calls.setdefault(func.name(), (func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     "backend, ops, expert",
     [
@@ -294,11 +281,11 @@ def test_custom_ops_pass_opcheck(backend, ops, expert):
     # Schema (nothing mutated, no alias), fake against real, autograd registration, aot dispatch with dynamic shapes.
     # Every pair is computed: what the ops keep for the backward is undefined past the last offset.
     p = problem(9, expert=expert, load="full")
-    with _Calls() as recorded:
+    with Calls() as recorded:
         p.run(backend, torch.float32)
-    assert set(recorded.calls) == ops
-    for name, (op, args, kwargs) in recorded.calls.items():
-        differentiable = not name.endswith(("_backward", "_dw"))
+    assert {op.name() for op, *_ in recorded.calls.values()} == ops
+    for op, args, kwargs in recorded.calls.values():
+        differentiable = not op.name().endswith(("_backward", "_dw"))
         fresh = tuple(
             a.detach().clone().requires_grad_(differentiable and a.is_floating_point()) if isinstance(a, Tensor) else a
             for a in args

@@ -215,6 +215,11 @@ def test_shapes_that_do_not_go_together_are_refused():
             run(**wrong)
     with pytest.raises(ValueError, match=r"b has shape \(2, 8\), which must be \(2, 6\)"):
         triton_ops.expert_linear(x, w_in, offsets, torch.randn(2, 8))
+    half, words = w_in.bfloat16(), r"tokens are torch.float32 and expert weights torch.bfloat16: they must"
+    with pytest.raises(ValueError, match=words):
+        triton_ops.expert_ffn(x, RowIndex(None, offsets), ones, FFNWeights(half, w_out.bfloat16()), "relu")
+    with pytest.raises(ValueError, match=words):
+        triton_ops.expert_linear(x, half, offsets)
     with pytest.raises(ValueError, match=r"row_index_R has shape \(3,\), which must be \(4,\)"):
         triton_ops.combine(x, RowIndex(torch.arange(3), offsets), None, 4)
     for wrong, words in (
@@ -225,15 +230,6 @@ def test_shapes_that_do_not_go_together_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             triton_ops.topk_gate(torch.randn(9, 4), **{"top_k": 2, **wrong})
-
-
-def test_experts_of_another_dtype_than_the_tokens_are_refused():
-    x, w = torch.randn(4, 8), torch.randn(2, 8, 8, dtype=torch.bfloat16)
-    offsets, ones = torch.tensor([2, 4], dtype=torch.int32), torch.ones(4)
-    with pytest.raises(ValueError, match=r"tokens are torch.float32 and expert weights torch.bfloat16: they must"):
-        triton_ops.expert_ffn(x, RowIndex(None, offsets), ones, FFNWeights(w, w), "relu")
-    with pytest.raises(ValueError, match=r"tokens are torch.float32 and expert weights torch.bfloat16: they must"):
-        triton_ops.expert_linear(x, w, offsets)
 
 
 def test_more_experts_than_the_kernels_take_run_elsewhere_with_one_warning(monkeypatch):

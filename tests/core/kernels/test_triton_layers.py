@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fused import Calls
 from torch import Tensor, nn
 
 import core
+from core import kernels
 from core.kernels import eager, triton_ops
-from core.kernels.triton_ops import experts, gate, sort, sums
 from core.memory import kept_bytes
 from core.routing.balance.terms import balance_sums
 
@@ -133,65 +134,45 @@ def test_compiled_layer_has_no_graph_break():
     torch.testing.assert_close(*steps)
 
 
-def samples() -> dict[str, tuple[object, tuple[object, ...]]]:
-    T, K, E, D, F = 5, 2, 3, 8, 6
-    # Every pair is computed: pre-activations of rows past the last offset are never written.
-    ids = torch.tensor([0, 2, 1, 0, 2, 1, 2, 0, 1, 2])
-    placed = eager.sort_pairs(ids, eager.count_experts(ids, E))
-    rows, offsets = placed.order_R // K, placed.offsets_E
-    x, w_in, w_out = torch.randn(T, D), torch.randn(E, D, F), torch.randn(E, F, D)
-    gates, logits, valid = torch.rand(T * K), torch.randn(T, E), torch.tensor([True, True, False, True, True])
-
-    def leaf(t: Tensor) -> Tensor:
-        return t.clone().requires_grad_()
-
-    ffn = (leaf(x), rows, offsets, leaf(gates), leaf(w_in), leaf(w_out))
-    biases = (leaf(torch.randn(E, F)), leaf(torch.randn(E, D)))
-    # Every token has two rows.
-    by_token = rows.argsort(stable=True), torch.arange(0, T * K + 1, K)
-    pre, plain = torch.randn(T * K, F), (x, rows, offsets, gates, w_in, w_out)
-    grads = (torch.randn(T, K), torch.randn(E), torch.randn(1))
-    chosen = (logits, logits.softmax(-1), torch.tensor([[0, 1]] * T), valid, True, True, 1.0)
-    wants = [False, True, False, False, False, False]
-    return {
-        "places": (sort._places, (ids, E + 1)),
-        "places in queues": (sort._ranks, (ids.view(T, K), torch.randperm(T), E + 1)),
-        "experts": (experts._expert_ffn, (*ffn, None, None, None, placed.inverse_N, None, K, "gelu", True)),
-        "gated experts": (experts._expert_ffn, (*ffn, *biases, leaf(w_in), *by_token, 0, "silu", True)),
-        "backward": (
-            experts._expert_ffn_backward,
-            (torch.randn(T, D), *plain, None, None, None, placed.inverse_N, None, pre, pre[:0], K, "gelu", wants),
-        ),
-        "linear": (experts._linear, (leaf(torch.randn(T * K, D)), leaf(w_in), offsets, leaf(biases[0]), False)),
-        "gradient of linear": (
-            experts._linear_dw,
-            (torch.randn(T * K, D), torch.randn(T * K, F), offsets, [False, True]),
-        ),
-        "rows by token": (sums.rows_by_token, (rows, offsets, T)),
-        "combine": (sums._combine, (leaf(torch.randn(T * K, D)), rows, offsets, leaf(gates), *by_token, T, 0)),
-        "combine pairs": (
-            sums._combine,
-            (leaf(torch.randn(T * K, D)), rows, offsets, None, placed.inverse_N, None, T, K),
-        ),
-        "gradient of combine": (
-            sums._combine_backward,
-            (torch.randn(T, D), torch.randn(T * K, D), rows, offsets, gates, torch.float32),
-        ),
-        "gradient of combine alone": (
-            sums._combine_backward,
-            (torch.randn(T, D), None, rows, offsets, None, torch.bfloat16),
-        ),
-        "gate": (gate._gate, (leaf(logits), torch.randn(E), valid, K, True, True, 1, 1, True, 1.0)),
-        "gradient of gate": (gate._gate_backward, (torch.randn(T, E), *grads, *chosen)),
-        "gradient of gates alone": (gate._gate_backward, (None, *grads, *chosen)),
-    }
+def run_every_op() -> None:
+    """Call each op of the kernels forward and backward, with and without what is optional."""
+    ids_N = torch.tensor([0, 2, 1, 0, 2, 1, 2, 0, 1, 2])  # every pair is computed: other rows are never written
+    placed = eager.sort_pairs(ids_N, eager.count_experts(ids_N, 3))
+    rows = {"any": kernels.RowIndex(placed.order_R // 2, placed.offsets_E)}
+    rows["token-major"] = kernels.RowIndex(placed.order_R // 2, placed.offsets_E, placed.inverse_N, 2)
+    leaves = ((5, 8), (10,), (3, 8, 6), (3, 6, 8), (3, 6), (3, 8), (3, 8, 6), (10, 8))
+    x, gates, w_in, w_out, b_in, b_out, w_gate, y_RD = (torch.randn(shape, requires_grad=True) for shape in leaves)
+    triton_ops.expert_ffn(x, rows["token-major"], gates, kernels.FFNWeights(w_in, w_out), "gelu").sum().backward()
+    for index, given in ((rows["any"], gates), (rows["token-major"], None)):
+        triton_ops.combine(y_RD, index, given, 5).sum().backward()
+    weights = kernels.FFNWeights(w_in, w_out, b_in, b_out, w_gate)
+    triton_ops.expert_ffn(x, rows["any"], gates, weights, "silu").sum().backward()
+    triton_ops.expert_linear(y_RD, w_in, placed.offsets_E, b_in).sum().backward()
+    triton_ops.sort_pairs(ids_N, eager.count_experts(ids_N, 3))
+    triton_ops.queue_ranks(ids_N.view(5, 2), torch.randperm(5), 4)
+    valid, bias_E = torch.tensor([True, True, False, True, True]), torch.randn(3)
+    logits = torch.randn(5, 3, requires_grad=True)
+    best = triton_ops.topk_gate(logits, 2, bias_E=bias_E, valid_T=valid)
+    (best.gates_TK.sum() + best.scores_TE.square().sum() + best.sums["square"].sum()).backward()
+    triton_ops.topk_gate(logits, 2).gates_TK.sum().backward()
 
 
 QUICK = ("test_schema", "test_faketensor")
 
 
 @pytest.mark.parametrize("checks", [QUICK, pytest.param(None, marks=pytest.mark.slow)], ids=["quick", "all"])
-@pytest.mark.parametrize("name", list(samples()))
-def test_op_is_what_it_says_to_the_compiler(name, checks):
-    op, args = samples()[name]
-    torch.library.opcheck(op, args, **({} if checks is None else {"test_utils": checks}))
+def test_ops_are_what_they_say_to_the_compiler(checks):
+    with Calls() as seen:
+        run_every_op()
+    forward = {"places", "queue_ranks", "expert_ffn", "linear", "rows_by_token", "combine", "gate"}
+    backward = {"expert_ffn_backward", "linear_dw", "combine_backward", "gate_backward"}
+    assert {call[0].name() for call in seen.calls.values()} == {
+        f"moesaic::triton_{name}" for name in forward | backward
+    }
+    for op, args, kwargs in seen.calls.values():
+        differentiable = not op.name().endswith(("_backward", "_dw"))
+        fresh = tuple(
+            a.detach().clone().requires_grad_(differentiable and a.is_floating_point()) if isinstance(a, Tensor) else a
+            for a in args
+        )
+        torch.library.opcheck(op, fresh, kwargs, **({} if checks is None else {"test_utils": checks}))

@@ -75,15 +75,12 @@ def test_combine_keeps_the_rows_only_where_gates_learn_from_them():
         assert (max(kept) >= y.numel()) == (weights is not None)
 
 
-def test_rows_by_token_are_those_of_a_general_sort(monkeypatch):
+def test_rows_by_token_are_in_order_and_those_of_a_general_sort(monkeypatch):
+    rows, starts = sums.rows_by_token(torch.tensor([2, 0, 2, 0]), torch.tensor([1, 3], dtype=torch.int32), 3)
+    assert starts.tolist() == [0, 1, 1, 3]
+    assert rows.tolist()[:3] == [1, 0, 2]  # row 3 is past the last offset
     index, offsets = torch.randint(0, 9, (300,)), torch.tensor([100, 280], dtype=torch.int32)
     counted = sums.rows_by_token(index, offsets, 9)
     monkeypatch.setattr(sums, "MAX_BINS", 9)
     for a, b in zip(counted, sums.rows_by_token(index, offsets, 9), strict=True):
         assert torch.equal(a, b)
-
-
-def test_rows_by_token_list_each_tokens_rows_in_order():
-    rows, starts = sums.rows_by_token(torch.tensor([2, 0, 2, 0]), torch.tensor([1, 3], dtype=torch.int32), 3)
-    assert starts.tolist() == [0, 1, 1, 3]
-    assert rows.tolist()[:3] == [1, 0, 2]  # row 3 is past the last offset

@@ -226,6 +226,13 @@ def test_half_precision_and_autocast_give_the_output_rounded():
         close(layer.float()(x.float()).float(), expected, "the output under autocast", 3e-2)
 
 
+def test_outputs_are_masked_in_training_alone():
+    layer, x = build(expert_output_masking=0.5), torch.randn(2, 6, D).double()
+    assert torch.equal(layer.eval()(x), build()(x))
+    with seeded(0):
+        assert not torch.equal(layer.train()(x), build()(x))
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_and_exported_a_layer_is_the_same():
     x, context = RouterCase(core.TokenChoice(2), E, D, 0).padded()

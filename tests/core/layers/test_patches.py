@@ -198,6 +198,21 @@ def test_a_bias_of_the_output_is_every_position_s():
     torch.testing.assert_close(layer(x), plain(x) + torch.arange(D_OUT), rtol=1e-12, atol=1e-12)
 
 
+def test_a_grown_layer_is_one_of_more_experts():
+    layer = build()
+    assert core.grow_experts(layer, 2) == (E, E + 1)
+    wide = core.MoEConfig(E + 2, core.TokenChoice(2), KIND).build(D).double()
+    wide.load_state_dict(layer.state_dict())
+    assert torch.equal(wide(tokens()), layer(tokens()))
+
+
+def test_outputs_are_masked_in_training_alone():
+    layer, x = build(expert_output_masking=0.5), tokens()
+    assert torch.equal(layer.eval()(x), build()(x))
+    with seeded(0):
+        assert not torch.equal(layer.train()(x), build()(x))
+
+
 # ---- costs
 
 
