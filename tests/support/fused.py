@@ -39,3 +39,16 @@ class Severed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         return None
+
+
+class Calls(TorchDispatchMode):
+    """The first call of each of our custom ops with these arguments given: the op, its arguments, and named ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[tuple[str, ...], tuple[Any, Any, Any]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "moesaic":
+            self.calls.setdefault((op.name(), *(str(a is None) for a in args)), (op, args, kwargs or {}))
+        return op(*args, **(kwargs or {}))

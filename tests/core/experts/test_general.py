@@ -23,6 +23,8 @@ def test_a_gated_expert_by_hand():
             value.fill_(values[name])
     # sigmoid(x + 0.5) (2 x - 1) 3 at x = 2.
     assert experts(torch.tensor([[2.0]]), "each").item() == pytest.approx(sigmoid(2.5) * 3 * 3, rel=1e-6)
+    with pytest.raises(ValueError, match="bias_gate=True needs gated=True"):
+        GeneralFFN(bias_gate=True)
 
 
 @pytest.mark.parametrize(
@@ -66,14 +68,3 @@ def test_dropout_is_of_the_hidden_layer_in_training_alone():
     kept = experts.train()(x, "dense").item() * 0.75  # each of those kept counts 1 / 0.75
     assert kept == pytest.approx(round(kept), abs=1e-2)
     assert 680 < kept < 820  # 750 of 1000, with a standard deviation of 14
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"bias_gate": True}, "bias_gate=True needs gated=True"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        GeneralFFN(**options)

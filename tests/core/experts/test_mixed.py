@@ -16,13 +16,10 @@ def test_costs_are_those_of_each_kind_at_balance():
     assert config.flops_per_token(4) == 2 * 64 + 2 * 16
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_rows_of_each_kind_are_computed_by_it(compiled):
-    torch.manual_seed(0)
+def test_rows_of_each_kind_are_computed_by_it():
     layer = MoEConfig(6, TokenChoice(3), Mixed((FFN(8), Identity(), SwiGLU(16)), (3, 1, 2))).build(8)
     x = torch.randn(2, 9, 8)
-    run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
-    y, routing = run(x).flatten(0, 1), layer.router(x)
+    y, routing = layer(x).flatten(0, 1), layer.router(x)
     alone = layer.experts(x.flatten(0, 1), "each")
     # Expert 3 is the copy.
     torch.testing.assert_close(alone[:, 3], x.flatten(0, 1))

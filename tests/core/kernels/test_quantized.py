@@ -48,9 +48,9 @@ def test_groups_have_scales_of_their_own():
     assert quantize(w, 4)[0].flatten().tolist() == [7.0, 4.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("group_size", [None, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "bits, group_size, dtype", [(8, None, torch.float32), (4, 8, torch.float64), (4, None, torch.bfloat16)]
+)
 def test_no_number_is_off_by_more_than_half_a_scale(bits, group_size, dtype):
     w = torch.randn(3, 24, 10, generator=torch.Generator().manual_seed(bits)).to(dtype)
     w[0, :, 0] = 0  # a channel of zeros has no scale
@@ -63,26 +63,24 @@ def test_no_number_is_off_by_more_than_half_a_scale(bits, group_size, dtype):
     assert not exact[0, :, 0].any()
 
 
-@pytest.mark.parametrize(
-    ("bits", "group_size", "rule"),
-    [
+def test_what_is_refused():
+    for bits, group_size, rule in (
         (3, None, "bits=3 is not one of 4, 8"),
         (8, 5, r"group_size=5 does not divide the 24 inputs of the matrices"),
         (4, 0, "group_size=0 does not divide"),
         (4, 48, "group_size=48 does not divide"),
-    ],
-)
-def test_what_is_refused(bits, group_size, rule):
-    with pytest.raises(ValueError, match=rule):
-        quantize(torch.randn(2, 24, 10), bits, group_size)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(value):
-    w = torch.randn(2, 4, 3)
-    w[1, 2, 0] = value
-    with pytest.raises(ValueError, match="expert 1 has weights that are not finite"):
-        quantize(w, 8)
+    ):
+        with pytest.raises(ValueError, match=rule):
+            quantize(torch.randn(2, 24, 10), bits, group_size)
+    for value in (torch.nan, torch.inf):
+        w = torch.randn(2, 4, 3)
+        w[1, 2, 0] = value
+        with pytest.raises(ValueError, match="expert 1 has weights that are not finite"):
+            quantize(w, 8)
+    x, w, offsets_E = problem()
+    for backend in ("cpu", "grouped"):
+        with pytest.raises(ValueError, match="rows have width 12, the experts' matrices take 13"):
+            expert_linear(x[:, :12], quantize(w, 4), offsets_E, backend=backend)
 
 
 def problem(dtype=torch.float32, K=13, N=9):
@@ -137,10 +135,3 @@ def test_one_expert_is_dequantized_at_a_time(monkeypatch):
     monkeypatch.setattr("core.kernels.quantized.dequantize", None)
     expert_linear(x, quantize(w, 4), offsets_E, backend="cpu")
     assert seen == [(0, 13, 9), (2, 13, 9), (3, 13, 9)]  # not of expert 1, which has no rows
-
-
-def test_rows_of_another_width_are_refused():
-    x, w, offsets_E = problem()
-    for backend in ("cpu", "grouped"):
-        with pytest.raises(ValueError, match="rows have width 12, the experts' matrices take 13"):
-            expert_linear(x[:, :12], quantize(w, 4), offsets_E, backend=backend)

@@ -6,24 +6,9 @@ import importlib.util
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from core import (
-    Capacity,
-    Dense,
-    DenseToSparse,
-    Domain,
-    DynamicThreshold,
-    ExpertChoice,
-    Hierarchical,
-    NullExperts,
-    Prototypes,
-    RoutingContext,
-    Sinkhorn,
-    Threshold,
-    TokenChoice,
-    TokenRounding,
-)
+import core
 from core.kernels import BACKENDS, eager
 from core.kernels.eager import top_k_ids
 from core.routing.balance.balance import Balance
@@ -90,10 +75,10 @@ def lowest_first(values: Tensor, k: int) -> list[list[int]]:
     return [sorted(range(len(row)), key=lambda e: (-row[e], e))[:k] for row in values.tolist()]
 
 
-@pytest.mark.parametrize("E, k", [(1, 1), (4, 1), (8, 2), (8, 8), (33, 5), (130, 8)])
+@pytest.mark.parametrize("E, k", [(1, 1), (8, 8), (33, 5), pytest.param(130, 8, marks=pytest.mark.slow)])
 def test_every_backend_takes_the_same_experts_of_logits_with_many_ties(E, k):
     # bfloat16 has 8 bits: of numbers between 1 and 2 there are 128.
-    logits = (1 + torch.rand(40, E)).bfloat16()
+    logits = (1 + torch.rand(20, E)).bfloat16()
     expected = lowest_first(logits.float(), k)
     for name, kernels in BACKENDS.items():
         if name == "triton" and importlib.util.find_spec("triton") is None:
@@ -104,13 +89,7 @@ def test_every_backend_takes_the_same_experts_of_logits_with_many_ties(E, k):
     assert eager.topk_gate(logits, k, normalize=k > 1).expert_ids_TK.tolist() == expected
 
 
-def test_the_lowest_of_equal_values_come_first():
-    # 2 stands at 0 and 2, 1 at 1 and 3.
-    assert top_k_ids(torch.tensor([[2.0, 1.0, 2.0, 1.0, 0.0]]), 3).tolist() == [[0, 2, 1]]
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (7, 5), (2, 3, 5)])
-@pytest.mark.parametrize("k", [0, 1, 3, 5])
+@pytest.mark.parametrize("shape, k", [((0, 5), 1), ((7, 5), 0), ((2, 3, 5), 3), ((7, 5), 5)])
 def test_places_of_the_largest_pass_transforms_compilers_and_the_meta_device(shape, k):
     values = torch.randint(0, 3, shape).double()
     torch.compiler.reset()  # it compiles a function for so many shapes alone
@@ -119,37 +98,19 @@ def test_places_of_the_largest_pass_transforms_compilers_and_the_meta_device(sha
     assert top_k_ids(values.to("meta"), k).shape == (*shape[:-1], k)
 
 
-class Chosen(nn.Module):
-    """The experts that a router chooses."""
-
-    def __init__(self, router: nn.Module) -> None:
-        super().__init__()
-        self.router = router
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.router(x).expert_ids_N
-
-
-def test_compiled_and_exported_routers_take_the_same_experts_of_zero_tokens():
-    chosen, x = Chosen(TokenChoice(2).build(4, 8).eval()), torch.zeros(1, 3, 4)
-    assert chosen(x).tolist() == [0, 1] * 3
-    assert torch.compile(chosen, backend="aot_eager", fullgraph=True)(x).tolist() == [0, 1] * 3
-    assert torch.export.export(chosen, (x,)).module()(x).tolist() == [0, 1] * 3
-
-
 GATES = {
-    "top-k": (TokenChoice(3), [0, 1, 2]),
-    "second": (Threshold(eval_second_expert_policy="always"), [0, 1]),
+    "top-k": (core.TokenChoice(3), [0, 1, 2]),
+    "second": (core.Threshold(eval_second_expert_policy="always"), [0, 1]),
     # Groups {0 .. 3} and {4 .. 7}: the lowest of each.
-    "prototypes": (Prototypes(2), [0, 4]),
-    "hierarchical": (Hierarchical(num_groups=4, top_groups=2, top_k=1), [0, 2]),
+    "prototypes": (core.Prototypes(2), [0, 4]),
+    "hierarchical": (core.Hierarchical(num_groups=4, top_groups=2, top_k=1), [0, 2]),
     # Experts come before null experts.
-    "null experts": (NullExperts(4, num_null_experts=8), [0, 1, 2, 3]),
-    "sinkhorn": (Sinkhorn(top_k=3), [0, 1, 2]),
-    "dense": (Dense(eval_top_k=3), [0, 1, 2]),
-    "dense to sparse": (DenseToSparse(threshold=0.01, max_k=3), [0, 1, 2]),
-    "dynamic threshold": (DynamicThreshold(max_k=3), [0, 8, 8]),
-    "domain": (Domain(8, top_k=3), [0, 1, 2]),
+    "null experts": (core.NullExperts(4, num_null_experts=8), [0, 1, 2, 3]),
+    "sinkhorn": (core.Sinkhorn(top_k=3), [0, 1, 2]),
+    "dense": (core.Dense(eval_top_k=3), [0, 1, 2]),
+    "dense to sparse": (core.DenseToSparse(threshold=0.01, max_k=3), [0, 1, 2]),
+    "dynamic threshold": (core.DynamicThreshold(max_k=3), [0, 8, 8]),
+    "domain": (core.Domain(8, top_k=3), [0, 1, 2]),
 }
 
 
@@ -157,7 +118,7 @@ GATES = {
 def test_every_gate_takes_the_lowest_experts_for_a_zero_token(name):
     config, expected = GATES[name]
     router = config.build(4, 8).eval()
-    context = RoutingContext(domain_weights_BE=torch.full((1, 8), 0.125))
+    context = core.RoutingContext(domain_weights_BE=torch.full((1, 8), 0.125))
     assert router(torch.zeros(1, 1, 4), context).expert_ids_N.tolist() == expected
 
 
@@ -170,7 +131,7 @@ def test_an_expert_takes_the_earliest_of_equal_tokens():
 def test_rounding_adds_the_earliest_of_equal_tokens():
     # Tokens 0 to 11 are equal and choose expert 0, tokens 12 to 15 choose expert 1: 12 and 4 pairs, rounded to a
     # tile of 8 they are 16 and 8. Expert 1 adds four of tokens 0 to 11, and expert 0 all of the others.
-    router = TokenRounding(top_k=1, tile=8).build(2, 2).train()
+    router = core.TokenRounding(top_k=1, tile=8).build(2, 2).train()
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(2))
     x = torch.tensor([[1.0, 0.0]] * 12 + [[0.0, 1.0]] * 4)[None]
@@ -183,14 +144,10 @@ def test_rounding_adds_the_earliest_of_equal_tokens():
 def test_the_losses_of_a_sequence_count_the_same_choice():
     # Sigmoids of 1, 1, 1, 1, of which the second is chosen: shares f = [0, 1, 0, 0], P = 1/4 each, 4 * 1/4 = 1 is the
     # same whoever is chosen; so a fifth token-free expert of score 0 tells: P = [1, 1, 1, 1, 0] / 4.
-    router = TokenChoice(1, score_func="sigmoid").build(5, 5, Capacity())
+    router = core.TokenChoice(1, score_func="sigmoid").build(5, 5, core.Capacity())
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(5))
     routing = router(torch.tensor([[[20.0, 30.0, 18.0, 25.0, -40.0]]]))
     sums = balance_sums(routing, frozenset({"sequence_balance"}), Balance())
     assert sums["sequence_loss"].item() == pytest.approx(5 / 4)
     assert routing.expert_ids_N.tolist() == [1]
-
-
-def test_expert_choice_is_stable():
-    assert ExpertChoice(1.0).build(4, 2)(torch.zeros(1, 4, 4)).token_index_N.tolist() == [0, 1, 0, 1]

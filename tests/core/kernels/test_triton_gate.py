@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused import Operations, Severed
+from fused import Operations
 
 from core.kernels import eager, triton_ops
 from core.kernels.triton_ops import gate, launch, sort
@@ -26,10 +26,8 @@ GATES = {
 }
 
 
-CASES = [
-    (name, biased, tokens) for name in GATES for biased, tokens in ((False, 0), (True, 1), (True, 70), (False, 70))
-]
-CASES.remove(("many", False, 70))  # the slowest
+CASES = [(name, i % 2 == 0, 9) for i, name in enumerate(GATES)]
+CASES += [("top-3", True, 0), ("sigmoid", True, 1), ("top-3", False, 70), ("deepseek-v3", True, 70)]
 
 
 @pytest.mark.parametrize("name, biased, tokens", CASES)
@@ -94,8 +92,6 @@ def test_gate_takes_the_lower_expert_of_equal_scores_and_never_one_that_is_not_t
     "options",
     [
         {},
-        {"normalize": False},
-        {"score_func": "sigmoid"},
         {"score_func": "sigmoid", "normalize": False},
         {"score_func": "sigmoid", "num_groups": 3, "limited_groups": 2},
     ],
@@ -136,13 +132,6 @@ def test_gate_has_the_gradient_of_what_is_used_alone(score_func, used):
     expected.backward(grad)
     actual.backward(grad)
     torch.testing.assert_close(fused.grad, exact.grad)
-
-
-def test_gate_of_which_nothing_has_a_gradient_has_none():
-    logits = torch.randn(3, 4, requires_grad=True)
-    best = triton_ops.topk_gate(logits, 2)
-    Severed.apply(best.gates_TK).sum().backward()
-    assert logits.grad is None
 
 
 def test_gate_and_sort_are_as_many_launches_as_the_docs_say():

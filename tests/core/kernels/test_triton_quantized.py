@@ -32,10 +32,8 @@ def plain(weights: FFNWeights) -> FFNWeights:
 @pytest.mark.parametrize(
     ("bits", "group_size", "gated", "bias", "activation", "top_k", "dtype", "bound"),
     [
-        (8, None, False, True, "relu", 2, torch.float32, 1e-5),
         (4, None, True, False, "silu", 1, torch.float32, 1e-5),
-        (8, 2, True, True, "gelu", 2, torch.bfloat16, 3e-2),
-        (4, 3, False, False, "silu", 2, torch.bfloat16, 3e-2),
+        (8, 2, False, True, "gelu", 2, torch.bfloat16, 3e-2),
     ],
 )
 @torch.no_grad()
@@ -64,9 +62,8 @@ def test_a_product_equals_the_oracle(bits, group_size):
 
 
 def test_no_matrix_is_dequantized_as_a_whole(monkeypatch):
-    weights = weights_of(True, False, 4, None)
+    weights, x = weights_of(True, False, 4, None), torch.randn(5, 18)
     monkeypatch.setattr("core.kernels.quantized.dequantize", None)
-    x = torch.randn(5, 18)
     rows = RowIndex(None, torch.tensor([1, 2, 4, 5], dtype=torch.int32))
     assert triton_ops.expert_ffn(x, rows, torch.ones(5), weights, "silu").shape == (5, 6)
     assert triton_ops.expert_ffn(x[:0], rows, torch.ones(0), weights, "silu").shape == (0, 6)
@@ -83,13 +80,14 @@ def test_beyond_the_kernels_limits_grouped_computes(monkeypatch):
 
 
 def test_shapes_that_do_not_go_together_are_refused():
-    weights = weights_of(False, False, 8, None)
-    rows = RowIndex(None, torch.tensor([1, 2, 4, 5], dtype=torch.int32))
-    with pytest.raises(ValueError, match="rows have width 17, the experts' matrices take 18"):
-        triton_ops.expert_ffn(torch.randn(5, 17), rows, torch.ones(5), weights, "relu")
-    with pytest.raises(ValueError, match="w_out has shape"):
-        triton_ops.expert_ffn(torch.randn(5, 18), rows, torch.ones(5), weights._replace(w_out=weights.w_in), "relu")
-    with pytest.raises(ValueError, match="activation='swish' is not one of"):
-        triton_ops.expert_ffn(torch.randn(5, 18), rows, torch.ones(5), weights, "swish")
+    weights, x = weights_of(False, False, 8, None), torch.randn(5, 18)
+    rows, ones = RowIndex(None, torch.tensor([1, 2, 4, 5], dtype=torch.int32)), torch.ones(5)
+    for args, message in (
+        ((x[:, :17], rows, ones, weights, "relu"), "rows have width 17, the experts' matrices take 18"),
+        ((x, rows, ones, weights._replace(w_out=weights.w_in), "relu"), "w_out has shape"),
+        ((x, rows, ones, weights, "swish"), "activation='swish' is not one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triton_ops.expert_ffn(*args)
     with pytest.raises(ValueError, match="offsets_E has shape"):
-        triton_ops.expert_linear(torch.randn(5, 18), weights.w_in, rows.offsets_E[:3])
+        triton_ops.expert_linear(x, weights.w_in, rows.offsets_E[:3])

@@ -9,28 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core import (
-    FFN,
-    MLP,
-    PEER,
-    AttentionExperts,
-    Balance,
-    Dense,
-    ExpertChoice,
-    Hash,
-    LoRA,
-    Merge,
-    MoE,
-    MoEConfig,
-    ProductKeys,
-    RouterConfig,
-    RoutingContext,
-    Rows,
-    SoftSlots,
-    TokenChoice,
-    aux_losses,
-    record,
-)
+import core
 from core.memory import kept_bytes
 from core.routing.balance.losses import contrast_losses
 from core.routing.balance.terms import balance_sums, balance_terms
@@ -40,19 +19,19 @@ OUTPUT = torch.tensor([[0.75, 0.0], [0.75, 0.0], [0.0, 0.75], [torch.nan, 0.0]])
 # |y|^2 = 9/16, so u = y / (5/4): u . u = 0.36, which a temperature of 0.36 makes a similarity of 1.
 
 
-def contrast(layer: MoE, x: Tensor, context: RoutingContext | None = None) -> Tensor:
+def contrast(layer: core.MoE, x: Tensor, context: core.RoutingContext | None = None) -> Tensor:
     """Return the term of one pass, which is the whole of the losses."""
-    with record(layer) as tape:
+    with core.record(layer) as tape:
         layer(x, context)
-    losses = aux_losses(tape)
+    losses = core.aux_losses(tape)
     assert losses.terms.keys() == {"contrast"}
     return losses.total
 
 
-def built(router: RouterConfig, expert: FFN | LoRA = FFN(12), **options) -> MoE:
-    balance = Balance(**ALONE, contrast=1.0, **options)
-    layer = MoEConfig(4, router, expert, balance=balance).build(8)
-    if isinstance(expert, LoRA):
+def built(router: core.RouterConfig, expert: core.FFN | core.LoRA = core.FFN(12), **options) -> core.MoE:
+    balance = core.Balance(**ALONE, contrast=1.0, **options)
+    layer = core.MoEConfig(4, router, expert, balance=balance).build(8)
+    if isinstance(expert, core.LoRA):
         nn.init.normal_(layer.experts.w_b)
     return layer
 
@@ -67,10 +46,7 @@ def test_a_contrast_by_hand():
     loss_S, has_loss_S = contrast_losses(OUTPUT, torch.zeros(4, dtype=torch.int64), kept_S, 0.36)
     assert loss_S.tolist() == pytest.approx([0.813262, 0.813262, math.log(2), 0.0], abs=1e-6)
     assert has_loss_S.tolist() == [True, True, True, False]
-
-
-def test_outputs_of_zero_have_a_gradient_of_zero():
-    y = torch.zeros(4, 3, requires_grad=True)
+    y = torch.zeros(4, 3, requires_grad=True)  # outputs of zero have a gradient of zero
     loss_S, _ = contrast_losses(y, torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool), 0.1)
     assert loss_S.tolist() == pytest.approx([math.log(3)] * 4)
     loss_S.sum().backward()
@@ -79,7 +55,9 @@ def test_outputs_of_zero_have_a_gradient_of_zero():
 
 def test_sampled_rows_are_evenly_spaced_among_those_that_are_computed():
     x = torch.arange(5.0)[:, None]
-    rows = Rows(x, torch.tensor([3, 1, 4, 0, 2, 0, 0]), torch.tensor([3, 3, 5], dtype=torch.int32), torch.rand(7), 5)
+    rows = core.Rows(
+        x, torch.tensor([3, 1, 4, 0, 2, 0, 0]), torch.tensor([3, 3, 5], dtype=torch.int32), torch.rand(7), 5
+    )
     sample, kept_S = rows.sampled(3)
     # Of five rows those at 0, 5 // 3 and 10 // 3: tokens 3 and 1 of expert 0, token 0 of expert 2.
     assert sample.x[:, 0].tolist() == [3.0, 1.0, 0.0]
@@ -90,17 +68,24 @@ def test_sampled_rows_are_evenly_spaced_among_those_that_are_computed():
     sample, kept_S = rows.sampled(100)
     assert sample.x[kept_S][:, 0].tolist() == [3.0, 1.0, 4.0, 0.0, 2.0]
     assert sample.materialized() is sample
-    idle = Rows(x, torch.tensor([3, 1]), torch.zeros(3, dtype=torch.int32), torch.rand(2), 5)
+    idle = core.Rows(x, torch.tensor([3, 1]), torch.zeros(3, dtype=torch.int32), torch.rand(2), 5)
     assert idle.sampled(4)[1].tolist() == [False, False]
-    empty = Rows(x[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int32), torch.rand(0), 0)
+    empty = core.Rows(x[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int32), torch.rand(0), 0)
     assert empty.sampled(4)[0].x.shape == (0, 1)
 
 
-@pytest.mark.parametrize("expert", [FFN(12), LoRA(4)])
-@pytest.mark.parametrize("router", [TokenChoice(2), ExpertChoice(1.5), Dense(), Hash(5, top_k=2)])
+@pytest.mark.parametrize(
+    ("router", "expert"),
+    [
+        (core.TokenChoice(2), core.FFN(12)),
+        (core.ExpertChoice(1.5), core.LoRA(4)),
+        (core.Dense(), core.FFN(12)),
+        (core.Hash(5, top_k=2), core.LoRA(4)),
+    ],
+)
 def test_the_contrast_of_a_layer_is_that_of_a_loop_over_its_pairs(router, expert):
     layer = built(router, expert, contrast_temperature=0.5)
-    x, context = torch.randn(2, 5, 8), RoutingContext(token_ids_BS=torch.randint(5, (2, 5)))
+    x, context = torch.randn(2, 5, 8), core.RoutingContext(token_ids_BS=torch.randint(5, (2, 5)))
     actual = contrast(layer, x, context)
     routing = layer.router(x, context)
     x_TD = x.flatten(0, 1)
@@ -122,53 +107,45 @@ def test_the_contrast_of_a_layer_is_that_of_a_loop_over_its_pairs(router, expert
     assert all(p.grad.any() for p in layer.experts.parameters())
 
 
-def test_a_step_moves_experts_apart():
-    layer = built(TokenChoice(2), LoRA(4))
-    x = torch.randn(2, 20, 8)
-    before = contrast(layer, x)
-    before.backward()
-    with torch.no_grad():
-        for parameter in layer.experts.parameters():
-            parameter -= 0.1 * parameter.grad
-    assert contrast(layer, x) < before - 0.01
-
-
 def test_it_is_of_real_tokens_and_of_training_alone():
-    layer = built(TokenChoice(2))
+    layer = built(core.TokenChoice(2))
     x = torch.randn(2, 5, 8)
     padded, valid = torch.full((2, 7, 8), torch.nan), torch.zeros(2, 7, dtype=torch.bool)
     padded[:, :5], valid[:, :5] = x, True
-    torch.testing.assert_close(contrast(layer, padded, RoutingContext(valid)), contrast(layer, x))
-    with record(layer.eval()) as tape:
+    torch.testing.assert_close(contrast(layer, padded, core.RoutingContext(valid)), contrast(layer, x))
+    with core.record(layer.eval()) as tape:
         layer(x)
-    assert aux_losses(tape).terms == {}
+    assert core.aux_losses(tape).terms == {}
 
 
 def test_rows_are_few_whatever_the_batch_and_the_choice_is_the_same_each_time():
-    layer, plain = built(TokenChoice(2), contrast_rows=16), MoEConfig(4, TokenChoice(2), FFN(12)).build(8)
+    layer, plain = (
+        built(core.TokenChoice(2), contrast_rows=16),
+        core.MoEConfig(4, core.TokenChoice(2), core.FFN(12)).build(8),
+    )
     x = torch.randn(1, 2000, 8, requires_grad=True)
     # 16 rows of 8, 12 and 8 numbers and some (16, 16) matrices; an output of each pair alone would be 128,000 bytes.
     assert kept_bytes(layer, x) - kept_bytes(plain, x) < 20_000
     assert contrast(layer, x) == contrast(layer, x)
-    assert contrast(built(TokenChoice(2), contrast_rows=1), x) == 0.0  # a row alone has nothing to compare with
+    assert contrast(built(core.TokenChoice(2), contrast_rows=1), x) == 0.0  # a row alone has nothing to compare with
 
 
 def test_a_checkpointed_layer_has_the_same_gradient():
     grads = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
-        layer = built(TokenChoice(2), LoRA(4, dropout=0.2))
+        layer = built(core.TokenChoice(2), core.LoRA(4, dropout=0.2))
         x = torch.randn(2, 5, 8)
-        with record(layer) as tape:
+        with core.record(layer) as tape:
             y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
-        (y.square().sum() + aux_losses(tape).total).backward()
+        (y.square().sum() + core.aux_losses(tape).total).backward()
         grads.append([p.grad for p in layer.parameters()])
     torch.testing.assert_close(*grads)
 
 
 def test_the_mean_is_over_the_rows_of_all_ranks():
-    layer = built(TokenChoice(2))
-    with record(layer) as tape:
+    layer = built(core.TokenChoice(2))
+    with core.record(layer) as tape:
         layer(torch.randn(1, 3, 8))
         layer(torch.randn(1, 9, 8))
     wanted = frozenset({"contrast"})
@@ -179,38 +156,28 @@ def test_the_mean_is_over_the_rows_of_all_ranks():
     torch.testing.assert_close(added, ((of_first + of_second) / (n + m))[0])
 
 
-def test_under_autocast_it_is_that_of_rounded_outputs_in_float32():
-    layer, x = built(TokenChoice(2), LoRA(4), contrast_temperature=1.0), torch.randn(2, 5, 8)
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((core.SoftSlots(),), "does not apply to SoftSlots"),
+        ((core.Merge(),), "does not apply to Merge"),
+        ((core.ProductKeys(2, 1), core.PEER()), "does not apply to Prod"),
+        ((core.TokenChoice(), core.AttentionExperts()), "does not apply to Token"),
+        ((core.TokenChoice(), core.MLP((4,), norm="batch")), "computes rows twice, and MLPExperts gathers statistics"),
+    ],
+)
+def test_where_it_has_no_meaning_it_is_refused(parts, message):
+    with pytest.raises(ValueError, match=f"balance.contrast=1.0 {message}"):
+        core.MoEConfig(4, *parts, balance=core.Balance(**ALONE, contrast=1.0)).build(8, 4)
+
+
+def test_compiled_it_is_the_same_and_under_autocast_that_of_rounded_outputs_in_float32(fresh_compiler):
+    layer, x = built(core.TokenChoice(2), core.LoRA(4), contrast_temperature=1.0), torch.randn(2, 5, 8)
     expected = contrast(layer, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = contrast(layer, x)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0)
-
-
-def test_it_is_compiled_without_a_break(fresh_compiler):
-    layer, x = built(TokenChoice(2), LoRA(4)), torch.randn(2, 5, 8)
-    losses = []
-    for run in (layer, torch.compile(layer, backend="eager", fullgraph=True)):
-        with record(layer) as tape:
-            run(x)
-        losses.append(aux_losses(tape).total)
-    torch.testing.assert_close(*losses)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda b: MoEConfig(4, SoftSlots(), balance=b), r"balance.contrast=1.0 does not apply to SoftSlots"),
-        (lambda b: MoEConfig(4, Merge(), balance=b), r"balance.contrast=1.0 does not apply to Merge"),
-        (lambda b: MoEConfig(4, ProductKeys(2, 1), PEER(), balance=b), r"balance.contrast=1.0 does not apply to Prod"),
-        (lambda b: MoEConfig(4, TokenChoice(), AttentionExperts(), balance=b), r"contrast=1.0 does not apply to Token"),
-        (
-            lambda b: MoEConfig(4, TokenChoice(), MLP((4,), norm="batch"), balance=b).build(8, 4),
-            r"balance.contrast=1.0 computes rows twice, and MLPExperts gathers statistics",
-        ),
-    ],
-)
-def test_where_it_has_no_meaning_it_is_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make(Balance(**ALONE, contrast=1.0))
+    with core.record(layer) as tape:
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(core.aux_losses(tape).total, expected)

@@ -17,25 +17,26 @@ from torch.utils.checkpoint import checkpoint
 
 from core import MLP, MMoE, RoutingContext, TokenChoice, aux_loss, record
 
+KINDS = ["mmoe", "home ple", "domain ple", "m3oe", "star", "top-k", "shared top-k", "relu", "smes", "sparse rank mixer"]
+
 # Fast paths, sizes, dtypes.
 
 
-@pytest.mark.parametrize("B", [0, 1, 7, 100, 600])
 @pytest.mark.parametrize("name", ALL)
-def test_the_fast_path_equals_the_loop_in_output_and_gradients(name, B):
-    # Float32 sums over 600 examples in another order: up to 2e-4 of gradients around 100.
-    oracle = build(name, backend="eager")
-    fast = build(name)
-    assert fast.experts is not oracle.experts
-    known = context(name, B)
-    assert_same(step(fast, examples(B), known), step(oracle, examples(B), known), rtol=1e-3, atol=2e-4)
+def test_the_fast_path_equals_the_loop_in_output_and_gradients(name):
+    # Float32 sums over 100 examples in another order: up to 2e-4 of gradients around 100.
+    for B in (0, 1, 100):
+        oracle = build(name, backend="eager")
+        fast = build(name)
+        assert fast.experts is not oracle.experts
+        known = context(name, B)
+        assert_same(step(fast, examples(B), known), step(oracle, examples(B), known), rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("B", [7, 100, 600])
 @pytest.mark.parametrize("selection", ["task", "shared"])
 @pytest.mark.parametrize("load", ["all on one", "one is empty"])
-def test_the_fast_path_equals_the_loop_at_uneven_loads(load, selection, B):
-    layers = []
+def test_the_fast_path_equals_the_loop_at_uneven_loads(load, selection):
+    layers, B = [], 100
     for backend in ("eager", "auto"):
         config = MMoE(6, MLP((7, 6)), TokenChoice(1 if load == "all on one" else 3), selection, backend=backend)
         torch.manual_seed(0)
@@ -56,20 +57,6 @@ def test_the_fast_path_equals_the_loop_at_uneven_loads(load, selection, B):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_gradcheck(name):
-    # In evaluation: batch norm's statistics stay. test_mlp_experts.py has them in training.
-    layer = build(name).double().eval()
-    known = context(name, 3)
-    names = [n for n, _ in layer.named_parameters()]
-    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
-
-    def run(x: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x, known))
-
-    assert torch.autograd.gradcheck(run, (examples(3).double().requires_grad_(), *values), fast_mode=True)
-
-
-@pytest.mark.parametrize("name", ALL)
 def test_shapes(name):
     layer = build(name).eval()
     width = ALL[name].out_dim(D)
@@ -85,8 +72,7 @@ def test_shapes(name):
         layer(torch.randn(D), known)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "training"), [*((name, True) for name in ALL), *((name, False) for name in KINDS)])
 def test_padding_may_hold_nan_and_is_zero_and_nowhere(name, training):
     layer = build(name).train(training)
     other = copy.deepcopy(layer)
@@ -109,7 +95,7 @@ def test_padding_may_hold_nan_and_is_zero_and_nowhere(name, training):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_under_autocast_gates_stay_in_float32(name):
+def test_in_half_precision_and_under_autocast_gates_stay_in_float32(name):
     layer = build(name).eval()
     x, known = examples(20), context(name, 20)
     with record(layer) as tape:
@@ -126,12 +112,7 @@ def test_under_autocast_gates_stay_in_float32(name):
             assert torch.equal(cast.routing.evidence.scores_TE, before.routing.evidence.scores_TE)
     # A few products rounded to 8 bits, 2^-8 each, of the largest output.
     assert (y.float() - exact).abs().max() < 0.05 * exact.abs().max()
-
-
-@pytest.mark.parametrize("name", ["mmoe", "cgc", "home ple", "domain mmoe", "top-k", "shared top-k", "smes"])
-def test_a_layer_in_bfloat16(name):
-    layer = build(name).bfloat16()
-    y = layer(examples(6).bfloat16(), context(name, 6))
+    y = layer.bfloat16()(x.bfloat16(), known)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
@@ -163,7 +144,7 @@ def test_copies_pickles_and_states_are_the_same_layer(name):
     assert torch.equal(bare(x, known), y)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_recorded_layer_may_be_repeated_by_a_checkpoint_after_the_tape(name):
     layer, x = build(name), examples(6).requires_grad_()
     other, known = copy.deepcopy(layer), context(name, 6)
@@ -177,7 +158,7 @@ def test_a_recorded_layer_may_be_repeated_by_a_checkpoint_after_the_tape(name):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    "name", ["home ple", "smes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("domain mmoe", "shared top-k"))]
+    "name", ["home ple", *(pytest.param(n, marks=pytest.mark.slow) for n in ("smes", "domain mmoe"))]
 )
 def test_the_compiled_layer_equals_eager(name):
     layer = build(name)
@@ -190,8 +171,7 @@ def test_the_compiled_layer_equals_eager(name):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    "name",
-    ["domain ple", "smes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("omoe", "home ple", "shared top-k"))],
+    "name", ["domain ple", *(pytest.param(n, marks=pytest.mark.slow) for n in ("smes", "home ple"))]
 )
 def test_the_exported_layer_serves_other_batches(name):
     layer = build(name).eval()

@@ -12,43 +12,28 @@ from gradients import close_gradients
 from pair_routers import PAIR_ROUTERS
 from torch import Tensor
 
-from core import (
-    FFN,
-    Balance,
-    Convolution,
-    ExpertChoice,
-    Mixed,
-    MoEConfig,
-    PatchMoE,
-    RouterConfig,
-    RoutingContext,
-    SoftSlots,
-    TokenChoice,
-    active_params,
-    aux_loss,
-    count_flops,
-    grow_experts,
-    record,
-    update_expert_bias,
-)
-from core.testing.check import FLOAT32, close, same_step, step
+import core
+from core.testing.check import close
 from core.testing.router_case import RouterCase, seeded
 
 D, D_OUT, E, HIDDEN = 3, 5, 8, 4
 COLUMNS, ROWS = 4, 6  # of positions; 2 x 3 patches of 2 x 2
 S = COLUMNS * ROWS
-KIND = Convolution(HIDDEN, bias=True, columns=COLUMNS)
+KIND = core.Convolution(HIDDEN, bias=True, columns=COLUMNS)
 
 
 def build(
-    router: RouterConfig = TokenChoice(2), expert: Convolution = KIND, out_dim: int | None = None, **options
-) -> PatchMoE:
+    router: core.RouterConfig = core.TokenChoice(2),
+    expert: core.Convolution = KIND,
+    out_dim: int | None = None,
+    **options,
+) -> core.PatchMoE:
     with seeded(0):
-        layer = MoEConfig(E, router, expert, **options).build(D, out_dim)
+        layer = core.MoEConfig(E, router, expert, **options).build(D, out_dim)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    assert isinstance(layer, PatchMoE)
+    assert isinstance(layer, core.PatchMoE)
     return layer.double()
 
 
@@ -62,7 +47,7 @@ def positions(patch: int) -> list[int]:
     return [COLUMNS * (top + r) + left + c for r in (0, 1) for c in (0, 1)]
 
 
-def padded(router: RouterConfig) -> RoutingContext:
+def padded(router: core.RouterConfig) -> core.RoutingContext:
     """Return a context with all fields: an image, one with half a patch and two whole ones of padding, and padding."""
     valid_BS = torch.ones(3, S, dtype=torch.bool)
     valid_BS[1, [*positions(1)[:2], *positions(3), *positions(4)]] = False
@@ -70,7 +55,7 @@ def padded(router: RouterConfig) -> RoutingContext:
     return RouterCase(router, E, D, 0).context(3, S, valid_BS=valid_BS)
 
 
-def convolved(layer: PatchMoE, x_PD: Tensor, e: int) -> Tensor:
+def convolved(layer: core.PatchMoE, x_PD: Tensor, e: int) -> Tensor:
     """Return a patch (4, D) after expert e, (4, D_out), by torch's convolution."""
     experts, x = layer.experts, x_PD.T.reshape(1, -1, 2, 2)
     h = F.gelu(F.conv2d(x, kernel(experts.w_in[e]), experts.b_in[e], padding=1))
@@ -81,7 +66,7 @@ def kernel(w: Tensor) -> Tensor:
     return w.T.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
 
 
-def patches_of_context(context: RoutingContext) -> RoutingContext:
+def patches_of_context(context: core.RoutingContext) -> core.RoutingContext:
     """Return the context of the patches: real where a position is, with the ids of the first real position."""
     real, values = context.valid_BS.tolist(), {f.name: getattr(context, f.name) for f in fields(context)}
     # Sorting is stable: real positions come first, in their order.
@@ -90,7 +75,7 @@ def patches_of_context(context: RoutingContext) -> RoutingContext:
     return replace(context, **{name: torch.stack([v[at] for at in first]).view(3, 6) for name, v in of_tokens.items()})
 
 
-def slow(layer: PatchMoE, x_BSD: Tensor, context: RoutingContext | None = None) -> Tensor:
+def slow(layer: core.PatchMoE, x_BSD: Tensor, context: core.RoutingContext | None = None) -> Tensor:
     """Return the layer's output, pair by pair."""
     own, B = None, len(x_BSD)
     if context is not None:
@@ -112,10 +97,10 @@ def slow(layer: PatchMoE, x_BSD: Tensor, context: RoutingContext | None = None) 
     return torch.stack([y[b, s] for b in range(B) for s in range(S)]).unflatten(0, (B, S))
 
 
-def compare(layer: PatchMoE, x: Tensor, context: RoutingContext | None) -> None:
+def compare(layer: core.PatchMoE, x: Tensor, context: core.RoutingContext | None) -> None:
     """Hold a step of the layer to the slow loop, in output and all gradients."""
     results = []
-    for run in (PatchMoE.forward, slow):
+    for run in (core.PatchMoE.forward, slow):
         copied, own = copy.deepcopy(layer), x.clone().requires_grad_()
         with seeded(3):
             y = run(copied, own, context)
@@ -136,13 +121,13 @@ def test_every_router_gives_the_slow_loop_s_output_and_gradients(name):
         compare(build(router, **options).train(training), tokens(), padded(router))
 
 
-@pytest.mark.parametrize("router", [TokenChoice(2), ExpertChoice(4.0)], ids=["tokens", "experts"])
+@pytest.mark.parametrize("router", [core.TokenChoice(2), core.ExpertChoice(4.0)], ids=["tokens", "experts"])
 def test_without_padding_and_with_another_width_out_it_is_the_slow_loop_too(router):
     compare(build(router, out_dim=D_OUT), tokens(2), None)
 
 
 def test_an_example_by_hand():
-    layer = MoEConfig(2, TokenChoice(1), Convolution(1, activation="relu")).build(1)
+    layer = core.MoEConfig(2, core.TokenChoice(1), core.Convolution(1, activation="relu")).build(1)
     with torch.no_grad():
         # By the sign of a patch's first position; the softmax of such logits is 1 for the larger, the gate of top-1.
         layer.router.gate.weight.copy_(torch.tensor([[100.0, 0, 0, 0], [-100.0, 0, 0, 0]]))
@@ -160,8 +145,8 @@ def test_an_example_by_hand():
 
 def test_by_expert_choice_each_expert_takes_l_of_the_n_patches_of_an_image():
     # l = ceil(1.5 * 6 / 8) = 2 of n = 6.
-    layer = build(ExpertChoice(1.5))
-    with record(layer) as tape:
+    layer = build(core.ExpertChoice(1.5))
+    with core.record(layer) as tape:
         layer(tokens())
     (entry,) = tape.entries
     routing = entry.routing
@@ -169,6 +154,13 @@ def test_by_expert_choice_each_expert_takes_l_of_the_n_patches_of_an_image():
     taken = torch.zeros(3, E, dtype=torch.int64)
     taken.index_put_((routing.token_index_N // 6, routing.expert_ids_N), torch.tensor(1), accumulate=True)
     assert (taken == 2).all()
+    layer = build(balance=core.Balance(load_balancing_loss=0.1)).train()
+    with core.record(layer) as tape:
+        layer(tokens(), padded(core.TokenChoice(2)))
+    # 6 patches of the first image, and 6 - 2 of the second, for half of one is real; 2 experts each.
+    assert int(tape.entries[0].routing.tokens_per_expert_E.sum()) == 2 * (6 + 4)
+    core.aux_loss(tape).backward()
+    assert layer.router.gate.weight.grad.any()
 
 
 # ---- forms of the input
@@ -179,45 +171,22 @@ def test_a_map_is_its_tokens_and_may_be_of_any_size_of_whole_patches():
     image = x.transpose(1, 2).unflatten(2, (ROWS, COLUMNS))
     torch.testing.assert_close(layer(image).flatten(2).transpose(1, 2), layer(x), rtol=1e-12, atol=1e-12)
     assert layer(image.transpose(2, 3)).shape == (3, D_OUT, COLUMNS, ROWS)
-    context = padded(TokenChoice(2))
+    one = build(core.ExpertChoice(1.0))  # a sequence is a batch of one
+    torch.testing.assert_close(one(x[1]), one(x)[1], rtol=1e-12, atol=1e-12)
+    context = padded(core.TokenChoice(2))
     torch.testing.assert_close(layer(image, context).flatten(2).transpose(1, 2), layer(x, context), rtol=0, atol=1e-12)
 
 
-def test_a_sequence_is_a_batch_of_one_and_no_batch_mate_changes_it():
-    layer, x = build(ExpertChoice(1.0)), tokens()
-    torch.testing.assert_close(layer(x[1]), layer(x)[1], rtol=1e-12, atol=1e-12)
-
-
 def test_tokens_of_a_prefix_go_to_no_expert():
-    layer = build(ExpertChoice(2.0), replace(KIND, columns=None, prefix_tokens=2))
-    x, plain = tokens(3, 18), build(ExpertChoice(2.0), replace(KIND, columns=None))
-    context = RoutingContext(torch.ones(3, 18, dtype=torch.bool))
+    layer = build(core.ExpertChoice(2.0), replace(KIND, columns=None, prefix_tokens=2))
+    x, plain = tokens(3, 18), build(core.ExpertChoice(2.0), replace(KIND, columns=None))
+    context = core.RoutingContext(torch.ones(3, 18, dtype=torch.bool))
     context.valid_BS[:, 5] = False
     y = layer(x, context)
     assert not y[:, :2].any()
-    assert torch.equal(y[:, 2:], plain(x[:, 2:], RoutingContext(context.valid_BS[:, 2:])))
+    assert torch.equal(y[:, 2:], plain(x[:, 2:], core.RoutingContext(context.valid_BS[:, 2:])))
     image = tokens(3, 16).transpose(1, 2).unflatten(2, (4, 4))  # a map has no prefix
     assert torch.equal(layer(image), plain(image))
-
-
-def test_padding_may_hold_anything():
-    x, context = tokens().float(), padded(TokenChoice(2))
-    layer = build().float().train()
-    expected = step(layer, x, context)
-    held = step(layer, x.masked_fill(~context.valid_BS[..., None], torch.nan), context)
-    assert not held["output"][~context.valid_BS].any()
-    for name, value in held.items():
-        assert value.isfinite().all(), name
-        close(value, expected[name], name)
-
-
-@pytest.mark.parametrize(("B", "num"), [(0, 16), (2, 0), (1, 4)])
-def test_without_images_without_patches_and_with_one(B, num):
-    x = tokens(B, num).requires_grad_()
-    y = build(expert=Convolution(HIDDEN))(x)
-    y.sum().backward()
-    assert y.shape == (B, num, D)
-    assert y.isfinite().all()
 
 
 def test_a_bias_of_the_output_is_every_position_s():
@@ -229,6 +198,14 @@ def test_a_bias_of_the_output_is_every_position_s():
     torch.testing.assert_close(layer(x), plain(x) + torch.arange(D_OUT), rtol=1e-12, atol=1e-12)
 
 
+def test_a_grown_layer_is_one_of_more_experts():
+    layer = build()
+    assert core.grow_experts(layer, 2) == (E, E + 1)
+    wide = core.MoEConfig(E + 2, core.TokenChoice(2), KIND).build(D).double()
+    wide.load_state_dict(layer.state_dict())
+    assert torch.equal(wide(tokens()), layer(tokens()))
+
+
 def test_outputs_are_masked_in_training_alone():
     layer, x = build(expert_output_masking=0.5), tokens()
     assert torch.equal(layer.eval()(x), build()(x))
@@ -236,132 +213,91 @@ def test_outputs_are_masked_in_training_alone():
         assert not torch.equal(layer.train()(x), build()(x))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "grouped"])
-@pytest.mark.parametrize("router", [TokenChoice(2), ExpertChoice()], ids=["tokens", "experts"])
-def test_every_backend_gives_the_oracle_s_step(router, backend):
-    x, context = tokens().float(), padded(router)
-    expected = step(build(router, backend="eager").float(), x, context)
-    same_step(step(build(router, backend=backend).float(), x, context), expected)
-
-
 # ---- costs
 
 
 @pytest.mark.parametrize(
-    "expert", [KIND, Convolution(6, patch_size=4, kernel_size=5), Convolution(patch_size=1, kernel_size=1)]
+    "expert", [KIND, core.Convolution(6, patch_size=4, kernel_size=5), core.Convolution(patch_size=1, kernel_size=1)]
 )
 def test_costs_are_numel_and_the_counter_s(expert):
-    for router, out_dim in ((TokenChoice(3), None), (ExpertChoice(2.0), 6)):
-        config = MoEConfig(E, router, expert)
+    for router, out_dim in ((core.TokenChoice(3), None), (core.ExpertChoice(2.0), 6)):
+        config = core.MoEConfig(E, router, expert)
         layer = config.build(D, out_dim)
         assert config.num_params(D, out_dim) == sum(p.numel() for p in layer.parameters())
-        assert config.active_params(D, out_dim) == active_params(layer)
-        counted = count_flops(layer, torch.randn(2, 64, D))
+        assert config.active_params(D, out_dim) == core.active_params(layer)
+        counted = core.count_flops(layer, torch.randn(2, 64, D))
         assert config.flops_per_token(D, out_dim, tokens_per_sequence=64) * 2 * 64 == counted
 
 
 def test_costs_by_hand():
-    config = MoEConfig(E, ExpertChoice(2.0), Convolution(5, columns=COLUMNS))
+    config = core.MoEConfig(E, core.ExpertChoice(2.0), core.Convolution(5, columns=COLUMNS))
     # A patch: the gate 2 * 12 * 8; 2 experts of 2 * 4 positions * 9 taps * 5 * (3 + 3), and 4 positions share it.
     assert config.flops_per_token(D) == (2 * 12 * 8 + 2 * 2 * 4 * 9 * 5 * 6) / 4 == 1128
     # An image of 6 patches: each of 8 experts takes 2 of them, for 16 / 6 a patch.
     assert config.flops_per_token(D, tokens_per_sequence=S) == (6 * 2 * 12 * 8 + 16 * 2160) / 24 == 1488
     # A class token is 1 of 25, and costs nothing.
-    config = replace(config, expert=Convolution(5, columns=COLUMNS, prefix_tokens=1))
+    config = replace(config, expert=core.Convolution(5, columns=COLUMNS, prefix_tokens=1))
     assert config.flops_per_token(D, tokens_per_sequence=25) == round(1488 * 24 / 25)
     with pytest.raises(ValueError, match=r"^26 positions do not fill rows of columns=4$"):
         config.flops_per_token(D, tokens_per_sequence=27)
-
-
-def test_finer_experts_are_narrower_ones():
-    coarse = MoEConfig(4, TokenChoice(1), Convolution(6, columns=COLUMNS), granularity=2)
-    fine = MoEConfig(8, TokenChoice(2), Convolution(3, columns=COLUMNS))
-    assert coarse.split(D) == fine
-    assert coarse.num_params(D) == fine.num_params(D)
+    coarse = core.MoEConfig(4, core.TokenChoice(1), core.Convolution(6, columns=COLUMNS), granularity=2)
+    assert coarse.split(D) == core.MoEConfig(8, core.TokenChoice(2), core.Convolution(3, columns=COLUMNS))
 
 
 # ---- tape, growth, graphs
 
 
-def test_a_pass_is_one_entry_with_losses_and_a_bias_step():
-    router = TokenChoice(2, score_func="sigmoid", expert_bias=True)
-    layer = build(router, balance=Balance(load_balancing_loss=0.1)).train()
-    with record(layer) as tape:
-        layer(tokens(), padded(router))
-    (entry,) = tape.entries
-    # 6 patches of the first image, and 6 - 2 of the second, for half of one is real; 2 experts each.
-    assert int(entry.routing.tokens_per_expert_E.sum()) == 2 * (6 + 4)
-    aux_loss(tape).backward()
-    assert layer.router.gate.weight.grad.any()
-    update_expert_bias(layer, tape)
-    assert layer.router.expert_bias.any()
-
-
-def test_a_grown_layer_is_one_of_more_experts():
-    layer = build()
-    assert grow_experts(layer, 2) == (E, E + 1)
-    wide = MoEConfig(E + 2, TokenChoice(2), KIND).build(D).double()
-    wide.load_state_dict(layer.state_dict())
-    assert torch.equal(wide(tokens()), layer(tokens()))
-
-
-def test_an_exported_layer_of_square_images_takes_any_number_of_them():
-    layer, x = build(ExpertChoice(), replace(KIND, columns=None)).float(), tokens(3, 16).float()
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
-    x = tokens(2, 16).float()
-    close(program(x), layer(x), "the output of 2 images", FLOAT32)
-
-
 # ---- what is refused
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kernel_size": 2}, "kernel_size=2 is even: a kernel has a middle"),
-        ({"kernel_size": 5}, "kernel_size=5 exceeds 3, beyond which a tap sees no position of a patch of patch_size=2"),
-        ({"columns": 5}, "patch_size=2 does not divide columns=5"),
-    ],
-)
-def test_bad_values_are_refused_in_one_line(options, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        Convolution(**options)
+SHARED = r"^num_shared_experts=1 with Convolution, which computes patches$"
+CONTEXT = r"^context.{} has shape \(3, 6\), the tokens \(3, 24\)$"
+OTHER_X = r"^x has shape \({}\): patches are of tokens \(B, S, D\) or a map \(B, D, h, w\)$"
 
 
-def test_layers_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match=r"^Convolution computes patches: not with the slots of SoftSlots"):
-        MoEConfig(4, SoftSlots(), Convolution())
-    for options in ({"expert": Convolution()}, {"expert": FFN(), "shared_expert": Convolution()}):
-        with pytest.raises(ValueError, match=r"^num_shared_experts=1 with Convolution, which computes patches$"):
-            MoEConfig(4, num_shared_experts=1, **options)
-    with pytest.raises(ValueError, match=r"^experts has Convolution, which cannot be one of several kinds$"):
-        Mixed((Convolution(), FFN()), (1, 1))
-    with pytest.raises(ValueError, match=r"^Convolution shows a token those after it: not for a causal decoder$"):
-        MoEConfig(4, TokenChoice(1), Convolution()).build(D, causal=True)
+def forward(*shape: int) -> Tensor:
+    return build()(torch.zeros(shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("make", "message"),
     [
-        ((2, 18, D), "^18 positions do not fill rows of columns=4$"),
-        ((2, 12, D), "^patch_size=2 does not divide a grid of 3 x 4 positions$"),
-        ((2, S, 7), "^x has width 7, the layer is for dim=3$"),
-        ((2, 7, 4, 4), r"^x is a map of 7 channels, the layer is for dim=3: \(B, D, h, w\)$"),
-        ((2, D, 4, 5), "^patch_size=2 does not divide a grid of 4 x 5 positions$"),
+        (lambda: core.Convolution(kernel_size=2), "^kernel_size=2 is even: a kernel has a middle$"),
         (
-            (2, 2, 2, 4, D),
-            r"^x has shape \(2, 2, 2, 4, 3\): patches are of tokens \(B, S, D\) or a map \(B, D, h, w\)$",
+            lambda: core.Convolution(kernel_size=5),
+            "^kernel_size=5 exceeds 3, beyond which a tap sees no position of a patch of patch_size=2$",
         ),
-        ((D,), r"^x has shape \(3,\): patches are of tokens"),
+        (lambda: core.Convolution(columns=5), "^patch_size=2 does not divide columns=5$"),
+        (
+            lambda: core.MoEConfig(4, core.SoftSlots(), core.Convolution()),
+            "^Convolution computes patches: not with the slots of SoftSlots",
+        ),
+        (lambda: core.MoEConfig(4, num_shared_experts=1, expert=core.Convolution()), SHARED),
+        (lambda: core.MoEConfig(4, num_shared_experts=1, expert=core.FFN(), shared_expert=core.Convolution()), SHARED),
+        (
+            lambda: core.Mixed((core.Convolution(), core.FFN()), (1, 1)),
+            "^experts has Convolution, which cannot be one of several kinds$",
+        ),
+        (
+            lambda: core.MoEConfig(4, core.TokenChoice(1), core.Convolution()).build(D, causal=True),
+            "^Convolution shows a token those after it: not for a causal decoder$",
+        ),
+        (lambda: forward(2, 18, D), "^18 positions do not fill rows of columns=4$"),
+        (lambda: forward(2, S, 7), "^x has width 7, the layer is for dim=3$"),
+        (lambda: forward(2, 7, 4, 4), r"^x is a map of 7 channels, the layer is for dim=3: \(B, D, h, w\)$"),
+        (lambda: forward(2, D, 4, 5), "^patch_size=2 does not divide a grid of 4 x 5 positions$"),
+        (lambda: forward(2, 2, 2, 4, D), OTHER_X.format("2, 2, 2, 4, 3")),
+        (lambda: forward(D), OTHER_X.format("3,")),
+        (
+            lambda: build()(tokens(), core.RoutingContext(valid_BS=torch.ones(3, 6, dtype=torch.bool))),
+            CONTEXT.format("valid_BS"),
+        ),
+        (
+            lambda: build()(tokens(), core.RoutingContext(token_ids_BS=torch.ones(3, 6, dtype=torch.int64))),
+            CONTEXT.format("token_ids_BS"),
+        ),
     ],
 )
-def test_inputs_of_other_shapes_are_refused(shape, message):
+def test_what_cannot_be_is_refused_in_one_line(make, message):
     with pytest.raises(ValueError, match=message):
-        build()(torch.zeros(shape, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("name", ["valid_BS", "token_ids_BS"])
-def test_a_context_of_another_shape_is_refused(name):
-    wrong = torch.ones(3, 6, dtype=torch.bool if name == "valid_BS" else torch.int64)
-    with pytest.raises(ValueError, match=rf"^context.{name} has shape \(3, 6\), the tokens \(3, 24\)$"):
-        build()(tokens(), RoutingContext(**{name: wrong}))
+        make()

@@ -73,8 +73,7 @@ def test_an_update_is_scale_times_a_b_of_its_own_expert():
     assert torch.allclose(added, 8.0 * torch.arange(4.0)[:, None].expand_as(added), atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("backend", ["eager", "cpu", "grouped"])
+@pytest.mark.parametrize(("bits", "backend"), [(8, "eager"), (4, "cpu"), (8, "grouped")])
 def test_gradients_through_quantized_experts_are_those_of_the_dequantized(bits, backend):
     model = core.quantize_experts(net(EXPERTS[0]), bits)
     plain = net(EXPERTS[0])
@@ -194,23 +193,18 @@ def test_merging_into_a_tied_weight_leaves_its_other_module_as_it_was():
     assert torch.equal(merged.embed.weight, before)
     assert not merged.out.weight.requires_grad
     assert relative(merged(ids), expected) < 1e-6
+    pair, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    pair[1].weight = pair[0].weight
+    expected = fill(core.add_adapters(pair, core.LoRA(2), modules=["0", "1"]))(x)
+    assert relative(core.merge_adapters(pair)(x), expected) < 1e-6
 
 
-def test_two_layers_of_one_weight_are_merged_each_with_its_own_update():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    fill(core.add_adapters(model, core.LoRA(2), modules=["0", "1"]))
-    x = torch.randn(3, 4)
-    expected = model(x)
-    assert relative(core.merge_adapters(model)(x), expected) < 1e-6
-
-
-@pytest.mark.parametrize("modules", [None, "attention", "*.out_proj"])
-def test_attention_that_reads_its_output_layer_is_refused(modules):
+def test_attention_that_reads_its_output_layer_is_refused():
     model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(8, 2, 16), "moe": core.MoEConfig(2).build(8)})
-    with pytest.raises(ValueError, match=r"'block\.self_attn\.out_proj' is part of an nn\.MultiheadAttention"):
-        core.add_adapters(model, core.LoRA(2), modules=modules)
-    assert all(p.requires_grad for p in model.parameters())
+    for modules in (None, "attention", "*.out_proj"):
+        with pytest.raises(ValueError, match=r"'block\.self_attn\.out_proj' is part of an nn\.MultiheadAttention"):
+            core.add_adapters(model, core.LoRA(2), modules=modules)
+        assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("rates", [(0.0, 0.9), (0.9, 0.0)])

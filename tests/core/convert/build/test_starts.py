@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import FFN, GEGLU, Cosine, DenseFFN, MoEConfig, Random, SwiGLU, TokenChoice, record, sparsify
+from core import FFN, Cosine, DenseFFN, GeneralFFN, MoEConfig, Random, SwiGLU, TokenChoice, record, sparsify
 from core.convert import DropStart, GranularStart, SplitStart, Start
 from core.convert.read.neurons import balanced_clusters, random_groups
 
@@ -26,19 +26,22 @@ def check_same(sparse: nn.Module, dense: nn.Module, x: Tensor) -> None:
     assert (y - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("network_of", NETWORKS)
 @pytest.mark.parametrize(
-    "router",
-    [
-        TokenChoice(2),
-        TokenChoice(1),
-        TokenChoice(1, score_func="sigmoid", normalize=None, scale=2.0),
-        TokenChoice(2, gate_bias=True, normalize="unit"),
-    ],
+    ("network_of", "router"),
+    zip(
+        NETWORKS,
+        [
+            TokenChoice(2),
+            TokenChoice(1),
+            TokenChoice(1, score_func="sigmoid", normalize=None, scale=2.0),
+            TokenChoice(2, gate_bias=True, normalize="unit"),
+        ],
+        strict=True,
+    ),
 )
 def test_granular_experts_begin_as_the_network(network_of, router):
     dense, x = network(*network_of), torch.randn(3, 7, 8)
-    sparse = sparsify(dense, MoEConfig(3, router, granularity=4), "", start="granular")
+    sparse = sparsify(dense, MoEConfig(3, router, granularity=4), "", start=GranularStart())
     check_same(sparse, dense, x)
     assert (sparse.moe.num_experts, sparse.config.expert.hidden_dim) == (12, 6)
     with record(sparse) as tape:
@@ -93,11 +96,6 @@ def test_units_are_drawn_by_the_mean_and_deviation_of_what_they_were():
     assert not (experts.w_in[0] == dense.w_in.weight.t()).any()
 
 
-def test_without_a_share_they_are_copies():
-    dense = network()
-    check_same(sparsify(dense, MoEConfig(3, TokenChoice(2)), "", start=DropStart(0.0)), dense, torch.randn(5, 8))
-
-
 @pytest.mark.parametrize("by", ["clusters", "coactivation", "random"])
 @pytest.mark.parametrize("network_of", NETWORKS)
 def test_all_parts_of_a_network_are_the_network(network_of, by):
@@ -105,7 +103,9 @@ def test_all_parts_of_a_network_are_the_network(network_of, by):
     inputs = x if by == "coactivation" else None
     sparse = sparsify(dense, ALL, "", start=SplitStart(by), inputs=inputs)
     check_same(sparse, dense, x)
-    assert sparse.config.expert.hidden_dim == 6
+    gated, bias = network_of
+    narrow = GeneralFFN(6, "silu", True, True, True) if bias else SwiGLU(6)
+    assert sparse.config.expert == (narrow if gated else FFN(6, "relu", bias=bias))
     # Each unit is in one expert.
     columns = torch.cat(tuple(sparse.moe.experts.w_in), -1)
     assert columns.sort(-1).values.equal(dense.w_in.weight.t().sort(-1).values)
@@ -162,14 +162,6 @@ def test_inputs_reach_the_networks_of_a_whole_model():
     check_same(sparse.eval(), model.eval(), torch.randn(4, 2, 3))
 
 
-def test_kinds_of_narrow_experts():
-    assert sparsify(network(True, False), ALL, "", start="split").config.expert == SwiGLU(6)
-    gelu = DenseFFN(24, "gelu", gated=True, bias=False).build(8)
-    assert sparsify(gelu, ALL, "", start="split").config.expert == GEGLU(6)
-    moe = MoEConfig(3, TokenChoice(2), granularity=4)
-    assert sparsify(network(), moe, "", start="granular").config.expert == FFN(6, "relu", bias=True)
-
-
 class Halves(Start):
     """A start of one's own: every expert is half of the network."""
 
@@ -214,9 +206,3 @@ def test_bad_options():
     for start in ("drop", "split", "granular"):
         with pytest.raises(ValueError, match=r"hidden"):
             sparsify(stack, MoEConfig(2, TokenChoice(2), granularity=2 if start == "granular" else 1), "", start=start)
-
-
-def test_granular_is_one_of_the_starts_by_name():
-    dense, moe = network(), MoEConfig(3, TokenChoice(2), granularity=2)
-    by_name, by_object = sparsify(dense, moe, "", start="granular"), sparsify(dense, moe, "", start=GranularStart())
-    assert all(torch.equal(a, b) for a, b in zip(by_name.parameters(), by_object.parameters(), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 import torch
@@ -112,8 +112,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("cost", ["flops", "params"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "cost"), zip(NETWORKS, cycle(("flops", "params")), strict=False))
 def test_a_network_of_each_kind(name, cost):
     dense, shape = NETWORKS[name]
     x = torch.randn(shape)
@@ -269,7 +268,7 @@ def test_a_network_that_cannot_be_wider_is_refused(is_computed, message, monkeyp
         dense_twin(dense, like=sparsify(dense, MOE, ""))
 
 
-def changed(change) -> tuple[nn.Module, nn.Module]:
+def changed(change=lambda model: None) -> tuple[nn.Module, nn.Module]:
     """Return a model and what was made sparse of it, and change the model afterwards."""
     dense = net()
     sparse = sparsify(dense, MOE, "1")
@@ -277,13 +276,28 @@ def changed(change) -> tuple[nn.Module, nn.Module]:
     return dense, sparse
 
 
+def made_sparse(dense: nn.Module, moe: MoEConfig, start: str = "copy") -> tuple[nn.Module, nn.Module]:
+    return dense, sparsify(dense, moe, "", start=start)
+
+
 @pytest.mark.parametrize(
     ("models", "options", "message"),
     [
         (lambda: (net(), net()), {}, r"like has no layer that core.sparsify put in the place of a network of model"),
         (lambda: (sparsify(net(), MOE, "1"),) * 2, {}, r"like has no layer that core.sparsify put"),
-        (lambda: changed(lambda m: None), {"cost": "time"}, r"cost='time' is not one of flops, params"),
-        (lambda: changed(lambda m: None), {"seed": 0.5}, r"seed=0.5"),
+        (changed, {"cost": "time"}, r"cost='time' is not one of flops, params"),
+        (changed, {"seed": 0.5}, r"seed=0.5"),
+        (
+            # An expert of one unit and a gate of 4 x 1 cost 16 + 8: one and a half units.
+            lambda: made_sparse(ffn(hidden=1), MoEConfig(1, TokenChoice(1))),
+            {},
+            r"module '': no whole width comes within 5% of 24 flops a token",
+        ),
+        (
+            lambda: made_sparse(normed(4, 6), MoEConfig(3, TokenChoice(2), MLP((6,))), "random"),
+            {},
+            r"module '': it is one linear layer, which has no hidden units",
+        ),
         (
             lambda: changed(lambda m: m.pop(1)),
             {},
@@ -311,16 +325,3 @@ def test_bad_input(models, options, message):
     dense, sparse = models()
     with pytest.raises(ValueError, match=message):
         dense_twin(dense, like=sparse, **options)
-
-
-def test_a_cost_between_two_widths_is_refused():
-    dense = ffn(hidden=1)
-    # An expert of one unit and a gate of 4 x 1 cost 16 + 8: one and a half units.
-    with pytest.raises(ValueError, match=r"module '': no whole width comes within 5% of 24 flops a token"):
-        dense_twin(dense, like=sparsify(dense, MoEConfig(1, TokenChoice(1)), ""))
-
-
-def test_one_layer_has_no_hidden_units():
-    dense = normed(4, 6)
-    with pytest.raises(ValueError, match=r"module '': it is one linear layer, which has no hidden units"):
-        dense_twin(dense, like=sparsify(dense, MoEConfig(3, TokenChoice(2), MLP((6,))), "", start="random"))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core import FFN, MLP, GeneralFFN, MoEConfig, SwiGLU, TokenChoice, sparsify
+from core import FFN, GeneralFFN, MoEConfig, SwiGLU, TokenChoice, sparsify
 from core.convert.read import structure
 from core.convert.read.trial import run
 
@@ -34,54 +32,12 @@ class Llama(nn.Module):
 
     def __init__(self, gate="w1"):
         super().__init__()
-        self.w1, self.w2, self.w3 = (
-            nn.Linear(D, H, bias=False),
-            nn.Linear(H, D, bias=False),
-            nn.Linear(D, H, bias=False),
-        )
+        self.w1, self.w2, self.w3 = (nn.Linear(a, b, bias=False) for a, b in ((D, H), (H, D), (D, H)))
         self.gate = gate
 
     def forward(self, x):
         gate, up = (self.w1(x), self.w3(x)) if self.gate == "w1" else (self.w3(x), self.w1(x))
         return self.w2(F.silu(gate) * up)
-
-
-class LitGPT(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc, self.proj = nn.Linear(D, H), nn.Linear(H, D)
-
-    def forward(self, x):
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
-
-
-class LitGPTLlama(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc_1, self.fc_2, self.proj = nn.Linear(D, H), nn.Linear(D, H), nn.Linear(H, D)
-
-    def forward(self, x):
-        x_1, x_2 = self.fc_1(x), self.fc_2(x)
-        return self.proj(F.silu(x_1) * x_2)
-
-
-class Mistral(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(D, H, bias=False), nn.Linear(D, H, bias=False)
-        self.down_proj, self.act_fn = nn.Linear(H, D, bias=False), nn.SiLU()
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class GPTNeoX(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.dense_h_to_4h, self.dense_4h_to_h = nn.Linear(D, H), nn.Linear(H, D)
-
-    def forward(self, hidden_states):
-        return self.dense_4h_to_h(torch.nn.functional.gelu(self.dense_h_to_4h(hidden_states)))
 
 
 class BertIntermediate(nn.Module):
@@ -111,15 +67,6 @@ class Bert(nn.Module):
     def forward(self, x):
         x = x + self.attention(x, x, x, need_weights=False)[0]
         return self.outer(self.inner(x), x)
-
-
-class T5Dense(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.wi, self.wo, self.dropout = nn.Linear(D, H, bias=False), nn.Linear(H, D, bias=False), nn.Dropout(0.1)
-
-    def forward(self, x):
-        return self.wo(self.dropout(torch.relu(self.wi(x))))
 
 
 class T5Gated(nn.Module):
@@ -188,34 +135,6 @@ class MlpMixer(nn.Module):
         return x + self.channel_mixing(self.norm2(x))
 
 
-class Whisper(nn.Module):
-    """A block with the network as an ``nn.Sequential`` in it."""
-
-    def __init__(self):
-        super().__init__()
-        self.attn, self.attn_ln = nn.MultiheadAttention(D, 2, batch_first=True), nn.LayerNorm(D)
-        self.mlp, self.mlp_ln = nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)), nn.LayerNorm(D)
-
-    def forward(self, x):
-        y = self.attn_ln(x)
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.mlp_ln(x))
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
-
-class Clip(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.activation_fn, self.fc2 = nn.Linear(D, H), QuickGELU(), nn.Linear(H, D)
-
-    def forward(self, x):
-        return self.fc2(self.activation_fn(self.fc1(x)))
-
-
 class DiT(nn.Module):
     """A network whose input is scaled and shifted by a condition, which it is not given."""
 
@@ -228,18 +147,6 @@ class DiT(nn.Module):
     def forward(self, x):
         shift, scale, gate = self.modulation(x.mean(1, keepdim=True)).chunk(3, -1)
         return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
-
-
-class Dlrm(nn.Module):
-    """The bottom network, of three layers."""
-
-    def __init__(self):
-        super().__init__()
-        layers = ([nn.Linear(a, b), nn.ReLU()] for a, b in itertools.pairwise((D, H, 10, D)))
-        self.bot_l = nn.Sequential(*itertools.chain(*layers))
-
-    def forward(self, x):
-        return self.bot_l(x)
 
 
 class SASRec(nn.Module):
@@ -260,11 +167,6 @@ class PreNorm(nn.Sequential):
         super().__init__(nn.LayerNorm(D), nn.Linear(D, H), nn.GELU(), nn.Dropout(0.1), nn.Linear(H, D), nn.Dropout(0.2))
 
 
-class Plain(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D))
-
-
 class Network(nn.Module):
     """Two blocks with a residual, between an embedding and a head."""
 
@@ -281,34 +183,22 @@ class Network(nn.Module):
         return self.head(x)
 
 
-def gelu_tanh(**more):
-    return GeneralFFN(H, "gelu_tanh", **more)
-
-
+T5 = GeneralFFN(H, "gelu_tanh", gated=True, bias_in=False, bias_out=False, dropout=0.1)
 ARCHITECTURES = [
     (NanoGPT, "blocks.*", FFN(H)),
     (Llama, "blocks.*", SwiGLU(H)),
     (lambda: Llama("w3"), "blocks.*", SwiGLU(H)),
-    (LitGPT, "blocks.*", FFN(H, "gelu_tanh", bias=True)),
-    (LitGPTLlama, "blocks.*", GeneralFFN(H, "silu", gated=True, bias_gate=True)),
-    (Mistral, "blocks.*", SwiGLU(H)),
-    (GPTNeoX, "blocks.*", FFN(H, bias=True)),
     (Bert, "blocks.*", FFN(H, bias=True)),
-    (T5Dense, "blocks.*", GeneralFFN(H, "relu", bias_in=False, bias_out=False, dropout=0.1)),
-    (T5Gated, "blocks.*", gelu_tanh(gated=True, bias_in=False, bias_out=False, dropout=0.1)),
+    (T5Gated, "blocks.*", T5),
     (TimmMlp, "blocks.*", GeneralFFN(H, dropout=0.1)),
     (TorchvisionMLPBlock, "blocks.*", GeneralFFN(H, dropout=0.1)),
     (Swin, "blocks.*", GeneralFFN(H, dropout=0.1)),
     (ConvNeXt, "blocks.*", FFN(H, bias=True)),
     (MlpMixer, "blocks.*.token_mixing", FFN(H, bias=True)),
     (MlpMixer, "blocks.*.channel_mixing", FFN(H, bias=True)),
-    (Whisper, "blocks.*.mlp", FFN(H, bias=True)),
-    (Clip, "blocks.*", GeneralFFN(H, "quick_gelu")),
     (DiT, "blocks.*.mlp", FFN(H, "gelu_tanh", bias=True)),
-    (Dlrm, "blocks.*.bot_l", MLP((H, 10, D))),
     (SASRec, "blocks.*", GeneralFFN(H, "relu", dropout=0.1)),
     (PreNorm, "blocks.*", GeneralFFN(H, dropout=0.1)),
-    (Plain, "blocks.*", FFN(H, "relu", bias=True)),
 ]
 
 

@@ -22,15 +22,14 @@ def built(router: core.RouterConfig, expert: core.ExpertConfig, **options) -> co
     return layer
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize(
-    "expert",
+    ("expert", "top_k"),
     [
-        FFN(6, bias=True),
-        core.SwiGLU(6),
-        core.ClampedSwiGLU(6, bias=True),
-        GeneralFFN(6, "tanh", gated=True, bias_gate=True, dropout=0.5),
-        core.LoRA(2),
+        *((FFN(6, bias=True), top_k) for top_k in (1, 2, 4)),
+        (core.SwiGLU(6), 1),
+        (core.ClampedSwiGLU(6, bias=True), 2),
+        (GeneralFFN(6, "tanh", gated=True, bias_gate=True, dropout=0.5), 4),
+        (core.LoRA(2), 2),
     ],
     ids=str,
 )
@@ -80,40 +79,49 @@ def test_all_layers_of_a_model_in_place():
     assert [layer.expert.w_in.shape for layer in model] == [(1, D, 12), (1, D, 4)]
 
 
+ROUTED = (TokenChoice(), FFN(6))
 REFUSED = {
-    "nothing": (TokenChoice(), FFN(6), {}, "one of task, domain and expert is to be given, not 0"),
-    "two": (TokenChoice(), FFN(6), {"task": 0, "expert": 1}, "is to be given, not 2"),
-    "tokens": (
-        TokenChoice(),
-        FFN(6),
-        {"task": 0},
-        "router TokenChoice does not decide by the task alone",
+    "nothing": (lambda: built(*ROUTED), {}, "one of task, domain and expert is to be given, not 0"),
+    "two": (lambda: built(*ROUTED), {"task": 0, "expert": 1}, "is to be given, not 2"),
+    "tokens": (lambda: built(*ROUTED), {"task": 0}, "router TokenChoice does not decide by the task alone"),
+    "a domain": (
+        lambda: built(Task(2), FFN(6)),
+        {"domain": 0},
+        "router Task (arXiv 2110.03742) does not decide by the domain alone",
     ),
-    "a domain": (Task(2), FFN(6), {"domain": 0}, "router Task (arXiv 2110.03742) does not decide by the domain alone"),
-    "a task": (Task(2), FFN(6), {"task": 2}, "task=2 is not in range(2)"),
-    "an expert": (TokenChoice(), FFN(6), {"expert": 4}, "expert=4 is not in range(4)"),
-    "a kind": (Task(2, 2), core.MLP((D,)), {"task": 0}, "MLPExperts cannot be joined into one expert: 2 of them"),
+    "a task": (lambda: built(Task(2), FFN(6)), {"task": 2}, "task=2 is not in range(2)"),
+    "an expert": (lambda: built(*ROUTED), {"expert": 4}, "expert=4 is not in range(4)"),
+    "a kind": (
+        lambda: built(Task(2, 2), core.MLP((D,))),
+        {"task": 0},
+        "MLPExperts cannot be joined into one expert: 2 of them",
+    ),
     "a scale": (
-        Task(2, 1),
-        core.Identity(),
+        lambda: built(Task(2, 1), core.Identity()),
         {"task": 0},
         "IdentityExperts cannot be joined into one expert: one at a gate",
+    ),
+    "a capacity": (
+        lambda: built(Task(2), FFN(6), capacity_factor=1.0),
+        {"task": 0},
+        "with a capacity what an expert computes depends on the batch",
+    ),
+    "patches": (
+        lambda: built(TokenChoice(1), core.Convolution(5, columns=4)),
+        {"expert": 0},
+        "no layer of one expert takes the place of a PatchMoE",
+    ),
+    "gates": (
+        lambda: core.MMoE(4).build(D, 2),
+        {"expert": 0},
+        "is a MultiGateMoE: core.MoE and its subclasses are cut out of",
     ),
 }
 
 
-@pytest.mark.parametrize(("router", "expert", "given", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_in_one_line(router, expert, given, message):
+@pytest.mark.parametrize(("make", "given", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_line(make, given, message):
     with pytest.raises(ValueError) as error:
-        cut_out(built(router, expert), **given)
+        cut_out(make(), **given)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_capacity_and_other_layers_are_refused():
-    with pytest.raises(ValueError, match="with a capacity what an expert computes depends on the batch"):
-        cut_out(built(Task(2), FFN(6), capacity_factor=1.0), task=0)
-    with pytest.raises(ValueError, match="no layer of one expert takes the place of a PatchMoE"):
-        cut_out(built(TokenChoice(1), core.Convolution(5, columns=4)), expert=0)
-    with pytest.raises(ValueError, match=r"is a MultiGateMoE: core\.MoE and its subclasses are cut out of"):
-        cut_out(core.MMoE(4).build(D, 2), expert=0)

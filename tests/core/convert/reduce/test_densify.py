@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from shrinking import tokens
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 import core
@@ -68,18 +68,6 @@ def test_the_largest_units_stand_side_by_side():
     assert one["b_out"].tolist() == [2.0]  # the mean
 
 
-def test_units_that_no_other_expert_has_are_gathered_whole():
-    # Expert e has all its weight in unit e, so that the gathered expert is the sum of all.
-    layer = built(core.SwiGLU(4))
-    with torch.no_grad():
-        for e in range(4):
-            own = layer.experts.weights_of(e)["w_out"]
-            own[[f for f in range(4) if f != e]] = 0.0
-    x = torch.randn(3, 5, D)
-    expected = layer.experts(x, "dense")
-    assert_close(densify(layer, "top_k")(x), expected, rtol=1e-5, atol=1e-6)
-
-
 def test_singular_values_sum_the_best_approximations():
     layer = built(core.FFN(8, bias=True))
     one = densify(layer, "svd").expert.weights_of(0)
@@ -91,11 +79,14 @@ def test_singular_values_sum_the_best_approximations():
     assert_close(one["b_out"], layer.experts.b_out.mean(0))
 
 
-@pytest.mark.parametrize("how", ["average", "use", "most_used"])
 @pytest.mark.parametrize(
-    "expert",
-    [core.FFN(12, bias=True), core.SwiGLU(6), core.ClampedSwiGLU(6, bias=True), core.MLP((6, D)), core.LoRA(2)],
-    ids=lambda e: type(e).__name__,
+    ("expert", "how"),
+    [
+        *((core.FFN(12, bias=True), how) for how in ("average", "use", "most_used")),
+        *((core.SwiGLU(6), "use"), (core.ClampedSwiGLU(6, bias=True), "average")),
+        *((core.MLP((6, D)), "most_used"), (core.LoRA(2), "use")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_equal_experts_become_themselves(expert, how):
     layer = made_equal(built(expert, num_shared_experts=1, shared_gate="mix", output_bias=True))
@@ -132,23 +123,7 @@ def test_one_feed_forward_network_computes_the_same(kind):
     assert_close(ffn(x), dense(x), rtol=1e-5, atol=1e-6)
 
 
-def test_an_encoder_layer_of_torch_computes_the_dense_layer_in_evaluation_too():
-    class Sparse(nn.TransformerEncoderLayer):
-        def __init__(self) -> None:
-            super().__init__(D, 2, 16, dropout=0.0, batch_first=True)
-            self.moe = made_equal(built(core.FFN(6)))
-
-        def _ff_block(self, x: Tensor) -> Tensor:
-            return self.moe(x)
-
-    layer, x = Sparse().eval(), torch.randn(2, 5, D)
-    with torch.no_grad():
-        expected = layer(x)
-        assert_close(densify(layer)(x), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("how", ["average", "use", "most_used"])
-def test_a_dense_model_made_sparse_is_dense_again(how):
+def test_a_dense_model_made_sparse_is_dense_again():
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -161,14 +136,21 @@ def test_a_dense_model_made_sparse_is_dense_again(how):
     dense, x = nn.Sequential(Block(), nn.TransformerEncoderLayer(D, 2, 16, batch_first=True)).eval(), tokens()
     sparse = core.sparsify(dense, MoEConfig(4, TokenChoice(2)), ["0.mlp", "1"]).eval()
     names = core.moe_layers(sparse)
-    again = densify(sparse, how, dict.fromkeys(names, LOADS) if how != "average" else None)
+    again = densify(sparse, "use", dict.fromkeys(names, LOADS))
     assert len(names) == 2
     assert not core.moe_layers(again)
     with torch.no_grad():
         assert_close(again(x), dense(x), rtol=1e-5, atol=1e-6)
 
 
+def twins() -> nn.Module:
+    model = nn.Sequential(built(core.FFN(6)), built(core.FFN(6)))
+    model[1].experts = model[0].experts
+    return model
+
+
 REFUSED = {
+    "twins": (lambda: densify(twins()), "layers '0' and '1' share their experts"),
     "no layer": (lambda: densify(nn.Linear(2, 2)), "a Linear without MoE layers has no experts"),
     "how": (lambda: densify(built(core.FFN(6)), "mean"), "how='mean' is not one of average, use, most_used"),
     "no loads": (lambda: densify(built(core.FFN(6)), "use"), "loads are needed"),
@@ -203,17 +185,7 @@ def test_refused_in_one_line(make, message):
         make()
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_refusal_leaves_the_model_as_it_was():
     model = nn.Sequential(built(core.FFN(6)), built(core.Identity()))
     with pytest.raises(ValueError, match="IdentityExperts cannot be merged"):
         densify(model)
-    assert len(core.moe_layers(model)) == 2
-
-
-def test_two_layers_with_the_same_experts_are_refused():
-    model = nn.Sequential(built(core.FFN(6)), built(core.FFN(6)))
-    model[1].experts = model[0].experts
-    with pytest.raises(ValueError, match="layers '0' and '1' share their experts"):
-        densify(model)
+    assert len(core.moe_layers(model)) == 2  # a refusal leaves it as it was

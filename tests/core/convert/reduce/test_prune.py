@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from dataclasses import replace
 
 import pytest
@@ -77,29 +76,20 @@ def test_a_token_chooses_among_the_experts_that_are_left():
 def test_a_pruned_layer_trains_and_loads_into_one_that_is_built_smaller(router):
     config = MoEConfig(6, router, core.SwiGLU(6, bias=True))
     layer = built(config)
+    if not isinstance(router, Task):  # what was grown is taken away again
+        before = {k: v.clone() for k, v in layer.state_dict().items()}
+        new = core.grow_experts(layer, 2)
+        keep_experts(layer, [e for e in range(8) if e not in new])
+        assert_close(layer.state_dict(), before, rtol=0, atol=0)
     keep_experts(layer, [0, 2, 4, 5])
     smaller = built(replace(config, num_experts=4), seed=1)
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    smaller.load_state_dict(torch.load(file, weights_only=True))
+    smaller.load_state_dict(layer.state_dict())
     assert torch.equal(smaller.eval()(tokens(), CONTEXT), layer.eval()(tokens(), CONTEXT))
     assert (smaller.num_experts, smaller.pairs_per_token) == (layer.num_experts, layer.pairs_per_token)
     assert core.active_params(smaller) == core.active_params(layer)
     layer.train()(tokens(), CONTEXT).square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
     assert layer.experts.w_in.grad.any()
-
-
-@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
-def test_what_was_grown_is_taken_away_again(router):
-    layer = built(MoEConfig(4, router, FFN(6)))
-    before = {k: v.clone() for k, v in layer.state_dict().items()}
-    new = core.grow_experts(layer, 2)
-    keep_experts(layer, [e for e in range(6) if e not in new])
-    after = layer.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_groups_keep_as_many_each():
@@ -144,18 +134,6 @@ def test_constants_stand_in_for_the_experts_that_go(router):
     assert layer.experts.parts[1].v.grad.any()
 
 
-def test_an_expert_whose_output_is_constant_is_replaced_exactly():
-    layer = built(MoEConfig(4, TokenChoice(2), FFN(6, bias=True))).eval()
-    with torch.no_grad():
-        for e in (1, 2):
-            layer.experts.w_out[e] = 0.0
-    expected = layer(tokens())
-    own = expert_statistics(layer, [tokens()])[""]
-    assert own.spread_E[[1, 2]].tolist() == pytest.approx([0.0, 0.0], abs=1e-9)
-    assert prune_experts(layer, own, 2, "spread", constants=True) == {"": (0, 3)}
-    assert_close(layer(tokens()), expected, rtol=1e-5, atol=1e-6)
-
-
 def test_merged_experts_are_means_by_load():
     # Mean outputs 0, 10, 1 and 12: 0 and 2 are merged first, then 1 and 3.
     every = torch.zeros(4, D)
@@ -168,25 +146,8 @@ def test_merged_experts_are_means_by_load():
     assert_close(layer.router.gate.weight[0], 0.75 * gate[0] + 0.25 * gate[2])
 
 
-def test_equal_experts_with_equal_rows_merge_into_what_they_were():
-    layer = built(MoEConfig(4, TokenChoice(1, score_func="sigmoid"), FFN(6, bias=True))).eval()
-    with torch.no_grad():
-        for old, new in ((0, 2), (1, 3)):
-            layer.router.gate.weight[new] = layer.router.gate.weight[old]
-            for name, weight in layer.experts.weights_of(new).items():
-                weight.copy_(layer.experts.weights_of(old)[name])
-    expected = layer(tokens())
-    statistics = expert_statistics(layer, [tokens()], every_token=True)
-    assert merge_experts(layer, statistics, 0.5) == {"": ((0, 2), (1, 3))}
-    assert_close(layer(tokens()), expected, rtol=1e-5, atol=1e-6)
-    smaller = built(MoEConfig(2, TokenChoice(1, score_func="sigmoid"), FFN(6, bias=True)), seed=1).eval()
-    smaller.load_state_dict(layer.state_dict())
-    assert torch.equal(smaller(tokens()), layer(tokens()))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_clusters_are_those_of_a_loop_over_all_pairs(seed):
-    points = torch.randn(9, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def test_clusters_are_those_of_a_loop_over_all_pairs():
+    points = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     distance = torch.cdist(points, points)
     clusters = [[e] for e in range(9)]
     while len(clusters) > 4:
@@ -222,6 +183,38 @@ REFUSED = {
     ),
     "constants": (MoEConfig(4, core.Prototypes(2)), given([1] * 4), 2, {"constants": True}, "sees 2 groups of experts"),
 }
+ONES = given([1] * 4)
+OTHER = {
+    "no tokens": (
+        lambda: merge_experts(built(MoEConfig(4)), given([1, 1, 1, 0]), 2),
+        "expert 3 of layer '' has no tokens: take statistics with every_token=True",
+    ),
+    "no mean": (
+        lambda: merge_experts(built(MoEConfig(4, expert=core.Identity())), ONES, 2),
+        "IdentityExperts cannot be merged",
+    ),
+    "adapters": (
+        lambda: merge_experts(core.add_adapters(built(MoEConfig(4)), core.LoRA(2), modules="experts"), ONES, 2),
+        "FFNExperts have adapters: core.merge_adapters merges them before",
+    ),
+    "range": (lambda: keep_experts(built(MoEConfig(4)), [4]), "expert 4 is not in range(4)"),
+    "nothing": (lambda: keep_experts(built(MoEConfig(4)), []), "a layer keeps at least one expert"),
+    "gates": (
+        lambda: keep_experts(core.MMoE(4).build(D, 2), [0]),
+        "a MultiGateMoE does not shrink: core.MoE and its subclasses do",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), OTHER.values(), ids=OTHER)
+def test_other_refusals(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)
+    model = nn.Sequential(built(MoEConfig(4)), built(MoEConfig(2)))
+    with pytest.raises(ValueError, match="top_k=2 exceeds num_experts=1"):
+        prune_experts(model, {"0": ONES, "1": given([1] * 2)}, 0.5)
+    assert model[0].num_experts == 4  # nothing is done where a later layer is refused
 
 
 @pytest.mark.parametrize(("config", "statistics", "keep", "options", "message"), REFUSED.values(), ids=REFUSED)
@@ -234,22 +227,3 @@ def test_refused_in_one_line_and_left_as_it_was(config, statistics, keep, option
     assert "\n" not in str(error.value)
     assert {k: v.shape for k, v in layer.state_dict().items()} == shapes
     assert layer.num_experts == config.num_experts
-
-
-def test_other_refusals():
-    with pytest.raises(ValueError, match="expert 3 of layer '' has no tokens: take statistics with every_token=True"):
-        merge_experts(built(MoEConfig(4)), given([1, 1, 1, 0]), 2)
-    with pytest.raises(ValueError, match="IdentityExperts cannot be merged"):
-        merge_experts(built(MoEConfig(4, expert=core.Identity())), given([1] * 4), 2)
-    with pytest.raises(ValueError, match=r"FFNExperts have adapters: core\.merge_adapters merges them before"):
-        merge_experts(core.add_adapters(built(MoEConfig(4)), core.LoRA(2), modules="experts"), given([1] * 4), 2)
-    with pytest.raises(ValueError, match=r"expert 4 is not in range\(4\)"):
-        keep_experts(built(MoEConfig(4)), [4])
-    with pytest.raises(ValueError, match="a layer keeps at least one expert"):
-        keep_experts(built(MoEConfig(4)), [])
-    with pytest.raises(ValueError, match=r"a MultiGateMoE does not shrink: core\.MoE and its subclasses do"):
-        keep_experts(core.MMoE(4).build(D, 2), [0])
-    model = nn.Sequential(built(MoEConfig(4)), built(MoEConfig(2)))
-    with pytest.raises(ValueError, match="top_k=2 exceeds num_experts=1"):
-        prune_experts(model, {"0": given([1] * 4), "1": given([1] * 2)}, 0.5)
-    assert model[0].num_experts == 4  # nothing is done where a later layer is refused

@@ -83,8 +83,9 @@ VIEWS = {
 
 
 @needs_onednn
-@pytest.mark.parametrize("left", VIEWS)
-@pytest.mark.parametrize("right", VIEWS)
+@pytest.mark.parametrize(
+    "left, right", [("whole", "whole"), *((view, "whole") for view in VIEWS), *(("transposed", view) for view in VIEWS)]
+)
 def test_views_of_any_strides_are_multiplied_as_they_are(of_every_size, left, right):
     a, b, total = VIEWS[left](6, 5), VIEWS[right](5, 8), torch.randn(6, 8)
     expected = a.double() @ b.double()
@@ -126,20 +127,18 @@ def test_products_of_few_rows_do_not_copy_the_weight(badly_served):
         assert count(lambda: cpu.linear(x[:1], weight)) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_stay_with_torch(of_every_size, dtype):
-    x, weight = torch.randn(4, 5, dtype=dtype), torch.randn(3, 5, dtype=dtype)
-    assert count(lambda: cpu.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 0
-
-
-def test_torchs_switch_turns_it_off(of_every_size):
+def test_other_dtypes_stay_with_torch_and_so_does_all_where_its_switch_is_off(of_every_size):
     x, weight = torch.randn(4, 5), torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu.linear(x, weight).dtype == torch.bfloat16
     before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        assert count(lambda: cpu.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 0
-    finally:
-        torch._C._set_mkldnn_enabled(before)
+    for dtype, is_on in ((torch.bfloat16, True), (torch.float64, True), (torch.float32, False)):
+        a, w = x.to(dtype), weight.to(dtype)
+        torch._C._set_mkldnn_enabled(is_on)
+        try:
+            assert count(lambda a=a, w=w: cpu.linear(a, w)) == count(lambda a=a, w=w: products.mm(a, w.t())) == 0
+        finally:
+            torch._C._set_mkldnn_enabled(before)
 
 
 def test_shapes_that_do_not_fit_have_torchs_error_and_biases_that_spread_its_result(of_every_size):
@@ -151,12 +150,6 @@ def test_shapes_that_do_not_fit_have_torchs_error_and_biases_that_spread_its_res
         torch.testing.assert_close(cpu.linear(x, weight, bias), F.linear(x, weight, bias))
     torch.testing.assert_close(cpu.linear(x[0], weight), weight @ x[0])
     torch.testing.assert_close(cpu.linear(x, weight[0]), x @ weight[0])
-
-
-def test_autocast_decides_the_dtype(of_every_size):
-    x, weight = torch.randn(4, 5), torch.randn(3, 5)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert cpu.linear(x, weight).dtype == torch.bfloat16
 
 
 def test_transforms_and_tangents_see_torchs_product(of_every_size):
@@ -204,18 +197,10 @@ def test_a_packed_weight_gives_the_same_products(badly_served, monkeypatch):
 
 
 @needs_onednn
-def test_what_is_packed_is_bounded(badly_served, monkeypatch):
-    monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
-    monkeypatch.setattr(products, "MOST_PACKED", 100)
-    weights = [torch.randn(rows, 10) for rows in (6, 5, 4)]
-    with torch.no_grad(), cpu.packed(*weights):
-        assert list(products._packed) == [id(weights[0]), id(weights[2])]
-        with cpu.packed(torch.randn(1, 10)):
-            assert len(products._packed) == 2
+def test_what_is_packed_is_plain_and_bounded_and_stays_until_the_last_thread_is_out(badly_served, monkeypatch):
+    class Own(Tensor):
+        pass
 
-
-@needs_onednn
-def test_a_weight_stays_packed_until_the_last_thread_is_out(badly_served, monkeypatch):
     monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
     shared, own = torch.randn(6, 10), torch.randn(6, 10)
     first, second = cpu.packed(shared), cpu.packed(shared, own)
@@ -225,17 +210,15 @@ def test_a_weight_stays_packed_until_the_last_thread_is_out(badly_served, monkey
         first.__exit__(None, None, None)
         assert list(products._packed) == [id(shared), id(own)]
         second.__exit__(None, None, None)
-    assert not products._packed
-
-
-@needs_onednn
-def test_only_plain_matrices_are_packed(badly_served, monkeypatch):
-    class Own(Tensor):
-        pass
-
-    monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
-    with torch.no_grad(), cpu.packed(torch.randn(6, 10).as_subclass(Own), torch.randn(10), torch.randn(2, 3, 4)):
         assert not products._packed
+        with cpu.packed(torch.randn(6, 10).as_subclass(Own), torch.randn(10), torch.randn(2, 3, 4)):
+            assert not products._packed
+        monkeypatch.setattr(products, "MOST_PACKED", 100)
+        weights = [torch.randn(rows, 10) for rows in (6, 5, 4)]
+        with cpu.packed(*weights):
+            assert list(products._packed) == [id(weights[0]), id(weights[2])]
+            with cpu.packed(torch.randn(1, 10)):
+                assert len(products._packed) == 2
 
 
 def test_converted_layers_keep_parameters_and_names():
@@ -251,12 +234,7 @@ def test_converted_layers_keep_parameters_and_names():
 
 @pytest.mark.parametrize(
     "vendor, capability, expected",
-    [
-        ("AuthenticAMD", "AVX512", True),
-        ("AuthenticAMD", "AVX2", False),
-        ("GenuineIntel", "AVX512", False),
-        ("", "", False),
-    ],
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
 )
 def test_only_amd_with_avx512_is_served_badly(monkeypatch, vendor, capability, expected):
     monkeypatch.setattr(products, "cpu_field", lambda name: vendor)
