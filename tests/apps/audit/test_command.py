@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,16 +16,9 @@ import core
 from apps.cli import main
 
 E, D, F, LAYERS = 8, 32, 24, 3
-CONFIG = {
-    "model_type": "mixtral",
-    "num_local_experts": E,
-    "num_experts_per_tok": 2,
-    "hidden_size": D,
-    "intermediate_size": F,
-    "num_hidden_layers": LAYERS,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": True,
-}
+CONFIG = {"model_type": "mixtral", "num_local_experts": E, "num_experts_per_tok": 2, "hidden_size": D,
+          "intermediate_size": F, "num_hidden_layers": LAYERS, "initializer_range": 0.02,
+          "tie_word_embeddings": True}  # fmt: skip
 MOE = "model.layers.1.block_sparse_moe."
 
 
@@ -57,8 +49,8 @@ def stacked():
     for layer in range(LAYERS):
         block = f"model.layers.{layer}.mlp."
         tensors[f"{block}router.weight"] = trained(E, D)
-        tensors[f"{block}experts.gate_up_proj"] = torch.stack([trained(D, 2 * F) for _ in range(E)])
-        tensors[f"{block}experts.down_proj"] = torch.stack([trained(F, D) for _ in range(E)])
+        for name, shape in {"gate_up": (D, 2 * F), "down": (F, D)}.items():
+            tensors[f"{block}experts.{name}_proj"] = torch.stack([trained(*shape) for _ in range(E)])
     return tensors
 
 
@@ -66,20 +58,6 @@ def write(folder, tensors, config=CONFIG):
     folder.mkdir(exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def write_shards(folder, tensors):
-    """Write a shard a layer, and an index."""
-    places = {}
-    for name in tensors:
-        layer = name.split(".")[2] if name.startswith("model.layers") else "9"
-        places[name] = f"model-{layer}.safetensors"
-    write(folder, tensors)
-    (folder / "model.safetensors").unlink()
-    for file in set(places.values()):
-        save_file({name: t for name, t in tensors.items() if places[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     return folder
 
 
@@ -99,31 +77,26 @@ def change(name, value):
     return plant
 
 
-def rename(*pairs):
+def rename(old, new):
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+def remove(start):
     def plant(tensors):
-        for old, new in pairs:
-            tensors[new] = tensors.pop(old)
-
-    return plant
-
-
-def remove(*names):
-    def plant(tensors):
-        for name in [name for name in tensors if any(name.startswith(start) for start in names)]:
+        for name in [name for name in tensors if name.startswith(start)]:
             del tensors[name]
 
     return plant
 
 
-def copy_expert(tensors):
-    for name in ("w1", "w2", "w3"):
-        tensors[f"{MOE}experts.5.{name}.weight"] = tensors[f"{MOE}experts.2.{name}.weight"].clone()
+def expert(new):
+    """Exchange the matrices of expert 5 by what ``new`` makes of those of expert 2."""
 
+    def plant(tensors):
+        for name in ("w1", "w2", "w3"):
+            tensors[f"{MOE}experts.5.{name}.weight"] = new(tensors[f"{MOE}experts.2.{name}.weight"])
 
-def start_expert(tensors):
-    for name in ("w1", "w2", "w3"):
-        t = tensors[f"{MOE}experts.5.{name}.weight"]
-        tensors[f"{MOE}experts.5.{name}.weight"] = torch.randn(t.shape) * 0.02
+    return plant
 
 
 def row(e, value):
@@ -148,15 +121,8 @@ def quantize(*left_out, scale=".weight_scale_inv"):
     return plant
 
 
-def both(*plants):
-    def plant(tensors):
-        for one in plants:
-            one(tensors)
-
-    return plant
-
-
-EXPERT, W1 = f"{MOE}experts.5.", f"{MOE}experts.5.w1.weight"
+EXPERT, BIAS, ROW = (f"{MOE}{name}" for name in ("experts.5.", "e_score_correction_bias", "gate.weight"))
+W1 = f"{EXPERT}w1.weight"
 FAULTS = {
     "an expert that no file holds": (remove(EXPERT), "missing tensor", f"{EXPERT}w1.weight"),
     "a matrix that no file holds": (remove(W1), "missing tensor", W1),
@@ -164,83 +130,68 @@ FAULTS = {
     "a layer without experts": (remove(f"{MOE}experts"), "missing tensor", f"{MOE}experts.0.w1.weight"),
     "a layer without anything": (remove("model.layers.1.block"), "missing tensor", f"{MOE}experts.0.w1.weight"),
     "the last layer": (remove("model.layers.2."), "missing tensor", "model.layers.2.block_sparse_moe.experts.0.w1"),
-    "a suffix": (rename((W1, f"{W1}_orig")), "skipped tensor", f"{W1}_orig"),
-    "a prefix": (rename((W1, f"module.{W1}")), "skipped tensor", f"module.{W1}"),
-    "no prefix": (rename((W1, W1.removeprefix("model."))), "skipped tensor", W1.removeprefix("model.")),
-    "a word": (rename((W1, W1.replace("experts", "expert"))), "skipped tensor", W1.replace("experts", "expert")),
+    "a suffix": (rename(W1, f"{W1}_orig"), "skipped tensor", f"{W1}_orig"),
+    "a prefix": (rename(W1, f"module.{W1}"), "skipped tensor", f"module.{W1}"),
+    "no prefix": (rename(W1, W1.removeprefix("model.")), "skipped tensor", W1.removeprefix("model.")),
+    "a word": (rename(W1, W1.replace("experts", "expert")), "skipped tensor", W1.replace("experts", "expert")),
     "an expert too many": (change(W1.replace("5", "8"), trained(F, D)), "skipped tensor", W1.replace("5", "8")),
     "a shape": (change(W1, lambda t: t[:-1]), "wrong shape", W1),
-    "an untrained expert": (start_expert, "untrained", W1),
-    "equal experts": (copy_expert, "equal experts", f"{MOE}experts.2.w1.weight, {W1}"),
+    "an untrained expert": (expert(lambda t: torch.randn(t.shape) * 0.02), "untrained", W1),
+    "equal experts": (expert(torch.clone), "equal experts", f"{MOE}experts.2.w1.weight, {W1}"),
     "zeros": (change(W1, torch.zeros_like), "constant", W1),
     "NaN": (change(W1, lambda t: t.index_put((torch.tensor(0),), torch.tensor(float("nan")))), "not finite", W1),
     "infinity": (change(W1, lambda t: t.clone().index_fill_(0, torch.tensor(3), float("inf"))), "not finite", W1),
     "a scale": (change(W1, lambda t: t * 100), "other scale", W1),
-    "a zero row": (row(3, 0.0), "constant", f"{MOE}gate.weight[3]"),
-    "a short row": (row(3, lambda t: t[3] * 1e-3), "other scale", f"{MOE}gate.weight[3]"),
-    "a row of NaN": (row(3, float("nan")), "not finite", f"{MOE}gate.weight[3]"),
-    "equal rows": (row(3, lambda t: t[1]), "equal experts", f"{MOE}gate.weight[1], {MOE}gate.weight[3]"),
-    "a bias that always wins": (
-        change(f"{MOE}e_score_correction_bias", entry(1.5)),
-        "pinned choice",
-        f"{MOE}e_score_correction_bias[3]",
-    ),
-    "a bias that never wins": (
-        change(f"{MOE}e_score_correction_bias", entry(-1.5)),
-        "pinned choice",
-        f"{MOE}e_score_correction_bias[3]",
-    ),
+    "a zero row": (row(3, 0.0), "constant", f"{ROW}[3]"),
+    "a short row": (row(3, lambda t: t[3] * 1e-3), "other scale", f"{ROW}[3]"),
+    "a row of NaN": (row(3, float("nan")), "not finite", f"{ROW}[3]"),
+    "equal rows": (row(3, lambda t: t[1]), "equal experts", f"{ROW}[1], {ROW}[3]"),
+    "a bias that always wins": (change(BIAS, entry(1.5)), "pinned choice", f"{BIAS}[3]"),
+    "a bias that never wins": (change(BIAS, entry(-1.5)), "pinned choice", f"{BIAS}[3]"),
     "an unquantized matrix": (quantize(W1), "mixed dtypes", W1),
-    "a scale that no file holds": (both(quantize(), remove(f"{W1}_scale")), "missing tensor", f"{W1}_scale_inv"),
+    "a scale that no file holds": (
+        lambda tensors: (quantize()(tensors), remove(f"{W1}_scale")(tensors)),
+        "missing tensor",
+        f"{W1}_scale_inv",
+    ),
     "untied weights": (lambda t: t.update({"lm_head.weight": trained(50, D)}), "untied weights", "lm_head.weight"),
+}
+STACKED = "model.layers.1.mlp."
+DOWN = f"{STACKED}experts.down_proj"
+OF_STACKED = {
+    "fewer experts": (change(DOWN, lambda t: t[:-1]), "missing tensor", f"{DOWN}[7]"),
+    "a matrix that no file holds": (remove(DOWN), "missing tensor", f"{DOWN}[0]"),
+    "a name": (rename(DOWN, f"{STACKED}experts.down"), "skipped tensor", f"{STACKED}experts.down[0]"),
+    "a shape": (change(DOWN, lambda t: t[:, :, 1:]), "wrong shape", f"{DOWN}[0]"),
+    "NaN": (change(DOWN, entry(float("nan"))), "not finite", f"{DOWN}[3]"),
+    "zeros": (change(f"{STACKED}experts.gate_up_proj", entry(0.0)), "constant", f"{STACKED}experts.gate_up_proj[3]"),
+    "rows of a router": (
+        change(f"{STACKED}router.weight", lambda t: t[:-1]),
+        "missing tensor",
+        f"{STACKED}router.weight[7]",
+    ),
+    "an untrained expert": (
+        change(DOWN, lambda t: torch.cat((t[:-1], torch.randn(1, F, D) * 0.02))),
+        "untrained",
+        f"{DOWN}[7]",
+    ),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_named(fault, tmp_path, capsys):
-    plant, name, tensor = FAULTS[fault]
-    tensors = mixtral()
+@pytest.mark.parametrize(
+    "made, plant, name, tensor",
+    [
+        *(pytest.param(mixtral, *fault, id=name) for name, fault in FAULTS.items()),
+        *(pytest.param(stacked, *fault, id=f"stacked: {name}") for name, fault in OF_STACKED.items()),
+    ],
+)
+def test_a_planted_fault_is_named(made, plant, name, tensor, tmp_path, capsys):
+    tensors = made()
     plant(tensors)
     code, findings = audit(capsys, write(tmp_path / "model", tensors))
     assert code == 1
     assert list(findings) == [name]
     assert findings[name].startswith(tensor)
-
-
-STACKED = "model.layers.1.mlp."
-OF_STACKED = {
-    "fewer experts": (
-        change(f"{STACKED}experts.down_proj", lambda t: t[:-1]),
-        "missing tensor",
-        "experts.down_proj[7]",
-    ),
-    "a matrix that no file holds": (remove(f"{STACKED}experts.down"), "missing tensor", "experts.down_proj[0]"),
-    "a name": (
-        rename((f"{STACKED}experts.down_proj", f"{STACKED}experts.down")),
-        "skipped tensor",
-        "experts.down[0]",
-    ),
-    "a shape": (change(f"{STACKED}experts.down_proj", lambda t: t[:, :, 1:]), "wrong shape", "experts.down_proj[0]"),
-    "NaN": (change(f"{STACKED}experts.down_proj", entry(float("nan"))), "not finite", "experts.down_proj[3]"),
-    "zeros": (change(f"{STACKED}experts.gate_up_proj", entry(0.0)), "constant", "experts.gate_up_proj[3]"),
-    "rows of a router": (change(f"{STACKED}router.weight", lambda t: t[:-1]), "missing tensor", "router.weight[7]"),
-    "an untrained expert": (
-        change(f"{STACKED}experts.down_proj", lambda t: torch.cat((t[:-1], torch.randn(1, F, D) * 0.02))),
-        "untrained",
-        "experts.down_proj[7]",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", OF_STACKED)
-def test_a_planted_fault_of_stacked_experts_is_named(fault, tmp_path, capsys):
-    plant, name, tensor = OF_STACKED[fault]
-    tensors = stacked()
-    plant(tensors)
-    code, findings = audit(capsys, write(tmp_path / "model", tensors))
-    assert code == 1
-    assert list(findings) == [name]
-    assert findings[name].startswith(f"{STACKED}{tensor}")
 
 
 def write_adapter(folder, base, experts, targets=("w1", "w2", "w3")):
@@ -288,10 +239,14 @@ def test_an_adapter_of_stacked_experts_covers_them_all(tmp_path, capsys):
 
 
 def test_shards_that_are_not_as_the_index_says(tmp_path, capsys):
-    folder = write_shards(tmp_path / "model", mixtral())
+    folder, tensors = write(tmp_path / "model", mixtral()), mixtral()
+    (folder / "model.safetensors").unlink()
+    shards = {n: f"model-{n.split('.')[2] if n.startswith('model.layers') else '9'}.safetensors" for n in tensors}
+    for file in set(shards.values()):
+        save_file({name: t for name, t in tensors.items() if shards[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     assert audit(capsys, folder) == (0, {})
-    moved = load_file(folder / "model-1.safetensors")
-    other = load_file(folder / "model-2.safetensors")
+    moved, other = (load_file(folder / f"model-{i}.safetensors") for i in (1, 2))
     other[W1] = moved.pop(W1)  # in another shard than named
     gone = f"{MOE}experts.3.w2.weight"
     del moved[gone]  # in none
@@ -300,11 +255,8 @@ def test_shards_that_are_not_as_the_index_says(tmp_path, capsys):
     save_file(other, folder / "model-2.safetensors")
     assert main(["audit", str(folder), "--json"]) == 1
     findings = json.loads(capsys.readouterr().out)
-    assert {(f["finding"], *f["tensors"]) for f in findings} == {
-        ("other_shard", gone),
-        ("other_shard", W1),
-        ("skipped_tensor", "model.layers.1.new"),
-    }
+    named = {("other_shard", gone), ("other_shard", W1), ("skipped_tensor", "model.layers.1.new")}
+    assert {(f["finding"], *f["tensors"]) for f in findings} == named
     assert {f["evidence"] for f in findings} >= {"the index names model-1.safetensors, and no file holds it"}
     (folder / "model-2.safetensors").unlink()
     code, findings = audit(capsys, folder)
@@ -325,17 +277,13 @@ def test_a_sound_folder(tensors, is_config, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == []
 
 
-def test_a_quantized_folder_is_sound(tmp_path, capsys):
+def test_a_quantized_folder_is_sound_and_an_untrained_model_is_one_note(tmp_path, capsys):
     for scale in (".weight_scale_inv", ".weight.absmax"):
         tensors = mixtral()
         quantize(scale=scale)(tensors)
         assert audit(capsys, write(tmp_path / "model", tensors)) == (0, {})
-
-
-def test_an_untrained_model_is_one_note(tmp_path, capsys):
     tensors = {name: torch.randn(t.shape) * 0.02 for name, t in mixtral().items()}
-    folder = write(tmp_path / "model", tensors)
-    assert main(["audit", str(folder)]) == 0
+    assert main(["audit", str(write(tmp_path / "model", tensors))]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("sound: ")
     assert err == "note: nearly all experts look like their initialization: the model seems untrained\n"
@@ -361,12 +309,8 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
     assert "names 1, which is no file of its folder" in fails(capsys, 1, "audit", str(folder))
     assert fails(capsys, 2, "audit") == "the following arguments are required: PATH"
     assert "did you mean 'json'" in fails(capsys, 2, "audit", str(folder), "--jsn")
-    assert {path.name for path in tmp_path.rglob("*")} == {
-        "model",
-        "config.json",
-        "pytorch_model.bin",
-        "model.safetensors.index.json",
-    }
+    left = {"model", "config.json", "pytorch_model.bin", "model.safetensors.index.json"}
+    assert {path.name for path in tmp_path.rglob("*")} == left
 
 
 def test_every_finding_has_a_row_in_the_reference():
@@ -377,17 +321,12 @@ def test_every_finding_has_a_row_in_the_reference():
     assert set(re.findall(r'faults\["(\w+)"', sources)) == named
 
 
-def test_it_runs_without_transformers(tmp_path):
-    folder = write(tmp_path / "model", mixtral())
-    code = f"""
-import sys
-sys.modules["transformers"] = None  # an import of it fails
-import core
-from apps.cli import main
-sys.exit(main(["audit", {str(folder)!r}]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_it_runs_without_transformers(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("apps.audit")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it fails
+    assert audit(capsys, write(tmp_path / "model", mixtral())) == (0, {})
+    assert "apps.audit.command" in sys.modules  # it was imported once more
 
 
 def test_experts_of_the_configuration_that_no_file_holds(tmp_path, capsys):
@@ -402,9 +341,8 @@ def test_experts_of_the_configuration_that_no_file_holds(tmp_path, capsys):
 @pytest.mark.parametrize("expert", [core.SwiGLU(), core.LoRA(), core.Mixed((core.FFN(), core.SwiGLU()), (3, 5))])
 def test_layers_of_this_project(expert, tmp_path, capsys):
     torch.manual_seed(0)
-    layers = torch.nn.ModuleList(
-        core.MoEConfig(8, core.TokenChoice(2, expert_bias=True), expert).build(D) for _ in "abc"
-    )
+    config = core.MoEConfig(8, core.TokenChoice(2, expert_bias=True), expert)
+    layers = torch.nn.ModuleList(config.build(D) for _ in range(3))
     tensors = {f"blocks.{name}": 1.5 * t for name, t in layers.state_dict().items()}
     assert audit(capsys, write(tmp_path / "sound", tensors, {})) == (0, {})
     name = next(name for name in tensors if name.startswith("blocks.1.experts") and name.endswith(("w_in", "w_a")))

@@ -5,22 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from converted import DIGITS, MOE, classifier, write_run
 
-OVERLAY = """
-model:
-  moe:
-    num_experts: 2
-    router: {class_path: core.TokenChoice, init_args: {top_k: 2}}
-"""
-ONE_UPDATE = """
-model:
-  moe:
-    num_experts: 1
-    router: {class_path: core.TokenChoice, init_args: {top_k: 1}}
-    expert: {class_path: core.LoRA, init_args: {rank: 2}}
-"""
-UPDATES = OVERLAY + "    expert: {class_path: core.LoRA, init_args: {rank: 2}}\n"
+LORA = {"class_path": "core.LoRA", "init_args": {"rank": 2}}
+
+
+def overlay(num_experts: int, **more: object) -> str:
+    """Return the overlay of layers whose tokens take all experts."""
+    router = {"class_path": "core.TokenChoice", "init_args": {"top_k": num_experts}}
+    return yaml.safe_dump({"model": {"moe": {"num_experts": num_experts, "router": router, **more}}})
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +22,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs ``sparse``, ``dense`` and ``other``, and the overlays ``moe.yaml``, ``lora.yaml`` and
     ``one_update.yaml``."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "moe.yaml").write_text(OVERLAY)
-    (folder / "lora.yaml").write_text(UPDATES)
-    (folder / "one_update.yaml").write_text(ONE_UPDATE)
+    (folder / "moe.yaml").write_text(overlay(2))
+    (folder / "lora.yaml").write_text(overlay(2, expert=LORA))
+    (folder / "one_update.yaml").write_text(overlay(1, expert=LORA))
     write_run(folder / "sparse", classifier(MOE), DIGITS)
     write_run(folder / "dense", classifier(None), DIGITS)
     write_run(folder / "other", classifier(None, seed=1), DIGITS)

@@ -46,8 +46,7 @@ def test_a_pruned_run_is_shown_beside_the_old_one_and_tested_as_any_other(runs, 
     num_params = sum(p.numel() for p in apps.load(runs / "sparse").parameters())
     # The gate (8 x 4) and four experts of 8 x 16 + 16 + 16 x 8 + 8 lose half.
     assert [f"{num_params:,}", f"{num_params - 16 - 2 * 280:,}"] in [line.split()[1:] for line in table.splitlines()]
-    for row in ("weights, MB", "active parameters", "MFLOPs an image", "val/top1"):
-        assert f"\n{row} " in table
+    assert all(f"\n{row} " in table for row in ("weights, MB", "active parameters", "MFLOPs an image", "val/top1"))
     assert new.moe.num_experts == 2
     assert state[f"{LAYER}.experts.w_in"].shape == (2, 8, 16)
     assert main(["test", "--ckpt_path", str(tmp_path / "new"), "--trainer.limit_test_batches", "1"]) == 0
@@ -61,25 +60,25 @@ def test_a_strangers_callbacks_do_not_come_along(runs, tmp_path, capsys):
     shutil.copytree(runs / "sparse", tmp_path / "got")
     beside = tmp_path / "got" / "config.yaml"
     config = yaml.safe_load(beside.read_text())
-    config["trainer"] |= {
-        "callbacks": r'[{"class_path": "planted\u002eModule"}]',
-        "logger": {"class_path": "planted.It"},
-    }
+    config["trainer"]["callbacks"] = r'[{"class_path": "planted\u002eModule"}]'
+    config["trainer"]["logger"] = {"class_path": "planted.It"}
     beside.write_text(yaml.safe_dump(config))
     convert("densify", tmp_path / "got", output=tmp_path / "new", batches=1)
     assert "left out: trainer.callbacks, trainer.logger (--config" in capsys.readouterr().err
     assert yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())["trainer"] == TRAINER
 
 
-def test_a_dense_run_has_the_mean_of_the_experts(runs, tmp_path):
+def test_a_dense_run_has_the_mean_of_the_experts_or_one_of_them(runs, tmp_path):
     new, state = convert("densify", runs / "sparse", output=tmp_path / "new")
     old = state_of(runs / "sparse")
     assert new.moe is None
     assert_close(state[f"{LAYER}.fc1.weight"], old[f"{LAYER}.experts.w_in"].mean(0).t())
     assert_close(state[f"{LAYER}.fc2.bias"], old[f"{LAYER}.experts.b_out"].mean(0))
-    dense = apps.load(runs / "sparse")
-    dense.model = core.densify(dense.model)
-    assert_close(outputs(new), outputs(dense))
+    one, _ = convert("specialize", runs / "sparse", output=tmp_path / "one", expert=2)
+    for made, by_hand in ((new, core.densify), (one, lambda model: core.cut_out(model, expert=2))):
+        dense = apps.load(runs / "sparse")
+        dense.model = by_hand(dense.model)
+        assert_close(outputs(made), outputs(dense))
 
 
 @pytest.mark.parametrize("start", ["copy", "drop"])
@@ -102,26 +101,19 @@ def test_the_mean_of_two_runs(runs, tmp_path):
         assert_close(value, 0.25 * a[name] + 0.75 * b[name])
 
 
-def test_two_runs_as_the_experts_of_one(runs, tmp_path):
-    options = {"how": "btx", "moe": runs / "moe.yaml"}
-    new, state = convert("merge", runs / "dense", runs / "other", output=tmp_path / "new", **options)
+def test_two_runs_as_the_experts_of_one_with_gates_of_their_own_examples(runs, tmp_path):
+    both, options = (runs / "dense", runs / "other"), {"how": "btx", "moe": runs / "moe.yaml"}
+    new, random = convert("merge", *both, output=tmp_path / "random", **options)
     a, b = state_of(runs / "dense"), state_of(runs / "other")
     for e, own in enumerate((a, b)):
-        assert_close(state[f"{LAYER}.experts.w_in"][e], own[f"{LAYER}.fc1.weight"].t(), rtol=0, atol=0)
-    assert_close(state["model.head.weight"], (a["model.head.weight"] + b["model.head.weight"]) / 2)
+        assert_close(random[f"{LAYER}.experts.w_in"][e], own[f"{LAYER}.fc1.weight"].t(), rtol=0, atol=0)
+    assert_close(random["model.head.weight"], (a["model.head.weight"] + b["model.head.weight"]) / 2)
     assert new.moe.num_experts == 2
-
-
-def test_two_runs_get_gates_of_their_own_examples(runs, tmp_path):
-    options = {"how": "btx", "moe": runs / "moe.yaml", "gates": "examples"}
-    _, state = convert("merge", runs / "dense", runs / "other", output=tmp_path / "new", batches=1, **options)
+    _, state = convert("merge", *both, output=tmp_path / "new", batches=1, gates="examples", **options)
     gate_ED = state[f"{LAYER}.router.gate.weight"]
     assert_close(gate_ED.norm(dim=1), torch.ones(2))
     # Both runs have the same validation images, which their mean reads.
     assert_close(gate_ED[0], gate_ED[1])
-    _, random = convert(
-        "merge", runs / "dense", runs / "other", output=tmp_path / "old", **options | {"gates": "random"}
-    )
     assert not torch.equal(random[f"{LAYER}.router.gate.weight"], gate_ED)
     assert torch.equal(random[f"{LAYER}.experts.w_in"], state[f"{LAYER}.experts.w_in"])
 
@@ -141,17 +133,17 @@ def test_an_expert_is_opted_out_and_all_else_stays(runs, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("how", ["int8", "int4:8"])
-def test_quantized_experts_are_stored_as_integers(runs, tmp_path, how, capsys):
-    new, state = convert("quantize", runs / "sparse", output=tmp_path / "new", how=how, batches=1)
+@pytest.mark.parametrize("how, batches, dtype", [("int8", 0, torch.int8), ("int4:8", 1, torch.uint8)])
+def test_quantized_experts_are_stored_as_integers(runs, tmp_path, how, batches, dtype, capsys):
+    new, state = convert("quantize", runs / "sparse", output=tmp_path / "new", how=how, batches=batches)
     assert "moesaic test --ckpt_path" in capsys.readouterr().out
-    assert state[f"{LAYER}.experts.w_in.values"].dtype == (torch.int8 if how == "int8" else torch.uint8)
+    assert state[f"{LAYER}.experts.w_in.values"].dtype == dtype
     assert f"{LAYER}.experts.w_in" not in state
-    expected = quantize_model(apps.load(runs / "sparse"), how)
-    assert torch.equal(outputs(new), outputs(expected))
-    assert main(["test", "--ckpt_path", str(tmp_path / "new"), "--trainer.limit_test_batches", "1"]) == 0
+    assert torch.equal(outputs(new), outputs(quantize_model(apps.load(runs / "sparse"), how)))
     argv = ("convert", "quantize", "--ckpt_path", str(tmp_path / "new"), "--output", str(tmp_path / "twice"))
     assert "are quantized already" in fails(capsys, 1, *argv, "--batches", "0")
+    if not batches:
+        assert main(["test", "--ckpt_path", str(tmp_path / "new"), "--trainer.limit_test_batches", "1"]) == 0
 
 
 def test_updates_train_and_nothing_else(runs, tmp_path):
@@ -187,7 +179,7 @@ def adapted(runs, tmp_path):
 
 def test_updates_of_one_gate_become_a_part_of_the_layers(runs, tmp_path, adapted, capsys):
     old = apps.load(adapted("one_update"))
-    new, state = convert("merge", tmp_path / "one_update", output=tmp_path / "new", batches=1)
+    new, state = convert("merge", tmp_path / "one_update", output=tmp_path / "new")
     assert_close(outputs(new), outputs(old))
     assert not torch.allclose(outputs(new), outputs(apps.load(runs / "dense")))
     assert state.keys() == state_of(runs / "dense").keys()
@@ -196,10 +188,10 @@ def test_updates_of_one_gate_become_a_part_of_the_layers(runs, tmp_path, adapted
     assert sizes in [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
 
 
-@pytest.mark.parametrize("how", ["average", "use"])
-def test_a_dense_run_has_the_mean_of_the_updates(tmp_path, adapted, how):
+@pytest.mark.parametrize("how, batches", [("average", 0), ("use", 1)])
+def test_a_dense_run_has_the_mean_of_the_updates(tmp_path, adapted, how, batches):
     dense = apps.load(adapted("lora"))
-    new, _ = convert("densify", tmp_path / "lora", output=tmp_path / "new", how=how, batches=1)
+    new, _ = convert("densify", tmp_path / "lora", output=tmp_path / "new", how=how, batches=batches)
     # Two of two updates a token: the loads are equal.
     assert_close(outputs(new), outputs(core.merge_adapters(core.densify(dense))))
 
@@ -219,13 +211,6 @@ def test_what_no_run_with_updates_becomes_is_one_line(runs, tmp_path, adapted, c
     assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
-def test_one_expert_as_a_dense_run(runs, tmp_path):
-    new, _ = convert("specialize", runs / "sparse", output=tmp_path / "new", expert=2)
-    dense = apps.load(runs / "sparse")
-    dense.model = core.cut_out(dense.model, expert=2)
-    assert_close(outputs(new), outputs(dense))
-
-
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
@@ -235,16 +220,13 @@ def test_one_expert_as_a_dense_run(runs, tmp_path):
         (["densify", "--how", "mean"], 1, "how='mean' is not one of average, use"),
         (["densify", "--how", "use"], 1, "--batches 0 leaves out the loads that --how use needs"),
         (["upcycle", "--moe", "moe.yaml"], 1, "is sparse already"),
-        (
-            ["adapt", "--moe", "moe.yaml", "--modules", "*.qkv"],
-            1,
-            "moe.yaml has no model.moe.expert, which is an update",
-        ),
+        (["adapt", "--moe", "moe.yaml", "--modules", "*.qkv"], 1, "moe.yaml has no model.moe.expert, which is an upd"),
         (["upcycle", "--moe", "missing.yaml"], 2, "no configuration missing.yaml"),
         (["specialize"], 1, "one of --task, --domain, --expert, --pair and --keep"),
         (["specialize", "--task", "0"], 1, "does not decide by the task alone"),
         (["specialize", "--pair", "en-de"], 1, "VisionClassifier knows no parts of its data by name"),
         (["merge"], 2, "is one run: merge takes two or more"),
+        (["merge", "--ckpt_path", "dense", "sparse"], 1, f"lacks {LAYER}."),
         (["melt"], 2, "invalid choice: 'melt'"),
     ],
 )
@@ -253,11 +235,6 @@ def test_what_cannot_be_converted_is_one_line(runs, tmp_path, monkeypatch, capsy
     run = ["--ckpt_path", "sparse", "--output", str(tmp_path / "new"), "--batches", "0"]
     assert message in fails(capsys, code, "convert", *argv[:1], *run, *argv[1:])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_runs_of_other_models_are_not_merged(runs, tmp_path, capsys):
-    argv = ["convert", "merge", "--ckpt_path", str(runs / "dense"), str(runs / "sparse"), "--batches", "0"]
-    assert f"lacks {LAYER}." in fails(capsys, 1, *argv, "--output", str(tmp_path / "new"))
 
 
 def test_a_run_with_other_tensors_than_its_model_is_not_converted(runs, tmp_path, capsys):
@@ -280,18 +257,15 @@ def test_nothing_is_overwritten_and_a_full_disk_leaves_nothing(runs, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_a_checkpoint_without_a_configuration_has_no_batches(runs, tmp_path, capsys):
-    bare = tmp_path / "bare.ckpt"
-    bare.write_bytes((runs / "sparse" / "checkpoints" / "best.ckpt").read_bytes())
-    argv = ["convert", "densify", "--ckpt_path", str(bare), "--output", str(tmp_path / "new")]
+def test_a_checkpoint_without_a_configuration_has_no_batches_and_one_without_an_optimizer_goes_not_on(
+    runs, tmp_path, capsys
+):
+    bare, new = shutil.copy(runs / "sparse" / "checkpoints" / "best.ckpt", tmp_path / "bare.ckpt"), tmp_path / "new"
+    argv = ["convert", "densify", "--ckpt_path", str(bare), "--output", str(new)]
     assert "give --config FILE, or --batches 0" in fails(capsys, 1, *argv)
     assert main([*argv, "--batches", "0"]) == 0
-    assert apps.load(tmp_path / "new").moe is None
-
-
-def test_a_converted_checkpoint_is_not_gone_on_with(runs, tmp_path, capsys):
-    convert("densify", runs / "sparse", output=tmp_path / "new")
-    assert main(["fit", "--ckpt_path", str(tmp_path / "new"), "--run_dir", str(tmp_path / "on")]) == 2
+    assert apps.load(new).moe is None
+    assert main(["fit", "--ckpt_path", str(new), "--run_dir", str(tmp_path / "on")]) == 2
     assert "has no optimizer state to continue with: start a new run with --weights" in capsys.readouterr().err
-    assert "is an option of fit" in fails(capsys, 2, "test", "--weights", str(tmp_path / "new"))
-    assert Request.read("fit", ["--weights", str(tmp_path / "new")]).run_dir == Path("runs", "new_tuned")
+    assert "is an option of fit" in fails(capsys, 2, "test", "--weights", str(new))
+    assert Request.read("fit", ["--weights", str(new)]).run_dir == Path("runs", "new_tuned")

@@ -1,4 +1,4 @@
-"""A run of one rank with a sharded checkpoint, as one file that every command reads and a training goes on from."""
+"""Checkpoints written tensor by tensor: a run with a sharded one as one file, from which a training goes on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from commands import fails
 from resuming import differences
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.testing import assert_close
 
 import apps
+import core
 from apps.base.quiet import quiet
 from apps.cli import main
 from apps.cli.train import build
 from apps.convert.command import write_whole
+from apps.convert.runs import write_checkpoint
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.contents import read_checkpoint
 
@@ -125,6 +128,24 @@ def test_tables_of_torchrec_come_without_the_optimizer(one_rank, tmp_path):
     assert "optimizer_states" not in new
 
 
+def test_a_checkpoint_reads_as_it_was_written(tmp_path):
+    tied = torch.empty(3)
+    layout = {"a": tied, "b": tied, "c": torch.empty(2, dtype=torch.int64)}
+    rest = {"encoding": {"mean": torch.tensor([0.5]), "names": ["x"]}, "epoch": 0}
+    values = {"a": torch.arange(3.0), "b": torch.arange(3.0), "c": torch.tensor([7, 8])}
+    write_checkpoint(tmp_path / "x.ckpt", rest, layout, iter(values.items()))
+    checkpoint = read_checkpoint(tmp_path / "x.ckpt")
+    assert_close(checkpoint["state_dict"], values)
+    assert checkpoint["encoding"] == {"mean": torch.tensor([0.5]), "names": ["x"]}
+    state = checkpoint["state_dict"]
+    assert state["a"].data_ptr() == state["b"].data_ptr()
+
+
+def test_a_value_of_another_shape_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a has shape \(3,\), and its place \(2,\)"):
+        write_checkpoint(tmp_path / "x.ckpt", {}, {"a": torch.empty(2)}, iter([("a", torch.zeros(3))]))
+
+
 def anonymous_bytes() -> int:
     """Return the memory of this process that is no file's."""
     with open("/proc/self/status") as file:
@@ -132,10 +153,12 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_it_takes_less_than_two_of_the_largest_tensors(one_rank, tmp_path):
-    numel, names = 2 << 20, [f"w{i}" for i in range(4)]  # 8 MiB each
+NUMEL, NAMES = 2 << 20, [f"w{i}" for i in range(4)]  # 8 MiB each
+
+
+def test_a_sharded_checkpoint_takes_less_than_two_of_its_largest_tensors(one_rank, tmp_path):
     mesh = init_device_mesh("cpu", (1,))
-    state = {name: DTensor.from_local(torch.full((numel,), 1.0), mesh, [Shard(0)]) for name in names}
+    state = {name: DTensor.from_local(torch.full((NUMEL,), 1.0), mesh, [Shard(0)]) for name in NAMES}
     sharded.write(tmp_path / "last.ckpt", {"state_dict": state}, {})
     del state
     write_whole(tmp_path / "first.ckpt", tmp_path / "last.ckpt")  # what the first call imports stays
@@ -150,6 +173,27 @@ def test_it_takes_less_than_two_of_the_largest_tensors(one_rank, tmp_path):
 
     with mock.patch.object(torch, "load", load):
         write_whole(tmp_path / "new.ckpt", tmp_path / "last.ckpt")
-    assert peak - start < 2 * 4 * numel  # a part is often read into memory that the call before has left
+    assert peak - start < 2 * 4 * NUMEL  # a part is often read into memory that the call before has left
     written = read_checkpoint(tmp_path / "new.ckpt")["state_dict"]
-    assert all(bool((written[name] == 1).all()) for name in names)
+    assert all(bool((written[name] == 1).all()) for name in NAMES)
+
+
+def test_a_mean_takes_less_than_two_of_its_largest_tensors(tmp_path):
+    for i in range(2):
+        torch.save({"state_dict": {name: torch.full((NUMEL,), float(i)) for name in NAMES}}, tmp_path / f"{i}.ckpt")
+    states = [read_checkpoint(tmp_path / f"{i}.ckpt")["state_dict"] for i in range(2)]
+    peak = start = anonymous_bytes()
+
+    def means():
+        nonlocal peak
+        for name in NAMES:
+            mean = core.average_states([{name: state[name]} for state in states])[name]
+            peak = max(peak, anonymous_bytes())
+            yield name, mean
+            del mean
+
+    layout = {name: torch.empty(NUMEL) for name in NAMES}
+    write_checkpoint(tmp_path / "mean.ckpt", {}, layout, means())
+    assert peak - start < 2 * 4 * NUMEL
+    written = read_checkpoint(tmp_path / "mean.ckpt")["state_dict"]
+    assert all(bool((written[name] == 0.5).all()) for name in NAMES)

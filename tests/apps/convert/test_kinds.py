@@ -10,7 +10,6 @@ import torch
 import yaml
 from converted import EXPERT, IMAGES, MOE, write_run
 from copying import TRANSFORMER, copy_data, translator
-from lightning.pytorch import Trainer
 from torch.testing import assert_close
 
 import apps
@@ -51,31 +50,28 @@ def test_the_experts_of_most_rows_stay(runs):
     assert {name: value.shape for name, value in layout.items()} == {name: value.shape for name, value in new.items()}
 
 
-def test_constants_are_experts_of_the_config(runs):
+def test_constants_are_experts_of_the_config_and_like_experts_are_merged(runs):
     asked = request(runs, keep=3, constants=True)
     conversion = pruned(asked)
     assert conversion.arguments["moe"].expert == core.Mixed((EXPERT, core.Constant()), (3, 1))
     layout = conversion.layout(asked.run, asked.run.outline(conversion.arguments))
     assert dict(conversion.values(asked.run.state)).keys() == layout.keys()
-
-
-def test_like_experts_are_merged(runs):
-    asked = request(runs, keep=0.5, merge=True)
-    conversion = pruned(asked)
+    conversion = pruned(request(runs, keep=0.5, merge=True))
     assert conversion.arguments["moe"] == core.MoEConfig(2, MOE.router, EXPERT)
     assert dict(conversion.values(asked.run.state))[f"{LAYER}.experts.w_in"].shape == (2, 8, 16)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"keep": 5}, "keep=5 exceeds num_experts=4"),
-        ({"keep": 1.5}, "keep=1.5 is neither an integer nor a share between 0 and 1"),
-    ],
+    ("keep", "message"),
+    [(5, "keep=5 exceeds num_experts=4"), (1.5, "keep=1.5 is neither an integer nor a share between 0 and 1")],
 )
-def test_what_cannot_be_pruned_is_refused(runs, options, message):
+def test_what_cannot_be_pruned_is_refused(runs, keep, message):
     with pytest.raises(ValueError, match=message):
-        pruned(request(runs, **options))
+        pruned(request(runs, keep=keep))
+
+
+def words(kind, folder):
+    return ["convert", kind, "--ckpt_path", str(folder / "old"), "--output", str(folder / "new")]
 
 
 def test_one_pair_of_a_translator_is_the_dense_model_of_the_pair(tmp_path):
@@ -86,11 +82,8 @@ def test_one_pair_of_a_translator_is_the_dense_model_of_the_pair(tmp_path):
     with torch.no_grad():
         for layer in core.moe_layers(sparse).values():
             layer.router.gate.weight.normal_()
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.strategy.connect(sparse)
-    trainer.save_checkpoint(tmp_path / "best.ckpt")
-    argv = ["convert", "specialize", "--ckpt_path", str(tmp_path / "best.ckpt"), "--batches", "0"]
-    assert main([*argv, "--pair", "en-fr", "--output", str(tmp_path / "new")]) == 0
+    write_run(tmp_path / "old", sparse, {})
+    assert main([*words("specialize", tmp_path), "--batches", "0", "--pair", "en-fr"]) == 0
     dense = apps.load(tmp_path / "new")
     assert isinstance(dense, Translator)
     assert dense.pairs == ("en-fr",)
@@ -105,15 +98,9 @@ def test_one_pair_of_a_translator_is_the_dense_model_of_the_pair(tmp_path):
     assert actual.translation != sparse.predict_step(batch, 0).translation
     with pytest.raises(ValueError, match="pair='fr-en' is not one of en-de, en-fr"):
         sparse.part("fr-en")
-
-
-def test_the_examples_of_a_pair(tmp_path):
-    data = copy_data(tmp_path, ("de", "fr"))
-    (batch, *_) = data.val_dataloader()
-    part = translator(data, None).part("en-fr")
-    chosen = part.select(batch)
+    part, (batch, *_) = sparse.part("en-fr"), data.val_dataloader()
     assert part.task == 1
-    assert chosen.pair_B.tolist() == [1] * int((batch.pair_B == 1).sum())
+    assert part.select(batch).pair_B.tolist() == [1] * int((batch.pair_B == 1).sum())
     assert part.select(batch._replace(pair_B=torch.zeros_like(batch.pair_B))) is None
 
 
@@ -126,22 +113,12 @@ def test_a_domain_is_opted_out_with_its_expert_and_its_text(tmp_path):
     torch.manual_seed(0)
     moe = core.MoEConfig(3, core.Domain(3), core.FFN(hidden_dim=16, activation="relu"))
     module = LanguageModeler(data.subwords, TRANSFORMER, moe)
-    plain = {name: asdict(own) for name, own in domains.items()}
-    own = {"domains": plain, "weights": {"law": 0, "sea": 1, "sky": 0}, "cache_dir": str(tmp_path / "cache")}
+    own = {"domains": {name: asdict(own) for name, own in domains.items()}, "cache_dir": str(tmp_path / "cache")}
+    own["weights"] = {"law": 0, "sea": 1, "sky": 0}
     write_run(tmp_path / "old", module, {"class_path": "TextData", "init_args": {**own, "block_size": 8}})
-    argv = [
-        "convert",
-        "prune",
-        "--ckpt_path",
-        str(tmp_path / "old"),
-        "--output",
-        str(tmp_path / "new"),
-        "--batches",
-        "1",
-    ]
     with pytest.raises(ValueError, match="--without='lake' is not one of 0, 1, 2, law, sea, sky"):
         pruned(Request(run := Run.read(tmp_path / "old"), run.mapped(), argparse.Namespace(without=("lake",))))
-    assert main([*argv, "--batches", "1", "--without", "sea"]) == 0
+    assert main([*words("prune", tmp_path), "--batches", "1", "--without", "sea"]) == 0
     new, old = apps.load(tmp_path / "new"), module.state_dict()
     for name, value in new.state_dict().items():
         assert torch.equal(value, old[name] if value.shape == old[name].shape else old[name][[0, 2]])

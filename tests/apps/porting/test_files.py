@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from commands import full_disk
-from made_encoder import write_encoder
 from published_models import MODELS, checkpoint, same_weights, switch_model
 from safetensors.torch import save_file
 from torch import Tensor
 
 from apps.porting import from_published, load_pretrained, to_published
 from apps.porting.files import write_safetensors
-from apps.porting.sentences import SentenceEncoder
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_earlier_one(tmp_path):
@@ -58,37 +56,33 @@ def test_aliases_may_be_written_out(tmp_path):
         assert same_weights(load_pretrained(tmp_path), whole)
 
 
+def refusal(folder: Path, tensors: dict[str, Tensor] | None = None, config: dict[str, Any] | None = None) -> str:
+    """Return the line that refuses a folder, called F, after its tensors and configuration are written."""
+    if tensors is not None:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        load_pretrained(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value).replace(str(folder), "F")
+
+
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     tensors = checkpoint(tmp_path)
-
-    def message(changed: dict[str, Tensor]) -> str:
-        save_file(changed, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError) as error:
-            load_pretrained(tmp_path)
-        assert str(error.value).startswith(f"{tmp_path}: ")
-        return str(error.value).removeprefix(f"{tmp_path}: ")
-
     expert = "encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight"
     left = {name: tensor for name, tensor in tensors.items() if name != expert}
-    assert message(left) == f"tensors that are missing: {expert}"
-    assert message({**left, expert: torch.zeros(127, 64)}) == (
-        f"tensor {expert!r} is of shape (127, 64), not (128, 64)"
-    )
-    assert message({**tensors, "lora.a": torch.zeros(1), "lora.b": torch.zeros(1)}) == (
-        "tensors that have no place in this model: lora.a, lora.b"
-    )
+    assert refusal(tmp_path, left) == f"F: tensors that are missing: {expert}"
+    narrow, more = {**left, expert: torch.zeros(127, 64)}, {f"lora.{name}": torch.zeros(1) for name in "ab"}
+    assert refusal(tmp_path, narrow) == f"F: tensor {expert!r} is of shape (127, 64), not (128, 64)"
+    assert refusal(tmp_path, tensors | more) == "F: tensors that have no place in this model: lora.a, lora.b"
     del tensors["shared.weight"]
-    assert message(tensors) == "tensors that are missing: shared.weight"
+    assert refusal(tmp_path, tensors) == "F: tensors that are missing: shared.weight"
 
 
 def test_files_that_cannot_be_read(tmp_path):
     def message(**config: Any) -> str:
-        if config:
-            (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError) as error:
-            load_pretrained(tmp_path)
-        assert "\n" not in str(error.value)
-        return str(error.value).replace(str(tmp_path), "F")
+        return refusal(tmp_path, config=config or None)
 
     assert message() == "F/config.json is missing"
     assert message(model_type="t5") == "F/config.json says no vocab_size"
@@ -104,19 +98,14 @@ def test_files_that_cannot_be_read(tmp_path):
     known = {"model_type": "t5", "vocab_size": 9, "num_layers": 2, "d_model": 8, "d_ff": 8, "num_heads": 2}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"shared.weight": "../secret.safetensors"}}))
-    assert (
-        message(**known)
-        == "F/model.safetensors.index.json names '../secret.safetensors', which is no file of its folder"
-    )
+    assert message(**known) == f"F/{index.name} names '../secret.safetensors', which is no file of its folder"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "1.safetensors", "shared.weight": "1.safetensors"}}))
     assert message(**known).startswith("config.json of a t5 says no d_kv")
     assert message(**known, d_kv=4).startswith("F/1.safetensors cannot be read: No such file")
     save_file({"lm_head.weight": torch.zeros(9, 8)}, tmp_path / "1.safetensors")
-    assert message(**known, d_kv=4) == (
-        "F/1.safetensors does not hold tensor 'shared.weight', which the index says it does"
-    )
+    assert message() == "F/1.safetensors does not hold tensor 'shared.weight', which the index says it does"
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
-    assert message(**known, d_kv=4).startswith("F/model.safetensors cannot be read: ")
+    assert message().startswith("F/model.safetensors cannot be read: ")
 
 
 def test_keys_that_are_missing_are_named_with_their_file(tmp_path):
@@ -126,33 +115,13 @@ def test_keys_that_are_missing_are_named_with_their_file(tmp_path):
             from_published({key: value for key, value in config.items() if key != name}, tensors)
     # transformers 5 holds the experts of a layer in two tensors.
     config, tensors = to_published(MODELS["olmoe"]())
-    layer = "model.layers.1.mlp"
-    fused = {
-        f"{layer}.experts.gate_up_proj": torch.zeros(4, 48, 64),
-        f"{layer}.experts.down_proj": torch.zeros(3, 64, 24),
-    }
-    left = {name: t for name, t in tensors.items() if f"{layer}.experts." not in name} | fused
-    (tmp_path / "config.json").write_text(json.dumps(config))
-
-    def message(*missing: str) -> str:
-        save_file(
-            {name: t.contiguous() for name, t in left.items() if name not in missing}, tmp_path / "model.safetensors"
-        )
-        with pytest.raises(ValueError) as error:
-            load_pretrained(tmp_path)
-        return str(error.value).replace(str(tmp_path), "F")
-
-    for name in (f"{layer}.experts.down_proj", f"{layer}.gate.weight"):
-        assert message(name) == f"F: tensors that are missing: {name}"
-    assert message().endswith("down_proj of (3, 64, 24) do not have the same number of experts")
-
-
-def test_sizes_that_a_sentence_encoder_lacks_are_named(tmp_path):
-    path = write_encoder(tmp_path) / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in config.items() if name != "hidden_size"}))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} says no hidden_size$"):
-        SentenceEncoder(tmp_path)
+    up, down, gate = (f"model.layers.1.mlp.{n}" for n in ("experts.gate_up_proj", "experts.down_proj", "gate.weight"))
+    left = {name: t for name, t in tensors.items() if "layers.1.mlp.experts." not in name}
+    left |= {up: torch.zeros(4, 48, 64), down: torch.zeros(3, 64, 24)}
+    for name in (down, gate):
+        without = {other: t for other, t in left.items() if other != name}
+        assert refusal(tmp_path, without, config) == f"F: tensors that are missing: {name}"
+    assert refusal(tmp_path, left).endswith("down_proj of (3, 64, 24) do not have the same number of experts")
 
 
 class Sly:

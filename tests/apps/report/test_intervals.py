@@ -12,7 +12,7 @@ from scipy.stats import t
 from apps.report.intervals import _half_width, by_group, crossed_interval, mean_interval, verdict
 
 
-def test_seeds_and_examples_that_count_alike():
+def test_seeds_and_examples_that_count_alike_and_the_width_at_other_numbers():
     interval = crossed_interval(np.array([[0.0, 2.0], [2.0, 4.0]]))
     # Seed means 1 and 3, example means 1 and 3, no rest: MS_s = MS_e = 2 * 2 = 4; variance (4 + 4) / 4 = 2; degrees of
     # freedom 2^2 / (1^2 + 1^2) = 2, and one less than two seeds at most. Effects have the variance 4 / 2 = 2 each.
@@ -20,24 +20,21 @@ def test_seeds_and_examples_that_count_alike():
     assert interval.half_width == pytest.approx(t.ppf(0.975, 1) * math.sqrt(2), rel=1e-12)
     assert (interval.seed_variance, interval.example_variance, interval.rest_variance) == (2, 2, 0)
     assert (interval.count, interval.num_examples) == (2, 2)
+    assert interval.half_width_at(2, 2) == pytest.approx(interval.half_width, rel=1e-12)
+    # Variances 2 and 2 over 8 seeds and 8 examples: 2 / 8 + 2 / 8, and (1/2)^2 / (2 (1/4)^2 / 7) = 14 degrees, of which
+    # 7 are those of 8 seeds.
+    assert interval.half_width_at(8, 8) == pytest.approx(t.ppf(0.975, 7) * math.sqrt(0.5), rel=1e-12)
 
 
-def test_equal_examples_leave_the_interval_over_seeds():
-    by_seed = [1.0, 2.0, 3.0, 5.0]
+def test_equal_examples_leave_the_interval_over_seeds_and_equal_seeds_that_over_examples():
+    by_seed, by_example = [1.0, 2.0, 3.0, 5.0], np.random.default_rng(0).normal(size=40)
     interval = crossed_interval(np.repeat(np.array(by_seed)[:, None], 50, axis=1))
     assert interval.half_width == pytest.approx(mean_interval(by_seed).half_width, rel=1e-12)
-
-
-def test_three_seeds_have_a_wider_quantile():
-    # Seed means 1, 2 and 3 of equal examples: variance 1 over 3 seeds, 2 degrees of freedom.
-    interval = crossed_interval(np.repeat(np.array([[1.0], [2.0], [3.0]]), 50, axis=1))
-    assert interval.half_width == pytest.approx(t.ppf(0.978, 2) / math.sqrt(3), rel=1e-12)
-
-
-def test_equal_seeds_leave_the_interval_over_examples():
-    by_example = np.random.default_rng(0).normal(size=40)
     interval = crossed_interval(np.tile(by_example, (4, 1)))
     assert interval.half_width == pytest.approx(mean_interval(by_example.tolist()).half_width, rel=1e-9)
+    # Seed means 1, 2 and 3 of equal examples: variance 1 over 3 seeds, 2 degrees of freedom, and a wider quantile.
+    interval = crossed_interval(np.repeat(np.array([[1.0], [2.0], [3.0]]), 50, axis=1))
+    assert interval.half_width == pytest.approx(t.ppf(0.978, 2) / math.sqrt(3), rel=1e-12)
 
 
 def test_one_seed_has_no_interval_and_equal_values_none_that_excludes_zero():
@@ -70,15 +67,7 @@ def test_users_that_differ_widen_the_interval_as_they_should():
     assert 180 <= held["users"] <= 199
 
 
-def test_the_width_at_other_numbers_is_that_of_the_parts():
-    interval = crossed_interval(np.array([[0.0, 2.0], [2.0, 4.0]]))
-    assert interval.half_width_at(2, 2) == pytest.approx(interval.half_width, rel=1e-12)
-    # Variances 2 and 2 over 8 seeds and 8 examples: 2 / 8 + 2 / 8, and (1/2)^2 / (2 (1/4)^2 / 7) = 14 degrees, of which
-    # 7 are those of 8 seeds.
-    assert interval.half_width_at(8, 8) == pytest.approx(t.ppf(0.975, 7) * math.sqrt(0.5), rel=1e-12)
-
-
-@pytest.mark.parametrize("S", [2, 3, 5, 10])
+@pytest.mark.parametrize("S", [2, 3, *(pytest.param(S, marks=pytest.mark.slow) for S in (5, 10))])
 def test_intervals_hold_the_true_mean_as_often_as_they_say(S):
     rng, N, draws = np.random.default_rng(1), 2000, 40_000
     # The seeds' part of the mean's variance of 1, and the rest's part of what is left.

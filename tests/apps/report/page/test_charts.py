@@ -1,4 +1,4 @@
-"""Charts: their numbers as a table, and specifications that Vega-Lite's schema allows."""
+"""Charts: their numbers as a table, specifications that Vega-Lite's schema allows, and those of a run's log."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 from jsonschema import ValidationError
 from PIL import Image
 
-from apps.report.page import html, save_charts
+from apps.report.page import Section, Text, html, save_charts
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart, placed, thinned_rows
 from apps.report.page.parts import Words
+from apps.report.page.training import training_section
 from apps.report.page.vega import MOST_POINTS, still, vega_lite
 from apps.report.use import load_charts
 
@@ -55,35 +56,35 @@ def test_a_long_line_is_drawn_by_means_of_its_parts():
     # 5 points in 2 parts: round(2.5) = 2, so the first two and the other three.
     assert line.thinned(2) == Line("a", (0.5, 3.0), (5.0, 50.0))
     assert line.thinned(5) is line
+    assert thinned_rows([(str(i),) for i in range(9)], 5) == [("0",), ("2",), ("4",), ("6",), ("8",)]
+    assert thinned_rows([("0",)], 5) == [("0",)]
     long = LineChart("t", "s", "x", "y", (Line("a", tuple(map(float, range(1000))), (1.0,) * 1000),))
     assert len(rows(vega_lite(long))) == MOST_POINTS
 
 
 def test_the_table_of_lines_has_a_row_for_each_x():
-    chart = LineChart(
-        "t", "s", "step", "y", (Line("a", (1.0, 2.0), (5.0, math.nan)), Line("a", (2.0,), (7.5,), "seed 1"))
-    )
+    lines = (Line("a", (1.0, 2.0), (5.0, math.nan)), Line("a", (2.0,), (7.5,), "seed 1"))
+    chart = LineChart("t", "s", "step", "y", lines)
     assert chart.headings() == ("step", "a", "a, seed 1")
     assert chart.cells() == [("1", "5", "–"), ("2", "–", "7.5")]
     assert {"label": "a", "name": "a", "x": 2.0, "y": None} in rows(vega_lite(chart))
 
 
-def test_points_without_an_interval_have_no_bar():
+def test_points_without_an_interval_have_no_bar_and_those_of_equal_cost_are_both_seen():
     chart = ScatterChart("t", "s", "x", "y", (Point("a", 1.0, 2.0), Point("b", 2.0, 3.0, 2.5, 3.5)), log_x=True)
     assert chart.cells() == [("a", "1", "2", "–"), ("b", "2", "3", "2.5 to 3.5")]
     spec = vega_lite(chart)
     assert spec["layer"][0]["transform"] == [{"filter": "isValid(datum.low)"}]
     assert spec["layer"][1]["encoding"]["x"]["scale"]["type"] == "log"
     assert spec["description"] == "t. s"
-
-
-def test_models_of_equal_cost_stand_at_the_same_x_and_both_are_seen():
-    chart = ScatterChart("t", "s", "x", "y", (Point("a", 2.0, 3.0, 2.5, 3.5), Point("b", 2.0, 3.0, 2.5, 3.5)))
-    spec = vega_lite(chart)
+    spec = vega_lite(ScatterChart("t", "s", "x", "y", tuple(Point(name, 2.0, 3.0, 2.5, 3.5) for name in "ab")))
     bars, points = (layer["mark"] for layer in spec["layer"])
     assert not {"xOffset", "x2Offset"} & (bars.keys() | points.keys() | spec["layer"][0]["encoding"].keys())
     assert [(own["x"], own["bar"], own["size"]) for own in rows(spec)] == [(2.0, 6, 110), (2.0, 4, 70)]
     assert (bars["strokeWidth"], points["size"]) == ({"expr": "datum.bar"}, {"expr": "datum.size"})
+    many = vega_lite(ScatterChart("t", "s", "x", "y", tuple(Point(f"m{i}", float(i), 1.0) for i in range(20))))
+    color, shape = (many["layer"][1]["encoding"][name]["scale"]["range"] for name in ("color", "shape"))
+    assert len(set(zip(color, shape, strict=True))) == 20  # each has a colour or a shape of its own
 
 
 def test_a_map_names_its_largest_share_and_leaves_gaps():
@@ -102,19 +103,11 @@ def test_loads_are_shares_beside_the_even_one():
     assert len(vega_lite(chart)["layer"]) == 2
 
 
-@pytest.mark.parametrize(
-    "names, angle, overlap", [(("0", "1"), 0, True), (("a long name of a class",) * 3, -45, False)]
-)
-def test_long_names_of_bars_are_slanted_and_all_there(names, angle, overlap):
-    names = tuple(f"{name}{i}" for i, name in enumerate(names))
-    chart = BarChart("t", "s", "class", "y", names, {"a": (1.0,) * len(names)})
-    axis = vega_lite(chart)["layer"][0]["encoding"]["x"]["axis"]
-    assert (axis["labelAngle"], axis["labelOverlap"]) == (angle, overlap)
-
-
-def test_rows_are_thinned_from_the_first_to_the_last():
-    assert thinned_rows([(str(i),) for i in range(9)], 5) == [("0",), ("2",), ("4",), ("6",), ("8",)]
-    assert thinned_rows([("0",)], 5) == [("0",)]
+def test_long_names_of_bars_are_slanted_and_all_there():
+    for names, looks in ((["00", "11"], (0, True)), ([f"a long name of a class{i}" for i in range(3)], (-45, False))):
+        chart = BarChart("t", "s", "class", "y", tuple(names), {"a": (1.0,) * len(names)})
+        axis = vega_lite(chart)["layer"][0]["encoding"]["x"]["axis"]
+        assert (axis["labelAngle"], axis["labelOverlap"]) == looks
 
 
 @pytest.mark.parametrize(
@@ -128,13 +121,6 @@ def test_rows_are_thinned_from_the_first_to_the_last():
 def test_parts_that_do_not_fit_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_many_points_have_a_colour_or_a_shape_of_their_own():
-    points = tuple(Point(f"m{i}", float(i), 1.0) for i in range(20))
-    encoding = vega_lite(ScatterChart("t", "s", "x", "y", points))["layer"][1]["encoding"]
-    looks = zip(encoding["color"]["scale"]["range"], encoding["shape"]["scale"]["range"], strict=True)
-    assert len(set(looks)) == 20
 
 
 def drawn(spec: dict) -> list[dict]:
@@ -155,20 +141,14 @@ def test_maps_of_a_file_have_one_scale_and_neighbors_name_their_rows_once():
     assert [encoding["color"]["scale"]["domain"] for encoding in encodings] == [[0, 80]] * 3
     assert [encoding["y"].get("axis", {}) is None for encoding in encodings] == [False, True, False]
     assert [encoding["color"].get("legend", {}) is None for encoding in encodings] == [True, True, False]
+    wide = [heatmap(f"encoder {i}", ("de",), [[1 / 16] * 16]) for i in range(3)]  # 480 of 1,300 pixels each
+    assert [len(line["hconcat"]) for line in still(wide, "title")["vconcat"]] == [2, 1]
 
 
-def test_colors_may_end_below_the_largest_share():
+def test_colors_of_a_map_may_end_below_the_largest_share_and_rows_of_one_name_are_rows_of_their_own():
     chart = HeatmapChart("t", "s", "r", "c", ("tag", "word"), ("0", "1"), ((100, 0), (40, 60)), top=60)
     assert chart.shown_top == 60
     assert HeatmapChart("t", "s", "r", "c", ("a",), ("0",), ((40,),)).shown_top == 40
-
-
-def test_charts_without_room_beside_each_other_go_below():
-    maps = [heatmap(f"encoder {i}", ("de",), [[1 / 16] * 16]) for i in range(3)]  # 480 of 1,300 pixels each
-    assert [len(line["hconcat"]) for line in still(maps, "title")["vconcat"]] == [2, 1]
-
-
-def test_rows_of_one_name_are_rows_of_their_own():
     chart = HeatmapChart("t", "s", "r", "c", ("the", "the"), ("0",), ((1,), (2,)))
     assert len({row["row"] for row in rows(vega_lite(chart))}) == 2
 
@@ -205,3 +185,35 @@ def test_every_kind_is_drawn_in_a_file(chart, tmp_path):
     with Image.open(path) as image:
         assert min(image.size) > 100
         assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
+METRICS = """\
+step,train/loss,val/loss,val/top1,val/bleu,routing/model.blocks.1.mlp/load_imbalance,\
+routing/model.blocks.1.mlp/drop_rate,routing/load_imbalance
+9,2.0,,,,1.5,0.0,1.5
+19,1.0,1.5,0.5,31.5,1.25,0.0,1.25
+29,,,0.75,33.5,,,
+"""
+
+
+def test_losses_validation_and_layers(tmp_path):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    *charts, never = training_section(tmp_path / "metrics.csv").parts
+    assert all(isinstance(chart, LineChart) for chart in charts)
+    assert {chart.title: chart.lines for chart in charts} == {
+        "Loss": (Line("train", (9.0, 19.0), (2.0, 1.0)), Line("val", (19.0,), (1.5,))),
+        "Validation: top1": (Line("top1", (19.0, 29.0), (0.5, 0.75)),),
+        "Validation: bleu": (Line("bleu", (19.0, 29.0), (31.5, 33.5)),),
+        "Load imbalance in training": (Line("block 1", (9.0, 19.0), (1.5, 1.25)),),
+    }
+    assert charts[0].summary == "Over optimizer steps: train from 2 to 1; val from 1.5 to 1.5."
+    assert never == Text(("No routed pair was dropped.",))
+
+
+def test_each_layer_of_a_block_has_its_line_and_a_run_without_a_log_no_section(tmp_path):
+    assert training_section(tmp_path / "metrics.csv") == Section("Training")
+    names = ",".join(f"routing/model.blocks.0.{layer}/load_imbalance" for layer in ("mixing", "ffn", "depth_gate"))
+    (tmp_path / "metrics.csv").write_text(f"step,{names}\n9,1.5,2.0,1.0\n")
+    (chart,) = training_section(tmp_path / "metrics.csv").parts
+    lines = {line.label: line.y for line in chart.lines}
+    assert lines == {"block 0 mixing": (1.5,), "block 0 ffn": (2.0,), "block 0 depth gate": (1.0,)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,11 +16,12 @@ from doc_scripts import output, script
 from PIL import ExifTags, Image
 
 from apps import registry
+from apps.base.sealed import seal, weights_file
 from apps.cli import main
-from apps.serve.export.command import _by_position, compare, data_section
+from apps.serve.export.command import _by_position, compare, data_section, write
 from apps.train.checkpoint.loading import load
 from apps.train.publish.exported import Description, ExportedModel
-from apps.train.publish.exporting import Graph
+from apps.train.publish.exporting import Exported, Graph
 from apps.vision.data import VisionData
 
 SCRIPTS = "docs/reference/onnx_scripts.md"
@@ -48,21 +50,16 @@ def copies(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apps.serve.export.onnx.to_onnx", to_onnx)
 
 
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_the_rows_of_predict_are_those_of_the_checkpoint(run, tmp_path, capsys):
     config = tmp_path / "digits.yaml"  # the run's configuration has another root, which does not travel
     config.write_text(json.dumps({"data": DIGITS}))
-    capsys.readouterr()
-    written = {}
-    for name, source in (("ckpt", ["--ckpt_path", str(run), "--config", str(config)]), ("onnx", [])):
-        source = source or ["--onnx", str(run / "digits.onnx")]
-        assert main(["predict", *source, "--output", str(tmp_path / f"{name}.jsonl")]) == 0
-        written[name] = rows(tmp_path / f"{name}.jsonl")
-    assert "359 predictions in" in capsys.readouterr().out
-    for own, expected in zip(written["onnx"], written["ckpt"], strict=True):
+    written = []
+    for source in (["--onnx", str(run / "digits.onnx")], ["--ckpt_path", str(run), "--config", str(config)]):
+        assert main(["predict", *source, "--output", str(tmp_path / "rows.jsonl")]) == 0
+        written.append([json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()])
+        (tmp_path / "rows.jsonl").unlink()
+        assert "359 predictions in" in capsys.readouterr().out
+    for own, expected in zip(*written, strict=True):
         assert own.pop("probability") == pytest.approx(expected.pop("probability"), abs=1e-6)
         assert own == expected
 
@@ -82,16 +79,15 @@ def test_the_file_alone_makes_the_module_and_its_answers(run):
     assert not model.training
 
 
-@pytest.mark.parametrize("kind", ["as it is", "turned", "16 bits", "side 49"])
+@pytest.mark.parametrize("kind", ["turned, 16 bits", "side 49"])
 def test_the_documented_script_says_what_the_checkpoint_says(run, tmp_path, kind):
     path, turned = tmp_path / "three.png", Image.Exif()
-    noise = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     turned[ExifTags.Base.Orientation] = 6
     if kind == "side 49":  # in floating point, 49 * (8 / 49) is below 8
         Image.new("L", (60, 49), 255).save(path)
     else:
-        pixels = noise.astype(np.uint16) << 8 if kind == "16 bits" else noise
-        Image.fromarray(pixels).save(path, exif=turned if kind == "turned" else None)
+        noise = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(noise.astype(np.uint16) << 8).save(path, exif=turned)
     printed = output(script(SCRIPTS, "classify.py"), str(run / "digits.onnx"), str(path))
     (expected,) = load(run).predict([path])
     lines = [line.split() for line in printed.splitlines()]
@@ -137,36 +133,32 @@ def test_a_folder_has_the_graph_and_what_it_says(run, copies, tmp_path, capsys):
 
 
 def test_wrong_options_are_refused_in_a_line(run, tmp_path, capsys):
-    export = ["export", "--ckpt_path", str(run), "--output"]
-    assert "must end in .onnx" in fails(capsys, 2, *export, "a.pt2")
-    assert "must end in .pt2" in fails(capsys, 2, *export, "a.onnx", "--format", "aoti")
-    assert "--onnx_ops contrib is of --format onnx" in fails(
-        capsys, 2, *export, "a.pt2", "--format", "aoti", "--onnx_ops", "contrib"
-    )
-    assert "quantize=int5 is not one of int8" in fails(capsys, 2, *export, "a.onnx", "--quantize", "int5")
-    onnx = str(run / "digits.onnx")
-    assert "onnx is an option of predict, not of test" in fails(capsys, 2, "test", "--onnx", onnx)
-    assert "leave --ckpt_path" in fails(capsys, 2, "predict", "--onnx", onnx, "--ckpt_path", str(run))
-    assert "no exported model" in fails(capsys, 1, "predict", "--onnx", str(tmp_path / "none.onnx"))
+    export, onnx_file = ["export", "--ckpt_path", str(run), "--output"], str(run / "digits.onnx")
+    for code, argv, message in (
+        (2, [*export, "a.pt2"], "must end in .onnx"),
+        (2, [*export, "a.onnx", "--format", "aoti"], "must end in .pt2"),
+        (2, [*export, "a.pt2", "--format", "aoti", "--onnx_ops", "contrib"], "--onnx_ops contrib is of --format onnx"),
+        (2, [*export, "a.onnx", "--quantize", "int5"], "quantize=int5 is not one of int8"),
+        (2, ["test", "--onnx", onnx_file], "onnx is an option of predict, not of test"),
+        (2, ["predict", "--onnx", onnx_file, "--ckpt_path", str(run)], "leave --ckpt_path"),
+        (1, ["predict", "--onnx", str(tmp_path / "none.onnx")], "no exported model"),
+    ):
+        assert message in fails(capsys, code, *argv)
 
 
 def test_files_of_others_and_damaged_ones_are_refused(run, tmp_path, capsys):
-    bad = tmp_path / "bad.onnx"
+    def refusal(path: Path, content: bytes) -> str:
+        path.write_bytes(content)
+        return fails(capsys, 1, "predict", "--onnx", str(path.parent if path.name == "export.json" else path))
+
     whole = (run / "digits.onnx").read_bytes()
     for content, message in ((whole[:-9], "is cut"), (b"", "is cut"), (whole[:900] + b"\0" + whole[901:], "damaged")):
-        bad.write_bytes(content)
-        assert message in fails(capsys, 1, "predict", "--onnx", str(bad))
-    torch_file = bad.with_suffix(".pt2")
-    torch_file.write_bytes(whole)
-    assert "runs that of onnx" in fails(capsys, 1, "predict", "--onnx", str(torch_file))
-    (tmp_path / "folder").mkdir()
-    assert "holds no export.json" in fails(capsys, 1, "predict", "--onnx", str(tmp_path / "folder"))
-    manifest = tmp_path / "folder" / "export.json"
-    for text in ("{", "[]", '{"app": "vision"}', '{"app": 1, "module": 2, "arguments": {}, "preprocessing": {}}'):
-        manifest.write_text(text)
-        assert "is not a model that moesaic export has written" in fails(
-            capsys, 1, "predict", "--onnx", str(tmp_path / "folder")
-        )
+        assert message in refusal(tmp_path / "bad.onnx", content)
+    assert "runs that of onnx" in refusal(tmp_path / "bad.pt2", whole)
+    assert "holds no export.json" in fails(capsys, 1, "predict", "--onnx", str(tmp_path))
+    of_others = b'{"app": 1, "module": 2, "arguments": {}, "preprocessing": {}}'
+    for content in (b"{", b"[]", b'{"app": "vision"}', of_others):
+        assert "is not a model that moesaic export has written" in refusal(tmp_path / "export.json", content)
 
 
 def test_a_file_imports_nothing_and_reads_nothing_elsewhere(run, tmp_path, capsys):
@@ -183,17 +175,21 @@ def test_a_file_imports_nothing_and_reads_nothing_elsewhere(run, tmp_path, capsy
     assert "data='os.system' is neither" in refusal(data={"class_path": "os.system", "init_args": {}})
 
 
-def test_a_graph_that_differs_is_no_export():
+def test_a_graph_or_program_that_differs_is_no_export():
     class Twice(torch.nn.Module):
         def forward(self, x):
             return 2 * x
 
     graph = Graph("model", Twice(), {"x": torch.ones(2, 3)}, ("y",), {"x": {0: "batch"}})
     compare(graph, lambda inputs: (2 * inputs["x"],))
-    with pytest.raises(ValueError, match="gives another y than the model"):
-        compare(graph, lambda inputs: (2.001 * inputs["x"],))
-    with pytest.raises(ValueError, match="gives another y than the model"):
-        compare(graph, lambda inputs: (2 * torch.ones(2, 3),))  # the batch is not dynamic
+    compare(graph, _by_position(lambda x: 2 * x))
+    for differs in (
+        lambda inputs: (2.001 * inputs["x"],),
+        lambda inputs: (2 * torch.ones(2, 3),),  # the batch is not dynamic
+        _by_position(lambda x: (2.002 * x,)),
+    ):
+        with pytest.raises(ValueError, match="gives another y than the model"):
+            compare(graph, differs)
 
 
 def test_paths_of_the_training_do_not_travel(run):
@@ -202,8 +198,22 @@ def test_paths_of_the_training_do_not_travel(run):
         registry.exported_task(torch.nn.Linear)
 
 
-def test_a_program_that_differs_is_no_export():
-    graph = Graph("model", torch.nn.Identity(), {"x": torch.ones(2, 3)}, ("y",), {"x": {0: "batch"}})
-    compare(graph, _by_position(lambda x: x))
-    with pytest.raises(ValueError, match="gives another y than the model"):
-        compare(graph, _by_position(lambda x: (1.001 * x,)))
+def test_the_weights_of_an_earlier_export_go_with_it_and_no_others(tmp_path):
+    path = tmp_path / "a.onnx"
+    graphs: Any = (None,)
+    exported = Exported("vision", graphs, {})
+    description = Description("vision", "M", {}, {})
+
+    def write_graph(graph: Any, file: Any, text: str, weights: bytes = b"") -> None:
+        file.write_text("graph")
+        if weights:
+            weights_file(file).write_bytes(weights)
+        seal(file)
+
+    write(path, exported, description, lambda *args: write_graph(*args, weights=b"1"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
+    write(path, exported, description, write_graph)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+    weights_file(path).write_bytes(b"a file of someone else's")
+    write(path, exported, description, write_graph)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]

@@ -1,9 +1,10 @@
-"""The service over HTTP: answers, refusals with one line each, the token, the limits, the counters."""
+"""The service over HTTP: answers, at once or as they grow, refusals with one line each, the token, limits, counters."""
 
 from __future__ import annotations
 
 import gzip
 import html
+import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from apps.serve.service.options import Limits
 from apps.serve.service.reading import Refused, parse
 
 JSON = {"content-type": "application/json"}
+TWO = b'{"inputs": [2]}'
 
 
 @pytest.fixture(scope="module")
@@ -79,32 +81,31 @@ def test_json_that_is_too_deep_for_the_schema_is_one_line(depth, opens, closes):
     assert line == "the body is no JSON that can be read: it is too deep"
 
 
-def test_other_types_and_codings_are_not_read(client):
-    body = b'{"inputs": [2]}'
-    line = refusal(client.post("/predict", content=body, headers={"content-type": "text/plain"}), 415)
-    assert line == "content-type='text/plain' is not application/json"
-    packed = {**JSON, "content-encoding": "gzip"}
-    assert "gzip" in refusal(client.post("/predict", content=gzip.compress(body), headers=packed), 415)
+@pytest.mark.parametrize(
+    "method, path, given, status, line",
+    [
+        ("post", "/predict", {"content": TWO, "headers": {"content-type": "text/plain"}}, 415,
+         "content-type='text/plain' is not application/json"),
+        ("post", "/predict", {"content": gzip.compress(TWO), "headers": {**JSON, "content-encoding": "gzip"}}, 415,
+         "content-encoding='gzip' is not read: send the JSON as it is"),
+        ("post", "/predict", {"content": b" " * 1_001, "headers": JSON}, 413,
+         "the body has 1001 bytes: at most 1000 are read"),
+        ("get", "/nothing", {}, 404, "there is no /nothing"),
+        ("post", "/predict/", {"content": TWO, "headers": JSON}, 404, "there is no /predict/"),
+        ("delete", "/predict", {}, 405, "DELETE is not for /predict"),
+        ("get", "/docs", {"headers": {"host": "attacker.example:80"}}, 400,
+         "host is none of this service's names: 127.0.0.1, [::1], testserver"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_request_is_one_line(client, method, path, given, status, line):
+    response = getattr(client, method)(path, **given)
+    assert refusal(response, status) == line
+    assert status != 405 or response.headers["allow"] == "POST"
 
 
-def test_a_body_that_is_too_large(client):
-    line = refusal(client.post("/predict", content=b" " * 1_001, headers=JSON), 413)
-    assert line == "the body has 1001 bytes: at most 1000 are read"
-    in_pieces = client.post("/predict", content=iter([b" " * 600] * 3), headers=JSON)  # without content-length
+def test_a_body_without_a_length_that_is_too_large(client):
+    in_pieces = client.post("/predict", content=iter([b" " * 600] * 3), headers=JSON)
     assert "at most 1000 are read" in refusal(in_pieces, 413)
-
-
-def test_paths_and_methods_that_are_none(client):
-    assert refusal(client.get("/nothing"), 404) == "there is no /nothing"
-    assert refusal(client.post("/predict/", json={"inputs": [2]}), 404) == "there is no /predict/"
-    response = client.delete("/predict")
-    assert refusal(response, 405) == "DELETE is not for /predict"
-    assert response.headers["allow"] == "POST"
-
-
-def test_a_name_of_another_site_is_refused(client):
-    line = refusal(client.get("/docs", headers={"host": "attacker.example:80"}), 400)
-    assert line == "host is none of this service's names: 127.0.0.1, [::1], testserver"
 
 
 def test_the_interface(client):
@@ -164,26 +165,23 @@ def test_a_request_too_many_is_503():
 
 
 @pytest.mark.parametrize(
-    "error, status, line",
+    "wrong, status, line",
     [
         (KeyError("secret"), 500, "the model failed on an input (KeyError)"),
         (MemoryError(), 503, "the machine has too little memory for an input of this size"),
+        (math.nan, 500, "the service failed"),  # an answer that is no number is none
     ],
 )
-def test_a_model_that_fails_shows_nothing_of_itself(error, status, line):
+def test_a_model_that_fails_shows_nothing_of_itself(wrong, status, line):
     def fails(inputs):
-        raise error
+        if isinstance(wrong, BaseException):
+            raise wrong
+        return [wrong for _ in inputs]
 
     app, _ = served_numbers(fails)
-    with TestClient(app) as client:
+    with TestClient(app, raise_server_exceptions=wrong is not math.nan) as client:
         assert refusal(client.post("/predict", json={"inputs": [2]}), status) == line
         assert client.get("/healthz").status_code == 200
-
-
-def test_an_answer_that_is_no_number_is_no_answer():
-    app, _ = served_numbers(lambda inputs: [math.nan for _ in inputs])
-    with TestClient(app, raise_server_exceptions=False) as client:
-        assert refusal(client.post("/predict", json={"inputs": [2]}), 500) == "the service failed"
 
 
 def test_a_model_that_has_broken_down_is_503():
@@ -205,9 +203,75 @@ def test_the_counters():
         client.post("/predict", json={"inputs": ["x"]})
         client.get("/nothing")
         lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
-    assert lines['moesaic_requests_total{path="/predict",status="200"}'] == "1.0"
-    assert lines['moesaic_requests_total{path="/predict",status="422"}'] == "1.0"
-    assert lines['moesaic_requests_total{path="other",status="404"}'] == "1.0"
-    assert lines['moesaic_request_seconds_count{path="/predict"}'] == "2.0"
-    assert lines['moesaic_service{run="numbers"}'] == "1.0"
-    assert lines["moesaic_requests_open"] == "1.0"  # this one
+    counted = {
+        **{f'moesaic_requests_total{{path="/predict",status="{status}"}}': "1.0" for status in (200, 422)},
+        'moesaic_requests_total{path="other",status="404"}': "1.0",
+        'moesaic_request_seconds_count{path="/predict"}': "2.0",
+        'moesaic_service{run="numbers"}': "1.0",
+        "moesaic_requests_open": "1.0",  # this one
+    }
+    assert {name: lines[name] for name in counted} == counted
+
+
+# ---- answers as they grow
+
+
+def counting(inputs):
+    """Tell "1", "12", ... up to each number; 100 fails after its first."""
+    answers = []
+    for value in inputs:
+        number, tell = value if isinstance(value, tuple) else (value, lambda text: None)
+        for end in range(1, number + 1):
+            tell("".join(map(str, range(1, end + 1))))
+            if number == 100:
+                raise RuntimeError("full")
+        answers.append(2 * number)
+    return answers
+
+
+@pytest.fixture
+def writing():
+    app, _ = served_numbers(counting, listen=lambda number, tell: (number, tell))
+    with TestClient(app) as client:
+        yield client
+
+
+def events(response):
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    found = []
+    for block in response.text.strip().split("\n\n"):
+        name, data = "", ""
+        for line in block.splitlines():
+            key, _, value = line.partition(": ")
+            name, data = (value, data) if key == "event" else (name, value)
+        found.append((name, json.loads(data)))
+    return found
+
+
+def test_each_event_has_the_new_part_and_the_last_the_output(writing):
+    response = writing.post("/stream", content=b'{"inputs": [4]}', headers=JSON)
+    parts = [("", {"text": text}) for text in "1234"]
+    assert events(response) == [*parts, ("end", {"outputs": [8]})]
+
+
+def test_a_failure_is_an_event_and_what_was_written_is_not_repeated(writing):
+    assert events(writing.post("/stream", content=b'{"inputs": [100]}', headers=JSON)) == [
+        ("", {"text": "1"}),
+        ("error", {"error": "the model failed on an input (RuntimeError)"}),
+    ]
+
+
+def test_bad_input_is_answered_before_the_stream_begins(writing):
+    for body, status in ((b'{"inputs": [2, 4]}', 422), (b'{"inputs": [3]}', 422), (b"", 400)):
+        response = writing.post("/stream", content=body, headers=JSON)
+        assert response.status_code == status
+        assert list(response.json()) == ["error"]
+
+
+def test_only_services_with_growing_answers_have_a_stream(writing):
+    assert writing.get("/openapi.json").json()["paths"]["/stream"]["post"]["operationId"] == "stream"
+    app, _ = served_numbers()
+    with TestClient(app) as other:
+        assert other.post("/stream", content=b'{"inputs": [4]}', headers=JSON).status_code == 404
+        assert "/stream" not in other.get("/openapi.json").json()["paths"]

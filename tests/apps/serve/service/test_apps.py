@@ -19,6 +19,8 @@ from apps.train.checkpoint.loading import load
 ONLY_SENT = {"pairs": ["text"], "history": ["top"]}
 """Inputs of a request that the page of a model leaves out: the vector of a text by itself is nothing to look at, and a
 page shows as many items as the model's ``top_k`` says."""
+METHODS = {"translator": ("beam",), "tasks": ("sample",), "language": ("greedy", "beam")}
+"""How the models that write their answers word by word choose the words."""
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -91,21 +93,18 @@ def test_a_page_takes_what_a_request_may_have(served):
             assert list(own.field.choices) == own.schema["enum"]
         if isinstance(own.field, TextField):
             assert own.field.longest >= own.schema.get("maxLength", 0)
+    assert all(hasattr(registry.task_named(app), "service") for app in registry.MODELS)
 
 
-def test_every_app_has_a_service():
-    assert all(hasattr(registry.task_named(name), "service") for name in registry.MODELS)
-
-
-@pytest.mark.parametrize("method", ["greedy", "sample", "beam"])
-def test_a_text_is_told_as_it_grows_and_the_answer_is_the_same(served, method):
+def test_a_text_is_told_as_it_grows_and_the_answer_is_the_same(served, monkeypatch):
     name, model, service = served
-    if name not in ("translator", "tasks", "language"):
+    if name not in METHODS:
         assert service.listen is None
         return
-    own = {"decode": replace(model.decode, method=method, num_return_sequences=1)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "decode", own["decode"])
+    plain = model.decode
+    for method in METHODS[name]:
+        decode = replace(plain, method=method, num_return_sequences=1)
+        monkeypatch.setattr(model, "decode", decode)
         service = service_of(model)(model)
         item, told = service.item["examples"][0], []
         values = service.read(item)
@@ -118,28 +117,22 @@ def test_a_text_is_told_as_it_grows_and_the_answer_is_the_same(served, method):
 
         heard, written = [], told[-1].removeprefix(item["text"])
         stop = next(char for char in reversed(written) if char not in " \ufffd")  # bytes of no character are U+FFFD
-        patch.setattr(model, "decode", replace(own["decode"], stop_strings=(stop,)))
+        monkeypatch.setattr(model, "decode", replace(decode, stop_strings=(stop,)))
         (cut,) = service.predict([service.listen(values, heard.append)])
         assert stop not in cut["text"].removeprefix(item["text"])
         assert all(cut["text"].startswith(text) for text in heard)  # nothing of the stop string
-
-
-def test_nothing_is_told_of_what_an_empty_text_could_become(served, monkeypatch):
-    name, model, _ = served
-    if name not in ("translator", "tasks"):
-        pytest.skip("its empty text is a source like others, or there is none")
-    monkeypatch.setattr(model, "decode", replace(model.decode, method="greedy"))
+    if name == "language":  # the empty text of the others is a source like others
+        return
+    monkeypatch.setattr(model, "decode", replace(plain, method="greedy"))
     service, told = service_of(model)(model), []
     values = service.read({**service.item["examples"][0], "text": ""})
     assert service.predict([service.listen(values, told.append)]) == [{"text": ""}]
-    assert told == [""]
+    assert told == [""]  # nothing of what an empty text could become
 
 
-def test_what_is_told_waits_for_whole_characters(served):
-    name, model, _ = served
-    if name != "language":
-        pytest.skip("one model is enough")
-    processor, told = model.subwords.processor("target"), []
+def test_what_is_told_waits_for_whole_characters(tmp_path):
+    model, told = load(RUNS["language"](tmp_path)), []
+    processor = model.subwords.processor("target")
     ids = [processor.piece_to_id(piece) for piece in ("<0xC3>", "<0xA9>", "<0x21>")]
     tell = model.how_to_write(model.decode, 1, tell=told.append)["tell"]
     for end in (1, 2, 3):

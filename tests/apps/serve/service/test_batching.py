@@ -42,12 +42,25 @@ def test_an_input_that_fails_fails_its_own_request_alone():
     assert not batcher.broken
 
 
-def test_too_few_answers_are_none():
+def test_too_few_answers_are_none_and_a_fatal_error_is_not_tried_again():
     batcher = Batcher(lambda inputs: [1], most=4, wait=0.05)
     both, one = batcher.submit([1, 2]), batcher.submit([3])
     batcher.start()
     assert (both.result(5), one.result(5)) == ([1, 1], [1])  # each alone
     batcher.stop()
+    calls = []
+
+    def fails(inputs):
+        calls.append(len(inputs))
+        raise RuntimeError("device lost")
+
+    batcher = Batcher(fails, most=2, wait=0.05, is_fatal=lambda error: "lost" in str(error))
+    answer = batcher.submit([1, 2])
+    batcher.start()
+    with pytest.raises(Broken):
+        answer.result(5)
+    batcher.stop()
+    assert calls == [2]
 
 
 def test_what_breaks_the_model_is_told_to_all_who_wait():
@@ -73,22 +86,6 @@ def test_what_breaks_the_model_is_told_to_all_who_wait():
     with pytest.raises(Broken, match="not at work"):
         batcher.submit([3])
     batcher.stop()
-
-
-def test_a_fatal_error_is_not_tried_again():
-    calls = []
-
-    def fails(inputs):
-        calls.append(len(inputs))
-        raise RuntimeError("device lost")
-
-    batcher = Batcher(fails, most=2, wait=0.05, is_fatal=lambda error: "lost" in str(error))
-    answer = batcher.submit([1, 2])
-    batcher.start()
-    with pytest.raises(Broken):
-        answer.result(5)
-    batcher.stop()
-    assert calls == [2]
 
 
 def test_stop_answers_what_waits():

@@ -63,6 +63,7 @@ def test_a_head_that_is_too_large(port, request_):
     answer = ask(port, request_)
     assert answer.startswith(b"HTTP/1.1 431 ")
     assert answer.endswith(b'{"error": "the head of a request has at most 65536 bytes"}')
+    assert ask(port, b"no HTTP\r\n\r\n").endswith(b'\r\n\r\n{"error": "Invalid HTTP request received."}')
 
 
 @pytest.mark.parametrize("begin", [b"", GET, GET + b"\r\n" + GET])
@@ -73,7 +74,8 @@ def test_a_head_that_does_not_come_ends_the_connection(port, begin):
     assert answer.count(b"HTTP/1.1 200 ") == begin.count(b"\r\n\r\n")
 
 
-def test_a_body_and_an_answer_may_take_longer_than_a_head():
+def held():
+    """Return a model that waits, an event when it has come so far, and one that lets it go on."""
     came, go_on = threading.Event(), threading.Event()
 
     def waits(inputs):
@@ -81,6 +83,11 @@ def test_a_body_and_an_answer_may_take_longer_than_a_head():
         go_on.wait()
         return list(inputs)
 
+    return waits, came, go_on
+
+
+def test_a_body_and_an_answer_may_take_longer_than_a_head():
+    waits, came, go_on = held()
     with listening(served_numbers(waits, limits=LIMITS)[0], LIMITS) as port, connect(port) as slow:
         slow.sendall(POST + b"Content-Length: 15\r\n\r\n")
         assert ask(port, b"") == b""  # this one came later, and its time is over
@@ -103,10 +110,6 @@ def test_of_too_many_connections_the_one_that_has_waited_longest_is_closed():
             assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
-def test_what_is_no_http_is_one_line(port):
-    assert ask(port, b"no HTTP\r\n\r\n").endswith(b'\r\n\r\n{"error": "Invalid HTTP request received."}')
-
-
 def test_strangers_lock_nobody_out():
     app, _ = served_numbers(token=TOKEN, limits=PATIENT)
     with listening(app, PATIENT) as port, contextlib.ExitStack() as stack:
@@ -119,13 +122,7 @@ def test_strangers_lock_nobody_out():
 
 
 def test_a_stream_that_is_cut_frees_its_place_and_leaves_no_work():
-    came, go_on = threading.Event(), threading.Event()
-
-    def waits(inputs):
-        came.set()
-        go_on.wait()
-        return list(inputs)
-
+    waits, came, go_on = held()
     app, batcher = served_numbers(waits, limits=PATIENT, listen=lambda number, tell: number)
     stream = POST.replace(b"/predict", b"/stream") + b"Content-Length: 15\r\n\r\n" + b'{"inputs": [2]}'
     with listening(app, PATIENT) as port, connect(port) as first:
