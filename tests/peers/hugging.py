@@ -69,7 +69,7 @@ class Gate:
     options: dict[str, Any]
     ours: TokenChoice
     parameters: dict[str, str] = field(default_factory=lambda: {"gate.weight": "weight"})
-    dense: Callable[[Any], Tensor] = lambda out: combine_TE(out[2], out[1])
+    dense: Callable[..., Tensor] = lambda out, num_experts=E: combine_TE(out[2], out[1], num_experts)
 
 
 QWEN = {"hidden_size": D, "num_experts": E, "num_experts_per_tok": 3}

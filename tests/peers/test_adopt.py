@@ -126,7 +126,6 @@ def test_balance_losses_reach_the_routers():
     core.aux_loss(tape).backward()
     for layer in core.moe_layers(net).values():
         assert float(layer.router.weight.grad.abs().sum()) > 0
-        assert layer.experts.down_proj.grad is None or float(layer.experts.down_proj.grad.abs().sum()) >= 0
 
 
 class Wrapped(nn.Module):

@@ -173,23 +173,6 @@ def test_ids_that_theirs_lack_are_copies_of_one_it_does_not_say():
     assert pair.architecture.transformer.start == "eos"
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe"])
-def test_a_language_model_of_our_own_is_read_by_transformers(name, tmp_path):
-    qwen = name == "Qwen2Moe"
-    config = TransformerConfig(
-        *("nano",),
-        **{"positions": "rotary", "norm": "rms", "norm_eps": 1e-6, "bias": False, "qkv_bias": qwen, "tie": "none"},
-        **{"scale_embeddings": False, "activation": "silu", "gated": True, "dropout": 0.0},
-    )
-    options: dict[str, Any] = {"num_shared_experts": 2, "shared_gate": "scale"} if qwen else {}
-    moe = core.MoEConfig(4, core.TokenChoice(top_k=2), core.SwiGLU(24), **options)
-    extra = 2 if qwen else 1  # ids that theirs has not: padding, Qwen's unknown
-    model = LanguageModel(config, vocab=VOCAB + extra, ffn=moe)
-    pair = check_own(model, getattr(transformers, f"{name}ForCausalLM"), tmp_path)
-    ids = torch.randint(2, VOCAB, (3, 8))
-    torch.testing.assert_close(pair.ours(ids)[..., extra:], model(ids)[..., extra:], rtol=0, atol=0)
-
-
 def test_their_nllb_block_is_another_model():
     theirs, ours = Pair.of(double(peer("nllb"))).logits()
     if torch.allclose(theirs, ours):
@@ -222,25 +205,6 @@ def test_a_long_source_has_the_positions_of_m2m():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.usefixtures("mended")
-@pytest.mark.parametrize(
-    ("start", "expert", "close"),
-    [
-        ("bos", core.FFN(128, "relu", bias=True), 0.0),
-        ("eos", core.FFN(128, "relu", bias=True), 0.0),
-        # As in configs/nlp: dense FFNs of 128, experts of 64 without biases; zeros fill them up.
-        ("bos", core.FFN(64, "relu"), 2e-5),
-    ],
-)
-def test_a_translator_of_our_own_is_read_by_transformers(start, expert, close, tmp_path):
-    config = TransformerConfig("nano", position_offset=2, start=start, dropout=0.0)
-    model = TranslationModel(config, source_vocab=VOCAB, ffn=core.MoEConfig(4, core.TokenChoice(top_k=2), expert))
-    pair = check_own(model, transformers.NllbMoeForConditionalGeneration, tmp_path)
-    assert pair.theirs.config.decoder_start_token_id == {"bos": 0, "eos": 2}[start]
-    ids = torch.randint(2, VOCAB, (3, 8))
-    torch.testing.assert_close(pair.ours(ids, ids), model(ids, ids), rtol=close / 2, atol=close)
-
-
 def test_experts_take_all_tokens_where_those_of_switch_drop_by_capacity():
     # With room for one token of a sequence an expert, theirs leaves tokens out: ours is the model without a limit.
     pair = Pair.of(peer("switch"))
@@ -256,16 +220,42 @@ def test_experts_take_all_tokens_where_those_of_switch_drop_by_capacity():
             assert (ours - theirs).abs().max() > 1e-3
 
 
-def test_a_switch_of_our_own_is_read_by_transformers(tmp_path):
-    # One id less: theirs starts with padding, and has no id for that beside it.
-    config = TransformerConfig(
-        *("nano",),
-        **{"positions": "relative", "norm": "rms", "bias": False, "scale_embeddings": False, "dropout": 0.0},
-        **{"attention_scale": 1.0, "logits_scale": 0.125},  # 64 ** -0.5
-    )
-    moe = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(128, "relu"))
-    model = TranslationModel(config, source_vocab=VOCAB + 1, ffn=moe, decoder_moe_blocks="none")
-    pair = check_own(model, transformers.SwitchTransformersForConditionalGeneration, tmp_path)
+TOP2 = core.TokenChoice(top_k=2)
+BARE = {"bias": False, "scale_embeddings": False, "norm": "rms", "dropout": 0.0}
+LLAMA = {**BARE, "positions": "rotary", "norm_eps": 1e-6, "tie": "none", "activation": "silu", "gated": True}
+FAIR = {"position_offset": 2, "dropout": 0.0}
+RELATIVE = {**BARE, "positions": "relative", "attention_scale": 1.0, "logits_scale": 0.125}  # 64 ** -0.5
+SHARED = core.MoEConfig(4, TOP2, core.SwiGLU(24), num_shared_experts=2, shared_gate="scale")
+RELU = core.FFN(128, "relu", bias=True)
+SWITCHED = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(128, "relu"))
+
+
+@pytest.mark.usefixtures("mended")
+@pytest.mark.parametrize(
+    ("kind", "config", "moe", "extra", "close"),
+    [
+        # Ids that theirs has not: padding; Qwen's unknown too.
+        ("MixtralForCausalLM", LLAMA, core.MoEConfig(4, TOP2, core.SwiGLU(24)), 1, 0.0),
+        ("Qwen2MoeForCausalLM", {**LLAMA, "qkv_bias": True}, SHARED, 2, 0.0),
+        ("NllbMoeForConditionalGeneration", {**FAIR, "start": "bos"}, core.MoEConfig(4, TOP2, RELU), 0, 0.0),
+        ("NllbMoeForConditionalGeneration", {**FAIR, "start": "eos"}, core.MoEConfig(4, TOP2, RELU), 0, 0.0),
+        # As in configs/nlp: dense FFNs of 128, experts of 64 without biases; zeros fill them up.
+        ("NllbMoeForConditionalGeneration", FAIR, core.MoEConfig(4, TOP2, core.FFN(64, "relu")), 0, 2e-5),
+        # Theirs starts with padding, and has no id for that beside it.
+        ("SwitchTransformersForConditionalGeneration", RELATIVE, SWITCHED, 1, 0.0),
+    ],
+)
+def test_a_model_of_our_own_is_read_by_transformers(kind, config, moe, extra, close, tmp_path):
+    transformer, vocab = TransformerConfig("nano", **config), VOCAB + extra
+    if kind.endswith("CausalLM"):
+        model = LanguageModel(transformer, vocab=vocab, ffn=moe)
+    else:
+        own = {"decoder_moe_blocks": "none"} if kind.startswith("Switch") else {}
+        model = TranslationModel(transformer, source_vocab=vocab, ffn=moe, **own)
+    pair = check_own(model, getattr(transformers, kind), tmp_path)
     assert pair.theirs.config.vocab_size == VOCAB
-    ids = torch.randint(4, VOCAB + 1, (3, 8))
-    torch.testing.assert_close(pair.ours(ids, ids)[..., 3:], model(ids, ids)[..., 3:], rtol=0, atol=0)
+    if kind.startswith("Nllb"):
+        assert pair.theirs.config.decoder_start_token_id == {"bos": 0, "eos": 2}[config.get("start", "bos")]
+    known = 3 if kind.startswith("Switch") else extra
+    ids = [torch.randint(4, VOCAB, (3, 8))] * (1 if kind.endswith("CausalLM") else 2)
+    torch.testing.assert_close(pair.ours(*ids)[..., known:], model(*ids)[..., known:], rtol=close / 2, atol=close)

@@ -53,18 +53,7 @@ def test_gates_choose_the_same_experts_with_the_same_weights_and_gradients(name)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_the_group_limits_of_deepseek_v2_and_v3_differ():
-    # What the two settings above are for: judged by the sum of two, some tokens go to other groups.
-    peer, router = pair_of_gates(GATES["deepseek-v2"])
-    x = torch.randn(1, 200, D)
-    top2 = TokenChoice(top_k=3, normalize=False, num_groups=4, limited_groups=2, scale=2.0).build(D, E)
-    top2.gate.weight.data.copy_(router.gate.weight)
-    theirs_TE = GATES["deepseek-v2"].dense(peer(x[0]))
-    assert not torch.equal(ours_TE(top2(x)) > 0, theirs_TE > 0)
-    assert torch.equal(ours_TE(router(x)) > 0, theirs_TE > 0)
-
-
-@pytest.mark.parametrize("capacity", [1, 2, 3])
+@pytest.mark.parametrize("capacity", [1, 3])
 def test_switch_drops_the_same_tokens_of_each_sequence(capacity):
     # Theirs is a number of tokens a sequence; ours ceil(factor * S / E) = ceil(capacity).
     limit = Capacity(capacity * E / S, group="sequence")
