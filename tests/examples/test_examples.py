@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -11,38 +12,33 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from examples import graph_network, pictures_for_recommenders, timm_vit
+from examples import pictures_for_recommenders, timm_vit
 
 
-def figures(printed: str) -> dict[str, tuple[float, float]]:
-    """Return the change at step 0 and the accuracy in percent of each model that an example printed."""
-    rows = re.findall(r"^(\w+): changed by (\S+) at step 0; accuracy (\S+) % at step", printed, flags=re.MULTILINE)
-    return {name: (float(change), float(accuracy)) for name, change, accuracy in rows}
-
-
-def check_begins_and_learns(printed: str, above: float) -> None:
+def check_begins_and_learns(printed: str, number: int, above: float) -> None:
     """Check that each model began with the dense one's outputs, and that its accuracy is above a percentage."""
-    rows = figures(printed)
-    assert list(rows) == ["sparse", "twin", "dense"]
-    for change, accuracy in rows.values():
-        assert change < 1e-6
-        assert accuracy > above
-    assert rows["sparse"][0] > 0  # products in another order: the experts were used
+    assert printed.startswith(f"{number} of {number} feed-forward networks are sparse")
+    rows = re.findall(r"^(\w+): changed by (\S+) at step 0; accuracy (\S+) % at step", printed, flags=re.MULTILINE)
+    assert [name for name, *_ in rows] == ["sparse", "twin", "dense"]
+    assert all(float(change) < 1e-6 and float(accuracy) > above for _, change, accuracy in rows)
+    assert float(rows[0][1]) > 0  # products in another order: the experts were used
     assert "sparse minus twin: " in printed
 
 
-def test_a_graph_network(capsys):
-    assert graph_network.main(["--steps", "20"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("2 of 2 feed-forward networks are sparse")
-    check_begins_and_learns(printed, above=60.0)  # chance is 10
-
-
-def test_a_vit_of_timm_that_is_trained_first(capsys):
-    assert timm_vit.main(["--steps", "12", "--size", "32"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("6 of 6 feed-forward networks are sparse")
-    check_begins_and_learns(printed, above=15.0)  # chance is 10
+@pytest.mark.parametrize(
+    ("example", "options", "number", "above"),
+    # Chance is 10, and of the titles both that are held out are right.
+    [
+        ("graph_network", ["--steps", "20"], 2, 60.0),
+        ("timm_vit", ["--steps", "12", "--size", "32"], 6, 15.0),
+        ("minilm_titles", ["--steps", "20"], 2, 99.0),
+    ],
+)
+def test_an_example_begins_as_the_dense_network_and_learns(example, options, number, above, capsys):
+    if example == "minilm_titles":
+        pytest.importorskip("transformers")
+    assert importlib.import_module(f"examples.{example}").main(options) == 0
+    check_begins_and_learns(capsys.readouterr().out, number, above)
 
 
 def test_a_vit_begins_with_the_weights_of_a_file(tmp_path, capsys):
@@ -57,17 +53,7 @@ def test_a_vit_begins_with_the_weights_of_a_file(tmp_path, capsys):
     save_file(timm.create_model("test_vit", num_classes=7, img_size=32).state_dict(), weights)
     options = ["--weights", weights, "--images", str(tmp_path / "images"), "--size", "32", "--steps", "8"]
     assert timm_vit.main(options) == 0
-    check_begins_and_learns(capsys.readouterr().out, above=60.0)  # chance is 50
-
-
-def test_a_sentence_encoder(capsys):
-    pytest.importorskip("transformers")
-    from examples import minilm_titles
-
-    assert minilm_titles.main(["--steps", "20"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("2 of 2 feed-forward networks are sparse")
-    check_begins_and_learns(printed, above=99.0)  # both of the titles held out
+    check_begins_and_learns(capsys.readouterr().out, 6, above=60.0)  # chance is 50
 
 
 def test_optuna_searches_and_each_trial_is_a_run(tmp_path):

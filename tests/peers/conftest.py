@@ -17,31 +17,33 @@ from typing import Any
 
 import pytest
 import torch
+from made_once import made_once
 
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers that stand here, as ``ported`` and ``beside``
-pytest.register_assert_rewrite("ported", "beside")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run the tests of ``ported.Ported`` on each of the module's ``CASES``."""
-    if {"pair", "double_pair"} & set(metafunc.fixturenames):
-        metafunc.parametrize("name", metafunc.module.CASES)
-
-
-@pytest.fixture
-def pair(request: pytest.FixtureRequest, name: str) -> Any:
-    from ported import Pair
-
-    return Pair.of(request.module.peer(name))
-
-
-@pytest.fixture
-def double_pair(request: pytest.FixtureRequest, name: str) -> Any:
-    from ported import Pair, double
-
-    return Pair.of(double(request.module.peer(name)))
+pytest.register_assert_rewrite("ported", "beside", "families", "hubs")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def mended_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``NllbMoeExperts`` not take the one-hot choice for numbers of experts, 0 and 1."""
+
+    def forward(self: Any, x_TD: torch.Tensor, chosen_TE: torch.Tensor, gates_TE: torch.Tensor) -> torch.Tensor:
+        each = torch.stack([self[f"expert_{e}"](x_TD) for e in range(self.num_experts)], 1)
+        return (gates_TE[:, :, None] * each).sum(1)
+
+    nllb = pytest.importorskip("transformers.models.nllb_moe.modeling_nllb_moe")
+    monkeypatch.setattr(nllb.NllbMoeExperts, "forward", forward)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model of transformers, texts, and the runs ``lora``, ``qlora`` and ``finetune``."""
+    pytest.importorskip("transformers")
+    from hubs import write_runs
+
+    return made_once(tmp_path_factory, "hub", write_runs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,6 @@ from core import Routing, TokenChoice
 from core.routing.selection import Capacity
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-
 
 D, F, E, K = 16, 24, 8, 2
 B, S = 3, 14
@@ -61,10 +60,8 @@ def skip_if_mended(peer: Tensor, right: Tensor, what: str) -> None:
 
 @dataclass(frozen=True)
 class Gate:
-    """A peer's router, and the setting of ``TokenChoice`` that is it.
-
-    ``parameters`` pairs our parameters with theirs by name; ``dense`` reads (T, E) combine weights from its output.
-    """
+    """A peer's router, and the setting of ``TokenChoice`` that is it; ``parameters`` pairs our names with theirs, and
+    ``dense`` reads (T, E) combine weights from its output."""
 
     model: str
     router: str
@@ -72,120 +69,70 @@ class Gate:
     options: dict[str, Any]
     ours: TokenChoice
     parameters: dict[str, str] = field(default_factory=lambda: {"gate.weight": "weight"})
-    dense: Callable[[Any], Tensor] = lambda out: combine_TE(out[2], out[1])
+    dense: Callable[..., Tensor] = lambda out, num_experts=E: combine_TE(out[2], out[1], num_experts)
 
 
 QWEN = {"hidden_size": D, "num_experts": E, "num_experts_per_tok": 3}
 DEEPSEEK = {"hidden_size": D, "num_attention_heads": 2, "n_routed_experts": E, "num_experts_per_tok": 3}
-
+V2 = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0}
 V3 = {**DEEPSEEK, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+SIGMOID = TokenChoice(top_k=3, score_func="sigmoid", expert_bias=True, num_groups=4, limited_groups=2, scale=2.5)
+BIAS = {"gate.weight": "weight", "expert_bias": "e_score_correction_bias"}
+LOCAL = {"hidden_size": D, "num_local_experts": E}
+NLLB = {"d_model": D, "num_experts": E}
+CLASSIFIER = {"gate.weight": "classifier.weight"}
+
+
+def of(
+    model: str, prefix: str, options: dict[str, Any], ours: TokenChoice, *args: Any, router: str = "TopKRouter"
+) -> Gate:
+    return Gate(model, f"{prefix}{router}", f"{prefix}Config", options, ours, *args)
 
 
 GATES = {
-    "mixtral": Gate(
-        "mixtral",
-        "MixtralTopKRouter",
-        "MixtralConfig",
-        {"hidden_size": D, "num_local_experts": E, "num_experts_per_tok": K},
-        TokenChoice(top_k=K),
+    "mixtral": of("mixtral", "Mixtral", {**LOCAL, "num_experts_per_tok": K}, TokenChoice(top_k=K)),
+    "qwen2": of("qwen2_moe", "Qwen2Moe", QWEN, TokenChoice(top_k=3, normalize=False)),
+    "qwen3": of("qwen3_moe", "Qwen3Moe", {**QWEN, "norm_topk_prob": True}, TokenChoice(top_k=3, normalize=True)),
+    "olmoe": of("olmoe", "Olmoe", QWEN, TokenChoice(top_k=3, normalize=False)),
+    "deepseek-v2-lite": of(
+        *("deepseek_v2", "DeepseekV2", {**DEEPSEEK, "topk_method": "greedy"}, TokenChoice(top_k=3, normalize=False)),
+        router="TopkRouter",
     ),
-    "qwen2": Gate("qwen2_moe", "Qwen2MoeTopKRouter", "Qwen2MoeConfig", QWEN, TokenChoice(top_k=3, normalize=False)),
-    "qwen3": Gate(
-        "qwen3_moe",
-        "Qwen3MoeTopKRouter",
-        "Qwen3MoeConfig",
-        {**QWEN, "norm_topk_prob": True},
-        TokenChoice(top_k=3, normalize=True),
-    ),
-    "olmoe": Gate("olmoe", "OlmoeTopKRouter", "OlmoeConfig", QWEN, TokenChoice(top_k=3, normalize=False)),
-    "deepseek-v2-lite": Gate(
-        "deepseek_v2",
-        "DeepseekV2TopkRouter",
-        "DeepseekV2Config",
-        {**DEEPSEEK, "topk_method": "greedy"},
-        TokenChoice(top_k=3, normalize=False),
-    ),
-    "deepseek-v2": Gate(
-        "deepseek_v2",
-        "DeepseekV2TopkRouter",
-        "DeepseekV2Config",
-        {
-            **DEEPSEEK,
-            "topk_method": "group_limited_greedy",
-            "n_group": 4,
-            "topk_group": 2,
-            "routed_scaling_factor": 2.0,
-        },
+    "deepseek-v2": of(
+        *("deepseek_v2", "DeepseekV2", {**DEEPSEEK, **V2}),
         TokenChoice(top_k=3, normalize=False, num_groups=4, limited_groups=2, group_score="max", scale=2.0),
+        router="TopkRouter",
     ),
-    "deepseek-v3": Gate(
-        "deepseek_v3",
-        "DeepseekV3TopkRouter",
-        "DeepseekV3Config",
-        {**V3, "norm_topk_prob": True},
-        TokenChoice(top_k=3, score_func="sigmoid", expert_bias=True, num_groups=4, limited_groups=2, scale=2.5),
-        {"gate.weight": "weight", "expert_bias": "e_score_correction_bias"},
+    "deepseek-v3": of("deepseek_v3", "DeepseekV3", {**V3, "norm_topk_prob": True}, SIGMOID, BIAS, router="TopkRouter"),
+    "deepseek-v3-not-normalized": of(
+        *("deepseek_v3", "DeepseekV3", {**V3, "norm_topk_prob": False}, replace(SIGMOID, normalize=False), BIAS),
+        router="TopkRouter",
     ),
-    "deepseek-v3-not-normalized": Gate(
-        "deepseek_v3",
-        "DeepseekV3TopkRouter",
-        "DeepseekV3Config",
-        {**V3, "norm_topk_prob": False},
-        TokenChoice(
-            top_k=3,
-            score_func="sigmoid",
-            normalize=False,
-            expert_bias=True,
-            num_groups=4,
-            limited_groups=2,
-            scale=2.5,
-        ),
-        {"gate.weight": "weight", "expert_bias": "e_score_correction_bias"},
-    ),
-    "gpt-oss": Gate(
-        "gpt_oss",
-        "GptOssTopKRouter",
-        "GptOssConfig",
-        {"hidden_size": D, "num_local_experts": E, "num_experts_per_tok": 4},
-        TokenChoice(top_k=4, gate_bias=True),
+    "gpt-oss": of(
+        *("gpt_oss", "GptOss", {**LOCAL, "num_experts_per_tok": 4}, TokenChoice(top_k=4, gate_bias=True)),
         {"gate.weight": "weight", "gate.bias": "bias"},
     ),
     # The peer gives the scores (T, E), 0 where not chosen.
     "llama4": Gate(
-        "llama4",
-        "Llama4Router",
-        "Llama4TextConfig",
-        {"hidden_size": D, "num_local_experts": E, "num_experts_per_tok": 1},
+        *("llama4", "Llama4Router", "Llama4TextConfig", {**LOCAL, "num_experts_per_tok": 1}),
         TokenChoice(top_k=1, score_func="sigmoid", gates_on="input"),
         dense=lambda out: out[0],
     ),
     # The peer gives a one-hot of the choice, 0 past the capacity, and the score of the best expert.
     "switch": Gate(
-        "switch_transformers",
-        "SwitchTransformersTop1Router",
-        "SwitchTransformersConfig",
-        {"d_model": D, "num_experts": E, "router_bias": True},
-        TokenChoice(top_k=1, gate_bias=True),
-        {"gate.weight": "classifier.weight", "gate.bias": "classifier.bias"},
+        *("switch_transformers", "SwitchTransformersTop1Router", "SwitchTransformersConfig"),
+        *({**NLLB, "router_bias": True}, TokenChoice(top_k=1, gate_bias=True)),
+        {**CLASSIFIER, "gate.bias": "classifier.bias"},
         dense=lambda out: (out[0] * out[1]).view(-1, E),
     ),
-    "nllb": Gate(
-        "nllb_moe",
-        "NllbMoeTop2Router",
-        "NllbMoeConfig",
-        {"d_model": D, "num_experts": E, "normalize_router_prob_before_dropping": True},
-        TokenChoice(top_k=2),
-        {"gate.weight": "classifier.weight"},
-        dense=lambda out: out[1],
+    "nllb": of(
+        *("nllb_moe", "NllbMoe", {**NLLB, "normalize_router_prob_before_dropping": True}, TokenChoice(top_k=2)),
+        *(CLASSIFIER, lambda out: out[1]),
+        router="Top2Router",
     ),
-    "nllb-kept": Gate(
-        "nllb_moe",
-        "NllbMoeTop2Router",
-        "NllbMoeConfig",
-        {"d_model": D, "num_experts": E},
-        TokenChoice(top_k=2, normalize="kept"),
-        {"gate.weight": "classifier.weight"},
-        dense=lambda out: out[1],
+    "nllb-kept": of(
+        *("nllb_moe", "NllbMoe", NLLB, TokenChoice(top_k=2, normalize="kept"), CLASSIFIER, lambda out: out[1]),
+        router="Top2Router",
     ),
 }
 

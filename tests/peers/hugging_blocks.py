@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from beside import Layout, Read, load
-from hugging import DEEPSEEK, GATES, QWEN, D, E, F, S, config_of, modeling, randomize
+from hugging import DEEPSEEK, GATES, LOCAL, NLLB, QWEN, D, E, F, S, config_of, modeling, randomize
 from torch import Tensor, nn
 
 from core import FFN, ClampedSwiGLU, Hash, Identity, Mixed, MoEConfig, RouterConfig, SparseMixer, SwiGLU, TokenChoice
@@ -87,10 +87,6 @@ def jetmoe_layout(block: Any, read: Read) -> dict[str, Tensor]:
     }
 
 
-def phimoe_layout(block: Any, read: Read) -> dict[str, Tensor]:
-    return gated(block.router, block.experts, read)
-
-
 def dbrx_layout(block: Any, read: Read) -> dict[str, Tensor]:
     """(E * F, D) each, all of them as of an ``nn.Linear`` from D to F."""
     mlp = block.experts.mlp
@@ -147,10 +143,8 @@ def switch_layout(block: Any, read: Read) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Block:
-    """A peer's block, ours, and the peer's weights in our layout.
-
-    ``block`` is the name of the peer's class, or what makes it of its configuration; ``args`` are further arguments.
-    """
+    """A peer's block (its class's name, or what makes it of its configuration and ``args``), ours, and the peer's
+    weights in our layout."""
 
     model: str
     block: str | Callable[[Any], nn.Module]
@@ -179,147 +173,85 @@ def moe(router: RouterConfig, **options: Any) -> MoEConfig:
 
 VOCAB = 50
 V4 = {
-    **DEEPSEEK,
-    "vocab_size": VOCAB,
-    "moe_intermediate_size": F,
-    "swiglu_limit": 0.5,
+    **{**DEEPSEEK, "vocab_size": VOCAB, "moe_intermediate_size": F, "swiglu_limit": 0.5},
     "routed_scaling_factor": 1.5,
 }
+V4_EXPERTS: dict[str, Any] = {"expert": ClampedSwiGLU(F, limit=0.5), "num_shared_experts": 1}
+LONGCAT = {"hidden_size": D, "expert_ffn_hidden_size": F, "n_routed_experts": E, "zero_expert_num": 4, "moe_topk": 5}
+DBRX = {"hidden_size": D, "ffn_hidden_size": F, "moe_num_experts": E, "moe_top_k": 3}
+
+
+def of(name: str, kind: str, options: dict[str, Any], ours: MoEConfig, *rest: Any, **args: Any) -> Block:
+    """Return a ``Block`` whose class ``kind`` begins with its configuration's name, up to a ``:``."""
+    prefix, suffix = kind.split(":")
+    return Block(name, prefix + suffix, f"{prefix}Config", options, ours, *rest, **args)
+
+
+def gate(name: str, **options: Any) -> dict[str, Any]:
+    return {**GATES[name].options, **options}
+
 
 BLOCKS = {
-    "mixtral": Block(
-        "mixtral",
-        "MixtralSparseMoeBlock",
-        "MixtralConfig",
-        {**GATES["mixtral"].options, "intermediate_size": F},
-        moe(GATES["mixtral"].ours),
+    "mixtral": of(
+        "mixtral", "Mixtral:SparseMoeBlock", gate("mixtral", intermediate_size=F), moe(GATES["mixtral"].ours)
     ),
-    "qwen2": Block(
-        "qwen2_moe",
-        "Qwen2MoeSparseMoeBlock",
-        "Qwen2MoeConfig",
+    "qwen2": of(
+        *("qwen2_moe", "Qwen2Moe:SparseMoeBlock"),
         {**QWEN, "moe_intermediate_size": F, "shared_expert_intermediate_size": 2 * F},
-        moe(GATES["qwen2"].ours, num_shared_experts=2, shared_gate="scale"),
-        qwen2_layout,
+        *(moe(GATES["qwen2"].ours, num_shared_experts=2, shared_gate="scale"), qwen2_layout),
     ),
-    "qwen3": Block(
-        "qwen3_moe",
-        "Qwen3MoeSparseMoeBlock",
-        "Qwen3MoeConfig",
-        {**GATES["qwen3"].options, "moe_intermediate_size": F},
-        moe(GATES["qwen3"].ours),
+    "qwen3": of(
+        "qwen3_moe", "Qwen3Moe:SparseMoeBlock", gate("qwen3", moe_intermediate_size=F), moe(GATES["qwen3"].ours)
     ),
-    "olmoe": Block(
-        "olmoe",
-        "OlmoeSparseMoeBlock",
-        "OlmoeConfig",
-        {**QWEN, "intermediate_size": F},
-        moe(GATES["olmoe"].ours),
+    "olmoe": of("olmoe", "Olmoe:SparseMoeBlock", {**QWEN, "intermediate_size": F}, moe(GATES["olmoe"].ours)),
+    "deepseek-v2": of(
+        *("deepseek_v2", "DeepseekV2:Moe", gate("deepseek-v2", moe_intermediate_size=F, n_shared_experts=2)),
+        *(moe(GATES["deepseek-v2"].ours, num_shared_experts=2), with_shared(2)),
     ),
-    "deepseek-v2": Block(
-        "deepseek_v2",
-        "DeepseekV2Moe",
-        "DeepseekV2Config",
-        {**GATES["deepseek-v2"].options, "moe_intermediate_size": F, "n_shared_experts": 2},
-        moe(GATES["deepseek-v2"].ours, num_shared_experts=2),
-        with_shared(2),
+    "deepseek-v3": of(
+        *("deepseek_v3", "DeepseekV3:MoE", gate("deepseek-v3", moe_intermediate_size=F, n_shared_experts=1)),
+        *(moe(GATES["deepseek-v3"].ours, num_shared_experts=1), with_shared(1)),
     ),
-    "deepseek-v3": Block(
-        "deepseek_v3",
-        "DeepseekV3MoE",
-        "DeepseekV3Config",
-        {**GATES["deepseek-v3"].options, "moe_intermediate_size": F, "n_shared_experts": 1},
-        moe(GATES["deepseek-v3"].ours, num_shared_experts=1),
-        with_shared(1),
+    "llama4": of(
+        *("llama4", "Llama4Text:Moe", gate("llama4", intermediate_size=F)),
+        *(moe(GATES["llama4"].ours, num_shared_experts=1), llama4_layout),
     ),
-    "llama4": Block(
-        "llama4",
-        "Llama4TextMoe",
-        "Llama4TextConfig",
-        {**GATES["llama4"].options, "intermediate_size": F},
-        moe(GATES["llama4"].ours, num_shared_experts=1),
-        llama4_layout,
-    ),
-    "llama4-two-experts": Block(
-        "llama4",
-        "Llama4TextMoe",
-        "Llama4TextConfig",
-        {**GATES["llama4"].options, "intermediate_size": F, "num_experts_per_tok": 2},
+    "llama4-two-experts": of(
+        *("llama4", "Llama4Text:Moe", gate("llama4", intermediate_size=F, num_experts_per_tok=2)),
         moe(TokenChoice(top_k=2, score_func="sigmoid", normalize=False, gates_on="input"), num_shared_experts=1),
         llama4_layout,
     ),
     # Limits of 1: those of the published weights would be out of reach of random ones.
-    "gpt-oss": Block(
-        "gpt_oss",
-        "GptOssMLP",
-        "GptOssConfig",
-        {**GATES["gpt-oss"].options, "intermediate_size": F, "swiglu_limit": 1.0},
+    "gpt-oss": of(
+        *("gpt_oss", "GptOss:MLP", gate("gpt-oss", intermediate_size=F, swiglu_limit=1.0)),
         moe(GATES["gpt-oss"].ours, expert=ClampedSwiGLU(F, bias=True, limit=1.0, alpha=1.702, shift=1.0)),
         gpt_oss_layout,
     ),
-    "jetmoe": Block(
-        "jetmoe",
-        "JetMoeMoE",
-        "JetMoeConfig",
-        {
-            "hidden_size": D,
-            "intermediate_size": F,
-            "num_local_experts": E,
-            "num_experts_per_tok": 2,
-            "activation_function": "silu",
-        },
-        moe(TokenChoice(top_k=2), output_bias=True),
-        jetmoe_layout,
+    "jetmoe": of(
+        *("jetmoe", "JetMoe:MoE"),
+        {**LOCAL, "intermediate_size": F, "num_experts_per_tok": 2, "activation_function": "silu"},
+        *(moe(TokenChoice(top_k=2), output_bias=True), jetmoe_layout),
     ),
-    "switch": Block(
-        "switch_transformers",
-        "SwitchTransformersSparseMLP",
-        "SwitchTransformersConfig",
-        {"d_model": D, "d_ff": F, "num_experts": E, "expert_capacity": 2, "dropout_rate": 0.0},
+    "switch": of(
+        *("switch_transformers", "SwitchTransformers:SparseMLP"),
+        {**NLLB, "d_ff": F, "expert_capacity": 2, "dropout_rate": 0.0},
         moe(TokenChoice(top_k=1), expert=FFN(F, "relu"), capacity_factor=2 * E / S, group="sequence"),
         switch_layout,
     ),
     # A distance of 0.6 to the best, where the published 0.02 would leave each gate at 1.
-    "phimoe": Block(
-        "phimoe",
-        "PhimoeSparseMoeBlock",
-        "PhimoeConfig",
-        {"hidden_size": D, "intermediate_size": F, "num_local_experts": E, "router_jitter_noise": 0.3},
-        moe(SparseMixer(jitter_eps=0.3)),
-        phimoe_layout,
+    "phimoe": of(
+        *("phimoe", "Phimoe:SparseMoeBlock", {**LOCAL, "intermediate_size": F, "router_jitter_noise": 0.3}),
+        *(moe(SparseMixer(jitter_eps=0.3)), lambda block, read: gated(block.router, block.experts, read)),
     ),
     **{
-        f"dbrx-{p}": Block(
-            "dbrx",
-            "DbrxFFN",
-            "DbrxConfig",
-            {
-                "d_model": D,
-                "ffn_config": {
-                    "hidden_size": D,
-                    "ffn_hidden_size": F,
-                    "moe_num_experts": E,
-                    "moe_top_k": 3,
-                    "moe_normalize_expert_weights": p,
-                },
-            },
-            moe(TokenChoice(top_k=3, norm_order=p)),
-            dbrx_layout,
+        f"dbrx-{p}": of(
+            *("dbrx", "Dbrx:FFN", {"d_model": D, "ffn_config": {**DBRX, "moe_normalize_expert_weights": p}}),
+            *(moe(TokenChoice(top_k=3, norm_order=p)), dbrx_layout),
         )
         for p in (1.0, 2.0)
     },
-    "longcat-flash": Block(
-        "longcat_flash",
-        "LongcatFlashMoE",
-        "LongcatFlashConfig",
-        {
-            "hidden_size": D,
-            "expert_ffn_hidden_size": F,
-            "n_routed_experts": E,
-            "zero_expert_num": 4,
-            "moe_topk": 5,
-            "routed_scaling_factor": 6.0,
-        },
+    "longcat-flash": of(
+        *("longcat_flash", "LongcatFlash:MoE", {**LONGCAT, "routed_scaling_factor": 6.0}),
         MoEConfig(
             E + 4,
             TokenChoice(top_k=5, normalize=False, expert_bias=True, scale=6.0),
@@ -328,38 +260,20 @@ BLOCKS = {
         longcat_layout,
     ),
     "gemma4": Block(
-        "gemma4",
-        Gemma4Block,
-        "Gemma4TextConfig",
+        *("gemma4", Gemma4Block, "Gemma4TextConfig"),
         {"hidden_size": D, "num_experts": E, "top_k_experts": 3, "moe_intermediate_size": F},
         moe(TokenChoice(top_k=3, input_norm=True, expert_scale=True), expert=SwiGLU(F, "gelu_tanh")),
         gemma4_layout,
     ),
-    "deepseek-v4": Block(
-        "deepseek_v4",
-        "DeepseekV4SparseMoeBlock",
-        "DeepseekV4Config",
-        V4,
-        moe(
-            TokenChoice(top_k=3, score_func="sqrt_softplus", expert_bias=True, scale=1.5),
-            expert=ClampedSwiGLU(F, limit=0.5),
-            num_shared_experts=1,
-        ),
-        with_shared(1),
-        args=(3,),
+    "deepseek-v4": of(
+        *("deepseek_v4", "DeepseekV4:SparseMoeBlock", V4),
+        moe(TokenChoice(top_k=3, score_func="sqrt_softplus", expert_bias=True, scale=1.5), **V4_EXPERTS),
+        *(with_shared(1), (3,)),
     ),
     # The first layers choose by a table of token ids.
-    "deepseek-v4-hash": Block(
-        "deepseek_v4",
-        "DeepseekV4SparseMoeBlock",
-        "DeepseekV4Config",
-        V4,
-        moe(
-            Hash(VOCAB, top_k=3, score_func="sqrt_softplus", scale=1.5),
-            expert=ClampedSwiGLU(F, limit=0.5),
-            num_shared_experts=1,
-        ),
-        with_shared(1),
-        args=(0,),
+    "deepseek-v4-hash": of(
+        *("deepseek_v4", "DeepseekV4:SparseMoeBlock", V4),
+        moe(Hash(VOCAB, top_k=3, score_func="sqrt_softplus", scale=1.5), **V4_EXPERTS),
+        *(with_shared(1), (0,)),
     ),
 }

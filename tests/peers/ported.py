@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -18,11 +17,6 @@ from apps.porting import FAMILIES, Architecture, from_published, load_pretrained
 
 VOCAB = 60
 LENGTHS = (9, 5, 7, 1)
-
-
-def modeling(name: str) -> Any:
-    """Return the peer's module; skip the test in a version without it."""
-    return pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
 
 
 def randomize(model: Any, std: float = 0.4) -> Any:
@@ -126,61 +120,43 @@ def double(model: Any) -> Any:
     return model.double()
 
 
-class Ported:
-    """The tests of a family: a module's subclass runs them on each model ``peer(name)`` of the module's ``CASES``."""
+def check_way_back(pair: Pair) -> None:
+    """Check that the way back gives every tensor and the configuration."""
+    config = pair.theirs.config.to_dict()
+    written, tensors = to_published(pair.ours, like=config)
+    published = FAMILIES[config["model_type"]].published(pair.theirs.state_dict())
+    assert set(tensors) == set(published)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, published[name]), name
+    assert from_published(written, tensors)[0] == pair.architecture
+    again = type(pair.theirs.config)(**written).to_dict()
+    # What they derive from other values, and may be said in several ways.
+    derived = {"dtype", "architectures", "transformers_version", "encoder_sparse_step", "decoder_sparse_step"}
+    differing = {
+        name: (config[name], again[name])
+        for name in config.keys() - derived
+        if again[name] != config[name] and not (config[name] and math.isclose(again[name], config[name]))
+    }
+    assert not differing
 
-    def test_logits_are_equal(self, pair: Pair) -> None:
-        theirs, ours = pair.logits()
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-4)
 
-    def test_the_way_back_gives_every_tensor_and_the_configuration(self, pair: Pair) -> None:
-        config = pair.theirs.config.to_dict()
-        written, tensors = to_published(pair.ours, like=config)
-        published = FAMILIES[config["model_type"]].published(pair.theirs.state_dict())
-        assert set(tensors) == set(published)
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, published[name]), name
-        assert from_published(written, tensors)[0] == pair.architecture
-        again = type(pair.theirs.config)(**written).to_dict()
-        # What they derive from other values, and may be said in several ways.
-        derived = {"dtype", "architectures", "transformers_version", "encoder_sparse_step", "decoder_sparse_step"}
-        differing = {
-            name: (config[name], again[name])
-            for name in config.keys() - derived
-            if again[name] != config[name] and not (config[name] and math.isclose(again[name], config[name]))
-        }
-        assert not differing
-
-    def test_either_reads_what_the_other_saves(self, pair: Pair, tmp_path: Path) -> None:
-        dtype = next(pair.ours.parameters()).dtype
-        pair.theirs.save_pretrained(tmp_path / "theirs")
-        loaded = load_pretrained(tmp_path / "theirs", dtype)
+def check_saved(pair: Pair, folder: Path) -> None:
+    """Check that either reads what the other saves."""
+    dtype = next(pair.ours.parameters()).dtype
+    pair.theirs.save_pretrained(folder / "theirs")
+    save_pretrained(pair.ours, folder / "ours", like=folder / "theirs")
+    theirs, info = type(pair.theirs).from_pretrained(folder / "ours", dtype=dtype, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert set(theirs.state_dict()) == set(pair.theirs.state_dict())
+    for loaded, expected in ((load_pretrained(folder / "theirs", dtype), pair.ours), (theirs, pair.theirs)):
         for name, tensor in loaded.state_dict().items():
-            assert torch.equal(tensor, pair.ours.state_dict()[name]), name
-
-        save_pretrained(pair.ours, tmp_path / "ours", like=tmp_path / "theirs")
-        theirs, info = type(pair.theirs).from_pretrained(tmp_path / "ours", dtype=dtype, output_loading_info=True)
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-        state = pair.theirs.state_dict()
-        assert set(theirs.state_dict()) == set(state)
-        for name, tensor in theirs.state_dict().items():
-            assert torch.equal(tensor, state[name]), name
+            assert torch.equal(tensor, expected.state_dict()[name]), name
 
 
-class PortedInDouble(Ported):
-    """The tests of a family whose models can be float64 throughout."""
-
-    def test_logits_are_equal_in_double(self, double_pair: Pair) -> None:
-        theirs, ours = double_pair.logits()
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-
-    def test_greedy_translations_are_equal(self, double_pair: Pair) -> None:
-        double_pair.check_greedy()
-
-
-def check_own(model: Any, their_class: Any, folder: Path, **options: Any) -> Pair:
-    """A model that was built here, saved and read by transformers."""
-    save_pretrained(model.eval(), folder, **options)
-    theirs = their_class.from_pretrained(folder).eval()
-    return Pair.of(theirs)
+def check_own(model: Any, their_class: Any, folder: Path) -> Pair:
+    """Check that transformers computes with a model that was built here and saved."""
+    save_pretrained(model.eval(), folder)
+    pair = Pair.of(their_class.from_pretrained(folder).eval())
+    torch.testing.assert_close(*pair.logits(), rtol=1e-5, atol=2e-4)
+    return pair

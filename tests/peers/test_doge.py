@@ -15,13 +15,8 @@ from hugging_blocks import shared_swiglu
 import core
 
 KEYS, K = 6, 5
-LAYER = core.MoEConfig(
-    KEYS**2,
-    core.ProductKeys(top_k=K, heads=1, query_dim=2 * KEYS),
-    core.PEER("silu"),
-    num_shared_experts=1,
-    shared_expert=core.SwiGLU(F),
-)
+ROUTER = core.ProductKeys(top_k=K, heads=1, query_dim=2 * KEYS)
+LAYER = core.MoEConfig(KEYS**2, ROUTER, core.PEER("silu"), num_shared_experts=1, shared_expert=core.SwiGLU(F))
 
 
 def layout(peer, read):
@@ -33,11 +28,13 @@ def layout(peer, read):
     }
 
 
+def config(num_experts):
+    sizes = {"hidden_size": D, "intermediate_size": F, "num_experts_per_tok": K, "is_moe": True}
+    return config_of("DogeConfig", num_experts=num_experts, **sizes)
+
+
 def pair():
-    config = config_of(
-        "DogeConfig", hidden_size=D, intermediate_size=F, num_experts=KEYS**2, num_experts_per_tok=K, is_moe=True
-    )
-    peer = randomize(modeling("doge").DogeCDMoE(config), std=0.3).double().eval()
+    peer = randomize(modeling("doge").DogeCDMoE(config(KEYS**2)), std=0.3).double().eval()
     layer = LAYER.build(D, causal=True).double().eval()
     unit_keys = torch.eye(KEYS).expand(2, 1, KEYS, KEYS)
     load(layer, {"router.keys": unit_keys, **layout(peer, lambda p: p.detach())})
@@ -76,9 +73,6 @@ def test_in_a_batch_it_takes_the_scores_of_other_tokens():
 def test_of_a_number_that_is_no_square_it_leaves_experts_out():
     # 37 experts have floor(sqrt(37)) = 6 sub-keys a half: expert 36 is never retrieved. Ours refuses the number.
     num_experts = KEYS**2 + 1
-    config = config_of(
-        "DogeConfig", hidden_size=D, intermediate_size=F, num_experts=num_experts, num_experts_per_tok=K, is_moe=True
-    )
-    assert modeling("doge").DogeCDMoE(config).num_keys ** 2 < num_experts
+    assert modeling("doge").DogeCDMoE(config(num_experts)).num_keys ** 2 < num_experts
     with pytest.raises(ValueError, match=f"^num_experts={num_experts} is no square"):
         core.MoEConfig(num_experts, LAYER.router, LAYER.expert)

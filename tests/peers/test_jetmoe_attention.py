@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hugging import B, D, E, S, config_of, modeling, randomize
+from beside import check_same, load
+from hugging import LOCAL, B, D, E, S, config_of, modeling, randomize
 
 import core
 from apps.nets.attention import Mask
@@ -17,45 +18,39 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # their gates are float32 whatever the res
 ATTENTION = core.MoEConfig(E, core.TokenChoice(3), core.AttentionExperts(WIDTH, HEADS))
 
 
+def layout(peer, read):
+    return {
+        "heads.router.gate.weight": read(peer.experts.router.layer.weight),
+        "heads.kv.weight": read(peer.kv_proj.weight),
+        "heads.experts.w_q": read(peer.experts.input_linear.weight).mT,
+        "heads.experts.w_out": read(peer.experts.output_linear.weight).mT,
+    }
+
+
 @pytest.mark.parametrize("positions", ["none", "rotary"])
 def test_attention_gives_the_same_output_and_gradients(positions):
-    options = {
-        **{"hidden_size": D, "num_key_value_heads": HEADS, "kv_channels": WIDTH},
-        **{"num_local_experts": E, "num_experts_per_tok": 3},
-    }
-    config = config_of("JetMoeConfig", **options)
+    options = {"num_key_value_heads": HEADS, "kv_channels": WIDTH, "num_experts_per_tok": 3}
+    config = config_of("JetMoeConfig", **LOCAL, **options)
     config._attn_implementation = "eager"
     peer = randomize(modeling("jetmoe").JetMoeAttention(config, layer_idx=0), std=0.3).double().eval()
     transformer = TransformerConfig("nano", dim=D, positions=positions)
     ours = ExpertAttention(transformer, ATTENTION, causal=True).double().eval()
-    pairs = {
-        "heads.router.gate.weight": ("experts.router.layer.weight", lambda w: w),
-        "heads.kv.weight": ("kv_proj.weight", lambda w: w),
-        "heads.experts.w_q": ("experts.input_linear.weight", lambda w: w.transpose(1, 2)),
-        "heads.experts.w_out": ("experts.output_linear.weight", lambda w: w.transpose(1, 2)),
-    }
-    assert set(pairs) == {name for name, _ in ours.named_parameters()}
-    with torch.no_grad():
-        for name, (theirs, turned) in pairs.items():
-            ours.get_parameter(name).copy_(turned(peer.get_parameter(theirs)))
-
+    load(ours, layout(peer, lambda p: p.detach()))
     x = torch.randn(B, S, D).double()
     hidden = torch.full((S, S), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)
     turns = rotations(0, S, WIDTH, 10000.0, x)
     if positions == "none":
         turns = torch.stack((torch.ones_like(turns[0]), torch.zeros_like(turns[1])))
     cos_sin = tuple(t.squeeze(1).repeat(1, 2)[None] for t in turns)
-    xs = [x.clone().requires_grad_() for _ in range(2)]
-    y = ours(xs[0], Mask(hidden[None]), None if positions == "none" else turns, core.RoutingContext())
-    their_y, _, _ = peer(xs[1], attention_mask=hidden[None, None], position_embeddings=cos_sin)
-    # A bias of the layer's output is theirs alone.
-    torch.testing.assert_close(y + peer.experts.bias, their_y, **CLOSE)
+    rotated = None if positions == "none" else turns
+
+    def theirs(x):
+        y, _, _ = peer(x, attention_mask=hidden[None, None], position_embeddings=cos_sin)
+        return y - peer.experts.bias.detach()  # a bias of the layer's output is theirs alone
+
+    def own(x):
+        return ours(x, Mask(hidden[None]), rotated, core.RoutingContext())
+
+    check_same(ours, peer, layout, x, own, theirs, **CLOSE)
     if positions == "none":
-        torch.testing.assert_close(ours.heads(x), y)  # the layer's own attention, which is causal too
-    weights = torch.randn(B, S, D).double()
-    (y * weights).sum().backward()
-    (their_y * weights).sum().backward()
-    torch.testing.assert_close(xs[0].grad, xs[1].grad, **CLOSE)
-    for name, (theirs, turned) in pairs.items():
-        wanted = turned(peer.get_parameter(theirs).grad)
-        torch.testing.assert_close(ours.get_parameter(name).grad, wanted, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours.heads(x), own(x))  # the layer's own attention, which is causal too

@@ -19,7 +19,6 @@ D, H, K, E = 16, 3, 4, 49
 def pair(**options):
     """Return the peer's layer, and ours with its weights: its query is laid out (half, head, key), ours (head, half,
     key), and each of its heads has keys of its own."""
-    torch.manual_seed(0)
     peer = peer_pytorch.PEER(D, heads=H, num_experts=E, num_experts_per_head=K, **options).double().eval()
     config = core.MoEConfig(E, core.ProductKeys(K, H, query_dim=D, shared_keys=False), core.PEER())
     ours = config.build(D).double().eval()
@@ -33,29 +32,26 @@ def pair(**options):
     return peer, ours
 
 
-def test_output_is_the_peer_s():
-    peer, ours = pair(non_competing_scores=False)
-    x = torch.randn(2, 5, D, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), peer(x))
-
-
-def test_indices_and_scores_are_the_peer_s():
-    peer, ours = pair(non_competing_scores=False)
+def retrieved(peer, x):
+    """Return the ids and the scores of a pass, and its output."""
     seen = {}
     peer.weight_down_embed.register_forward_pre_hook(lambda _, args: seen.update(ids=args[0]))
     peer.score_activation.register_forward_hook(lambda _, args, out: seen.update(scores=out))
+    return seen, peer(x)
+
+
+def test_output_ids_and_scores_are_the_peer_s():
+    peer, ours = pair(non_competing_scores=False)
     x = torch.randn(2, 5, D, dtype=torch.float64)
-    peer(x)
-    routing = ours.router(x)
+    (seen, y), routing = retrieved(peer, x), ours.router(x)
+    torch.testing.assert_close(ours(x), y)
     assert torch.equal(routing.expert_ids_N.view(2, 5, H, K), seen["ids"])
     torch.testing.assert_close(routing.gates_N.view(2, 5, H, K), seen["scores"])
 
 
 def test_its_default_retrieves_one_expert_a_head():
     peer, _ = pair()
-    seen = {}
-    peer.weight_down_embed.register_forward_pre_hook(lambda _, args: seen.update(ids=args[0]))
-    peer(torch.randn(2, 5, D, dtype=torch.float64))
+    seen, _ = retrieved(peer, torch.randn(2, 5, D, dtype=torch.float64))
     if seen["ids"].shape[-1] == K:
         pytest.skip("the peer retrieves num_experts_per_head by now")
     assert seen["ids"].shape[-1] == 1

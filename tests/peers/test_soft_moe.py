@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from beside import check_same, load
+from torch import Tensor
 
 from core import FFN, MoEConfig, RoutingContext
 from core.routing.soft.soft import SoftSlots
@@ -16,6 +18,17 @@ D, F, E, P = 16, 32, 4, 3
 B, S = 2, 10
 
 
+def layout(peer: Any, read: Any) -> dict[str, Tensor]:
+    fc1, fc2 = ([f[i] for f in peer.experts.experts] for i in (0, 3))
+    return {
+        "router.phi": read(peer.slot_embeds),
+        "experts.w_in": torch.stack([read(f.weight).mT for f in fc1]),
+        "experts.b_in": torch.stack([read(f.bias) for f in fc1]),
+        "experts.w_out": torch.stack([read(f.weight).mT for f in fc2]),
+        "experts.b_out": torch.stack([read(f.bias) for f in fc2]),
+    }
+
+
 def pair_of_layers() -> tuple[Any, Any]:
     """Their layer and ours with the same weights.
 
@@ -24,37 +37,16 @@ def pair_of_layers() -> tuple[Any, Any]:
     """
     peer = soft_moe.SoftMoE(D, num_experts=E, num_slots=P, expert_mult=F // D)
     layer = MoEConfig(E, SoftSlots(P), FFN(F, "gelu", bias=True)).build(D)
-    experts = layer.experts
-    with torch.no_grad():
-        layer.router.phi.copy_(peer.slot_embeds)
-        layer.router.scale.fill_(D)
-        for e, (fc1, _, _, fc2) in enumerate(peer.experts.experts):
-            experts.w_in[e], experts.b_in[e] = fc1.weight.mT, fc1.bias
-            experts.w_out[e], experts.b_out[e] = fc2.weight.mT, fc2.bias
+    load(layer, {"router.scale": torch.tensor(float(D)), **layout(peer, lambda p: p.detach())})
     return peer, layer
 
 
 def test_layers_give_the_same_output_and_gradients_for_normalized_tokens():
     peer, layer = pair_of_layers()
     x = peer.norm(torch.randn(B, S, D)).detach()  # whose norm is themselves
-    ours_x, their_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(layer(x), peer(x), rtol=1e-5, atol=1e-5)
     # Through the norm in both, so that the gradients of the tokens are of the same function.
-    y, their_y = layer(peer.norm(ours_x)), peer(their_x)
-    torch.testing.assert_close(y, their_y, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer(x), their_y, rtol=1e-5, atol=1e-5)
-    weights = torch.randn(B, S, D)
-    got = torch.autograd.grad((y * weights).sum(), [ours_x, layer.router.phi, layer.experts.w_in, layer.experts.b_out])
-    fc1, fc2 = ([f[i] for f in peer.experts.experts] for i in (0, 3))
-    wanted = torch.autograd.grad(
-        (their_y * weights).sum(), [their_x, peer.slot_embeds, *(f.weight for f in fc1), *(f.bias for f in fc2)]
-    )
-    for ours_grad, their_grad in (
-        (got[0], wanted[0]),
-        (got[1], wanted[1]),
-        (got[2], torch.stack(wanted[2 : 2 + E]).mT),
-        (got[3], torch.stack(wanted[2 + E :])),
-    ):
-        torch.testing.assert_close(ours_grad, their_grad, rtol=1e-5, atol=1e-5)
+    check_same(layer, peer, layout, x, lambda x: layer(peer.norm(x)), peer, rtol=1e-5, atol=1e-5)
 
 
 def test_dispatch_and_combine_weights_are_the_softmaxes_of_their_logits():

@@ -8,52 +8,35 @@ from typing import Any
 import pytest
 import torch
 from beside import load
-from hugging import (
-    GATES,
-    B,
-    D,
-    E,
-    F,
-    S,
-    T,
-    combine_TE,
-    config_of,
-    modeling,
-    ours_TE,
-    pair_of_gates,
-    randomize,
-    skip_if_mended,
-)
+from hugging import GATES, B, D, E, F, S, T, config_of, modeling, ours_TE, pair_of_gates, randomize, skip_if_mended
 from hugging_blocks import BLOCKS, moe
 
 from apps.hub.transformers_internals import masks_of_documents
 from core import FFN, MoEConfig, RoutingContext, TokenChoice
 from core.routing.selection import Capacity
 
-
-def nllb_block(**options: Any) -> Any:
-    config = config_of(
-        "NllbMoeConfig",
-        **{**GATES["nllb"].options, "moe_token_dropout": 0.0, "moe_eval_capacity_token_fraction": 1.0, **options},
-    )
-    return randomize(modeling("nllb_moe").NllbMoeSparseMLP(config, F), std=0.3).eval()
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def nllb_ours(block: Any) -> Any:
-    """Our layer with the weights of an ``NllbMoeSparseMLP``."""
+def nllb_blocks(**options: Any) -> tuple[Any, Any]:
+    """Return an ``NllbMoeSparseMLP``, and our layer with its weights."""
+    given = {**GATES["nllb"].options, "moe_token_dropout": 0.0, "moe_eval_capacity_token_fraction": 1.0, **options}
+    block = randomize(modeling("nllb_moe").NllbMoeSparseMLP(config_of("NllbMoeConfig", **given), F), std=0.3).eval()
     experts = [block.experts[f"expert_{e}"] for e in range(E)]
     layer = moe(GATES["nllb"].ours, expert=FFN(F, "relu", bias=True)).build(D).eval()
-    load(
-        layer,
-        {
-            "router.gate.weight": block.router.classifier.weight,
-            "experts.w_in": torch.stack([e.fc1.weight.mT for e in experts]),
-            "experts.b_in": torch.stack([e.fc1.bias for e in experts]),
-            "experts.w_out": torch.stack([e.fc2.weight.mT for e in experts]),
-            "experts.b_out": torch.stack([e.fc2.bias for e in experts]),
-        },
-    )
-    return layer
+    weights = {"router.gate.weight": block.router.classifier.weight}
+    for ours, theirs in (("in", "fc1"), ("out", "fc2")):
+        weights[f"experts.w_{ours}"] = torch.stack([getattr(e, theirs).weight.mT for e in experts])
+        weights[f"experts.b_{ours}"] = torch.stack([getattr(e, theirs).bias for e in experts])
+    load(layer, weights)
+    return block, layer
+
+
+def fed(block: Any, layer: Any, x: torch.Tensor, most: int = 2) -> torch.Tensor:
+    """Return what their experts compute where they are given ids of experts, (T, D)."""
+    routing = layer.router(x)
+    ids_TK, gates_TK = (t.view(T, 2)[:, :most] for t in (routing.expert_ids_N, routing.gates_N))
+    return block.experts(x.view(T, D), ids_TK, gates_TK)
 
 
 @torch.no_grad()
@@ -61,51 +44,40 @@ def test_nllb_runs_only_experts_0_and_1():
     # NllbMoeSparseMLP hands the one-hot of the first choice on as if it were expert ids, and NllbMoeExperts makes a
     # one-hot of it again: its ids are 0 and 1, so experts 2 to 7 never run, and the weight of expert j's column goes to
     # expert 1 where j was chosen first and to expert 0 elsewhere.
-    peer, x = nllb_block(), torch.randn(B, S, D)
-    layer = nllb_ours(peer)
+    (peer, layer), x = nllb_blocks(), torch.randn(B, S, D)
     first_TE, gates_TE, _ = peer.router(x.view(T, D))
     outputs_ETD = torch.stack([peer.experts[f"expert_{e}"](x.view(T, D)) for e in range(E)])
     right = torch.einsum("te,etd->td", gates_TE, outputs_ETD).view(B, S, D)
-    torch.testing.assert_close(layer(x), right, rtol=1e-5, atol=1e-5)
-    # Fed with expert ids, their experts are right as well.
-    routing = layer.router(x)
-    fed = peer.experts(x.view(T, D), routing.expert_ids_N.view(T, 2), routing.gates_N.view(T, 2))
-    torch.testing.assert_close(fed.view(B, S, D), right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x), right, **CLOSE)
+    torch.testing.assert_close(fed(peer, layer, x).view(B, S, D), right, **CLOSE)
 
     theirs = peer(x)
     skip_if_mended(theirs, right, "NLLB-MoE block")
     to_one_T1 = (gates_TE * first_TE).sum(-1, keepdim=True)
     to_zero_T1 = (gates_TE * (1 - first_TE)).sum(-1, keepdim=True)
     wrong = to_zero_T1 * outputs_ETD[0] + to_one_T1 * outputs_ETD[1]
-    torch.testing.assert_close(theirs.view(T, D), wrong, rtol=1e-5, atol=1e-5)
-    for e in range(2, E):
-        randomize(peer.experts[f"expert_{e}"])
-    assert torch.equal(peer(x), theirs)
+    torch.testing.assert_close(theirs.view(T, D), wrong, **CLOSE)
 
 
 @torch.no_grad()
 def test_nllb_token_dropout_shrinks_the_output_in_evaluation():
     # nn.Dropout(p) keeps the mean in training, and evaluation multiplies by 1 - p besides: 0.8 of what was trained.
-    peer, x = nllb_block(moe_token_dropout=0.2), torch.randn(B, S, D)
-    layer = nllb_ours(peer)
-    routing = layer.router(x)
-    theirs = peer.experts(x.view(T, D), routing.expert_ids_N.view(T, 2), routing.gates_N.view(T, 2)).view(B, S, D)
+    (peer, layer), x = nllb_blocks(moe_token_dropout=0.2), torch.randn(B, S, D)
+    theirs = fed(peer, layer, x).view(B, S, D)
     skip_if_mended(theirs, layer(x), "NLLB-MoE token dropout")
-    torch.testing.assert_close(theirs, 0.8 * layer(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs, 0.8 * layer(x), **CLOSE)
     # Which is right for weights that were trained on unscaled masks: gates times 1 - p.
     router = replace(GATES["nllb"].ours, scale=0.8)
     masked = moe(router, expert=FFN(F, "relu", bias=True), expert_output_masking=0.2).build(D).eval()
     masked.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(theirs, masked(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs, masked(x), **CLOSE)
 
 
 @torch.no_grad()
 def test_nllb_token_dropout_drops_elements_and_not_outputs_of_pairs():
     # The masking of the paper leaves a pair's output out as a whole. One expert a token, so that nothing hides it.
-    peer, x = nllb_block(moe_token_dropout=0.5).train(), torch.randn(B, S, D)
-    routing = nllb_ours(peer).router(x)
-    ids, gates = routing.expert_ids_N.view(T, 2)[:, :1], routing.gates_N.view(T, 2)[:, :1]
-    zeros_T = (peer.experts(x.view(T, D), ids, gates) == 0).sum(-1)
+    (peer, layer), x = nllb_blocks(moe_token_dropout=0.5), torch.randn(B, S, D)
+    zeros_T = (fed(peer.train(), layer, x, most=1) == 0).sum(-1)
     if set(zeros_T.tolist()) <= {0, D}:
         pytest.skip("NLLB-MoE token dropout: mended")
     assert ((zeros_T > 0) & (zeros_T < D)).any()
@@ -116,9 +88,8 @@ def test_nllb_an_evaluation_changes_the_capacity_of_training():
     # 40 tokens, 8 experts, factor 1: an expert takes 2 * 40 / 8 = 10 pairs in training. The peer keeps its last
     # capacity in the module: after an evaluation of 8 tokens at a fraction of 1, training goes on with 8.
     gate = GATES["nllb"]
-    peer, router = pair_of_gates(
-        gate, Capacity(1.0, eval_factor=4.0), expert_capacity=10, moe_eval_capacity_token_fraction=1.0
-    )
+    options = {"expert_capacity": 10, "moe_eval_capacity_token_fraction": 1.0}
+    peer, router = pair_of_gates(gate, Capacity(1.0, eval_factor=4.0), **options)
     x, other = torch.randn(1, 40, D), torch.randn(1, 8, D)
     x[..., 0] += 3.0  # so that some experts are full
 
@@ -138,13 +109,8 @@ def test_nllb_random_second_is_not_normalized(monkeypatch):
     # Scores 0.5, 0.3, 0.2: gates 0.5 / 0.8 and 0.3 / 0.8. Under "random" the peer replaces the second by its score, so
     # a token's gates sum to 0.925. The draws are zeros: the second always stays.
     monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
-    config = config_of(
-        "NllbMoeConfig",
-        d_model=3,
-        num_experts=3,
-        second_expert_policy="random",
-        normalize_router_prob_before_dropping=True,
-    )
+    options = {"second_expert_policy": "random", "normalize_router_prob_before_dropping": True}
+    config = config_of("NllbMoeConfig", d_model=3, num_experts=3, **options)
     peer = modeling("nllb_moe").NllbMoeTop2Router(config).train()
     router = TokenChoice(top_k=2, second_expert_policy="random").build(3, 3).train()
     peer.classifier.weight.data.copy_(torch.eye(3))
@@ -212,7 +178,7 @@ def test_longcat_flash_adds_no_router_bias():
     biased.gate.bias.copy_(peer.router.classifier.bias)
     biased.expert_bias.copy_(layer.router.expert_bias)
     x = torch.randn(B, S, D)
-    theirs_TE = combine_TE(*peer.router(x)[:0:-1], layer.num_experts)
+    theirs_TE = GATES["mixtral"].dense(peer.router(x), layer.num_experts)
     skip_if_mended(theirs_TE, ours_TE(biased(x), layer.num_experts), "LongCat-Flash router bias")
     torch.testing.assert_close(theirs_TE, ours_TE(layer.router(x), layer.num_experts))
 

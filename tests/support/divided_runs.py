@@ -31,10 +31,7 @@ from apps.train.watch.logs import MetricsCSV
 WORLD = 2
 BATCH = 8  # of all ranks together
 MOE = core.MoEConfig(
-    4,
-    core.TokenChoice(top_k=2),
-    core.FFN(hidden_dim=8, activation="silu"),
-    balance=core.Balance(importance=0.1),
+    4, core.TokenChoice(top_k=2), core.FFN(hidden_dim=8, activation="silu"), balance=core.Balance(importance=0.1)
 )
 
 

@@ -29,12 +29,8 @@ def write_encoder(folder: Path, seed: int = 0, prefix: str = "") -> Path:
     }
     for layer in range(2):
         first = f"encoder.layer.{layer}."
-        shapes = {
-            **{f"attention.self.{name}": (DIM, DIM) for name in ("query", "key", "value")},
-            "attention.output.dense": (DIM, DIM),
-            "intermediate.dense": (HIDDEN, DIM),
-            "output.dense": (DIM, HIDDEN),
-        }
+        shapes = {f"attention.{name}": (DIM, DIM) for name in ("self.query", "self.key", "self.value", "output.dense")}
+        shapes |= {"intermediate.dense": (HIDDEN, DIM), "output.dense": (DIM, HIDDEN)}
         for name, shape in shapes.items():
             tensors |= {f"{first}{name}.weight": draw(*shape), f"{first}{name}.bias": draw(shape[0])}
         for name in ("attention.output", "output"):

@@ -159,11 +159,7 @@ def features(*triples: tuple[str, str, str]) -> str:
 def write_ali_ccp(root: Path) -> Path:
     user = (("101", "7", "1.0"), ("121", "3", "1.0"), ("109_14", "40", "2.1"), ("109_14", "41", "0.7"))
     for name in ("train", "test"):
-        write(
-            root / f"common_features_{name}.csv",
-            "aa," + features(*user),
-            "bb," + features(("101", "8", "1.0")),
-        )
+        write(root / f"common_features_{name}.csv", "aa," + features(*user), "bb," + features(("101", "8", "1.0")))
         write(
             root / f"sample_skeleton_{name}.csv",
             "1,0,0,bb," + features(("205", "900", "1.0"), ("301", "2", "1.0"), ("508", "5", "0.25")),

@@ -36,37 +36,26 @@ def two_of_four(**options: Any) -> core.MoEConfig:
     return core.MoEConfig(4, core.TokenChoice(top_k=2), core.FFN(128, "relu", bias=True), **options)
 
 
+SCALED = core.TokenChoice(top_k=2, score_func="sigmoid", normalize=True, expert_bias=True, scale=2.5)
+
+
+def decoder(
+    router: core.TokenChoice, qk_norm: Any = MIXTRAL.qk_norm, moe_blocks: str = "all", **options: Any
+) -> LanguageModel:
+    ffn = core.MoEConfig(4, router, core.SwiGLU(24), **options)
+    return LanguageModel(replace(MIXTRAL, qk_norm=qk_norm), vocab=VOCAB, ffn=ffn, moe_blocks=moe_blocks)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "t5": lambda: TranslationModel(T5, source_vocab=VOCAB),
     "switch_transformers": switch_model,
     "m2m_100": lambda: TranslationModel(NLLB, source_vocab=VOCAB),
     "nllb-moe": lambda: TranslationModel(NLLB, source_vocab=VOCAB, ffn=two_of_four()),
     "mistral": lambda: LanguageModel(MIXTRAL, vocab=VOCAB),
-    "mixtral": lambda: LanguageModel(
-        MIXTRAL, vocab=VOCAB, ffn=core.MoEConfig(4, core.TokenChoice(top_k=2), core.SwiGLU(24))
-    ),
-    "qwen3_moe": lambda: LanguageModel(
-        replace(MIXTRAL, qk_norm="head"),
-        vocab=VOCAB,
-        ffn=core.MoEConfig(4, core.TokenChoice(top_k=2), core.SwiGLU(24)),
-        moe_blocks="last1",
-    ),
-    "olmoe": lambda: LanguageModel(
-        replace(MIXTRAL, qk_norm="all"),
-        vocab=VOCAB,
-        ffn=core.MoEConfig(4, core.TokenChoice(top_k=3, normalize=False), core.SwiGLU(24)),
-    ),
-    "glm4_moe": lambda: LanguageModel(
-        MIXTRAL,
-        vocab=VOCAB,
-        ffn=core.MoEConfig(
-            4,
-            core.TokenChoice(top_k=2, score_func="sigmoid", normalize=True, expert_bias=True, scale=2.5),
-            core.SwiGLU(24),
-            num_shared_experts=2,
-        ),
-        moe_blocks="last1",
-    ),
+    "mixtral": lambda: decoder(core.TokenChoice(top_k=2)),
+    "qwen3_moe": lambda: decoder(core.TokenChoice(top_k=2), qk_norm="head", moe_blocks="last1"),
+    "olmoe": lambda: decoder(core.TokenChoice(top_k=3, normalize=False), qk_norm="all"),
+    "glm4_moe": lambda: decoder(SCALED, num_shared_experts=2, moe_blocks="last1"),
 }
 
 

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from apps.nets.config import TransformerConfig
 
-T5 = TransformerConfig(
-    "nano",
-    positions="relative",
-    norm="rms",
-    bias=False,
-    tie="inputs",
-    scale_embeddings=False,
-    attention_scale=1.0,
-    dropout=0.0,
-)
-MIXTRAL = TransformerConfig(
-    "nano",
-    positions="rotary",
-    norm="rms",
-    bias=False,
-    tie="none",
-    scale_embeddings=False,
-    activation="silu",
-    gated=True,
-    dropout=0.0,
-)
+BARE = TransformerConfig("nano", norm="rms", bias=False, scale_embeddings=False, dropout=0.0)
+T5 = replace(BARE, positions="relative", tie="inputs", attention_scale=1.0)
+MIXTRAL = replace(BARE, positions="rotary", tie="none", activation="silu", gated=True)

@@ -9,7 +9,6 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from divided_runs import complaint
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from sharded_neurons import train_on_a_part
@@ -192,15 +192,6 @@ class LastStep(Callback):
             self.size = len(batch)
             with torch.no_grad():
                 self.mean, self.first = (float(net.task_loss(b).loss) for b in (batch, row))
-
-
-def complaint(run: Callable[[], Any]) -> str:
-    """Return the message of the ``ValueError`` or ``OSError`` that ``run`` raises."""
-    try:
-        run()
-    except (ValueError, OSError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing raised"
 
 
 # ---- the work of two processes

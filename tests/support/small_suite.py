@@ -27,14 +27,8 @@ def small_suite(folder: Path, seeds: int = 2, **board: object) -> Path:
         "baselines": ["centroids", "none"],
         **board,
     }
-    places = {name: str(folder / name) for name in ("runs", "figures")}
-    suite = {
-        "title": "Tiny models",
-        "seeds": seeds,
-        **places,
-        "leaderboard": str(folder / "board.md"),
-        "boards": [points],
-    }
+    places = {"runs": str(folder / "runs"), "figures": str(folder / "figures"), "leaderboard": str(folder / "board.md")}
+    suite = {"title": "Tiny models", "seeds": seeds, **places, "boards": [points]}
     path = folder / "suite.yaml"
     path.write_text(yaml.safe_dump(suite, sort_keys=False))
     return path
