@@ -116,7 +116,9 @@ def test_estimators_learn_and_report_as_the_module_does(kind):
     if kind is HistGradientBoostingUntuned:
         return
     again = kind(strengths=(1e-6, 0.1)) if kind is LogisticRegression else kind(**options)
-    again.fit(data, 0)
+    found = ("iterations", "val_quality")
+    settings = {t: {k: v for k, v in own.items() if k not in found} for t, own in model.chosen.items()}
+    again.fit(data, 0, settings)
     assert again.evaluate(data, "test") == metrics
     on_validation = model.evaluate(data, "val")  # what is tuned is the best there
     for task, chosen in model.chosen.items():
@@ -223,6 +225,8 @@ def check_every_kind(model, data):
 def test_scikit_learn_predicts_tasks_of_every_kind(kind, tmp_path, monkeypatch):
     for searched in ("TREES", "PENALTIES"):  # the searches are tried above
         monkeypatch.setattr(boosting, searched, getattr(boosting, searched)[:1])
+    fastest = max(boosting.WHOLE, key=lambda own: (own["by_category"], own["learning_rate"]))
+    monkeypatch.setattr(boosting, "WHOLE", (fastest,))
     check_every_kind(kind(**FAST) if kind is HistGradientBoosting else kind(), every_kind(tmp_path))
 
 
