@@ -142,11 +142,14 @@ def test_a_dataset_takes_the_old_spelling_of_its_license(lines):
     assert lines() == [told("licence", "license")]
 
 
-def test_the_table_of_files_is_that_of_the_classes():
+def test_the_table_of_files_is_that_of_the_classes_and_the_same_name_elsewhere_stays():
     routers = {**TokenChoice.new_names, **Threshold.new_names}
     assert routers == registry.RENAMED["router"]
     plain = {"class_path": "core.TokenChoice", "init_args": {"top_k": 2, "second": "random"}}
     assert TokenChoice(2, second="random") == from_plain(plain) == TokenChoice(2, second_expert_policy="random")
+    plain = {"optimizer": {"class_path": "mine.Adam", "init_args": {"warmup": 3}}, "hidden": {"rest": 1}}
+    assert registry.of_today(plain) == plain
+    assert registry.of_today({"model.optimizer.warmup": 3}) == {"model.optimizer.warmup_steps": 3}
 
 
 def test_a_balance_takes_old_weights_in_python_and_everywhere_in_files(tmp_path: Path, lines):
@@ -188,12 +191,6 @@ def test_a_router_and_a_pickled_tape_may_name_balance_losses_by_their_old_names(
     old = old.replace(b"router_z_loss", b"router_z")
     assert core.aux_losses(pickle.loads(old)).terms == core.aux_losses(tape).terms
     assert len(lines()) == 2
-
-
-def test_an_option_of_the_same_name_elsewhere_stays():
-    plain = {"optimizer": {"class_path": "mine.Adam", "init_args": {"warmup": 3}}, "hidden": {"rest": 1}}
-    assert registry.of_today(plain) == plain
-    assert registry.of_today({"model.optimizer.warmup": 3}) == {"model.optimizer.warmup_steps": 3}
 
 
 def test_a_class_by_its_old_name_in_python_and_in_files(tmp_path: Path, lines):

@@ -94,9 +94,11 @@ def _zipped(data):
     return gzip.GzipFile(fileobj=io.BytesIO(packed)), len(packed)
 
 
-def test_what_unpacks_to_little_is_read_whatever_its_ratio():
+def test_what_unpacks_to_little_or_within_the_limit_is_read_to_the_end():
     # Deflate shrinks zeros about 1,000 times.
     assert read_limited(*_zipped(bytes(1 << 20)), "zeros.gz") == bytes(1 << 20)
+    data = bytes(range(256)) * 4096
+    assert io.BufferedReader(Inflated(*_zipped(data), "x.gz", free=0, most=2000)).read() == data
 
 
 def test_a_file_far_larger_than_it_explains_is_refused_while_it_is_read():
@@ -107,8 +109,3 @@ def test_a_file_far_larger_than_it_explains_is_refused_while_it_is_read():
             count += len(piece)
     # The limit is the larger of 1 MiB and 50 times some 10 KiB: far from the 10 MiB that the file holds.
     assert (1 << 20) - (1 << 16) <= count <= (1 << 20)
-
-
-def test_a_ratio_within_the_limit_is_read_to_the_end():
-    data = bytes(range(256)) * 4096
-    assert io.BufferedReader(Inflated(*_zipped(data), "x.gz", free=0, most=2000)).read() == data

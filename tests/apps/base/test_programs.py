@@ -73,16 +73,13 @@ def test_without_it_lightning_advertises(tmp_path, caplog):
         pytest.fail("Lightning has stopped advertising: quiet may be shorter")
 
 
-def test_a_free_port_and_one_in_use():
+def test_a_free_port_one_in_use_and_a_number_that_is_none():
     with bound(0) as listening:
         port = listening.getsockname()[1]
         assert url_of(listening) == f"http://127.0.0.1:{port}"
         with pytest.raises(ValueError, match=rf"^port={port} cannot be used \(Address already in use\)"):
             check_port(port)
     check_port(port)
-
-
-def test_a_number_that_is_no_port():
     with pytest.raises(ValueError, match=r"^port=65536 must be 0 to 65535$"):
         check_port(65536)
 

@@ -47,14 +47,11 @@ def test_test_prints_the_figures_writes_a_report_and_shows_it_when_asked(trained
     assert line.endswith("open is an option of test and predict, not of validate")
 
 
-def test_a_checkpoint_alone_is_enough(trained, capsys):
+def test_a_checkpoint_alone_is_enough_and_predict_writes_a_line_an_example(trained, capsys):
     before = (trained / "metrics.csv").read_bytes()
     assert main(["validate", "--ckpt_path", str(trained / "checkpoints" / "last.ckpt")]) == 0
     assert "top1" in capsys.readouterr().out
     assert (trained / "metrics.csv").read_bytes() == before
-
-
-def test_predict_writes_a_line_an_example(trained):
     assert main(["predict", "--config", str(trained / "config.yaml"), "--trainer.limit_predict_batches", "2"]) == 0
     lines = (trained / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 16

@@ -54,12 +54,22 @@ def write(path: Path) -> PredictionFile:
     return file
 
 
-def test_json_lines_are_in_the_order_of_their_index(tmp_path):
-    file = write(tmp_path / "p.jsonl")
-    lines = (tmp_path / "p.jsonl").read_text().splitlines()
+def test_rows_are_in_the_order_of_their_index_in_every_format(tmp_path):
+    for name in ("json", "csv", "parquet"):
+        (tmp_path / name).mkdir()
+    file = write(tmp_path / "json" / "p.jsonl")
+    lines = (tmp_path / "json" / "p.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == ROWS
-    assert file.first == lines
-    assert file.num_rows == 3
+    assert (file.first, file.num_rows) == (lines, 3)
+    write(tmp_path / "csv" / "p.csv")
+    assert (tmp_path / "csv" / "p.csv").read_text().splitlines() == [
+        "index,label_1,probability_1,label_2,probability_2,target",  # a column a place of a list
+        "0,0,0.5,1,0.5,c",
+        "1,0,0.625,,,",
+        '2,1,0.75,0,0.25,"a, b"',
+    ]
+    write(tmp_path / "parquet" / "p.parquet")
+    assert parquet.read_table(tmp_path / "parquet" / "p.parquet").to_pylist() == ROWS
 
 
 def test_a_vector_is_shown_by_its_first_numbers():
@@ -77,21 +87,6 @@ def test_without_an_index_rows_stay_in_their_order(tmp_path):
         file.add(rows_of({"output": [2], "index": [0]}))
     assert (tmp_path / "p.jsonl").read_text() == '{"output": 3}\n{"output": 1}\n{"output": 2, "index": 0}\n'
     assert file.first == ['{"output": 3}']
-
-
-def test_csv_has_a_column_a_place_of_a_list(tmp_path):
-    write(tmp_path / "p.csv")
-    assert (tmp_path / "p.csv").read_text().splitlines() == [
-        "index,label_1,probability_1,label_2,probability_2,target",
-        "0,0,0.5,1,0.5,c",
-        "1,0,0.625,,,",
-        '2,1,0.75,0,0.25,"a, b"',
-    ]
-
-
-def test_parquet_keeps_lists(tmp_path):
-    write(tmp_path / "p.parquet")
-    assert parquet.read_table(tmp_path / "p.parquet").to_pylist() == ROWS
 
 
 def scores(*index: int, **others: object) -> dict[str, object]:

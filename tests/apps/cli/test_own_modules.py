@@ -72,16 +72,13 @@ def error_of(words: list[str], capsys) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_module_that_is_nowhere_is_named_with_where_it_is_looked_for(folder, capsys):
-    line = error_of(["fit", "--config", "net.yaml", "--model", "no_such_net.Net"], capsys)
-    assert line.startswith("error: model=no_such_net.Net does not exist: No module named 'no_such_net'")
-    assert "in the working folder" in line
-
-
-def test_the_folder_is_not_looked_in_for_what_nobody_names(folder):
+def test_a_module_that_is_nowhere_is_named_and_the_folder_is_not_looked_in_for_what_nobody_names(folder, capsys):
     Path("digits.yaml").write_text("data: {class_path: VisionData}\n# nets_in_folder.Net\n")
     assert main(["fit", "--config", "digits.yaml", "--data.root", "nets_in_folder.Net"]) == 2
     assert str(folder) not in sys.path
+    line = error_of(["fit", "--config", "net.yaml", "--model", "no_such_net.Net"], capsys)
+    assert line.startswith("error: model=no_such_net.Net does not exist: No module named 'no_such_net'")
+    assert "in the working folder" in line
 
 
 def test_a_checkpoint_alone_imports_nothing(run, capsys):

@@ -48,12 +48,16 @@ BEST = "--ckpt_path=runs/named/checkpoints/best.ckpt"
 POINTS = '["-0.5 0.9", "1 0", "-0.5 -0.9", "1 0.1"]'
 
 
-def test_lines_are_all_that_goes_to_stdout_in_their_order(run, capsys):
+def test_lines_are_all_that_goes_to_stdout_in_their_order_those_before_an_error_too(run, capsys):
     assert main(["predict", run, "--data.text", POINTS]) == 0
     shown = capsys.readouterr()
     assert shown.out == "north\neast\nsouth\neast\n"
     assert "4 predictions in" in shown.err
     assert not Path("runs/named/predictions.jsonl").exists()
+    assert main(["predict", run, "--data.text", '["1 0", "-0.5 0.9", "far away"]']) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "east\nnorth\n"
+    assert shown.err.splitlines()[-1].startswith("error: ")
 
 
 def test_predictions_go_to_a_file_of_any_format(run, capsys, tmp_path):
@@ -88,13 +92,6 @@ def test_a_file_goes_on_after_the_predictions_of_a_stopped_run(run, capsys, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["names.csv"]
 
 
-def test_lines_before_an_error_are_printed(run, capsys):
-    assert main(["predict", run, "--data.text", '["1 0", "-0.5 0.9", "far away"]']) == 1
-    shown = capsys.readouterr()
-    assert shown.out == "east\nnorth\n"
-    assert shown.err.splitlines()[-1].startswith("error: ")
-
-
 TEXTS = ["- Yes: no", "[a, b]", "# not a comment", "null", "12", '["a", 1]', "'quoted'", "a\nb", "Ж😀", "a\x85b"]
 WAYS = ["--data.text", "--data.text=", "--data.init_args.text="]
 
@@ -105,12 +102,9 @@ def test_a_text_is_taken_as_it_is_written(run, text, way):
     assert build("predict", [run, *flags]).datamodule.text == [text]
 
 
-def test_a_list_of_texts_stays_one(run):
+def test_a_list_of_texts_stays_one_and_what_is_no_text_is_refused(run, capsys):
     assert build("predict", [run, "--data.text", POINTS]).datamodule.text == json.loads(POINTS)
     assert build("predict", [run, "--data.text=['it''s', \"a, b\"]"]).datamodule.text == ["it's", "a, b"]
-
-
-def test_a_text_that_is_no_text_is_refused(run, capsys):
     assert main(["predict", run, "--data.text", "\udce4"]) == 2
     assert "the text of --data.text is not valid UTF-8" in capsys.readouterr().err
 

@@ -38,11 +38,17 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def test_the_runs_configuration_has_the_section_and_no_other_run_has_one(folder) -> None:
+def test_the_runs_configuration_has_the_section_which_a_flag_overrides(folder) -> None:
     section = yaml.safe_load((folder / "sparse" / "config.yaml").read_text())["sparsify"]
     assert section["moe"]["num_experts"] == 4
     assert section["moe"]["router"]["init_args"]["expert_bias"] is True
     assert "sparsify" not in yaml.safe_load((folder / "dense" / "config.yaml").read_text())
+    flags = ["--sparsify.moe.num_experts", "2", "--sparsify.moe.router", "core.ExpertChoice"]
+    flags += ["--sparsify.moe.balance.load_balancing_loss", "0", "--sparsify.exact=false"]
+    assert main(["fit", *sparse(folder, "flagged"), *flags, "--trainer.max_epochs", "1"]) == 0
+    section = yaml.safe_load((folder / "flagged" / "config.yaml").read_text())["sparsify"]
+    assert section["moe"]["num_experts"] == 2
+    assert section["moe"]["router"]["class_path"] == "core.ExpertChoice"
 
 
 def test_fit_says_what_it_has_replaced_and_a_resumed_run_has_the_weights_of_an_unbroken_one(folder, capsys) -> None:
@@ -63,15 +69,6 @@ def test_a_test_makes_the_sparse_model_again(folder, capsys) -> None:
     assert "Routing in the test" in (folder / "sparse" / "report.html").read_text()
     beside = ["--config", str(folder / "sparse" / "config.yaml"), "--ckpt_path", str(folder / "sparse")]
     assert main(["test", *beside, "--run_dir", str(folder / "tested")]) == 0
-
-
-def test_a_flag_overrides_the_section(folder) -> None:
-    flags = ["--sparsify.moe.num_experts", "2", "--sparsify.moe.router", "core.ExpertChoice"]
-    flags += ["--sparsify.moe.balance.load_balancing_loss", "0", "--sparsify.exact=false"]
-    assert main(["fit", *sparse(folder, "flagged"), *flags, "--trainer.max_epochs", "1"]) == 0
-    section = yaml.safe_load((folder / "flagged" / "config.yaml").read_text())["sparsify"]
-    assert section["moe"]["num_experts"] == 2
-    assert section["moe"]["router"]["class_path"] == "core.ExpertChoice"
 
 
 def test_a_checkpoint_that_is_not_of_this_section_is_refused(folder, capsys) -> None:

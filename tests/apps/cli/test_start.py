@@ -43,8 +43,7 @@ sys.meta_path.insert(sys.meta_path.index(importlib.machinery.PathFinder) + 1, Ou
 """
 
 
-@pytest.mark.parametrize("file", ["__init__.py", "notes.txt"])
-@pytest.mark.parametrize("name", ["core", "apps"])
+@pytest.mark.parametrize(("name", "file"), [("core", "__init__.py"), ("apps", "notes.txt")])
 def test_a_package_that_hides_one_of_ours_is_named_beside_ours(name, file, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / file).touch()

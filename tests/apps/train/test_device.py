@@ -101,15 +101,12 @@ def test_the_faster_number_of_threads_is_chosen_and_fewer_may_take_a_tenth_longe
         assert [*use(lambda n, step, one=one: {1: one, 2: 1.0}[n], steps=12)[1]][-1] == number
 
 
-def test_rare_long_steps_count():
+def test_rare_long_steps_count_and_short_ones_are_measured_more_often():
     # Two threads: of five timed steps three take 0.5 s and two 4 s, on average 1.9 s. The median would choose them.
     times = iter([0.5, 0.5, 4.0, 0.5, 4.0, 0.5])
     numbers, chosen = use(lambda number, step: 1.0 if number == 1 else next(times), steps=12)
     assert chosen == {2: 1.9, 1: 1.0}
     assert numbers[-1] == 1
-
-
-def test_short_steps_are_measured_more_often():
     # 20 timed steps each of 1 ms; five each of 0.2 s take more than a second.
     assert [*use(lambda number, step: 0.001, steps=41)[1]] == []
     assert [*use(lambda number, step: 0.001, steps=42)[1]] == [2, 1]
@@ -176,10 +173,12 @@ def test_mkl_begins_with_a_thread_for_two_logical_cores(two_cores, monkeypatch):
     assert threads_are_given()
 
 
-def test_only_one_process_on_a_cpu_is_measured(two_cores):
+def test_only_one_process_on_a_cpu_is_measured_and_a_choice_of_a_larger_machine_is_not_kept(two_cores, tmp_path):
     for kind, size, measured in (("cpu", 1, True), ("cuda", 1, False), ("cpu", 2, False)):
         trainer = SimpleNamespace(world_size=size, strategy=SimpleNamespace(root_device=torch.device(kind)))
         assert Threads(trainer).is_open == measured
+    assert Threads(quiet_trainer(tmp_path), checkpoint={"threads": {1: 0.5}}).number == 1
+    assert Threads(quiet_trainer(tmp_path), checkpoint={"threads": {4: 0.5}}).is_open
 
 
 def test_a_given_number_holds_in_the_run_alone(two_cores, tmp_path):
@@ -190,11 +189,6 @@ def test_a_given_number_holds_in_the_run_alone(two_cores, tmp_path):
     assert torch.get_num_threads() == 2
     with pytest.raises(ValueError, match=r"^threads=0 must be at least 1$"):
         Threads(quiet_trainer(tmp_path), 0)
-
-
-def test_a_choice_of_a_larger_machine_is_not_kept(two_cores, tmp_path):
-    assert Threads(quiet_trainer(tmp_path), checkpoint={"threads": {1: 0.5}}).number == 1
-    assert Threads(quiet_trainer(tmp_path), checkpoint={"threads": {4: 0.5}}).is_open
 
 
 @pytest.fixture

@@ -75,14 +75,11 @@ def trainer(tmp_path: Path, *callbacks: Callback, **options: Any) -> Trainer:
     return quiet_trainer(tmp_path, callbacks=list(callbacks), **{"max_epochs": 1, "num_sanity_val_steps": 0, **options})
 
 
-def test_a_module_has_its_trainer_or_none(tmp_path):
+def test_a_module_has_its_trainer_or_none_and_a_logger_gets_the_initial_hyper_parameters(tmp_path):
     module, runs = Line(), trainer(tmp_path)
     assert internals.trainer_of(module) is None
     runs.fit(module)
     assert internals.trainer_of(module) is runs
-
-
-def test_initial_hyper_parameters_are_what_a_logger_gets(tmp_path):
     module = Line()
     assert module.hparams_initial == {"size": 1}
     for logs in (False, True):
@@ -100,13 +97,6 @@ def test_the_last_batch_of_an_accumulation_and_those_before_a_validation_are_kno
     assert noted.validates == [False, False, True, False, False, True]
 
 
-class Saves(Callback):
-    """Saves the loops' state after an epoch."""
-
-    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        trainer.save_checkpoint(os.path.join(trainer.default_root_dir, "a.ckpt"))
-
-
 def test_the_loop_does_not_restart_inside_an_epoch_that_has_ended(tmp_path):
     loop = trainer(tmp_path, max_epochs=-1, max_steps=12).fit_loop
     loop.restarting = True
@@ -120,10 +110,10 @@ def test_the_loop_does_not_restart_inside_an_epoch_that_has_ended(tmp_path):
 
 
 def test_a_rewound_validation_begins_again(tmp_path):
-    class Rewinds(Saves):
+    class Rewinds(Callback):
         def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
             internals.rewind_validation(trainer)
-            super().on_train_epoch_end(trainer)
+            trainer.save_checkpoint(os.path.join(trainer.default_root_dir, "a.ckpt"))
 
     runs = trainer(tmp_path, Rewinds())
     runs.fit(Line())
@@ -172,7 +162,7 @@ def test_a_fused_optimizer_handles_unscaling_until_it_is_told_otherwise():
     assert not internals.handles_unscaling(torch.optim.SGD(module.parameters()))
 
 
-def test_a_strategy_has_its_module_and_nothing_else_set():
+def test_a_strategy_has_its_module_begins_processes_before_a_mesh_and_steps_by_the_module_s_call(monkeypatch):
     strategy, module, other = DDPStrategy(), Line(), Line()
     strategy.connect(module)
     internals.set_module(strategy, None)
@@ -180,18 +170,12 @@ def test_a_strategy_has_its_module_and_nothing_else_set():
     assert strategy.model is module
     internals.set_module(strategy, other)
     assert strategy.lightning_module is other
-
-
-def test_processes_begin_before_their_mesh_is_built(monkeypatch):
     strategy, module, calls = ModelParallelStrategy(), Line(), []
     strategy.connect(module)
     monkeypatch.setattr(strategy, "_setup_distributed", lambda: calls.append("processes"))
     internals.begin_processes(strategy, lambda: calls.append("mesh") or "the mesh")
     assert calls == ["processes", "mesh"]
     assert strategy.device_mesh == module.device_mesh == "the mesh"
-
-
-def test_a_step_goes_through_the_call_of_the_module():
     strategy, module, calls = ModelParallelStrategy(), Line(), []
     strategy.connect(module)
     module.register_forward_pre_hook(lambda *_: calls.append("hook"))

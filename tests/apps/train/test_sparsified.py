@@ -118,24 +118,24 @@ def test_gates_follow_the_seed_of_the_run_unless_the_section_has_one() -> None:
     assert torch.equal(gate(0, fixed), gate(1, fixed))
 
 
+def with_a_weight() -> Net:
+    net = Net()
+    net.aux_weight = 0.4
+    return net
+
+
 @pytest.mark.parametrize(
     ("module", "modules", "rule"),
     [
         (lambda: Net(by_hand=True), "blocks.*", "Net optimizes by hand"),
         (lambda: TinyModule(3, moe=MOE), "net.3", "TinyModule has MoE layers by its own options"),
+        (with_a_weight, "blocks.*", "sparsify adds 'aux_weight' to Net, which has an attribute of that name"),
         (Net, "layers.*", "names no module; the model's feed-forward networks are blocks.0"),
     ],
 )
 def test_what_cannot_be_made_sparse_is_refused(module, modules, rule) -> None:
     with pytest.raises(ValueError, match=rule):
         sparsified(module(), SparsifyConfig(modules, LAYERS))
-
-
-def test_a_name_that_the_module_needs_itself_is_not_taken_away() -> None:
-    net = Net()
-    net.aux_weight = 0.4
-    with pytest.raises(ValueError, match="sparsify adds 'aux_weight' to Net, which has an attribute of that name"):
-        sparsified(net, CONFIG)
 
 
 @pytest.mark.parametrize(

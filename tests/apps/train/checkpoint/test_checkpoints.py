@@ -232,15 +232,12 @@ def test_a_run_s_folder_means_its_average_else_its_best_checkpoint_else_its_last
     assert find_checkpoint(run) == find_checkpoint(str(last)) == last
 
 
-def test_a_word_means_one_of_a_run_and_anything_else_is_a_path(run, tmp_path):
+def test_a_word_means_one_of_a_run_anything_else_is_a_path_and_what_is_not_there_is_named(run, tmp_path):
     other = tmp_path / "other"
     assert named_checkpoint("last", run) == run / "checkpoints" / "last.ckpt"
     assert named_checkpoint(str(run), other) == run / "checkpoints" / "best.ckpt"
     with pytest.raises(FileNotFoundError, match=r"^no checkpoint .*other/checkpoints/best\.ckpt$"):
         named_checkpoint("best", other)
-
-
-def test_what_is_not_there_is_named(run):
     with pytest.raises(FileNotFoundError, match=r"^no checkpoint nope\.ckpt$"):
         find_checkpoint("nope.ckpt")
     with pytest.raises(FileNotFoundError, match=r"^no checkpoint .*average\.ckpt$"):
@@ -248,9 +245,6 @@ def test_what_is_not_there_is_named(run):
     (run / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty holds no checkpoint: a run has checkpoints/best\.ckpt or"):
         find_checkpoint(run / "empty")
-
-
-def test_the_name_of_an_earlier_run_has_that_of_the_run_before_it(tmp_path):
     checkpoint = tmp_path / "digits" / "checkpoints" / "best.ckpt"
     assert run_name(checkpoint) == "digits"
     assert run_name(tmp_path / "digits" / "earlier" / "2" / "checkpoints" / "best.ckpt") == "digits/earlier/2"

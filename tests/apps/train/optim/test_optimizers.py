@@ -68,7 +68,7 @@ def test_groups_hold_each_parameter_once_and_spare_biases_and_norms():
     }
 
 
-def test_parts_of_a_model_have_learning_rates_of_their_own():
+def test_parts_of_a_model_have_rates_and_optimizers_of_their_own():
     config = OptimizerConfig(lr=1.0, expert_lr_scale=2.0, lr_scales={"net.3": 0.5, "net.3.router": 0.25, "net.4": 0.0})
     rates = {g["name"]: g["lr"] for g in parameter_groups(TinyModule(3, moe=MOE), config)}
     assert rates == {
@@ -79,6 +79,15 @@ def test_parts_of_a_model_have_learning_rates_of_their_own():
         "net.4_rest_no_decay": 0.0,
         "rest": 1.0,
         "rest_no_decay": 1.0,
+    }
+    config = OptimizerConfig("muon", adamw_parts=["net.3", "net.3.experts"])
+    groups = {g["name"]: g["muon"] for g in parameter_groups(TinyModule(3, moe=MOE), config)}
+    assert groups == {
+        "rest_matrices": True,
+        "rest_no_decay": False,
+        "router": False,
+        "experts": False,  # without adamw_parts experts_matrices, True
+        "experts_no_decay": False,
     }
 
 
@@ -105,18 +114,6 @@ def groups_of(**options):
 def test_wrong_options_and_what_a_model_lacks_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_adamw_moves_the_parts_that_are_named_under_muon():
-    config = OptimizerConfig("muon", adamw_parts=["net.3", "net.3.experts"])
-    groups = {g["name"]: g["muon"] for g in parameter_groups(TinyModule(3, moe=MOE), config)}
-    assert groups == {
-        "rest_matrices": True,
-        "rest_no_decay": False,
-        "router": False,
-        "experts": False,  # without adamw_parts experts_matrices, True
-        "experts_no_decay": False,
-    }
 
 
 def test_a_frozen_parameter_and_a_model_s_own_exemptions_are_honored():

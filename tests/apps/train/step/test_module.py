@@ -168,13 +168,10 @@ def stats(counts: list[int], name: str = "l") -> core.RoutingStats:
     return core.RoutingStats({name: core.LayerStats(load, load, torch.tensor(0.0), load.sum())})
 
 
-def test_the_imbalance_of_a_pass_is_that_of_the_sum():
+def test_the_imbalance_of_a_pass_is_that_of_the_sum_without_layers_of_one_expert():
     # Each batch uses one expert (imbalance 2); together they are balanced (imbalance 1).
     assert routing_metrics(stats([4, 0]))["routing/l/load_imbalance"] == 2
     assert routing_metrics(stats([4, 0]) + stats([0, 4]))["routing/load_imbalance"] == 1
-
-
-def test_the_mean_over_the_layers_leaves_out_layers_of_one_expert():
     figures = routing_metrics(stats([4, 0], "a") + stats([3, 1], "b") + stats([8], "gate"))
     assert [figures[f"routing/{name}/load_imbalance"] for name in ("a", "b", "gate")] == [2, 1.5, 1]
     assert figures["routing/load_imbalance"] == 1.75  # of a and b
