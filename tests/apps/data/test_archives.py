@@ -13,6 +13,14 @@ from apps.data.archives import unpack
 from apps.data.cache import SourceFailed
 
 
+def refused(folder: Path, content: bytes, match: str, below: str = "") -> str:
+    """Return the line that refuses an archive, which is called toy."""
+    (folder / "toy").write_bytes(content)
+    with pytest.raises(SourceFailed, match=match) as caught:
+        unpack(folder / "toy", folder / "to", below=below)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz", "zip"])
 def test_every_kind_of_archive_is_unpacked(kind: str, tmp_path: Path) -> None:
     (tmp_path / "toy").write_bytes(archive_of(kind, {"a/b.bin": b"abc", "c.bin": CONTENT}))
@@ -27,10 +35,8 @@ def test_an_archive_that_unpacks_to_far_more_than_itself_is_refused(
 ) -> None:
     # Some KiB that hold 2 + 2 MiB, where 3 MiB may always be unpacked: the first member is written, the second not.
     monkeypatch.setattr("apps.base.inflate.FREE", 3 << 20)
-    (tmp_path / "toy").write_bytes(archive_of(kind, {"a.bin": bytes(2 << 20), "b.bin": bytes(2 << 20)}))
-    with pytest.raises(SourceFailed, match=r"^toy holds over 4,194,304 bytes in [\d,]+ bytes: no data") as caught:
-        unpack(tmp_path / "toy", tmp_path / "to")
-    assert "\n" not in str(caught.value)
+    bomb = archive_of(kind, {"a.bin": bytes(2 << 20), "b.bin": bytes(2 << 20)})
+    assert "\n" not in refused(tmp_path, bomb, r"^toy holds over 4,194,304 bytes in [\d,]+ bytes: no data")
     assert not (tmp_path / "to/b.bin").exists()
 
 
@@ -40,20 +46,17 @@ def test_attributes_of_a_tar_member_cannot_fill_the_memory(tmp_path: Path, monke
         member = tarfile.TarInfo("a.bin")
         member.pax_headers = {"comment": "a" * (4 << 20)}
         tar.addfile(member)
-    with pytest.raises(SourceFailed, match=r"^toy is compressed over \d+ times"):
-        unpack(tmp_path / "toy", tmp_path / "to")
+    refused(tmp_path, (tmp_path / "toy").read_bytes(), r"^toy is compressed over \d+ times")
 
 
-def test_a_damaged_archive_is_a_failed_source(tmp_path: Path) -> None:
+def test_a_damaged_archive_and_one_without_names_are_failed_sources(tmp_path: Path) -> None:
     for kind in ("gz", "bz2", "xz"):
         whole = archive_of(kind, {"a.bin": os.urandom(1 << 16)})
         for damaged in (whole[:-1000], whole[:-5000] + bytes(5000)):
-            (tmp_path / "toy").write_bytes(damaged)
-            with pytest.raises(SourceFailed, match=r"^toy cannot be unpacked: "):
-                unpack(tmp_path / "toy", tmp_path / "to")
-    (tmp_path / "toy").write_bytes(b"neither")
-    with pytest.raises(SourceFailed, match=r"^toy is neither a tar nor a zip archive$"):
-        unpack(tmp_path / "toy", tmp_path / "to")
+            refused(tmp_path, damaged, r"^toy cannot be unpacked: ")
+    refused(tmp_path, b"neither", r"^toy is neither a tar nor a zip archive$")
+    nameless = archive_of("zip", {"a.bin": b"abc"}).replace(b"a.bin", b"\0.bin")
+    refused(tmp_path, nameless, r"^toy cannot be unpacked: a member has no name$")
 
 
 @pytest.mark.parametrize(
@@ -70,15 +73,7 @@ def test_a_zip_that_python_cannot_read_is_a_failed_source(
 ) -> None:
     whole = archive_of("zip", {"a.bin": b"abc"})
     at = whole.index(b"PK\1\2") + place
-    (tmp_path / "toy").write_bytes(whole[:at] + value + whole[at + 1 :])
-    with pytest.raises(SourceFailed, match=f"^toy cannot be unpacked: {reason}"):
-        unpack(tmp_path / "toy", tmp_path / "to")
-
-
-def test_a_member_without_a_name_is_a_failed_source(tmp_path: Path) -> None:
-    (tmp_path / "toy").write_bytes(archive_of("zip", {"a.bin": b"abc"}).replace(b"a.bin", b"\0.bin"))
-    with pytest.raises(SourceFailed, match=r"^toy cannot be unpacked: a member has no name$"):
-        unpack(tmp_path / "toy", tmp_path / "to")
+    refused(tmp_path, whole[:at] + value + whole[at + 1 :], f"^toy cannot be unpacked: {reason}")
 
 
 @pytest.mark.parametrize("kind", ["gz", "zip"])
@@ -86,9 +81,7 @@ def test_a_member_without_a_name_is_a_failed_source(tmp_path: Path) -> None:
     ("below", "name"), [("", "../out.bin"), ("", "/out.bin"), ("a", "a//out.bin"), ("a", "a/../../out.bin")]
 )
 def test_a_member_stays_in_its_folder(below: str, name: str, kind: str, tmp_path: Path) -> None:
-    (tmp_path / "toy").write_bytes(archive_of(kind, {name: b"abc"}))
-    with pytest.raises(SourceFailed, match=f"^toy holds {name}, which leads out of its folder$"):
-        unpack(tmp_path / "toy", tmp_path / "to", below=below)
+    refused(tmp_path, archive_of(kind, {name: b"abc"}), f"^toy holds {name}, which leads out of its folder$", below)
     assert not (tmp_path / "out.bin").exists()
     assert not Path("/out.bin").exists()
 

@@ -13,9 +13,13 @@ from torch.utils.data.distributed import DistributedSampler
 from apps.data.loader import ResumableLoader, _Sampler, in_order, seeded
 
 
-def batches(loader: ResumableLoader, epoch: int = 0) -> list[torch.Tensor]:
+def started(loader: ResumableLoader, epoch: int) -> ResumableLoader:
     loader.batch_sampler.sampler.set_epoch(epoch)  # what Lightning does
-    return [point for point, _ in loader]
+    return loader
+
+
+def batches(loader: ResumableLoader, epoch: int = 0) -> list[torch.Tensor]:
+    return [point for point, _ in started(loader, epoch)]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -48,10 +52,8 @@ def test_epochs_and_seeds_differ_and_the_model_s_generator_is_left_alone(points)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_in_mid_epoch_it_serves_the_rest_and_then_whole_epochs(points, workers):
     whole = batches(ResumableLoader(points, 4, seed=1), epoch=2)
-    stopped = ResumableLoader(points, 4, seed=1)
-    stopped.batch_sampler.sampler.set_epoch(2)
-    iterator = iter(stopped)
-    next(iterator)
+    stopped = started(ResumableLoader(points, 4, seed=1), 2)
+    next(iter(stopped))
     state = stopped.state_dict()
     assert state == {"epoch": 2, "served": 1, "seed": 1}
     resumed = ResumableLoader(points, 4, seed=99, num_workers=workers)  # the checkpoint's seed counts
@@ -63,8 +65,7 @@ def test_resumed_in_mid_epoch_it_serves_the_rest_and_then_whole_epochs(points, w
 def test_workers_that_persist_forget_an_epoch_that_was_cut_and_resume_another(points):
     expected = [batches(ResumableLoader(points, 4, seed=1), epoch) for epoch in range(3)]
     loader = ResumableLoader(points, 4, seed=1, num_workers=2, persistent_workers=True)
-    loader.batch_sampler.sampler.set_epoch(0)
-    iterator = iter(loader)
+    iterator = iter(started(loader, 0))
     assert torch.equal(next(iterator)[0], expected[0][0])  # the workers have read further than this
     assert loader.state_dict()["served"] == 1
     assert same(expected[1], batches(loader, 1))
@@ -84,31 +85,24 @@ class ByBatch:
         return positions.clone()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_without_draws_it_serves_the_same_order_and_resumes_too(points, workers):
-    def loader():
+def test_without_draws_it_serves_the_same_order_and_resumes_too():
+    def loader(workers=0):
         return ResumableLoader(ByBatch(), 4, seed=1, collate_fn=lambda x: x, draws=False, num_workers=workers)
 
-    def epoch(loader, number):
-        loader.batch_sampler.sampler.set_epoch(number)
-        return [b.tolist() for b in loader]
+    def epoch(loader, number=2):
+        return [b.tolist() for b in started(loader, number)]
 
-    drawing = ResumableLoader(list(range(10)), 4, seed=1)
-    drawing.batch_sampler.sampler.set_epoch(2)
-    whole = [b.tolist() for b in drawing]
+    whole = epoch(ResumableLoader(list(range(10)), 4, seed=1))
     random_state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()
-    assert epoch(loader(), 2) == whole
+    assert epoch(loader()) == whole
     assert random.getstate() == random_state
     assert np.random.get_state()[1].tolist() == numpy_state
-    stopped = loader()
-    stopped.batch_sampler.sampler.set_epoch(2)
+    stopped, resumed = started(loader(), 2), loader(workers=2)
     next(iter(stopped))
-    resumed = loader()
     resumed.load_state_dict(stopped.state_dict())
-    assert epoch(resumed, 2) == whole[1:]
+    assert epoch(resumed) == whole[1:]
     # A dataset without __getitems__ is read example by example.
-    plain = ResumableLoader(list(range(10)), 4, seed=1, draws=False)
-    assert epoch(plain, 2) == whole
+    assert epoch(ResumableLoader(list(range(10)), 4, seed=1, draws=False)) == whole
 
 
 @pytest.mark.parametrize(("size", "processes"), [(10, 1), (10, 3), (2, 5), (9, 4)])
@@ -123,7 +117,7 @@ def test_the_sampler_s_order_is_that_of_distributed_sampler(size, processes, shu
             assert ours.order().tolist() == list(ours) == list(expected)
 
 
-def test_without_shuffling_the_order_is_the_dataset_s(points):
+def test_without_shuffling_the_order_is_the_dataset_s():
     loader = ResumableLoader(list(range(5)), 2, seed=0, shuffle=False, drop_last=True)
     assert [b.tolist() for b in loader] == [[0, 1], [2, 3]]
     assert len(loader) == 2
@@ -154,17 +148,16 @@ def test_impossible_batches_are_refused(size, options, message):
         ResumableLoader(list(range(size)), **options)
 
 
-class Stacked:
-    """Whole batches of the numbers below 5."""
-
-    def __len__(self) -> int:
-        return 5
-
-    def __getitems__(self, places: list[int]) -> torch.Tensor:
-        return torch.tensor(places)
-
-
 def test_an_evaluation_reads_all_in_order_and_leaves_the_generator_as_it_was():
+    class Stacked:
+        """Whole batches of the numbers below 5."""
+
+        def __len__(self) -> int:
+            return 5
+
+        def __getitems__(self, places: list[int]) -> torch.Tensor:
+            return torch.tensor(places)
+
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     for workers in (0, 1):

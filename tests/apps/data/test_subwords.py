@@ -11,9 +11,8 @@ from apps.data import subwords as module
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID, SubwordConfig, Subwords, train_subwords
 
 SOURCE = [f"the {a} dog sees the {b} cat" for a in ("old", "young", "small") for b in ("white", "black", "grey")]
-TARGET = [
-    f"der {a} Hund sieht die {b} Katze" for a in ("alte", "junge", "kleine") for b in ("weiße", "schwarze", "graue")
-]
+COLORS = ("weiße", "schwarze", "graue")
+TARGET = [f"der {a} Hund sieht die {b} Katze" for a in ("alte", "junge", "kleine") for b in COLORS]
 SMALL = SubwordConfig(vocab_size=320)
 
 
@@ -31,24 +30,21 @@ def test_specials_come_first_and_the_text_comes_back(kind):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_the_same_text_gives_the_same_model(kind):
+def test_the_same_text_gives_the_same_model_and_nothing_is_printed(kind, capfd):
     config = SubwordConfig(kind, 310)
     first = train_subwords(iter(SOURCE), TARGET, config)
     assert first == train_subwords(SOURCE, iter(TARGET), config)
     assert first == train_subwords([*SOURCE, *SOURCE, ""], TARGET, config)  # a sentence that comes again counts once
     assert first.digest != train_subwords(SOURCE[1:], TARGET, config).digest
+    assert capfd.readouterr() == ("", "")
 
 
-def test_what_the_text_lacks_is_spelled_in_bytes():
+def test_what_the_text_lacks_is_spelled_in_bytes_on_a_line_that_no_terminal_obeys():
     subwords = train_subwords(SOURCE, TARGET, SMALL)
     (ids,) = subwords.encode(["dog 漢 \U0001f600 ½ …"], "source")
     assert UNK_ID not in ids
     assert subwords.decode([ids], "source") == ["dog 漢 \U0001f600 ½ …"]  # nothing was exchanged for what looks alike
     assert subwords.pieces(subwords.encode(["漢"], "source")[0], "source") == ["▁", "<0xE6>", "<0xBC>", "<0xA2>"]
-
-
-def test_what_is_spelled_is_a_line_that_no_terminal_obeys():
-    subwords = train_subwords(SOURCE, TARGET, SMALL)
     first = subwords.processor("source").piece_to_id("<0x00>")
     (dog,) = subwords.encode(["dog"], "source")
     # A bell, an escape, a line end; U+2028 and U+009B in UTF-8.
@@ -63,8 +59,7 @@ def test_separate_sides_have_models_of_their_own():
     # ß and z are in German words alone: English spells them in bytes
     assert "ß" in "".join(subwords.pieces(subwords.encode(["weiße"], "target")[0], "target"))
     assert "ß" not in "".join(subwords.pieces(subwords.encode(["weiße"], "source")[0], "source"))
-    assert subwords.tag_id("de") == 4
-    assert subwords.tag_id("fr") == 5
+    assert [subwords.tag_id(language) for language in ("de", "fr")] == [4, 5]
     assert subwords.pieces([4], "source") == ["<2de>"]
     assert "<2de>" not in subwords.pieces(range(subwords.size("target")), "target")
 
@@ -90,11 +85,6 @@ def test_a_vocabulary_is_limited_by_its_characters_below_and_its_text_above():
         train_subwords(["", ""], (), SMALL)
 
 
-def test_nothing_is_printed(capfd):
-    train_subwords(SOURCE, TARGET, SMALL)
-    assert capfd.readouterr() == ("", "")
-
-
 def test_too_few_threads_are_an_error_before_sentencepiece_aborts(monkeypatch):
     start, left, before = threading.Thread.start, iter(range(3)), threading.active_count()
 
@@ -113,8 +103,7 @@ def test_a_trained_model_is_kept_in_the_cache(tmp_path, monkeypatch):
     first = train_subwords(SOURCE, TARGET, SMALL, ["de"], tmp_path)
     (kept,) = (tmp_path / "subwords").iterdir()
     assert base64.b64decode(first.models[0]) == kept.read_bytes()
-    train = module._train
-    calls = []
+    train, calls = module._train, []
     monkeypatch.setattr(module, "_train", lambda *a: calls.append(a) or train(*a))
     assert train_subwords(SOURCE, TARGET, SMALL, ["de"], tmp_path) == first
     assert not calls
@@ -138,25 +127,19 @@ def test_a_long_line_is_learned_from_as_its_parts_are(space):
     assert "ä" in "".join(whole.pieces(range(whole.size("source")), "source"))
 
 
-def test_of_a_large_corpus_so_many_sentences_are_drawn():
-    seen = []
-    lines = [f"line {i}" for i in range(100)]
-    train = module._train
-    module_train = lambda sentences, *a: seen.append(sentences) or train(sentences, *a)  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_train", module_train)
-        for _ in range(2):
-            train_subwords(lines, (), SubwordConfig(vocab_size=300, max_sentences=30))
+def test_of_a_large_corpus_so_many_sentences_are_drawn(monkeypatch):
+    seen, train, lines = [], module._train, [f"line {i}" for i in range(100)]
+    monkeypatch.setattr(module, "_train", lambda sentences, *a: seen.append(sentences) or train(sentences, *a))
+    for _ in range(2):
+        train_subwords(lines, (), SubwordConfig(vocab_size=300, max_sentences=30))
     assert seen[0] == seen[1]
     assert len(seen[0]) == 30
     assert set(seen[0]) < set(lines)
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(
-        ValueError,
-        match=r"^subwords.models=.* has length 3, which is not in \[1, 2\]: one for both sides, or one for each$",
-    ):
+    three = r"^subwords.models=.* has length 3, which is not in \[1, 2\]: one for both sides, or one for each$"
+    with pytest.raises(ValueError, match=three):
         Subwords(("a", "b", "c"))
     with pytest.raises(ValueError, match="subwords: not a sentencepiece model"):
         Subwords(("bm8gbW9kZWw=",)).size("source")

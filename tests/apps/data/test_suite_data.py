@@ -1,4 +1,4 @@
-"""Behaviour that all data modules share, on a list of numbers."""
+"""Behaviour that all data modules share, on a list of numbers, and the sizes of splits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import Dataset
 
+from apps.data.splits import check_size, count_of
 from apps.data.suite_data import SuiteData
 
 
@@ -122,43 +123,45 @@ def test_the_encoding_of_the_model_comes_before_the_files_are_read():
     data.trainer.strategy.connect(model)
     data.prepare_data()
     assert (data.encoding, data.reads) == (Unit(5), 1)
-
-
-def test_what_is_given_to_predict_needs_no_dataset():
-    data = Lengths(given=True)
+    data = Lengths(given=True)  # what is given to predict needs no dataset
     data.adopt({"length": 2})
     data.prepare_data()
-    data.setup("predict")
-    assert data.reads == 0
-    data.setup("test")
-    assert data.reads == 1
-
-
-def test_data_without_an_encoding_take_over_none():
-    with pytest.raises(ValueError, match=r"^the checkpoint keeps an encoding \(length\), and SuiteData has none$"):
-        SuiteData("toy", None, None).adopt({"length": 2})
+    for stage, reads in (("predict", 0), ("test", 1)):
+        data.setup(stage)
+        assert data.reads == reads
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "call, message",
     [
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"eval_batch_size": -1}, "eval_batch_size=-1 must be at least 1"),
-        ({"num_workers": -1}, "num_workers=-1 must not be negative"),
+        (
+            lambda: SuiteData("toy", None, None).adopt({"length": 2}),
+            r"the checkpoint keeps an encoding \(length\), and SuiteData has none",
+        ),
+        (lambda: Lengths(batch_size=0), "batch_size=0 must be at least 1"),
+        (lambda: Lengths(eval_batch_size=-1), "eval_batch_size=-1 must be at least 1"),
+        (lambda: Lengths(num_workers=-1), "num_workers=-1 must not be negative"),
+        (lambda: check_size("val_size", -1), "val_size=-1 must not be negative"),
+        (lambda: check_size("val_size", 1.0), "val_size=1.0 is neither an integer nor a share below 1"),
+        (lambda: check_size("val_size", 1.5), "val_size=1.5 is neither an integer nor a share below 1"),
     ],
 )
-def test_impossible_options_are_refused(options, message):
+def test_what_is_impossible_is_refused(call, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        Lengths(**options)
+        call()
+
+
+def test_numbers_and_shares_are_sizes():
+    for size in (None, 0, 1, 5000, 0.0, 0.5):
+        check_size("val_size", size)
+    # A size below 1 is a share: 2.5 of 25, to the even number.
+    assert [count_of(size, 25) for size in (0.1, 0, 1)] == [2, 0, 1]
 
 
 @pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
 def test_batches_for_a_gpu_lie_in_pinned_memory(device: str, pinned: bool) -> None:
     data = Lengths()
-    data.trainer = SimpleNamespace(  # type: ignore[assignment]  # there is no GPU here
-        strategy=SimpleNamespace(root_device=torch.device(device)),
-        lightning_module=None,
-        state=SimpleNamespace(fn="fit"),
-        overfit_batches=0,
-    )
+    strategy = SimpleNamespace(root_device=torch.device(device))  # there is no GPU here
+    trainer = {"lightning_module": None, "state": SimpleNamespace(fn="fit"), "overfit_batches": 0}
+    data.trainer = SimpleNamespace(strategy=strategy, **trainer)  # type: ignore[assignment]
     assert data.train_dataloader().pin_memory == data.test_dataloader().pin_memory == pinned  # type: ignore[union-attr]

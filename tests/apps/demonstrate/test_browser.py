@@ -207,6 +207,7 @@ def test_a_text_and_what_follows_it(browser, served):
     tab.end()
 
 
+@pytest.mark.slow  # as the others; without a browser it is tested in every run
 def test_a_row_its_probabilities_and_the_weights_of_the_gates(browser, served):
     tab = Tab(browser, served("table"))
     tab.page.get_by_label("age").fill("33")

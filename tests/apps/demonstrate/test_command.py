@@ -33,38 +33,38 @@ def digits(tmp_path_factory):
     return digits_run(tmp_path_factory.mktemp("digits"))
 
 
-def test_help_names_the_options(capsys):
+def test_wrong_options_and_a_run_that_is_none(digits, tmp_path, capsys):
     assert main(["demo", "--help"]) == 0
     out = capsys.readouterr().out
     assert all(option in out for option in ("--ckpt_path RUN", "--port N", "--open", "--examples N"))
-
-
-def test_a_run_that_is_none(tmp_path, capsys):
-    assert fails(capsys, 1, "demo", "--ckpt_path", str(tmp_path / "none")) == f"no checkpoint {tmp_path}/none"
-    (tmp_path / "half" / "checkpoints").mkdir(parents=True)
-    line = fails(capsys, 1, "demo", "--ckpt_path", str(tmp_path / "half"))
-    assert line.startswith(f"{tmp_path}/half holds no checkpoint")
-    assert "--ckpt_path" in fails(capsys, 2, "demo")
-    assert fails(capsys, 2, "demo", "--share").startswith("the following arguments are required")
-    assert fails(capsys, 1, "demo", "--ckpt_path", "x", "--examples", "-1") == "examples=-1 must not be negative"
-
-
-@needs_gradio
-def test_a_damaged_checkpoint(digits, tmp_path, capsys):
-    cut = tmp_path / "best.ckpt"
-    cut.write_bytes((digits / "checkpoints" / "best.ckpt").read_bytes()[:1000])
-    line = fails(capsys, 1, "demo", "--ckpt_path", str(cut), "--port", "0")
-    assert line == f"{cut} is not a readable checkpoint: damaged, cut short, or of another program"
-
-
-def test_a_port_that_is_in_use_or_none(digits, capsys):
+    half = tmp_path / "half"
+    (half / "checkpoints").mkdir(parents=True)
+    for code, words, line in (
+        (1, ("--ckpt_path", str(tmp_path / "none")), f"no checkpoint {tmp_path}/none"),
+        (1, ("--ckpt_path", str(half)), f"{half} holds no checkpoint"),
+        (2, (), "the following arguments are required: --ckpt_path"),
+        (2, ("--share",), "the following arguments are required"),
+        (1, ("--ckpt_path", "x", "--examples", "-1"), "examples=-1 must not be negative"),
+        (1, ("--ckpt_path", str(digits), "--port", "70000"), "port=70000 must be 0 to 65535"),
+    ):
+        assert fails(capsys, code, "demo", *words).startswith(line)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         line = fails(capsys, 1, "demo", "--ckpt_path", str(digits), "--port", str(port))
         assert line == f"port={port} cannot be used (Address already in use): give another --port, or 0 for any"
-    assert fails(capsys, 1, "demo", "--ckpt_path", str(digits), "--port", "70000") == "port=70000 must be 0 to 65535"
+
+
+@needs_gradio
+def test_a_damaged_checkpoint_and_a_model_that_knows_no_classes(digits, tmp_path, capsys):
+    cut, run = tmp_path / "best.ckpt", tmp_path / "run"
+    cut.write_bytes((digits / "checkpoints" / "best.ckpt").read_bytes()[:1000])
+    line = fails(capsys, 1, "demo", "--ckpt_path", str(cut), "--port", "0")
+    assert line == f"{cut} is not a readable checkpoint: damaged, cut short, or of another program"
+    write_run(run, classifier(MOE), DIGITS)  # without the encoding that a training saves
+    line = fails(capsys, 1, "demo", "--ckpt_path", str(run), "--port", "0")
+    assert line.startswith("this model does not know its classes")
 
 
 def test_without_gradio(digits, capsys, monkeypatch):
@@ -76,16 +76,12 @@ def test_without_gradio(digits, capsys, monkeypatch):
     )
 
 
-def test_a_model_without_a_page():
-    with pytest.raises(
-        ValueError, match=r"^there is no demo of torch.nn.modules.linear.Linear: there is of VisionClassifier, "
-    ):
+def test_every_app_has_a_page_and_other_models_have_none():
+    for name in registry.MODELS:
+        assert callable(exhibit_of(registry.resolve(name).__new__(registry.resolve(name))))
+    no_demo = r"^there is no demo of torch.nn.modules.linear.Linear: there is of VisionClassifier, "
+    with pytest.raises(ValueError, match=no_demo):
         exhibit_of(torch.nn.Linear(1, 1))
-
-
-@pytest.mark.parametrize("name", registry.MODELS)
-def test_every_app_has_a_page(name):
-    assert callable(exhibit_of(registry.resolve(name).__new__(registry.resolve(name))))
 
 
 def test_examples_come_from_the_run_and_fetch_nothing(digits, tmp_path, monkeypatch):
@@ -116,29 +112,11 @@ def test_a_configuration_that_names_other_classes_makes_nothing(digits, tmp_path
     assert "data='os.system' is neither a class of the apps nor one that is imported" in note
 
 
-@needs_gradio
-def test_a_model_that_knows_no_classes_is_one_line(tmp_path, capsys):
-    write_run(tmp_path, classifier(MOE), DIGITS)  # without the encoding that a training saves
-    line = fails(capsys, 1, "demo", "--ckpt_path", str(tmp_path), "--port", "0")
-    assert line.startswith("this model does not know its classes")
-
-
-def test_a_dense_model_says_so(tmp_path):
-    def answer(values):
-        return Answer(())
-
-    html, layers = _answer(Exhibit("", "", (TextField("Text"),), answer), ["a"])
-    assert layers == {}
-    assert "dense" in html
-
-
-def test_a_fault_of_ours_is_a_line_on_the_page_and_a_traceback_in_the_log(caplog):
-    def answer(values):
-        return {}["missing"]
-
-    html, layers = _answer(Exhibit("", "", (TextField("Text"),), answer), ["a"])
-    assert layers == {}
-    assert "KeyError" in html
+def test_a_dense_model_says_so_and_a_fault_of_ours_is_a_line_on_the_page_and_a_traceback_in_the_log(caplog):
+    for answer, said in ((lambda values: Answer(()), "dense"), (lambda values: {}["missing"], "KeyError")):
+        html, layers = _answer(Exhibit("", "", (TextField("Text"),), answer), ["a"])
+        assert layers == {}
+        assert said in html
     assert "Traceback" not in html
     assert caplog.records[0].exc_info[0] is KeyError
 

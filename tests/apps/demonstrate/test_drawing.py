@@ -61,10 +61,6 @@ def test_every_part_is_whole_and_runs_nothing(part):
     assert EVIL in "".join(Checked(html).texts)
 
 
-def test_a_problem_is_read_aloud_and_escaped():
-    assert problem("a < b") == '<p class="problem" role="alert">a &lt; b</p>'
-
-
 def test_words_have_their_experts_and_a_count():
     # 4 pieces of 2 words; the third is computed by expert 1 alone, the fourth by none of the 3.
     words = Pieces("A text", (("ab", "c"), ("d", "e")), np.array([[0, 1], [1, 0], [1, 3], [3, 3]]), ("0", "1", "2"))
@@ -118,7 +114,8 @@ def test_an_experts_number_can_be_read_on_its_colour(count):
         assert (light + 0.05) / (dark + 0.05) >= 4.5, background  # WCAG 2.1, level AA
 
 
-def test_a_bar_is_as_long_as_its_share():
+def test_a_bar_is_as_long_as_its_share_and_a_problem_is_read_aloud_and_escaped():
+    assert problem("a < b") == '<p class="problem" role="alert">a &lt; b</p>'
     html = draw_parts([Bars("Classes", (("cat", 0.75), ("dog", 0.005)))])
     assert re.findall(r"width:([\d.]+)%", html) == ["75.00", "0.50"]
     texts = [text for text in Checked(html).texts if text.strip()]

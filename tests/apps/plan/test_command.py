@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 from datetime import timedelta
 
 import pytest
@@ -47,16 +48,13 @@ def test_the_command_prints_a_plan_and_writes_an_overlay_that_a_strategy_takes(t
     overlay = yaml.safe_load((tmp_path / "overlay.yaml").read_text())["trainer"]
     assert overlay["devices"] * overlay["num_nodes"] == 16
     strategy = ExpertParallelStrategy(**overlay["strategy"]["init_args"])
-    assert (
-        16
-        % (
-            int(strategy.expert_parallel_size)
-            * strategy.fsdp_size
-            * strategy.nodes
-            * strategy.expert_tensor_parallel_size
-        )
-        == 0
+    sizes = (
+        int(strategy.expert_parallel_size),
+        strategy.fsdp_size,
+        strategy.nodes,
+        strategy.expert_tensor_parallel_size,
     )
+    assert 16 % math.prod(sizes) == 0
     with open(tmp_path / "plan.csv") as file:
         rows = list(csv.DictReader(file))
     # 8 experts among 16 GPUs; 16 share out the hidden units of each expert.
@@ -85,11 +83,8 @@ def test_a_rank_holds_its_part_of_weights_gradients_and_optimizer(text):
 
 def test_checkpointing_and_half_precision_keep_less():
     kept, seconds = {}, {}
-    for name, more in {
-        "full": (),
-        "half": ("--param_dtype", "bfloat16"),
-        "again": ("--activation_checkpointing",),
-    }.items():
+    words = {"full": (), "half": ("--param_dtype", "bfloat16"), "again": ("--activation_checkpointing",)}
+    for name, more in words.items():
         given = options(*TEXT, "--gpus", "16", *more)
         one = cost(outlined(given), given, Layout(replicas=2, experts=8))
         kept[name], seconds[name] = one.memory.activations, one.compute
@@ -145,9 +140,8 @@ def test_the_traffic_is_that_of_the_exchange_as_it_is_built(monkeypatch, tmp_pat
     monkeypatch.setattr(routes, "all_to_all", lambda rows, *_: Exchanged.apply(rows))
     monkeypatch.setattr(routes, "_exchanged", exchanged)
     E, K, T, D = 4, 2, 10, 8
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1, timeout=timedelta(seconds=60)
-    )
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
     try:
         layer = core.MoEConfig(E, core.TokenChoice(top_k=K), core.FFN(hidden_dim=16)).build(D)
         layer.dispatcher = AllToAllDispatcher(init_device_mesh("cpu", (1,)))
@@ -198,22 +192,23 @@ def test_layouts_fill_the_gpus_and_the_best_one_is_the_fastest_that_fits(text):
         assert plan.breaks()[0].startswith("memory does not fit at degree")
 
 
-def test_a_model_without_moe_layers_is_planned_for_fsdp2_and_ddp(capsys):
-    assert main(["plan", *DIGITS, "--gpus", "8", "--model.moe", "null"]) == 0
+def planned(capsys, *argv):
+    """Return what the command prints, and the strategy of its overlay."""
+    assert main(["plan", *argv]) == 0
     shown = capsys.readouterr().out
+    return shown, yaml.safe_load(shown[shown.index("trainer:") :])["trainer"]["strategy"]
+
+
+def test_a_model_without_moe_layers_is_planned_for_fsdp2_and_ddp(capsys):
+    shown, strategy = planned(capsys, *DIGITS, "--gpus", "8", "--model.moe", "null")
     assert "no MoE layer: FSDP2 or DDP alone" in shown
-    assert (
-        yaml.safe_load(shown[shown.index("trainer:") :])["trainer"]["strategy"]["init_args"]["expert_parallel_size"]
-        == 1
-    )
+    assert strategy["init_args"]["expert_parallel_size"] == 1
 
 
 def test_a_billion_rows_are_planned_with_torchrec(capsys):
     billion = ("--tables", "1000000000", "--model.embedding.dim", "64")
-    assert main(["plan", *TABLE, "--gpus", "128", "--gpu", "h100", *billion]) == 0
-    shown = capsys.readouterr().out
+    shown, strategy = planned(capsys, *TABLE, "--gpus", "128", "--gpu", "h100", *billion)
     assert "memory does not fit at table_wise" in shown
-    strategy = yaml.safe_load(shown[shown.index("trainer:") :])["trainer"]["strategy"]
     assert strategy["class_path"] == "TorchRecStrategy"
     assert strategy["init_args"]["sharding"] in ("row_wise", "table_row_wise")
 
@@ -235,35 +230,26 @@ def test_a_table_with_domains_is_planned(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv, line",
+    "code, argv, line",
     [
-        ((*DIGITS[:2], "--gpus", "8", "--memory", "80"), "or give --tflops, --node_bandwidth, --network_bandwidth"),
-        ((*DIGITS, "--gpus", "8", "--speed", "2"), "speed does not exist"),
-        (("--config", "configs/debug.yaml", "--gpus", "8", "--gpu", "h100"), "names no model"),
-        ((*TABLE, "--gpus", "8", "--gpu", "h100"), "give --tables ROWS ..., and --numbers N"),
-        ((*TEXT, "--gpus", "8", "--static_all_to_all"), "give --model.moe.capacity_factor N"),
-        ((*DIGITS, "--gpus", "8", "--data.dataset", "null"), "give --model.image_size N"),
+        (2, (*DIGITS[:2], "--memory", "80"), "or give --tflops, --node_bandwidth, --network_bandwidth"),
+        (2, (*DIGITS, "--speed", "2"), "speed does not exist"),
+        (2, ("--config", "configs/debug.yaml", "--gpu", "h100"), "names no model"),
+        (2, (*TABLE, "--gpu", "h100"), "give --tables ROWS ..., and --numbers N"),
+        (2, (*TEXT, "--static_all_to_all"), "give --model.moe.capacity_factor N"),
+        (2, (*DIGITS, "--data.dataset", "null"), "give --model.image_size N"),
+        (1, (*DIGITS[:2], "--gpu", "h10"), "gpu='h10' is not one of a100"),
+        (1, (*DIGITS, "--gpus", "12"), "gpus=12 is not a multiple of gpus_per_node=8"),
+        (1, (*DIGITS, "--gpus", "0"), "gpus=0 must be at least 1"),
+        (1, (*DIGITS, "--precision", "8-bit"), "precision='8-bit' is not one of"),
+        (1, (*DIGITS, "--efficiency", "2"), "efficiency=2 must lie in (0, 1]"),
+        (1, (*TEXT, "--batch", "2", "--tokens_per_gpu", "256"), "say the same: give one of them"),
+        (1, (*TEXT, "--tokens_per_gpu", "200"), "is not a multiple of an example's 128 tokens"),
+        (1, (*TEXT, "--model.moe.num_expert", "4"), "num_expert"),
     ],
 )
-def test_wrong_usage_is_one_line(argv, line, capsys):
-    assert line in fails(capsys, 2, "plan", *argv)
-
-
-@pytest.mark.parametrize(
-    "argv, line",
-    [
-        ((*DIGITS[:2], "--gpus", "8", "--gpu", "h10"), "gpu='h10' is not one of a100"),
-        ((*DIGITS, "--gpus", "12"), "gpus=12 is not a multiple of gpus_per_node=8"),
-        ((*DIGITS, "--gpus", "0"), "gpus=0 must be at least 1"),
-        ((*DIGITS, "--gpus", "8", "--precision", "8-bit"), "precision='8-bit' is not one of"),
-        ((*DIGITS, "--gpus", "8", "--efficiency", "2"), "efficiency=2 must lie in (0, 1]"),
-        ((*TEXT, "--gpus", "8", "--batch", "2", "--tokens_per_gpu", "256"), "say the same: give one of them"),
-        ((*TEXT, "--gpus", "8", "--tokens_per_gpu", "200"), "is not a multiple of an example's 128 tokens"),
-        ((*TEXT, "--gpus", "8", "--model.moe.num_expert", "4"), "num_expert"),
-    ],
-)
-def test_a_wrong_value_is_one_line(argv, line, capsys):
-    assert line in fails(capsys, 1, "plan", *argv)
+def test_wrong_usage_or_a_wrong_value_is_one_line(code, argv, line, capsys):
+    assert line in fails(capsys, code, "plan", "--gpus", "8", *argv)
 
 
 def test_a_table_of_the_command_is_whole_in_80_columns(capsys):

@@ -21,22 +21,19 @@ from apps.plan.formulas import (
     step_flops,
     step_seconds,
     tables_bytes,
-)
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "ranks, stride, node, per_node",
-    [
+def test_a_group_lies_on_nodes():
+    for ranks, stride, node, per_node in (
         (16, 1, 8, 8),  # neighbors: two whole nodes
         (4, 1, 8, 4),
         (16, 4, 8, 2),  # every fourth rank: two of them on a node of eight
         (16, 8, 8, 1),
         (16, 32, 8, 1),
         (4, 3, 8, 2),
-    ],
-)
-def test_a_group_lies_on_nodes(ranks, stride, node, per_node):
-    assert group(ranks, stride, node) == Group(ranks, per_node)
+    ):
+        assert group(ranks, stride, node) == Group(ranks, per_node)
 
 
 def test_sums_and_gathers_send_all_but_the_own_part():
@@ -60,14 +57,11 @@ def test_an_exchange_of_one_level_of_two_levels_and_to_parts_of_experts():
     assert all_to_all(1600, experts=2, hidden=2, nodes=1, node=8) == Traffic(2400, 0, 3)
 
 
-def test_rows_go_there_and_back_and_so_do_their_gradients():
+def test_rows_go_there_and_back_and_so_do_their_gradients_and_what_fsdp2_sends_hides():
     # 10 rows of 6 numbers there with a gate of 4 bytes, 5 back, 2 bytes each: 10 * (22 + 4), twice.
     assert exchanged_bytes(10, 6, 5, 2) == 2 * 260
     assert exchanged_bytes(10, 6, 5, 2, passes=2) == 3 * 260
     assert (step_flops(100, False), step_flops(100, True)) == (300, 400)
-
-
-def test_seconds():
     assert Traffic(300, 100, 4).seconds(within=100, between=50, latency=0.5) == 3 + 2 + 2
     # What FSDP2 sends hides behind the products; rows are waited for.
     assert step_seconds(compute=3, exchange=1, data=2) == 4
