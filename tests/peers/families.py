@@ -114,6 +114,8 @@ LIKE |= {"GraniteMoeHybrid", "BailingHybrid", "KimiLinear", "DeepseekV32", "Glm4
 LIKE |= {"MiMoV2Flash", "SolarOpen", "ExaoneMoe", "Glm4Moe"}
 """Families with the layout and the router of another one."""
 KINDS = [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE else []) for name in EVERY]
+PRELOAD = ["apps.cli.train", "apps.hub.module", "apps.hub.data"]
+"""What ranks import once; the first start of ranks decides."""
 IDS = torch.tensor([[5, 9, 4, 31, 7, 8, 3], [0, 0, 0, 11, 6, 12, 40]])
 MASK = (IDS != 0).long()
 

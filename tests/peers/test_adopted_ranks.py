@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from families import IDS, adapted, check_gradients, error, first_layer, made
+from families import IDS, PRELOAD, adapted, check_gradients, error, first_layer, made
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from two_ranks import on_two_ranks
@@ -51,7 +51,7 @@ def on_ranks(rank):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return on_two_ranks(on_ranks, tmp_path_factory.mktemp("ranks"))
+    return on_two_ranks(on_ranks, tmp_path_factory.mktemp("ranks"), PRELOAD)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from divided_runs import as_rank
+from families import PRELOAD
 from hubs import CPU, IDS, command, data, data_flags, error, failing, fit, logits, rewritten
 from places import ROOT
 from safetensors.torch import load_file
@@ -234,7 +235,7 @@ def test_two_processes_train_evaluate_and_write_a_whole_adapter(folder, tmp_path
     validate = ["validate", *own, "--ckpt_path", tmp_path / "two" / "checkpoints" / "best.ckpt", "--run_dir"]
     commands = [["fit", *own, *two, *trains, "--run_dir", tmp_path / "two"], [*validate, tmp_path / "together", *two]]
     work = functools.partial(commands_of_rank, commands=commands)
-    assert on_two_ranks(work, tmp_path, preload=["apps.cli.train", "apps.hub.module", "apps.hub.data"]) == [
+    assert on_two_ranks(work, tmp_path, preload=PRELOAD) == [
         [0, 0],
         [0, 0],
     ]

@@ -95,6 +95,9 @@ TRANSLATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "switch-untied": ("SwitchTransformers", {**SWITCH, "tie_word_embeddings": False}),
 }
 CASES = {**DECODERS, **TRANSLATORS}
+SAME_FILES = {"mixtral-3", "qwen2-chat", "qwen2-moe-normalized", "qwen2-moe-some-dense", "olmoe-normalized", "m2m-gelu"}
+SAME_FILES |= {"nllb-masked", "nllb-one-side", "glm4-moe-normed", "qwen3"}
+"""Models whose files are written and read as those of another one."""
 
 
 def peer(name: str, **more: Any) -> Any:
@@ -145,7 +148,8 @@ def test_logits_are_equal_and_either_reads_what_the_other_saves(name, tmp_path):
     theirs, ours = pair.logits()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-4)
     check_way_back(pair)
-    check_saved(pair, tmp_path)
+    if name not in SAME_FILES:
+        check_saved(pair, tmp_path)
 
 
 @pytest.mark.parametrize("name", DECODERS)
