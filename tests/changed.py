@@ -9,11 +9,10 @@ import argparse
 import functools
 import subprocess
 from collections import defaultdict
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
-from test_imports import imports, module_name
+from test_imports import ROOT, imports, module_name
 
-ROOT = Path(__file__).resolve().parents[1]
 TOPS = ("core", "apps", "moesaic", "tests")
 PAGES = {
     "configs": ["tests/test_configs.py", "tests/test_typed_commands.py"],
@@ -36,8 +35,9 @@ def importers() -> dict[str, set[str]]:
     for file in files:
         for imported in imports(file, (ROOT / file).read_text("utf-8")):
             parts = imported.target.split(".")
-            names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-            found[next((modules[name] for name in names if name in modules), "")].add(file)
+            for n in range(1, len(parts) + 1):  # an import runs the packages above a module too
+                if (name := ".".join(parts[:n])) in modules:
+                    found[modules[name]].add(file)
     return found
 
 
@@ -66,14 +66,17 @@ def tests_near(file: str) -> list[str]:
     return [str(single)] if (ROOT / single).is_file() and len(folder.parts) < 3 else [str(folder)]
 
 
+def listed(*arguments: str) -> list[str]:
+    """Return the lines that a command of git prints."""
+    ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return ran.stdout.splitlines()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--since", default="HEAD", help="compare the working tree with this revision (HEAD)")
     since = parser.parse_args().since
-    changed = []
-    for command in (["diff", "--name-only", since], ["ls-files", "--others", "--exclude-standard"]):
-        ran = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
-        changed += ran.stdout.splitlines()
+    changed = listed("diff", "--name-only", since) + listed("ls-files", "--others", "--exclude-standard")
     print("\n".join(tests_of(changed)))
 
 

@@ -37,7 +37,7 @@ from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature,
 from apps.recsys.retrieval.data import RetrievalData
 from apps.recsys.sequence.data import HistoryData
 from apps.recsys.tables.data import TableData
-from apps.registry import DATA, MODELS, TRAINER
+from apps.registry import full_path, renamed
 from apps.train.device import device_options
 
 ROOT = Path(__file__).parents[1]
@@ -101,12 +101,10 @@ def no_data(monkeypatch) -> None:
 
 def one_a_model() -> list[Any]:
     """Return the configurations, with ``slow`` on all but the first of each model."""
-    known = set()
-    return [
-        pytest.param(path, marks=[pytest.mark.slow] if model in known or known.add(model) else [])
-        for path in WHOLE
-        for model in [yaml.safe_load(path.read_text())["model"]["class_path"]]
-    ]
+    first: dict[str, Path] = {}
+    for path in WHOLE:
+        first.setdefault(yaml.safe_load(path.read_text())["model"]["class_path"], path)
+    return [pytest.param(path, marks=[] if path in first.values() else [pytest.mark.slow]) for path in WHOLE]
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +121,9 @@ def parse(parser, *paths: Path) -> None:
     """Read a configuration and its overlays, whose classes of the apps have short names."""
     tree: dict[str, Any] = {}
     for path in paths:
-        tree = configs.merge(tree, yaml.safe_load(path.read_text()))
+        tree = configs.merge(tree, configs.read_config(path))
     tree = {key: tree[key] for key in ("model", "data", "trainer") if key in tree}
-    for key, modules in (("model", {k: f"{v}.module" for k, v in MODELS.items()}), ("data", DATA)):
-        kind = tree[key]["class_path"]
-        tree[key] = {**tree[key], "class_path": f"{modules[kind]}.{kind}"}
-    trainer = tree.get("trainer", {})
-    for part in (*trainer.get("callbacks", ()), trainer.get("strategy")):
-        if isinstance(part, dict) and part["class_path"] in TRAINER:
-            part["class_path"] = f"{TRAINER[part['class_path']]}.{part['class_path']}"
+    tree = renamed(tree, lambda name: full_path(name) or name)
     parser.parse_object(tree, defaults=False)
 
 
@@ -146,10 +138,10 @@ def test_an_overlay_is_parsed_over_a_configuration(path, parser):
 
 
 def test_a_wrong_value_in_a_configuration_is_found(parser, tmp_path):
-    path = tmp_path / "wrong.yaml"
-    for line in ("model: {init_args: {moe: {router: {init_args: {top_k: two}}}}}", "trainer: {max_epoch: 1}"):
+    path, top_k = tmp_path / "wrong.yaml", "model: {init_args: {moe: {router: {init_args: {top_k: two}}}}}"
+    for line, named in ((top_k, "top_k"), ("trainer: {max_epoch: 1}", "max_epoch")):
         path.write_text(line)
-        with pytest.raises(ArgumentError, match=r"top_k|max_epoch"):
+        with pytest.raises(ArgumentError, match=named):
             parse(parser, BASE, path)
 
 

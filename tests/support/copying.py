@@ -39,14 +39,27 @@ def copy_data(folder: Path, targets: tuple[str, ...] = ("de",), **options: Any) 
     """Return the data module of these files, which are written where they are not there yet."""
     if not (folder / "train.en").exists():
         write_copies(folder, targets)
-    given: dict[str, Any] = {f"{split}_files": split for split in SIZES}
-    given |= {"root": str(folder), "cache_dir": str(folder / "cache"), "pairs": [f"en-{target}" for target in targets]}
-    given |= {"tokenizer": SubwordConfig(vocab_size=300), "tokens_per_batch": 256, "seed": 0}
+    given: dict[str, Any] = {
+        "root": str(folder),
+        "cache_dir": str(folder / "cache"),
+        "pairs": [f"en-{target}" for target in targets],
+        "train_files": "train",
+        "val_files": "val",
+        "test_files": "test",
+        "tokenizer": SubwordConfig(vocab_size=300),
+        "tokens_per_batch": 256,
+        "seed": 0,
+    }
     return TranslationData("moses", **(given | options))
 
 
 def translator(data: TranslationData, moe: core.MoEConfig | None = MOE, **options: Any) -> Translator:
     """Return an untrained model for ``data``."""
-    given: dict[str, Any] = {"encoder_moe_blocks": "none", "decoder_moe_blocks": [1], "label_smoothing": 0.0}
-    given |= {"transformer": TRANSFORMER, "optimizer": OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup_steps=10)}
+    given: dict[str, Any] = {
+        "transformer": TRANSFORMER,
+        "encoder_moe_blocks": "none",
+        "decoder_moe_blocks": [1],
+        "label_smoothing": 0.0,
+        "optimizer": OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup_steps=10),
+    }
     return Translator(data.subwords, data.pairs, moe=moe, **(given | options))

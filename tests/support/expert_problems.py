@@ -76,7 +76,7 @@ def problem(
     E - 1 take none; or "full", where every pair is computed.
     """
     activation, gated, bias = EXPERTS[expert]
-    D_out = D_out or D
+    D_out = D if D_out is None else D_out
     g = torch.Generator().manual_seed(7)
 
     def randn(*shape: int) -> Tensor:

@@ -36,11 +36,12 @@ def write_clip(folder: Path, *, quick_gelu: bool = False, prefix: str = "", **ch
             first = f"{tower}transformer.resblocks.{i}."
             tensors |= norm(f"{first}ln_1", dim) | norm(f"{first}ln_2", dim)
             tensors |= {f"{first}attn.in_proj_weight": draw(3 * dim, dim), f"{first}attn.in_proj_bias": draw(3 * dim)}
-            for name, out, into in (("attn.out_proj", 1, 1), ("mlp.c_fc", 4, 1), ("mlp.c_proj", 1, 4)):
-                tensors |= {
-                    f"{first}{name}.weight": draw(out * dim, into * dim),
-                    f"{first}{name}.bias": draw(out * dim),
-                }
+            for name, out, into in (
+                ("attn.out_proj", dim, dim),
+                ("mlp.c_fc", 4 * dim, dim),
+                ("mlp.c_proj", dim, 4 * dim),
+            ):
+                tensors |= {f"{first}{name}.weight": draw(out, into), f"{first}{name}.bias": draw(out)}
         return tensors
 
     tensors = {
@@ -61,9 +62,12 @@ def write_clip(folder: Path, *, quick_gelu: bool = False, prefix: str = "", **ch
     save_file(tensors, folder / "open_clip_model.safetensors")
     vision = {"image_size": IMAGE_SIZE, "layers": DEPTH, "width": IMAGE_DIM, "head_width": 4, "patch_size": PATCH}
     text = {"context_length": LENGTH, "vocab_size": VOCAB, "width": TEXT_DIM, "heads": 3, "layers": DEPTH}
-    towers = {"vision_cfg": vision, "text_cfg": text}
-    model = {"embed_dim": OUT_DIM, "quick_gelu": quick_gelu}
-    model |= {name: {**own, **changed.get(name, {})} for name, own in towers.items()}
+    model = {
+        "embed_dim": OUT_DIM,
+        "quick_gelu": quick_gelu,
+        "vision_cfg": {**vision, **changed.get("vision_cfg", {})},
+        "text_cfg": {**text, **changed.get("text_cfg", {})},
+    }
     config = {"model_cfg": model, "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder

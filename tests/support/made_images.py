@@ -15,8 +15,13 @@ from apps.vision.batch import ImageBatch
 from apps.vision.data import VisionData
 
 EVERY_TRANSFORM = {
-    **{"crop_padding": 2, "horizontal_flip": True, "random_resized_crop": 0.5, "randaugment_ops": 2},
-    **{"random_erasing": 0.5, "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+    "crop_padding": 2,
+    "horizontal_flip": True,
+    "random_resized_crop": 0.5,
+    "randaugment_ops": 2,
+    "random_erasing": 0.5,
+    "mixup_alpha": 0.8,
+    "cutmix_alpha": 1.0,
 }
 
 

@@ -27,10 +27,12 @@ def features(tags: bool = True, num_domains: int = 0) -> Features:
 
 def ragged(*columns: list[list[int]]) -> tuple[Ragged, ...]:
     """Join the rows of each example, column by column."""
-    values = ([row for rows in column for row in rows] for column in columns)
-    lengths = ([len(rows) for rows in column] for column in columns)
     return tuple(
-        Ragged(*(torch.tensor(n, dtype=torch.int32) for n in own)) for own in zip(values, lengths, strict=True)
+        Ragged(
+            torch.tensor([row for rows in column for row in rows], dtype=torch.int32),
+            torch.tensor([len(rows) for rows in column], dtype=torch.int32),
+        )
+        for column in columns
     )
 
 
@@ -103,4 +105,5 @@ class MadeTable(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Tensor]:
         return self._batches(range(200, 201))
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        return self._batches(range(200, 201))

@@ -10,6 +10,7 @@ from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 
 NAN = float("nan")
 
+
 # Rows 0 to 5 train; rows 6 and 7 come from a test file.
 TRAIN = {
     "city": ["Rome", "Rome", "NA", "Oslo", "", "Rome"],
@@ -21,21 +22,39 @@ TRAIN = {
     "stars": ["5", "4", "", "1", "3", "2"],
     "other": ["is", "not", "read", "at", "all", "x"],
 }
+
+
 TEST = {
-    **{"city": ["Paris", "Rome"], "tags": ["w|x", "z"], "user": [1, 9], "age": ["30", "nan"], "shop": ["fr", "de"]},
-    **{"click": [1, 0], "stars": ["4", "1"], "other": ["", ""]},
+    "city": ["Paris", "Rome"],
+    "tags": ["w|x", "z"],
+    "user": [1, 9],
+    "age": ["30", "nan"],
+    "shop": ["fr", "de"],
+    "click": [1, 0],
+    "stars": ["4", "1"],
+    "other": ["", ""],
 }
+
+
 CONFIG = TableConfig(
-    **{"categorical": ("city", "user"), "multi_valued": ("tags",), "continuous": ("age",), "domain": "shop"},
-    **{"user": "user", "hash_rows": {"user": 100}, "split": SplitConfig("given", val=0)},
+    categorical=("city", "user"),
+    multi_valued=("tags",),
+    continuous=("age",),
     tasks={"click": TaskConfig("click"), "like": TaskConfig("stars", at_least=4)},
+    domain="shop",
+    user="user",
+    hash_rows={"user": 100},
+    split=SplitConfig("given", val=0),
 )
 
 
 def write(folder, kind="csv", train=TRAIN, test=TEST):
     for name, columns in (("train", train), ("test", test)):
-        write_file = pa.parquet.write_table if kind == "parquet" else pa.csv.write_csv
-        write_file(pa.table(columns), folder / f"{name}.{kind}")
+        table = pa.table(columns)
+        if kind == "parquet":
+            pa.parquet.write_table(table, folder / f"{name}.parquet")
+        else:
+            pa.csv.write_csv(table, folder / f"{name}.csv")
 
 
 def changed(**columns):

@@ -27,10 +27,13 @@ def write_tasks(folder: Path) -> Path:
     random.Random(0).shuffle(texts)
     rows = iter(texts)
     for split, size in SIZES.items():
-        lines = [
-            {"body": text, "gold": text.split()[-(place % 2)], "kind": ("first", "last")[place % 2], "place": place}
-            for place, text in enumerate(itertools.islice(rows, size))
-        ]
+        lines = []
+        for place, (text, task) in enumerate(zip(rows, itertools.cycle(("first", "last")))):
+            lines.append(
+                {"body": text, "gold": text.split()[0 if task == "first" else -1], "kind": task, "place": place}
+            )
+            if len(lines) == size:
+                break
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -40,10 +43,14 @@ def options_of(folder: Path) -> dict[str, Any]:
     if not (folder / "train.jsonl").exists():
         write_tasks(folder)
     return {
-        **{"dataset": "jsonl", "root": str(folder), "cache_dir": str(folder / "cache")},
+        "dataset": "jsonl",
+        "root": str(folder),
+        "cache_dir": str(folder / "cache"),
         **{f"{split}_files": f"{split}.jsonl" for split in SIZES},
         **{"source": "body", "target": "gold", "task": "kind"},
-        **{"tokenizer": SubwordConfig(vocab_size=300), "tokens_per_batch": 256, "seed": 0},
+        "tokenizer": SubwordConfig(vocab_size=300),
+        "tokens_per_batch": 256,
+        "seed": 0,
     }
 
 
@@ -53,7 +60,12 @@ def task_data(folder: Path, **options: Any) -> TextToTextData:
 
 def text_to_text(data: TextToTextData, moe: core.MoEConfig | None = MOE, **options: Any) -> TextToText:
     """Return an untrained model for ``data``."""
-    given: dict[str, Any] = {"encoder_moe_blocks": "all", "decoder_moe_blocks": "none", "label_smoothing": 0.0}
-    given |= {"transformer": TRANSFORMER, "optimizer": OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup_steps=10)}
-    given["copy"] = True
+    given: dict[str, Any] = {
+        "transformer": TRANSFORMER,
+        "encoder_moe_blocks": "all",
+        "decoder_moe_blocks": "none",
+        "label_smoothing": 0.0,
+        "copy": True,
+        "optimizer": OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup_steps=10),
+    }
     return TextToText(data.subwords, data.tasks, moe=moe, **(given | options))

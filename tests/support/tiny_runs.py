@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -15,12 +15,8 @@ from apps.cli import main
 
 def _train(folder: Path) -> None:
     (folder / "tiny.yaml").write_text(CONFIG)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         assert main(["fit", "--config", "tiny.yaml", "--run_dir", "run"]) == 0
-    finally:
-        os.chdir(before)
 
 
 def copy_run(factory: pytest.TempPathFactory, folder: Path, run_dir: str = "run") -> Path:

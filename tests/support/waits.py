@@ -14,8 +14,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ROOT = Path(__file__).parents[2]
-_VALUES = {"_local_scalar_dense", "nonzero", "masked_select", "bincount"}
-_VALUES |= {"_unique2", "unique_dim", "unique_consecutive"}
+_VALUES = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+}
 _READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
 
 
