@@ -195,7 +195,7 @@ def test_a_metric_can_be_copied_pickled_and_cast():
     assert float(ranks.compute()["mrr"]) == pytest.approx(1 / 3, abs=1e-12)  # not a sum in bfloat16
 
 
-def test_ranking_by_hand_where_items_that_are_no_candidates_are_minus_infinity():
+def test_ranking_by_hand_without_items_that_are_no_candidates():
     # Ranks: row 0: target 0.9 is first. Row 1: target 0.2 is below 0.7 and 0.5: third. Row 2: all equal: last, fourth.
     scores = torch.tensor([[0.1, 0.9, 0.3, 0.2], [0.7, 0.2, 0.5, 0.1], [0.4, 0.4, 0.4, 0.4]])
     target = torch.tensor([1, 1, 0])
@@ -213,6 +213,10 @@ def test_ranking_by_hand_where_items_that_are_no_candidates_are_minus_infinity()
             "mrr": (1 + 1 / 3 + 1 / 4) / 3,
         }
     )
+    scores = torch.tensor([[5.0, 1.0, 4.0, 0.0]])
+    assert target_ranks(scores, torch.tensor([1])).tolist() == [3]
+    scores[0, 0] = -torch.inf
+    assert target_ranks(scores, torch.tensor([1])).tolist() == [2]
 
 
 def test_a_scorer_that_knows_nothing_does_not_look_good():
@@ -225,13 +229,6 @@ def test_a_scorer_that_knows_nothing_does_not_look_good():
     scores = torch.zeros(1, 100)
     scores[0, 5] = torch.nan  # a NaN stands before the target too
     assert target_ranks(scores, torch.tensor([5])).tolist() == [100]
-
-
-def test_items_that_are_no_candidates_are_minus_infinity():
-    scores = torch.tensor([[5.0, 1.0, 4.0, 0.0]])
-    assert target_ranks(scores, torch.tensor([1])).tolist() == [3]
-    scores[0, 0] = -torch.inf
-    assert target_ranks(scores, torch.tensor([1])).tolist() == [2]
 
 
 def _rank(rank: int) -> dict[str, dict[str, float]]:

@@ -100,7 +100,7 @@ def test_every_role_has_its_place_and_its_reason(tmp_path):
     assert data.sizes() == {"train": 128, "val": 22, "test": 50}  # 15 % of 150 is 22.5
 
 
-def test_leaks_are_left_out(tmp_path):
+def test_leaks_are_left_out_those_of_a_number_too(tmp_path):
     made = described(
         tmp_path,
         copy=(BOUGHT * 10 + 5.5).tolist(),
@@ -119,9 +119,6 @@ def test_leaks_are_left_out(tmp_path):
         )
     ]
     assert "lucky" in table_of(made)["categorical"]
-
-
-def test_leaks_of_a_number(tmp_path):
     spent = np.random.default_rng(0).gamma(1, 30, N)
     made = described(
         tmp_path, "spent", spent=spent.tolist(), euros=(2 * spent + 1).tolist(), much=(spent > 20).tolist()
@@ -313,7 +310,12 @@ def test_a_configuration_names_its_columns_and_rows_without_a_target(tmp_path):
     assert made.warnings == ("order is left out: id, it counts the rows",)
 
 
-def test_a_folder_of_other_files_and_a_damaged_file_are_no_table(tmp_path):
+def test_a_file_of_utf_16_is_read_and_no_folder_of_other_files_or_damaged_file(tmp_path):
+    config = described(tmp_path).config
+    file = tmp_path / "t.csv"
+    file.write_bytes(file.read_text().encode("utf-16"))
+    made = config_for(GivenData((file,), "bought", tmp_path / "x"))
+    assert (made.config, sum(data_of(made, tmp_path).sizes().values())) == (config, N)
     folder = tmp_path / "parts [2024]"  # brackets are no pattern
     folder.mkdir()
     assert config_for(GivenData((folder,), None, tmp_path / "x")) is None
@@ -330,14 +332,6 @@ def test_a_folder_of_other_files_and_a_damaged_file_are_no_table(tmp_path):
     (tmp_path / "t.csv").write_text("a,b,a\n1,2,3\n")
     with pytest.raises(ValueError, match=r"column 'a' is twice in '.*t.csv'"):
         config_for(GivenData((tmp_path / "t.csv",), "b", tmp_path / "x"))
-
-
-def test_a_file_of_utf_16_is_read(tmp_path):
-    config = described(tmp_path).config
-    file = tmp_path / "t.csv"
-    file.write_bytes(file.read_text().encode("utf-16"))
-    made = config_for(GivenData((file,), "bought", tmp_path / "x"))
-    assert (made.config, sum(data_of(made, tmp_path).sizes().values())) == (config, N)
 
 
 @pytest.mark.parametrize(

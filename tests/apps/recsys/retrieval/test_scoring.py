@@ -119,7 +119,7 @@ def test_an_index_of_the_same_model_stands_for_its_items(model, tmp_path):
         model.predict(USERS, index=tmp_path / "none.safetensors")
 
 
-def test_bad_rankings_are_refused(model, tmp_path):
+def test_bad_rankings_and_a_damaged_catalog_are_refused(model, tmp_path):
     refused("rank is a TwoTowerRetriever: a MultiTaskRecommender ranks pairs", lambda: model.predict(USERS, rank=model))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         model.predict(USERS, rank=tmp_path / "none")
@@ -131,6 +131,7 @@ def test_bad_rankings_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="rank_task='film kind' is of kind 'multiclass'"):
         kinds = {"film kind": {"column": "genres", "kind": "multiclass"}}
         Ranking(ranker(tmp_path, tasks=kinds, multi_valued=[]), pa.table({"film": list(FILMS)}))
+    refused(r"catalogue\.npz is damaged", lambda: export_module._catalog(b"PK\x03\x04 and no more"))
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,3 @@ def test_the_items_of_a_script_and_of_the_model_are_those_of_the_weights(tmp_pat
     for row, film, score in pairs:
         by_user[row].append(f"{film}={score:.6f}")
     assert_alike(printed, [" ".join(films) for films in by_user])
-
-
-def test_a_damaged_catalog_is_refused():
-    refused(r"catalogue\.npz is damaged", lambda: export_module._catalog(b"PK\x03\x04 and no more"))

@@ -170,7 +170,7 @@ def test_the_mixture_is_the_gated_sum_of_its_experts_and_the_gates_sums_are_the_
     assert int(stats["blocks.0.ffn"].tokens_per_expert.sum()) == 18  # two experts for each real item, none for padding
 
 
-def test_a_router_of_one_expert_takes_convolution_or_attention():
+def test_a_router_takes_convolution_or_attention_and_others_see_the_items_as_token_ids():
     router = core.TokenChoice(top_k=1, normalize=False)
     model = build(mixing_router=router, mixing_balance=core.Balance(load_balancing_loss=0.1))
     with core.record(model.train()) as tape:
@@ -181,6 +181,15 @@ def test_a_router_of_one_expert_takes_convolution_or_attention():
     assert_close(gates_TE.amax(-1), routing.evidence.scores_TE.amax(-1))
     assert int(routing.chosen_per_expert_E.sum()) == 9
     assert float(core.aux_losses(tape).terms["load_balancing_loss"]) > 0
+    # Items 1 to 9 by hash: the expert is a function of the item alone.
+    moe = core.MoEConfig(num_experts=4, router=core.Hash(vocab_size=10), expert=core.FFN(hidden_dim=12))
+    model = build(moe=moe)
+    with torch.no_grad(), core.record(model) as tape:
+        model(ITEMS)
+    routing = tape.entries[1].routing
+    of_token = dict(zip(routing.token_index_N.tolist(), routing.expert_ids_N.tolist(), strict=True))
+    assert of_token[1] == of_token[3]  # both are item 1
+    assert [of_token[t] for t in (8, 9, 11, 14)] == [4] * 4  # padding: no expert
 
 
 def test_the_gate_learns_and_a_mixture_is_counted_as_active():
@@ -193,18 +202,6 @@ def test_the_gate_learns_and_a_mixture_is_counted_as_active():
         assert block.ffn.router.gate.weight.grad.abs().max() > 0
     model = build(moe=None)
     assert core.active_params(model) == sum(p.numel() for p in model.parameters())
-
-
-def test_routers_see_the_items_as_token_ids():
-    # Items 1 to 9 by hash: the expert is a function of the item alone.
-    moe = core.MoEConfig(num_experts=4, router=core.Hash(vocab_size=10), expert=core.FFN(hidden_dim=12))
-    model = build(moe=moe)
-    with torch.no_grad(), core.record(model) as tape:
-        model(ITEMS)
-    routing = tape.entries[1].routing
-    of_token = dict(zip(routing.token_index_N.tolist(), routing.expert_ids_N.tolist(), strict=True))
-    assert of_token[1] == of_token[3]  # both are item 1
-    assert [of_token[t] for t in (8, 9, 11, 14)] == [4] * 4  # padding: no expert
 
 
 def numel(module):
@@ -251,7 +248,7 @@ def test_experts_start_like_dense_ffns_and_their_flops_are_of_real_items():
         assert 0.5 < float(weight.detach().abs().max()) <= math.sqrt(6 / 20)
 
 
-def test_histories_are_checked():
+def test_histories_and_models_are_checked_and_attention_dropout_is_of_training_alone():
     model = build(dtype=torch.float32)
     refused(r"item id 10 is not in 0 to num_items=9", lambda: model(torch.tensor([[1, 10]])))
     refused(r"item id -1 is not in 0 to num_items=9", lambda: model(torch.tensor([[1, -1]])))
@@ -261,6 +258,17 @@ def test_histories_are_checked():
     with pytest.raises(ValueError, match=r"times of shape \(2, 2\) are not of the items \(1, 2\)"):
         model(torch.ones(1, 2).long(), torch.ones(2, 2).long())
     assert model(torch.tensor([[0] * 5 + [1] * 8])).shape == (1, 10)  # padding does not count
+    config = HistoryModelConfig(**SMALL)
+    refused(r"num_items=0 must be at least 1", lambda: HistoryModel(config, num_items=0, max_length=4))
+    refused(r"max_length=0 must be at least 1", lambda: HistoryModel(config, num_items=3, max_length=0))
+    acausal = core.MoEConfig(num_experts=4, router=core.ExpertChoice())
+    with pytest.raises(ValueError, match=r"ExpertChoice.* lets later tokens change earlier ones"):
+        HistoryModel(config, num_items=3, max_length=4, ffn=acausal)
+    model = build("attention", None, attn_dropout=0.5, dropout=0.0, embed_dropout=0.0)
+    with torch.no_grad():
+        assert torch.equal(model(ITEMS), model(ITEMS))
+        model.train()
+        assert not torch.equal(model(ITEMS), model(ITEMS))
 
 
 @KINDS
@@ -303,17 +311,3 @@ def test_scores_are_float32_under_autocast_and_int32_items_are_taken():
 )  # fmt: skip
 def test_configs_are_checked(options, message):
     refused(message, lambda: HistoryModelConfig(**{**SMALL, **options}))
-
-
-def test_models_are_checked_and_attention_dropout_is_of_training_alone():
-    config = HistoryModelConfig(**SMALL)
-    refused(r"num_items=0 must be at least 1", lambda: HistoryModel(config, num_items=0, max_length=4))
-    refused(r"max_length=0 must be at least 1", lambda: HistoryModel(config, num_items=3, max_length=0))
-    acausal = core.MoEConfig(num_experts=4, router=core.ExpertChoice())
-    with pytest.raises(ValueError, match=r"ExpertChoice.* lets later tokens change earlier ones"):
-        HistoryModel(config, num_items=3, max_length=4, ffn=acausal)
-    model = build("attention", None, attn_dropout=0.5, dropout=0.0, embed_dropout=0.0)
-    with torch.no_grad():
-        assert torch.equal(model(ITEMS), model(ITEMS))
-        model.train()
-        assert not torch.equal(model(ITEMS), model(ITEMS))

@@ -299,7 +299,7 @@ class Cycles(LightningDataModule):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_it_learns_what_can_be_learned_and_survives_a_checkpoint(tmp_path):
+def test_it_learns_what_can_be_learned_survives_a_checkpoint_and_refuses_data_of_another_size(tmp_path):
     torch.manual_seed(0)
     module = build(optimizer=OptimizerConfig(lr=0.04, weight_decay=0.0), ema_decay=0.5)
     run = quiet_trainer(tmp_path, max_epochs=14, log_every_n_steps=1)
@@ -320,10 +320,6 @@ def test_it_learns_what_can_be_learned_and_survives_a_checkpoint(tmp_path):
     assert (again.sequence, again.moe) == (TINY, MOE)
     with torch.no_grad():
         assert torch.equal(again(EVAL.items_BS), module.eval()(EVAL.items_BS))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_data_of_another_size_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"model.num_items=8 does not fit the data, whose num_items is 9"):
         quiet_trainer(tmp_path, max_epochs=1).fit(build(num_items=8), datamodule=Cycles())
 

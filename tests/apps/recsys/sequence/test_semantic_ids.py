@@ -110,7 +110,7 @@ def test_what_is_rejected(make, message):
 
 
 @torch.no_grad()
-def test_the_loss_is_log_p_of_the_item_and_all_items_have_p_of_one():
+def test_the_loss_is_log_p_of_the_item_among_all_and_seen_items_are_not_found():
     module = build(top_k=9).eval()
     history, losses = [3, 1, 4], []
     for item in range(1, 10):
@@ -120,6 +120,14 @@ def test_the_loss_is_log_p_of_the_item_and_all_items_have_p_of_one():
     scores = module(torch.tensor([history]))
     assert_close(scores[0, 1:], -torch.stack(losses), rtol=1e-4, atol=1e-5)
     assert scores[0, 0] == -math.inf
+    module = build(top_k=4, exclude_seen=True, semantic_ids=SemanticIdsConfig(levels=2, codes=3, beam_size=4)).eval()
+    every = module(torch.tensor([[3, 1, 4]]))
+    seen = torch.tensor([[3, 1, 4, 2, 5, 0]])
+    scores = module(torch.tensor([[3, 1, 4]]), None, seen)
+    assert (every > -math.inf).sum() == (scores > -math.inf).sum() == 4  # 6, 7, 8 and 9 are left
+    assert scores[0, :6].tolist() == [-math.inf] * 6
+    out = module.task_loss(batch([[3, 1, 4]], [[0, 0, 8]], seen.tolist()))
+    assert_close(out.outputs, scores)
 
 
 @torch.no_grad()
@@ -135,18 +143,6 @@ def test_codes_give_an_item_its_vector_and_new_items_are_rejected():
     with pytest.raises(ValueError, match=r"^semantic ids of 7 items are trained, and the data have 9$"):
         build(top_k=9).widened(checkpoint, {})
     assert build(num_items=7, top_k=9).widened(checkpoint, {}) is checkpoint
-
-
-@torch.no_grad()
-def test_seen_items_are_not_found_and_leave_no_gap():
-    module = build(top_k=4, exclude_seen=True, semantic_ids=SemanticIdsConfig(levels=2, codes=3, beam_size=4)).eval()
-    every = module(torch.tensor([[3, 1, 4]]))
-    seen = torch.tensor([[3, 1, 4, 2, 5, 0]])
-    scores = module(torch.tensor([[3, 1, 4]]), None, seen)
-    assert (every > -math.inf).sum() == (scores > -math.inf).sum() == 4  # 6, 7, 8 and 9 are left
-    assert scores[0, :6].tolist() == [-math.inf] * 6
-    out = module.task_loss(batch([[3, 1, 4]], [[0, 0, 8]], seen.tolist()))
-    assert_close(out.outputs, scores)
 
 
 def test_experts_in_the_decoder_too():
@@ -229,7 +225,7 @@ def logits_of(table_LV):
     return lambda ids_Bkl: table_LV[ids_Bkl.shape[2]] * (1 + ids_Bkl.sum(-1, keepdim=True))
 
 
-def test_a_search_that_keeps_all_finds_what_scoring_each_sequence_does():
+def test_a_search_finds_what_scoring_each_sequence_does_and_a_narrow_beam_the_best_prefixes():
     torch.manual_seed(0)
     ids = torch.cartesian_prod(*[torch.arange(5)] * 3)
     ids = ids[torch.randperm(125)[:40]]
@@ -251,9 +247,6 @@ def test_a_search_that_keeps_all_finds_what_scoring_each_sequence_does():
     left_out = torch.stack((found[0, :2], torch.tensor([-1, -1])))
     without, _ = trie_search(trie, given, 2, 40, trie.emptied(left_out))
     assert (without[0].tolist(), without[1].tolist()) == ([*found[0, 2:].tolist(), -1, -1], found[1].tolist())
-
-
-def test_a_narrow_beam_keeps_the_best_prefixes():
     # The first id is 0 with p = 0.9, of which each of two sequences has a half; id 2 leads to one sequence alone.
     trie = Trie(torch.tensor([[0, 0], [0, 1], [2, 0]]), 3)
     table = torch.tensor([[math.log(0.9), 5.0, math.log(0.1)], [0.0, 0.0, 0.0]])

@@ -82,14 +82,11 @@ def test_one_process_tells_what_was_found(own, monkeypatch, caplog):
         assert caplog.text.count("table: 6 train, 0 val, 2 test rows") == times
 
 
-def test_types_may_differ_between_files(own, tmp_path):
+def test_types_may_differ_between_files_and_a_pattern_takes_several(own, tmp_path):
     # Rows of users as numbers in one file and as text in another.
     write(tmp_path, "parquet", test={**TEST, "user": ["1", "9"]})
     data = own(kind="parquet")
     assert data.rows("test")[:].single_FB[1, 0] == data.rows("train")[:].single_FB[1, 0]
-
-
-def test_a_pattern_takes_several_files_and_compressed_text_is_read(own, tmp_path):
     table = pa.table(TRAIN)
     for number, rows in enumerate((table.slice(0, 4), table.slice(4))):
         with pa.CompressedOutputStream(str(tmp_path / f"part-{number}.tsv.gz"), "gzip") as file:

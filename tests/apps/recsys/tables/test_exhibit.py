@@ -144,7 +144,7 @@ JSON_ROW = {
 }  # fmt: skip
 
 
-def test_the_example_is_a_row_of_the_schema_and_a_time_that_is_none_is_refused():
+def test_the_example_is_a_row_of_the_schema_and_rows_become_a_table():
     (example,) = SCHEMA["examples"]
     assert example == {**JSON_ROW, "shop": "de", "city": "Oslo"}  # the first values, and the median of a number
     assert SCHEMA["required"] == list(ENCODING.roles)
@@ -152,19 +152,6 @@ def test_the_example_is_a_row_of_the_schema_and_a_time_that_is_none_is_refused()
     jsonschema_rs.validate(SCHEMA, {**dict.fromkeys(JSON_ROW), "shop": "de", "label": 1})
     with pytest.raises(ValueError, match=r"^at='noon': a timestamp is seconds to nanoseconds since 1970, a date, or"):
         read_item(JSON_ROWS.columns, {**JSON_ROW, "at": "noon"})
-
-
-@pytest.mark.parametrize(
-    "column, value",
-    [("shop", None), ("shop", "es"), ("city", ["Rome"]), ("row", 10), ("row", "1"), ("tags", "a|b"), ("seen", [0.0]),
-     ("visited", [None]), ("at", True), ("age", "30"), ("age", 1e39)],
-)  # fmt: skip
-def test_what_a_column_does_not_take(column, value):
-    with pytest.raises(jsonschema_rs.ValidationError):
-        jsonschema_rs.validate(SCHEMA, {**JSON_ROW, column: value})
-
-
-def test_rows_become_a_table_whatever_the_types_of_their_values():
     rows = [
         {**JSON_ROW, "city": 5, "tags": ["x", 2, True], "at": 0, "age": 10**30},
         {**dict.fromkeys(JSON_ROW), "shop": "de", "city": False, "visited": []},
@@ -176,6 +163,16 @@ def test_rows_become_a_table_whatever_the_types_of_their_values():
     assert table["tags"].to_pylist() == [["x", "2", "True"], None]
     assert (table["age"].to_pylist(), table["row"].to_pylist()) == ([1e30, None], ["1", None])
     assert to_seconds(table["at"], "at", "the rows")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [("shop", None), ("shop", "es"), ("city", ["Rome"]), ("row", 10), ("row", "1"), ("tags", "a|b"), ("seen", [0.0]),
+     ("visited", [None]), ("at", True), ("age", "30"), ("age", 1e39)],
+)  # fmt: skip
+def test_what_a_column_does_not_take(column, value):
+    with pytest.raises(jsonschema_rs.ValidationError):
+        jsonschema_rs.validate(SCHEMA, {**JSON_ROW, column: value})
 
 
 # Values that training has and lacks, and missing ones.

@@ -138,7 +138,7 @@ def test_layers_of_domains_train_and_need_domains(shared):
     refused(f"{type(shared).__name__} needs num_domains, which is 0", lambda: build(shared))
 
 
-def test_one_kind_of_columns_is_enough():
+def test_one_kind_of_columns_and_one_row_are_enough_and_dropout_is_of_training_alone():
     numbers = Features((), features().continuous, ("click", "buy"))
     rows = batch()
     only_numbers = dataclasses.replace(rows, single_FB=rows.single_FB[:0], lists=())
@@ -149,9 +149,6 @@ def test_one_kind_of_columns_is_enough():
     for interaction in ("concat", "dot"):
         model = build(of=categories, interaction=InteractionConfig(interaction))
         assert model(only_categories).isfinite().all()
-
-
-def test_a_batch_of_one_and_dropout():
     # A batch of one is a batch.
     for shared in (core.MMoE(3, core.MLP((4,), norm="batch")), SingleTask(expert=core.MLP((4,)))):
         model = build(shared, head=HeadConfig(norm="batch"))

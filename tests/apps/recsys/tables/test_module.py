@@ -96,7 +96,7 @@ def test_missing_labels_are_in_no_loss():
     assert_close(losses(z_MBt, label_Bt), torch.stack([losses(z, label_Bt) for z in z_MBt]).mean(0))
 
 
-def test_a_teacher_counts_where_a_task_has_a_label():
+def test_a_teacher_counts_where_a_task_has_a_label_for_each_member_of_an_ensemble(tmp_path):
     # Click: the teacher says 3/4, the student 1/2, for the first example; the second has no label. Buy: 1/2 and 1/2.
     label_Bt = torch.tensor([[1.0, 0.0], [NAN, 1.0]])
     z_Bt = torch.zeros(2, 2, requires_grad=True)
@@ -109,9 +109,6 @@ def test_a_teacher_counts_where_a_task_has_a_label():
     p = math.sqrt(3) / (1 + math.sqrt(3))
     cost = TaskOutputs(TWO_CLICKS, z_Bt, label_Bt).divergence(teacher, 2.0)
     assert_close(cost.detach(), torch.tensor(p * math.log(2 * p) + (1 - p) * math.log(2 - 2 * p)))
-
-
-def test_each_member_of_an_ensemble_learns_the_teacher_s_mean_probability(tmp_path):
     teacher, of = build(num_members=2).eval(), batch(6)
     module = build(SharedBottom(), 1, num_members=3, distil=DistilConfig(saved(teacher, tmp_path / "t.ckpt"), 0.5))
     with torch.no_grad():
@@ -157,7 +154,7 @@ def test_balance_losses_weigh_as_much_in_an_ensemble_as_in_one_network(tmp_path)
     assert float(core.aux_loss(tape)) > 0.1
 
 
-def test_the_terms_are_the_tasks_losses_and_the_calibrator():
+def test_the_terms_are_the_tasks_losses_and_steps_out_of_order_are_found():
     module = build(weighting=WeightingConfig(weights={"buy": 0.5}))
     out = module.task_loss(batch())
     assert_close(out.loss, out.terms["loss_click"] + 0.5 * out.terms["loss_buy"])
@@ -168,6 +165,9 @@ def test_the_terms_are_the_tasks_losses_and_the_calibrator():
     hinge = 2 * (p_Bt[:, 1] - p_Bt[:, 0]).relu().mean()
     assert_close(out.terms["calibrator"], hinge)
     assert_close(out.loss, out.terms["loss_click"] + out.terms["loss_buy"] + hinge)
+    module = build(head=HeadConfig("esmm")).eval()
+    module.task_loss(rows([[1.0, 1.0], [0.0, 0.0]]))
+    refused("an example has 'buy' and not 'click'", lambda: module.task_loss(rows([[1.0, 1.0], [0.0, 1.0]])))
 
 
 @pytest.mark.parametrize("kind", ["uncertainty", "gradnorm"])
@@ -199,12 +199,6 @@ def test_gradnorm_reads_the_gradients_of_the_shared_experts_last_layer():
             assert_close(terms[f"gradient_norm_{task}"], expected)
     ple = build(core.PLE(2, core.MLP((4,)), num_levels=3)).model.shared
     assert last_weight(ple)[0] is ple.experts[2].w_0
-
-
-def test_steps_out_of_order_are_found_in_an_evaluation():
-    module = build(head=HeadConfig("esmm")).eval()
-    module.task_loss(rows([[1.0, 1.0], [0.0, 0.0]]))
-    refused("an example has 'buy' and not 'click'", lambda: module.task_loss(rows([[1.0, 1.0], [0.0, 1.0]])))
 
 
 def test_an_ensemble_is_its_members():

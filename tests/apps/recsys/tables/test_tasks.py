@@ -96,7 +96,7 @@ def test_a_step_without_the_one_before_is_refused(kind):
     refused(f"head.kind='{kind}' needs at least 2 tasks, there is 1", lambda: HeadConfig(kind).build(4, 1))
 
 
-def test_a_step_without_a_label_is_0_where_an_earlier_one_is():
+def test_a_step_without_a_label_is_0_where_an_earlier_one_is_and_shares_of_all_start_so():
     # Not clicked, so neither carted nor bought, written or not; clicked, or not known: what is not labeled stays so.
     label_Bt = torch.tensor([[0.0, NAN, NAN], [0.0, 0.0, NAN], [1.0, NAN, NAN], [NAN, NAN, 1.0], [1.0, 0.0, NAN]])
     filled = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, NAN, NAN], [NAN, NAN, 1.0], [1.0, 0.0, 0.0]]
@@ -107,9 +107,6 @@ def test_a_step_without_a_label_is_0_where_an_earlier_one_is():
     head = HeadConfig("esmm").build(4, 3)
     with pytest.raises(ValueError, match="an example has 'c' and not 'b'"):  # b is 0, since a is
         head.check_labels(head.labels(torch.tensor([[0.0, NAN, 1.0]])), ("a", "b", "c"))
-
-
-def test_a_share_of_those_who_came_so_far_starts_as_one():
     # 20 % click and 50 % of these buy, the others have no label: 10 % buy.
     assert over_all([0.2, 0.5, 0.1]) == pytest.approx([0.2, 0.1, 0.1])
     for kind in ("esmm", "aitm"):
@@ -283,13 +280,17 @@ def test_bad_labels_and_weights(tmp_path, tasks, rows, options, match):
     refused(match, lambda: table(tmp_path, tasks, rows, test=ROWS, **options).features)
 
 
-def test_revenue_is_learned_from_its_zeros_and_amounts(tmp_path):
+def test_revenue_is_learned_from_its_zeros_and_amounts_and_steps_take_binary_tasks_alone(tmp_path):
     tasks = {"spent": TaskConfig("price", kind="revenue")}
     rows = [(*row[:3], price, *row[4:]) for row, price in zip(ROWS, (0.0, 0.0, math.e, math.e**3), strict=True)]
     (target,) = table(tmp_path, tasks, rows).features.targets
     assert target.shares == (0.5, 0.5)
     assert (target.log_mean, target.log_std) == (pytest.approx(2, rel=1e-6), pytest.approx(1, rel=1e-6))
     assert (target.least, target.most) == (0.0, pytest.approx(math.e**3, rel=1e-6))
+    with pytest.raises(ValueError, match=r"stratify='price' is a task of numbers"):
+        TableConfig(("user",), tasks=TASKS, split=SplitConfig(stratify="price"))
+    with pytest.raises(ValueError, match=r"head\.kind='esmm' takes tasks of kind 'binary', and one is 'regression'"):
+        MultiTaskRecommender(table(tmp_path).features, head=HeadConfig("esmm"))
 
 
 @pytest.mark.parametrize(
@@ -306,10 +307,3 @@ def test_revenue_is_learned_from_its_zeros_and_amounts(tmp_path):
 def test_amounts_that_their_kind_does_not_take(tmp_path, prices, kind, match):
     rows = [(*row[:3], price, *row[4:]) for row, price in zip(ROWS, prices, strict=True)]
     refused(match, lambda: table(tmp_path, {"spent": TaskConfig("price", kind=kind)}, rows).features)
-
-
-def test_options_that_a_kind_does_not_have(tmp_path):
-    with pytest.raises(ValueError, match=r"stratify='price' is a task of numbers"):
-        TableConfig(("user",), tasks=TASKS, split=SplitConfig(stratify="price"))
-    with pytest.raises(ValueError, match=r"head\.kind='esmm' takes tasks of kind 'binary', and one is 'regression'"):
-        MultiTaskRecommender(table(tmp_path).features, head=HeadConfig("esmm"))

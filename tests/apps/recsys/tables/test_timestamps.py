@@ -168,22 +168,6 @@ def texts_of(tmp_path, encoder="made", **options):
     return TableData("table", str(tmp_path), str(tmp_path / "cache"), **options)
 
 
-def test_a_text_is_a_vector(tmp_path, monkeypatch):
-    encoder = SentenceEncoder(write_encoder(tmp_path / "made"))
-    data = texts_of(tmp_path)
-    (feature,) = data.features.vectors
-    assert (feature.name, feature.size) == ("title", 8)
-    batch = data.rows("train")[:]
-    for row, vector in zip(batch.index_B.tolist(), batch.vector_BV, strict=True):
-        if TITLES[row]:
-            assert_close(vector, encoder.encode([TITLES[row]], 64)[0])
-        else:
-            assert vector.isnan().all()
-    # The vectors are in the cache: they are not made again.
-    monkeypatch.setattr(texts_module, "_opened", None)
-    assert texts_of(tmp_path).features == data.features
-
-
 def test_predictions_need_the_text_and_the_encoder(tmp_path):
     write_encoder(tmp_path / "made")
     data = texts_of(tmp_path)
@@ -217,8 +201,21 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         _ = texts_of(tmp_path).features
 
 
-def test_the_column_must_hold_text(tmp_path):
+def test_a_text_is_a_vector_and_the_column_must_hold_text(tmp_path, monkeypatch):
     write_encoder(tmp_path / "made")
     pa.parquet.write_table(pa.table({"title": [[1.0]] * 4, "click": [0, 1, 0, 1]}), tmp_path / "lists.parquet")
     with pytest.raises(ValueError, match=r"column 'title' of the training table holds values of type list<"):
         _ = texts_of(tmp_path, train_file="lists.parquet").features
+    encoder = SentenceEncoder(write_encoder(tmp_path / "made"))
+    data = texts_of(tmp_path)
+    (feature,) = data.features.vectors
+    assert (feature.name, feature.size) == ("title", 8)
+    batch = data.rows("train")[:]
+    for row, vector in zip(batch.index_B.tolist(), batch.vector_BV, strict=True):
+        if TITLES[row]:
+            assert_close(vector, encoder.encode([TITLES[row]], 64)[0])
+        else:
+            assert vector.isnan().all()
+    # The vectors are in the cache: they are not made again.
+    monkeypatch.setattr(texts_module, "_opened", None)
+    assert texts_of(tmp_path).features == data.features

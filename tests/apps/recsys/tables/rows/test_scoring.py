@@ -126,16 +126,13 @@ def test_rows_that_cannot_be_scored_are_named(loaded, changed, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_column_that_is_read_as_another_is_not_suggested(tmp_path):
+def test_a_row_of_a_later_piece_is_named_and_no_column_suggested_that_is_read_as_another(tmp_path, loaded, monkeypatch):
     pa.csv.write_csv(pa.table({"image": [1], "Age": [1]}), tmp_path / "new.csv")
     for rows in ({"image": [1], "Age": [1]}, tmp_path / "new.csv"):
         for column, end in (("age", "; did you mean 'Age'?"), ("imago", ""), ("stage", "; did you mean 'Age'?")):
             with pytest.raises(ValueError, match=rf"^column '{column}' \(continuous\) is not in") as error:
                 list(scoring.pieces(rows, {"image": "vectors", column: "continuous"}, (), 5))
             assert str(error.value).partition("; did")[2] == end.partition("; did")[2]
-
-
-def test_a_row_of_a_later_piece_is_named_by_its_place_in_the_file(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "_BATCHES", 1)
     text = {**NEW, "age": ["1", "2", "3", "old", "5"]}
     pa.csv.write_csv(pa.table(text), tmp_path / "new.csv")

@@ -166,7 +166,7 @@ def alone():
         torch.distributed.destroy_process_group()
 
 
-def test_one_process_goes_on_from_shards_without_tables_and_never_in_inference_mode(folder, alone):
+def test_one_process_goes_on_from_shards_but_not_of_columns_under_rowwise_adagrad(folder, alone):
     options = {"max_epochs": 1, "limit_train_batches": 1}
     train(folder, "no tables", module(folder, "joined"), ExpertParallelStrategy(expert_parallel_size=1), **options)
     torch.distributed.destroy_process_group()
@@ -177,9 +177,6 @@ def test_one_process_goes_on_from_shards_without_tables_and_never_in_inference_m
     fitter = train(folder, "short", module(folder), TorchRecStrategy(), max_epochs=1, limit_train_batches=1)
     loops = (fitter.fit_loop.epoch_loop.val_loop, fitter.validate_loop, fitter.test_loop, fitter.predict_loop)
     assert not any(loop.inference_mode for loop in loops)
-
-
-def test_columns_under_rowwise_adagrad_stay_with_their_number_of_processes(folder, alone):
     path = folder / "columns" / "last.ckpt"
     strategy = TorchRecStrategy(sharding="column_wise")
     message = runs.complaint(lambda: train(folder, "bad", module(folder), strategy, ckpt_path=path))
@@ -288,7 +285,7 @@ def planned(how: str, memory_gib: float, rows: int = 10**9, dim: int = 64, world
     return plan.plan["collection"]["ids"].sharding_spec.shards
 
 
-def test_tables_of_any_size_are_planned_or_refused_with_their_size():
+def test_tables_of_any_size_are_planned_without_an_empty_part_or_refused():
     # 128 GPUs, 8 a node. Row-wise 10^9 / 128 rows each, on one node 10^9 / 8; in columns 64 / 4 = 16 shards of 4.
     assert [tuple(s.shard_sizes) for s in planned("row_wise", 64)] == [(7_812_500, 64)] * 128
     assert [tuple(s.shard_sizes) for s in planned("table_row_wise", 64)] == [(125_000_000, 64)] * 8
@@ -296,9 +293,6 @@ def test_tables_of_any_size_are_planned_or_refused_with_their_size():
     assert [tuple(s.shard_sizes) for s in planned("column_wise", 64, 10**6, 64, 2)] == [(10**6, 32)] * 2
     # 10^9 x 64 x 4 bytes = 238.4 GiB on one GPU.
     refused(r"do not fit: 238 GiB of weights \(the largest, ids, 238\).* table_wise", lambda: planned("table_wise", 64))
-
-
-def test_no_process_has_an_empty_part_of_a_table():
     # 4 processes share 5 rows as 2, 2, 1 and 0, and 7 as 2, 2, 2 and 1.
     shard, processes = sharding.sharder("rowwise_adagrad", 0.1), sharding.Processes(4, 4, torch.device("cpu"))
     plan = sharding.local_plan(Ids(5, 8), ShardingConfig(), shard, processes, 1024)
