@@ -276,24 +276,13 @@ def test_a_training_step_and_a_validation(two, tmp_path, positions, kind):
         assert len(module.predict(["red blue", "green"], "en-fr", num_beams=3)) == 2
 
 
-def test_a_loss_that_is_nan_stops_the_training(data, tmp_path):
-    module = translator(data)
-    with torch.no_grad():
-        module.model.source_embed.weight[10:] = float("nan")
-    with pytest.raises(NonFiniteError, match="nan at step 1"):
-        trainer(tmp_path).fit(module, data)
-    assert not (tmp_path / "last.ckpt").exists()
-
-
-def test_bfloat16_weights_are_copied_once_a_pass_and_follow_the_training(data, tmp_path, monkeypatch):
-    module = translator(data, decode=DecodeConfig(dtype="bfloat16", num_beams=2))
-    seen = []
+def test_bfloat16_weights_are_copied_once_a_pass_and_follow_the_training_that_nan_stops(data, tmp_path, monkeypatch):
+    module, seen, original = translator(data, decode=DecodeConfig(dtype="bfloat16", num_beams=2)), [], writing.in_dtype
 
     def copied(model, dtype):
         seen.append(model.source_embed.weight.detach().clone())
         return original(model, dtype)
 
-    original = writing.in_dtype
     monkeypatch.setattr(writing, "in_dtype", copied)
     made = trainer(tmp_path, max_epochs=2, limit_train_batches=1, limit_val_batches=3)
     made.fit(module, data)
@@ -304,6 +293,11 @@ def test_bfloat16_weights_are_copied_once_a_pass_and_follow_the_training(data, t
     assert not any("_copies" in name for name in module.state_dict())
     assert module.translate(a_batch(data), module.decode).ids  # outside a pass: of the weights as they are
     assert len(seen) == 3
+    with torch.no_grad():
+        module.model.source_embed.weight[10:] = float("nan")
+    with pytest.raises(NonFiniteError, match="nan at step 1"):
+        trainer(tmp_path / "nan").fit(module, data)
+    assert not (tmp_path / "nan" / "last.ckpt").exists()
 
 
 CONFIG = """
