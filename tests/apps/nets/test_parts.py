@@ -26,7 +26,7 @@ def config(**options):
     return TransformerConfig(**{"dim": 4, "num_heads": 2, "max_length": 5, **options})
 
 
-def test_sines_come_first_and_cosines_after_them_and_go_on_beyond_the_table():
+def test_positions_are_sines_and_cosines_beyond_any_table_or_learned_rows_of_one():
     # D = 4: the frequencies 10000^0 = 1 and 10000^-1.
     sin, cos = math.sin, math.cos
     expected = [[0.0, 0.0, 1.0, 1.0], [sin(1), sin(1e-4), cos(1), cos(1e-4)], [sin(2), sin(2e-4), cos(2), cos(2e-4)]]
@@ -38,9 +38,6 @@ def test_sines_come_first_and_cosines_after_them_and_go_on_beyond_the_table():
     assert_close(table(4, 6), sinusoids(12, 4)[6:])  # positions 4 to 9 are rows 6 to 11
     assert table.double()(4, 6).dtype == torch.float64
     assert not table.state_dict()
-
-
-def test_learned_positions_are_rows_and_refuse_what_they_have_not():
     table = Learned(config(position_offset=2))
     assert table.weight.shape == (7, 4)
     torch.nn.init.normal_(table.weight)

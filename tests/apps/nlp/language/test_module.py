@@ -161,19 +161,12 @@ def test_data_that_do_not_fit_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match=f"digest {data.subwords.digest}, the data's {other.subwords.digest}"):
         trainer(tmp_path).validate(modeler(data), other, verbose=False)
     domains = of_domains(tmp_path)
-    for moe, own, message in (
-        (
-            core.MoEConfig(1, core.Domain(1)),
-            domains,
-            "num_domains=1, which does not fit the domains colors, numbers: they",
-        ),
-        (
-            core.MoEConfig(2, core.DomainRandom(2, 400)),
-            data,
-            r"needs context\.domain_ids_B, which LanguageModeler does",
-        ),
-        (DEMIX, data, "Domain needs context.domain_ids_B or domain_weights_BE in training"),
+    for router, own, message in (
+        (core.Domain(1), domains, "num_domains=1, which does not fit the domains colors, numbers: they have 2"),
+        (core.DomainRandom(2, 400), data, r"needs context\.domain_ids_B, which LanguageModeler does not"),
+        (core.Domain(2), data, "Domain needs context.domain_ids_B or domain_weights_BE in training"),
     ):
+        moe = core.MoEConfig(router.num_domains, router)
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, limit_train_batches=1).fit(modeler(own, moe), own)
 

@@ -35,11 +35,13 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path):
 
 
 RULE = 'msgid ""\nmsgstr "Plural-Forms: plural=n !;"\n'
-MANY = r"'a-\*.\{lang\}' names .*a-0.en and .*a-1.en: of each language it must name"
+MANY = r"'t-\*.\{lang\}' names .*t-0.en and .*t-1.en: of each language it must name"
 
 
-def no_rows():
-    return Rows({"en": ["a"], "de": ["b", "c"]}, "x")
+def pair(path):
+    if path.suffix == ".tsv":
+        return tsv.read([path], ["en", "de"])
+    return moses.read(moses.find(path.parent, "t-*" if "-" in path.name else "t", ["en-de"])[0])
 
 
 def catalog(path):
@@ -53,32 +55,16 @@ def catalog(path):
         ({"a.de": b""}, read_lines, r"a\.de is empty"),
         ({"a.de.gz": b""}, read_lines, r"a\.de\.gz is empty"),
         ({"a": None}, read_lines, r"a is missing"),
-        ({"a": None}, lambda _: no_rows(), r"x: line i .* there are 1 in en, 2 in de"),
-        (
-            {"t.en": "a\n"},
-            lambda path: moses.find(path.parent, "t", ["en-de"]),
-            r"t\.de is missing \(and t\.de\.gz too",
-        ),
-        (
-            {"t.en": "a\nb\nc\n", "t.de": "a\nb\n"},
-            lambda path: moses.read(moses.find(path.parent, "t", ["en-de"])[0]),
-            r"t\.en has 3 lines and .*t\.de has 2: line i of one translates line i",
-        ),
-        (
-            {"a.tsv": "Hi.\tHallo!\nRun!\n"},
-            lambda path: tsv.read([path], ["en", "de"]),
-            r"a\.tsv, line 2: 1 columns, not 2 \(en, de\)",
-        ),
+        ({"a": None}, lambda _: Rows({"en": ["a"], "de": ["b", "c"]}, "x"), r"x: line i .* there are 1 in en, 2 in de"),
+        ({"t.en": "a\n"}, pair, r"t\.de is missing \(and t\.de\.gz too"),
+        ({"t.en": "a\nb\nc\n", "t.de": "a\nb\n"}, pair, r"t\.en has 3 lines and .*t\.de has 2: line i of one transla"),
+        ({"t-0.en": "x\n", "t-0.de": "x\n", "t-1.en": "x\n", "t-1.de": "x\n"}, pair, MANY),
+        ({"a.tsv": "Hi.\tHallo!\nRun!\n"}, pair, r"a\.tsv, line 2: 1 columns, not 2 \(en, de\)"),
         ({"a": None}, lambda path: tsv.find(path.parent, "b*.tsv"), r"b\*\.tsv is missing"),
         ({"de.po": 'msgid "a"\nmsgstr "b"\nnonsense\n'}, catalog, r"de\.po, line 3: 'nonsense' is none of a catalog's"),
         ({"de.po": RULE}, catalog, r"de\.po: 'plural=n !;' is no rule for plural forms"),
         ({"de.po": b'msgid "a"\nmsgstr "\xff"\n'}, catalog, r"de\.po, line 2: byte 0xff is not valid UTF-8"),
         ({"de/LC_MESSAGES/a.mo": b"1234 no catalog at all ...."}, catalog, r"a\.mo is not a gettext catalog"),
-        (
-            dict.fromkeys(("a-0.en", "a-0.de", "a-1.en", "a-1.de"), "x\n"),
-            lambda path: moses.find(path.parent, "a-*", ["en-de"]),
-            MANY,
-        ),
         ({"App.po": ""}, lambda path: catalogs.find(path.parent, "App.po", ["en-de"]), "language cannot be told"),
         ({"a": None}, lambda path: catalogs.find(path.parent, "x*.po", ["en-de"]), r"x\*\.po matches no file"),
         ({"no.db": "no table"}, lambda path: bible.read(path, ["en"]), r"no\.db is not the table of verses"),

@@ -180,10 +180,9 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, kind, files, message):
         ({"dataset": "xsun"}, "dataset='xsun'"),
         ({"dataset": "jsonl"}, "dataset='jsonl' needs train_files"),
         ({"dataset": "squad", "val_files": "x"}, "val_files='x' is for files of yours, not for squad"),
-        *(
-            ({name: value}, f"{name}='?{value}")
-            for name, value in (("language", "nl"), ("max_length", 3), ("subset", 0))
-        ),
+        ({"language": "nl"}, "language='nl'"),
+        ({"max_length": 3}, "max_length=3"),
+        ({"subset": 0}, "subset=0"),
         ({"dataset": "xsum", "language": "de"}, "language='de'"),
         ({"val_size": 1.5}, "val_size=1.5 is neither"),
     ],
@@ -203,10 +202,7 @@ def test_tasks_are_chosen_and_unknown_ones_are_named(tasks, tmp_path):
     train, test = (json_file(tmp_path, f"{name}.jsonl", some(40, task=name)) for name in "ab")
     with pytest.raises(ValueError, match=r"task 'b' \(test\) is none of training's: a"):
         _ = make(tmp_path, "jsonl", train_files=train, test_files=test).opened
-    for given, message in (
-        (None, r"predict_task .* must name one of first, last"),
-        ("middle", "predict_task='middle'"),
-    ):
+    for given, message in ((None, "predict_task .* must name one of first, last"), ("middle", "predict_task='middle'")):
         with pytest.raises(ValueError, match=message):
             next(task_data(tasks, text="red", predict_task=given).given_batches())
 

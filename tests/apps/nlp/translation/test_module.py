@@ -162,29 +162,22 @@ AHEAD = core.MoEConfig(4, core.ExpertChoice(), core.FFN(hidden_dim=16))
 PAIRS = "which does not fit the pairs en-de, en-fr by tasks='pair': they have 2"
 ATTENTION = core.MoEConfig(4, core.TokenChoice(2), core.AttentionExperts(8, 2))
 OF_PLACE = dataclasses.replace(ATTENTION, router=core.Random())
+THREE = core.Balance(mutual_information=0.01, num_tasks=3)
+NOWHERE = {"attention_moe": ATTENTION, "transformer": TRANSFORMER, "pretrained": "nowhere"}
 
 
 @pytest.mark.parametrize(
     "moe, options, message",
     [
         (core.MoEConfig(4, core.Task(num_tasks=4)), {}, f"router Task .* has num_tasks=4, {PAIRS}"),
-        (
-            core.MoEConfig(4, balance=core.Balance(mutual_information=0.01, num_tasks=3)), {},
-            f"moe.balance has num_tasks=3, {PAIRS}",
-        ),
-        (
-            core.MoEConfig(4, core.DomainRandom(1, 300)), {},
-            r"router DomainRandom .* has num_domains=1, which does not fit the pairs .* they have 2",
-        ),
+        (core.MoEConfig(4, balance=THREE), {}, f"moe.balance has num_tasks=3, {PAIRS}"),
+        (core.MoEConfig(4, core.DomainRandom(1, 300)), {}, "router DomainRandom .* has num_domains=1, .* they have 2"),
         (LORY, {}, r"Merge\(kind='lory'\) .* cannot decode step by step"),
         (AHEAD, {}, r"router ExpertChoice .* lets later tokens change earlier ones: not for a causal decoder"),
         ([MOE, AHEAD], {"encoder_moe_blocks": [0]}, r"router ExpertChoice .* lets later tokens change earlier ones"),
         ([MOE], {"encoder_moe_blocks": [0]}, r"^moe lists 1 layers for 2 sparse blocks, \[0\] and \[1\]: it needs one"),
         (MOE, {"attention_moe": OF_PLACE}, "a token's experts depend on its place; take another router for"),
-        (
-            MOE, {"attention_moe": ATTENTION, "transformer": TRANSFORMER, "pretrained": "nowhere"},
-            r"^pretrained='nowhere' has no weights for the heads of attention_moe$",
-        ),
+        (MOE, NOWHERE, r"^pretrained='nowhere' has no weights for the heads of attention_moe$"),
         (MOE, {"label_smoothing": 1.0}, r"label_smoothing=1\.0 is not in \[0, 1\)"),
         (MOE, {"val_decode": "beam"}, "val_decode='beam' is not one of greedy, as_test"),
         (MOE, {"bleu_tokenize": "moses"}, "bleu_tokenize='moses' is not one of"),
