@@ -101,7 +101,7 @@ def test_rows_go_on_from_the_past_that_they_are_given(kind, monkeypatch):
         search.check()
 
 
-def test_reordering_moves_no_keys():
+def test_reordering_moves_no_keys_and_what_was_never_written_is_never_read():
     search = Search(build(), copies=3)
     search.check()
     store, memory = search.cache.store, search.cache.memory
@@ -113,6 +113,21 @@ def test_reordering_moves_no_keys():
     search.cache.select(torch.zeros(0, dtype=torch.int64))  # no row may stay
     assert len(search.cache) == 0
     assert search.model.step(torch.zeros(0, dtype=torch.int64), search.cache).shape == (0, VOCAB)
+    # Memory is not cleared where each sentence has as many slots, and is where it has not.
+    search = Search(build(), copies=1)
+    search.cache.store.fill_(float("nan"))
+    for _ in range(2):
+        search.check()
+        search.go_on()
+    search.cache.store[:, :, :, 2:] = float("nan")
+    search.expand(3)
+    for _ in range(4):
+        search.check()
+        search.go_on(search.reordered([0, 1, 2, 3]))
+    store = torch.full((1, 2, 4, 3, 1), float("nan"))
+    cache = Cache(store, num_kv_heads=1, group=1).expand(2)
+    assert not cache.store.any()
+    assert (len(cache), cache.num_sentences, cache.copies, cache.length) == (8, 4, 2, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,24 +144,6 @@ def test_one_row_a_sentence_becomes_several(kind):
         search.cache.expand(2)
     with pytest.raises(ValueError, match="copies=0 must be at least 1"):
         Search(build(), copies=1).cache.expand(0)
-
-
-def test_what_was_never_written_is_never_read():
-    # Memory is not cleared where each sentence has as many slots, and is where it has not.
-    search = Search(build(), copies=1)
-    search.cache.store.fill_(float("nan"))
-    for _ in range(2):
-        search.check()
-        search.go_on()
-    search.cache.store[:, :, :, 2:] = float("nan")
-    search.expand(3)
-    for _ in range(4):
-        search.check()
-        search.go_on(search.reordered([0, 1, 2, 3]))
-    store = torch.full((1, 2, 4, 3, 1), float("nan"))
-    cache = Cache(store, num_kv_heads=1, group=1).expand(2)
-    assert not cache.store.any()
-    assert (len(cache), cache.num_sentences, cache.copies, cache.length) == (8, 4, 2, 0)
 
 
 def test_a_slot_is_given_away_when_no_copy_goes_on_from_it_and_reaches_no_other():

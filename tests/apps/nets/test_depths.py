@@ -59,7 +59,7 @@ def vision_model(depths: MixtureOfDepths | None, blocks: str = "every2", **optio
     return VMoE(vit, image_size=8, in_chans=1, num_classes=3, depths=depths, depth_blocks=blocks, **options).eval()
 
 
-def test_the_best_tokens_enter_and_the_others_pass_by():
+def test_the_best_of_the_real_tokens_enter_and_the_others_pass_by():
     # r is the first number of a token: 1, 4, -2, 3. Two of four enter, 4 and 3, in their order, and the block adds 10
     # to every number: y = x + r * 10.
     x = torch.tensor([[[1.0, 0.0], [4.0, 0.0], [-2.0, 0.0], [3.0, 1.0]]])
@@ -78,9 +78,6 @@ def test_the_best_tokens_enter_and_the_others_pass_by():
     (entry,) = tape.entries
     assert entry.routing.tokens_per_expert_E.tolist() == [2]
     assert core.RoutingStats.from_tape(tape).layers[""].drop_rate == 0
-
-
-def test_capacity_counts_the_real_tokens_of_each_sequence():
     # Of 8, 7 and 4 real tokens half enter, rounded up: 4, 4 and 2, whatever padding holds; of none none.
     x = torch.randn(4, 8, 3)
     valid = torch.arange(8) < torch.tensor([8, 7, 4, 0])[:, None]
@@ -94,12 +91,30 @@ def test_capacity_counts_the_real_tokens_of_each_sequence():
     assert y[valid].isfinite().all()
 
 
-def test_capacity_one_is_the_plain_block_up_to_the_gate():
+def test_a_vision_model_trains_and_costs_by_the_tokens_that_enter():
     plain, all_in, image = vision_model(None), vision_model(MixtureOfDepths(1.0), blocks="all"), torch.randn(2, 1, 8, 8)
     all_in.load_state_dict({**all_in.state_dict(), **plain.state_dict()})
     for block in all_in.blocks:  # r = 1 for every token of the bias-free gate: its weight is set by hand
         block.depth_gate.router.gate.forward = lambda x_TD, kept_TD=None: x_TD.new_ones(len(x_TD), 1)
     assert_close(all_in(image), plain(image))
+    # The block of width 16 with 16 patches costs 2 * 16 * (48 + 16 + 128) a token for its products (qkv, projection,
+    # FFN of 64 twice), and 4 * 16 for each pair of tokens. At capacity 1/4, 4 tokens enter and attend to 4.
+    plain, quarter = vision_model(None), vision_model(MixtureOfDepths(0.25), blocks="all")
+    image = torch.randn(1, 1, 8, 8)
+
+    def block(tokens: int) -> int:
+        return tokens * 2 * 16 * (48 + 16 + 128) + 4 * 16 * tokens**2
+
+    saved = core.count_flops(plain, image) - core.count_flops(quarter, image)
+    assert saved == 4 * (block(16) - block(4) - 16 * MixtureOfDepths(0.25).flops_per_token(16))
+    model = vision_model(MixtureOfDepths(0.5), moe_blocks="all", ffn=MOE).train()
+    with core.record(model) as tape:
+        model(torch.randn(2, 1, 8, 8)).square().sum().backward()
+    names = {e.name: e.routing.num_tokens for e in tape.entries}
+    assert names["blocks.1.depth_gate"] == 32
+    assert names["blocks.1.mlp"] == 16  # the experts see the tokens that enter
+    assert names["blocks.0.mlp"] == 32
+    assert all(p.grad is not None for n, p in model.named_parameters() if "depth_gate" in n)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -221,19 +236,6 @@ def test_costs_of_a_gate_are_counted(predictor):
     assert core.active_params(layer) == config.num_params(16)
 
 
-def test_flops_of_a_block_are_those_of_the_tokens_that_enter():
-    # The block of width 16 with 16 patches costs 2 * 16 * (48 + 16 + 128) a token for its products (qkv, projection,
-    # FFN of 64 twice), and 4 * 16 for each pair of tokens. At capacity 1/4, 4 tokens enter and attend to 4.
-    plain, quarter = vision_model(None), vision_model(MixtureOfDepths(0.25), blocks="all")
-    image = torch.randn(1, 1, 8, 8)
-
-    def block(tokens: int) -> int:
-        return tokens * 2 * 16 * (48 + 16 + 128) + 4 * 16 * tokens**2
-
-    saved = core.count_flops(plain, image) - core.count_flops(quarter, image)
-    assert saved == 4 * (block(16) - block(4) - 16 * MixtureOfDepths(0.25).flops_per_token(16))
-
-
 class Counted(torch.nn.Module):
     """A language model as its cost is measured."""
 
@@ -251,24 +253,10 @@ class Counted(torch.nn.Module):
         return self.model(text)
 
 
-def test_a_language_model_is_counted_at_its_capacity_whatever_the_predictor_says():
+def test_a_language_model_is_counted_at_its_capacity_and_refused_in_one_line():
     models = language_model(), language_model(seed=4), language_model(None)
     half, again, plain = (measure_cost(Counted(m), TEXT[:1].repeat(2, 1)).flops_per_example for m in models)
     assert half == again < plain
-
-
-def test_a_vision_model_trains_with_experts_inside():
-    model = vision_model(MixtureOfDepths(0.5), moe_blocks="all", ffn=MOE).train()
-    with core.record(model) as tape:
-        model(torch.randn(2, 1, 8, 8)).square().sum().backward()
-    names = {e.name: e.routing.num_tokens for e in tape.entries}
-    assert names["blocks.1.depth_gate"] == 32
-    assert names["blocks.1.mlp"] == 16  # the experts see the tokens that enter
-    assert names["blocks.0.mlp"] == 32
-    assert all(p.grad is not None for n, p in model.named_parameters() if "depth_gate" in n)
-
-
-def test_refused_in_one_line():
     with pytest.raises(ValueError, match=r"depths\.predictor=False lets later tokens change earlier ones"):
         language_model(MixtureOfDepths(0.5))
     with pytest.raises(ValueError, match=r"depths\.predictor=True is for causal decoders"):

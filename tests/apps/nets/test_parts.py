@@ -26,7 +26,7 @@ def config(**options):
     return TransformerConfig(**{"dim": 4, "num_heads": 2, "max_length": 5, **options})
 
 
-def test_sines_come_first_and_cosines_after_them_and_go_on_beyond_the_table():
+def test_positions_are_sines_and_cosines_beyond_any_table_or_learned_rows_of_one():
     # D = 4: the frequencies 10000^0 = 1 and 10000^-1.
     sin, cos = math.sin, math.cos
     expected = [[0.0, 0.0, 1.0, 1.0], [sin(1), sin(1e-4), cos(1), cos(1e-4)], [sin(2), sin(2e-4), cos(2), cos(2e-4)]]
@@ -38,9 +38,6 @@ def test_sines_come_first_and_cosines_after_them_and_go_on_beyond_the_table():
     assert_close(table(4, 6), sinusoids(12, 4)[6:])  # positions 4 to 9 are rows 6 to 11
     assert table.double()(4, 6).dtype == torch.float64
     assert not table.state_dict()
-
-
-def test_learned_positions_are_rows_and_refuse_what_they_have_not():
     table = Learned(config(position_offset=2))
     assert table.weight.shape == (7, 4)
     torch.nn.init.normal_(table.weight)
@@ -52,7 +49,7 @@ def test_learned_positions_are_rows_and_refuse_what_they_have_not():
         assert type(added_positions(config(positions=positions))) is kinds.get(positions, type(None))
 
 
-def test_a_rotation_turns_each_pair_by_its_own_exact_angle():
+def test_a_rotation_turns_each_pair_by_its_own_exact_angle_and_products_depend_on_the_distance():
     # d = 4, base 16: the pairs (0, 2) and (1, 3) turn by p * 16^0 and p * 16^(-1/2) = p / 4.
     turns = rotations(3, 1, 4, 16.0, torch.zeros(1, dtype=torch.float64))
     x = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
@@ -62,9 +59,6 @@ def test_a_rotation_turns_each_pair_by_its_own_exact_angle():
     cos, _ = rotations(256, 2, 2, 10000.0, torch.zeros(1, dtype=torch.bfloat16))
     assert cos.dtype == torch.bfloat16
     assert_close(cos.flatten().float(), torch.tensor([math.cos(256), math.cos(257)]), atol=2e-3, rtol=0)
-
-
-def test_rotated_products_depend_on_the_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 3, 8, dtype=torch.float64)
     turns = rotations(0, 40, 8, 10000.0, q)
@@ -78,7 +72,7 @@ def test_rotated_products_depend_on_the_distance_alone():
     assert_close(rotate(q, turns[:, 9:10]).norm(dim=-1), q.norm(dim=-1))
 
 
-def test_buckets_by_hand():
+def test_buckets_and_their_biases_by_hand():
     # A decoder's 32 rows up to distance 128: one each for 0 to 15, then 16 + floor(16 ln(a / 16) / ln 8).
     # 17: 0.47, 20: 1.72, 32: 5.33, 64: 10.67, 127: 15.94, 128 and beyond: 16 or more, the last row. Later keys: row 0.
     distance = -torch.tensor([0, 1, 15, 16, 17, 20, 32, 64, 127, 128, 1000, -3])
@@ -89,9 +83,6 @@ def test_buckets_by_hand():
     distance = torch.tensor([0, -7, 7, -8, -16, 16, -32, -64, 64, -128, 128, 500])
     expected = [0, 7, 23, 8, 10, 26, 12, 14, 30, 15, 31, 31]
     assert relative_buckets(distance, 32, 128, causal=False).tolist() == expected
-
-
-def test_biases_are_those_of_the_distances():
     # 4 rows up to distance 3. A decoder's: 0, 1, and 2 or more. An encoder's: 0, 1 or more before, 1 or more after.
     options = config(positions="relative", relative_buckets=4, relative_max_distance=3)
     decoder, encoder = RelativeBias(options, causal=True), RelativeBias(options, causal=False)
@@ -151,6 +142,14 @@ def test_packing_by_hand():
     assert padded.squeeze(-1).tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
     assert packing.pack(padded).flatten().tolist() == [1, 2, 3, 4, 5]
     assert packing.valid_BL().tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    expected, _ = Packing.of(torch.ones(2, 3, dtype=torch.bool))
+    packing = Packing.full(2, 3, torch.device("cpu"))
+    for name in ("slot_T", "position_T", "last_B"):
+        assert torch.equal(getattr(packing, name), getattr(expected, name))
+    assert (packing.is_full, packing.valid_BL()) == (True, None)
+    # On the meta device all tokens are real.
+    packing, index_T = Packing.of(torch.ones(2, 3, dtype=torch.bool, device="meta"))
+    assert (packing.is_full, packing.num_rows, packing.length, len(index_T)) == (True, 2, 3, 6)
 
 
 def test_a_program_keeps_padding_behind_the_real_tokens(monkeypatch):
@@ -166,14 +165,3 @@ def test_a_program_keeps_padding_behind_the_real_tokens(monkeypatch):
     padded = packing.pad(torch.arange(1, 13)[:, None]).squeeze(-1)
     assert padded.tolist() == [[1, 2, 0, 0], [0, 0, 0, 0], [9, 10, 11, 0]]
     assert packing.pack(padded[..., None]).shape == (12, 1)
-
-
-def test_a_full_packing_is_that_of_rows_without_padding():
-    expected, _ = Packing.of(torch.ones(2, 3, dtype=torch.bool))
-    packing = Packing.full(2, 3, torch.device("cpu"))
-    for name in ("slot_T", "position_T", "last_B"):
-        assert torch.equal(getattr(packing, name), getattr(expected, name))
-    assert (packing.is_full, packing.valid_BL()) == (True, None)
-    # On the meta device all tokens are real.
-    packing, index_T = Packing.of(torch.ones(2, 3, dtype=torch.bool, device="meta"))
-    assert (packing.is_full, packing.num_rows, packing.length, len(index_T)) == (True, 2, 3, 6)

@@ -68,7 +68,7 @@ def test_it_is_the_slow_loop_in_output_and_gradients():
         assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_rows_without_padding_are_those_of_the_packing():
+def test_rows_without_padding_are_those_of_the_packing_and_cost_what_a_hand_counts():
     layer, packing = build(), packed()
     x_TD = torch.randn(sum(LENGTHS), 6, dtype=torch.float64)
     mask = self_mask(x_TD.new_empty(3, 5, 0), 2, valid_BL=None, causal=True, relative_HLL=None)
@@ -76,18 +76,6 @@ def test_rows_without_padding_are_those_of_the_packing():
         assert_close(packing.pack(layer(packing.pad(x_TD), mask)), layer(x_TD, mask, packing=packing))
         # What a GPU takes: a mask that says "causal" and holds no bias.
         assert_close(layer(x_TD, Mask(causal=True), packing=packing), layer(x_TD, mask, packing=packing))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_keys_weigh_nothing(dtype):
-    layer, x_BLD = build().to(dtype), torch.randn(1, 4, 6, dtype=dtype, requires_grad=True)
-    layer(x_BLD, self_mask(x_BLD, 2, valid_BL=None, causal=True, relative_HLL=None))[0, 1].sum().backward()
-    assert x_BLD.grad.isfinite().all()
-    assert not x_BLD.grad[0, 2:].any()
-    assert x_BLD.grad[0, :2].abs().amax(-1).min() > 0
-
-
-def test_flops_by_hand_and_dropout_of_the_weights_in_training_alone():
     # 9 tokens: u, v, q, k 2 * 6 * 24 = 288 each and the output 2 * 6 * 6 = 72; scores and sums of 3 padded rows of 5:
     # 2 * 2 * 3 * 5 * 5 * 6 = 1,800.
     layer, x_TD = build().float(), torch.randn(9, 6)
@@ -98,6 +86,15 @@ def test_flops_by_hand_and_dropout_of_the_weights_in_training_alone():
         assert not torch.equal(layer(x_BLD, Mask(causal=True)), layer(x_BLD, Mask(causal=True)))
         layer.eval()
         assert torch.equal(layer(x_BLD, Mask(causal=True)), layer(x_BLD, Mask(causal=True)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_keys_weigh_nothing(dtype):
+    layer, x_BLD = build().to(dtype), torch.randn(1, 4, 6, dtype=dtype, requires_grad=True)
+    layer(x_BLD, self_mask(x_BLD, 2, valid_BL=None, causal=True, relative_HLL=None))[0, 1].sum().backward()
+    assert x_BLD.grad.isfinite().all()
+    assert not x_BLD.grad[0, 2:].any()
+    assert x_BLD.grad[0, :2].abs().amax(-1).min() > 0
 
 
 def test_buckets_by_hand_of_the_time_between():

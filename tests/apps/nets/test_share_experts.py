@@ -27,7 +27,7 @@ def language_model(**options: object) -> LanguageModel:
     return LanguageModel(CONFIG, vocab=20, ffn=MOE, **options).double()
 
 
-def test_each_block_has_its_own_router_and_the_experts_of_all():
+def test_each_block_has_its_own_router_and_the_experts_of_all_whose_gradients_add_up():
     # Three layers of 4 + 1 experts of 2 * 16 * 12 = 384 weights and a router of 64: what two layers less have is gone.
     own, shared = language_model(), language_model(share_experts=True)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (own, shared)]
@@ -42,9 +42,6 @@ def test_each_block_has_its_own_router_and_the_experts_of_all():
         LanguageModel(CONFIG, vocab=20, share_experts=True)
     dense = LanguageModel(CONFIG, vocab=20, ffn=core.DenseFFN(8), share_experts=True)  # as a baseline is made
     assert core.moe_layers(dense) == {}
-
-
-def test_it_is_the_model_whose_layers_have_equal_experts_and_gradients_add_up():
     shared = language_model(share_experts=True)
     own = language_model()
     own.load_state_dict(shared.state_dict())  # every layer's experts are in it, under the names of each
@@ -53,9 +50,6 @@ def test_it_is_the_model_whose_layers_have_equal_experts_and_gradients_add_up():
         model(TEXT).square().sum().backward()
     total = sum(layer.experts.w_in.grad for layer in core.moe_layers(own).values())
     assert_close(core.moe_layers(shared)["decoder.layers.0.ffn"].experts.w_in.grad, total)
-
-
-def test_it_trains_and_is_copied_and_stays_shared():
     model = language_model(share_experts=True, depths=MixtureOfDepths(0.5, predictor=True))
     optimizer = build_optimizer(model, OptimizerConfig(lr=0.01))
     with core.record(model) as tape:

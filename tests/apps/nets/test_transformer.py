@@ -282,16 +282,13 @@ def test_initial_weights():
     assert sparse.router.gate.weight.std().item() < 2 * math.sqrt(0.1 / D)
 
 
-def test_something_is_dropped_in_training_alone():
+def test_something_is_dropped_and_every_parameter_trained_but_the_embedding_of_padding():
     for options in ({"dropout": 0.5}, {"dropout": 0.0, "ffn_dropout": 0.5}, {"dropout": 0.0, "attn_dropout": 0.5}):
         model = build(**{"embed_dropout": 0.0, **options})
         assert torch.equal(model(SOURCE, TARGET), model(SOURCE, TARGET)), options
         assert not torch.equal(model.train()(SOURCE, TARGET), model(SOURCE, TARGET)), options
     model = build(dropout=0.0).train()  # and embed_dropout is as dropout
     assert torch.equal(model(SOURCE, TARGET), model(SOURCE, TARGET))
-
-
-def test_every_parameter_is_trained_but_the_embedding_of_padding():
     model = build(MOE, positions="relative", dropout=0.0).float().train()
     expected = model(SOURCE, TARGET)
     with core.record(model) as tape, torch.autocast("cpu", torch.bfloat16):
@@ -319,7 +316,7 @@ def test_cross_attention_shows_where_each_layer_looks():
     hook = attention.register_forward_hook(lambda _, args, y: seen.append((*args[:2], y)))
     model(SOURCE, TARGET)
     hook.remove()
-    _, memory_BSD, y_BLD = seen[0]
+    ((_, memory_BSD, y_BLD),) = seen
     v_BSHd = attention.kv(memory_BSD)[..., 16:].unflatten(-1, (2, 8))
     assert_close(attention.out(torch.einsum("bhls,bshd->blhd", weights[1], v_BSHd).flatten(2)), y_BLD)
 
@@ -330,10 +327,8 @@ def test_a_forward_is_one_graph():
     assert_close(compiled(SOURCE, TARGET), model(SOURCE, TARGET))
 
 
-TIED = (
-    "tie='all' (model.transformer.tie) needs a joint vocabulary: with two, which data.tokenizer.joint=false makes, "
-    "tie is 'decoder' or 'none'"
-)
+TIED = "tie='all' (model.transformer.tie) needs a joint vocabulary: with two, which data.tokenizer.joint=false makes, "
+TIED += "tie is 'decoder' or 'none'"
 NO_BLOCK = "encoder_moe_blocks and decoder_moe_blocks name no block: leave moe out for a dense model"
 BEYOND = "decoder_moe_blocks='last3' does not fit depth=2: N is at most 1"
 ACAUSAL = "router ExpertChoice (arXiv 2202.09368) lets later tokens change earlier ones: not for a causal decoder"
@@ -356,8 +351,7 @@ ACAUSAL = "router ExpertChoice (arXiv 2202.09368) lets later tokens change earli
 )
 def test_what_cannot_be_built_is_refused_in_one_line(options, message):
     of_text = {"vocab", "moe_blocks"} & {*options}
+    kind, vocab = (LanguageModel, "vocab") if of_text else (TranslationModel, "source_vocab")
     with pytest.raises(ValueError) as error:
-        LanguageModel(config(), **{"vocab": VOCAB, **options}) if of_text else TranslationModel(
-            config(), **{"source_vocab": VOCAB, **options}
-        )
+        kind(config(), **{vocab: VOCAB, **options})
     assert str(error.value) == message

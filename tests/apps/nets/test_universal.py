@@ -49,13 +49,10 @@ def test_a_stick_by_hand():
     first, second = torch.tensor([[[4.0, 8.0]]]), torch.tensor([[[16.0, 0.0]]])
     context = core.RoutingContext()
     sticks = gate(first, gate.start(first, context), context)
-    assert sticks.left_BL.tolist() == [[0.5]]
-    assert sticks.halted_BLD.tolist() == [[[2.0, 4.0]]]
-    assert sticks.runs_BL.tolist() == [[True]]
+    assert [x.tolist() for x in (sticks.left_BL, sticks.halted_BLD, sticks.runs_BL)] == [[[0.5]], [[[2, 4]]], [[True]]]
     sticks = gate(second, sticks, context)
-    assert sticks.left_BL.tolist() == [[0.25]]
-    assert sticks.halted_BLD.tolist() == [[[6.0, 4.0]]]  # 2 + 16 / 4
-    assert sticks.runs_BL.tolist() == [[False]]
+    halted = [[[6.0, 4.0]]]  # 2 + 16 / 4
+    assert [x.tolist() for x in (sticks.left_BL, sticks.halted_BLD, sticks.runs_BL)] == [[[0.25]], halted, [[False]]]
     assert gate.train()(second, sticks, context).left_BL.tolist() == [[0.125]]
 
 
@@ -149,7 +146,7 @@ def test_decoding_equals_the_sequence(positions, parts, monkeypatch):
             assert_close(logits_RV[REAL[:, t], k], logits_BLV[REAL[:, t], t])
 
 
-def test_the_penalty_is_the_expected_depth_less_one():
+def test_penalties_and_costs_are_those_of_all_steps_and_parameters_those_of_one_layer():
     # A token takes l steps with probability p_l: 1/2, 1/4, 1/8 and the rest 1/8, in all 1/2 + 2/4 + 3/8 + 4/8 = 15/8.
     model = language_model(Universal(depth_penalty=0.25)).train()
     torch.nn.init.zeros_(model.decoder.halting.router.weight)
@@ -162,6 +159,15 @@ def test_the_penalty_is_the_expected_depth_less_one():
     assert model.decoder.halting.router.weight.grad.abs().max() > 0
     with core.record(language_model(Universal()).train()) as tape:
         assert core.aux_losses(tape).terms == {}
+    universal = Universal()
+    one, all_steps = language_model(None, decoder_layers=1), language_model(universal)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (one, all_steps)]
+    assert sizes[1] - sizes[0] == universal.num_params(16) == 16 * 17 + 16
+    assert core.active_params(all_steps) == sizes[1]
+    four = language_model(None)
+    with by_capacity(all_steps):
+        more = core.count_flops(all_steps, TEXT) - core.count_flops(four, TEXT)
+    assert more == (STEPS - 1) * TEXT.numel() * universal.flops_per_token(16)
 
 
 def test_tokens_that_all_halt_end_the_steps():
@@ -179,18 +185,6 @@ def test_tokens_that_all_halt_end_the_steps():
     with by_capacity(model), core.record(model) as tape:
         model(TEXT)
     assert len(tape.entries) == STEPS + STEPS - 1
-
-
-def test_parameters_are_those_of_one_layer_and_costs_those_of_all_steps():
-    universal = Universal()
-    one, all_steps = language_model(None, decoder_layers=1), language_model(universal)
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (one, all_steps)]
-    assert sizes[1] - sizes[0] == universal.num_params(16) == 16 * 17 + 16
-    assert core.active_params(all_steps) == sizes[1]
-    four = language_model(None)
-    with by_capacity(all_steps):
-        more = core.count_flops(all_steps, TEXT) - core.count_flops(four, TEXT)
-    assert more == (STEPS - 1) * TEXT.numel() * universal.flops_per_token(16)
 
 
 @pytest.mark.parametrize(

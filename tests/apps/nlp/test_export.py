@@ -103,11 +103,8 @@ def test_continuations_of_predict_and_of_the_script_are_those_of_the_checkpoint(
 @pytest.mark.slow
 @pytest.mark.parametrize("router", [core.Task(num_tasks=2, top_k=1), core.Domain(num_domains=2)])
 def test_translations_of_predict_and_of_the_script_are_those_of_the_checkpoint(router, data, tmp_path, capsys):
-    module, run, exported = (
-        sparse_translator(data, replace(MOE, router=router)),
-        tmp_path / "run",
-        tmp_path / "exported",
-    )
+    module = sparse_translator(data, replace(MOE, router=router))
+    run, exported = tmp_path / "run", tmp_path / "exported"
     options = {"dataset": "moses", "pairs": list(data.pairs), "root": data.root, "train_files": "train"}
     write_run(run, module, {"class_path": "TranslationData", "init_args": options})
     assert main(["export", "--ckpt_path", str(run), "--output", str(exported)]) == 0

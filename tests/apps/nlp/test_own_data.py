@@ -13,7 +13,7 @@ def write(path, count, word):
     return path
 
 
-def test_two_files_are_a_pair_of_languages(tmp_path):
+def test_two_files_are_a_pair_of_languages_and_files_that_do_not_fit_are_refused(tmp_path):
     paths = (write(tmp_path / "a.en", 240, "red"), write(tmp_path / "a.de", 240, "rot"))
     made = config_for(GivenData(paths, None, tmp_path / "made"))
     assert made.notes == ("240 pairs of lines, en to de; a tenth is held out for the test.",)
@@ -27,9 +27,6 @@ def test_two_files_are_a_pair_of_languages(tmp_path):
     paths = (write(tmp_path / "left.txt", 240, "red"), write(tmp_path / "right.txt", 240, "rot"))
     made = config_for(GivenData(paths, None, tmp_path / "made"))
     assert made.config["data"]["init_args"]["pairs"] == ["source-target"]
-
-
-def test_one_file_is_of_another_kind_and_files_that_do_not_fit_are_refused(tmp_path):
     long, short = write(tmp_path / "a.en", 240, "red"), write(tmp_path / "a.de", 239, "rot")
     assert config_for(GivenData((long,), None, tmp_path / "made")) is None
     with pytest.raises(ValueError, match="have 240 and 239 lines: line i of one must translate line i of the other"):

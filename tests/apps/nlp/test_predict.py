@@ -50,7 +50,7 @@ def test_a_line_that_is_no_utf8_is_an_error_or_replaced_or_left_empty(tmp_path, 
         TranslationData(bad_lines="repl")
 
 
-def test_texts_and_options_of_a_caller_are_checked():
+def test_lines_are_counted_and_texts_and_options_of_a_caller_checked(tmp_path):
     assert checked_texts(("a\tb ", "")) == ["a b", ""]
     with pytest.raises(ValueError, match=r"texts='abc' is one text, and not a list of texts: give \[text\]"):
         checked_texts("abc")
@@ -64,8 +64,6 @@ def test_texts_and_options_of_a_caller_are_checked():
     assert as_text(line, 1) == ["greater"]
     assert as_text(line, 2) == ["5\t-0.2500\tgreater", "5\t-1.5000\tbigger"]
 
-
-def test_lines_of_a_text_or_a_file_are_counted(tmp_path):
     def data(text, path):
         return SimpleNamespace(text=text, predict_file=path)
 

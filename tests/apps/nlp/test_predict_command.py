@@ -83,18 +83,6 @@ def predict(capsys: pytest.CaptureFixture, *flags: str) -> list[str]:
     return out.removesuffix("\n").split("\n")
 
 
-def typed(capsys: pytest.CaptureFixture, *lines: bytes, shown: list[str]) -> SimpleNamespace:
-    """Standard input that notes what is on stdout when a line is asked for, and is interrupted after ``lines``."""
-
-    def given():
-        for line in lines:
-            shown.append(capsys.readouterr().out)
-            yield line
-        raise KeyboardInterrupt
-
-    return SimpleNamespace(buffer=given())
-
-
 def test_text_a_file_and_standard_input_are_translated_alike(capsys, monkeypatch):
     lines = ["red blue green black", "", "blue", "black black green red", "", "green"]
     Path("in.txt").write_text("\n".join(lines) + "\n")
@@ -107,7 +95,14 @@ def test_text_a_file_and_standard_input_are_translated_alike(capsys, monkeypatch
     assert not Path("cache").exists()
     # A line is printed before the next is read; one who interrupts it gets no advice on training.
     shown: list[str] = []
-    monkeypatch.setattr(sys, "stdin", typed(capsys, b"blue\n", b"green\n", b"red\n", shown=shown))
+
+    def typed():
+        for line in (b"blue\n", b"green\n", b"red\n"):
+            shown.append(capsys.readouterr().out)
+            yield line
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=typed()))
     flags = ["--data.predict_pair", "en-de", "--data.predict_file", "-", "--data.predict_lines", "1"]
     assert main(["predict", "--config", "copies.yaml", *flags]) == 130
     assert shown == ["", f"{from_file[2]}\n", f"{from_file[5]}\n"]
@@ -171,46 +166,40 @@ def test_a_list_of_texts_is_translated_as_the_command_translates_it(loaded, caps
 @pytest.mark.parametrize("name", ["out.txt", "out.jsonl"])
 def test_a_file_goes_on_where_a_killed_run_stopped_to_the_same_lines(name, tmp_path, monkeypatch, caplog, loaded):
     caplog.set_level("INFO")
-    model = loaded
     Path("in.txt").write_text("\n".join(LINES) + "\n")
-    options = {"predict_file": "in.txt", "predict_lines": 2}
+    data = data_of(loaded, predict_file="in.txt", predict_lines=2)
     monkeypatch.setattr(partial_file, "_SAVED", -1.0)  # noted after each chunk
-    whole, path = tmp_path / f"whole-{name}", tmp_path / name
-    assert written(model, data_of(model, **options), whole) == (7, 0)
-    translated: list[int] = []
-    translate = model.translate
+    whole, path, partial = (tmp_path / own for own in (f"whole-{name}", name, f"{name}.partial"))
+    assert written(loaded, data, whole) == (7, 0)
+    translated, translate, last = [], loaded.translate, [4]
 
-    def stopped(batch, *rest):
-        if 4 in batch.index_B:
+    def stopped(batch, *rest, **how):
+        if {*last} & {*batch.index_B.tolist()}:
             raise KeyboardInterrupt
-        return translate(batch, *rest)
+        translated.extend(batch.index_B.tolist())
+        return translate(batch, *rest, **how)
 
-    monkeypatch.setattr(model, "translate", stopped)
+    monkeypatch.setattr(loaded, "translate", stopped)
     with pytest.raises(KeyboardInterrupt):
-        written(model, data_of(model, **options), path)
+        written(loaded, data, path)
     assert not path.exists()
-    partial = tmp_path / f"{name}.partial"
     assert partial.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:4])
     assert caplog.messages[-1] == f"4 predictions are in {partial}: a run like this one continues after them"
     with open(partial, "a") as file:
         file.write("half a li")  # what a kill leaves behind the last note
-
-    def counted(batch, *rest, **how):
-        translated.extend(batch.index_B.tolist())
-        return translate(batch, *rest, **how)
-
-    monkeypatch.setattr(model, "translate", counted)
-    assert written(model, data_of(model, **options), path) == (7, 4)
+    last.clear()
+    translated.clear()
+    assert written(loaded, data, path) == (7, 4)
     assert sorted(translated) == [4, 5, 6]
     assert path.read_bytes() == whole.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, f"whole-{name}"])
+    assert {p.name for p in tmp_path.iterdir()} == {name, whole.name}
+    expected, lines = loaded.predict(LINES, "en-de"), path.read_text().splitlines()
     if name == "out.jsonl":
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        assert [row["source"] for row in rows] == LINES
-        assert [row["translation"] for row in rows] == model.predict(LINES, "en-de")
+        rows = [json.loads(line) for line in lines]
+        assert [(row["source"], row["translation"]) for row in rows] == [*zip(LINES, expected, strict=True)]
         assert list(rows[0]) == ["index", "source", "translation", "candidates", "scores"]
     else:
-        assert path.read_text().splitlines() == model.predict(LINES, "en-de")
+        assert lines == expected
 
 
 def test_a_file_of_another_run_is_never_replaced_or_gone_on_with_in_silence(tmp_path, loaded, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from copying import WORDS, write_copies
 from predicted import printed
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch.testing import assert_close
 
 import core
@@ -35,8 +36,6 @@ T5_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
 
 def sentencepiece_file(path: Path, **options: Any) -> int:
     """A sentencepiece model of the copied words; how many pieces it has."""
-    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-
     with path.open("wb") as file:
         given = {"vocab_size": 30, "hard_vocab_limit": False, "minloglevel": 2, "normalization_rule_name": "identity"}
         lines = iter([" ".join(WORDS), *WORDS] * 4)
@@ -155,7 +154,7 @@ def test_a_given_network_must_be_the_published_one(corpus, tmp_path):
     assert make(data, folder, moe=moe).moe == moe
 
 
-def test_what_cannot_begin_a_training_is_told_in_a_line(corpus, tmp_path):
+def test_what_cannot_begin_a_training_or_be_compared_is_told_in_a_line(corpus, tmp_path):
     folder, text = published(tmp_path / "p"), published_text(tmp_path / "t")
     learned = make_data(corpus, None)
     told = message(lambda: make(learned, folder).setup("fit"), folder)
@@ -173,14 +172,9 @@ def test_what_cannot_begin_a_training_is_told_in_a_line(corpus, tmp_path):
     (gone / "sentencepiece.bpe.model").write_bytes((folder / "spiece.model").read_bytes())
     told = message(lambda: make_data(corpus, gone), gone)
     assert told == "F has no subwords that are known here: neither spiece.model nor tokenizer.model"
-    with pytest.raises(
-        ValueError, match="holds a switch_transformers, which Translator trains, and not LanguageModeler"
-    ):
+    with pytest.raises(ValueError, match="holds a switch_transformers, which Translator trains, and not LanguageMod"):
         LanguageModeler(learned.subwords, pretrained=str(folder))
-
-
-def test_published_weights_are_compared_with_no_other_network(corpus, tmp_path):
-    folder = published(tmp_path / "p")
+    # Published weights are compared with no other network.
     module = make(make_data(corpus, folder), folder)
     baselines = module.baselines()
     assert list(baselines) == ["dense_equal_flops", "dense_equal_params"]
@@ -215,8 +209,6 @@ def test_tags_take_ids_that_the_checkpoint_does_not_use(corpus, tmp_path):
 
 @pytest.mark.parametrize("targets", [("de",), ("de", "fr")], ids=["one", "two"])
 def test_the_way_back_writes_the_subwords_and_reads_them_again(targets, corpus, tmp_path):
-    from sentencepiece import SentencePieceProcessor
-
     folder = published(tmp_path / "p")
     module = make(make_data(corpus, folder, *targets), folder)
     module.setup("fit")
@@ -256,8 +248,6 @@ def test_subwords_that_a_published_architecture_has_not(corpus, tmp_path):
 
 
 def test_a_tokenizer_file_of_ones_own(corpus, tmp_path):
-    from sentencepiece import SentencePieceProcessor
-
     path = tmp_path / "own.model"
     size = sentencepiece_file(path, model_type="bpe")  # unknown 0, begin 1, end 2, no padding
     theirs = SentencePieceProcessor(model_file=str(path))

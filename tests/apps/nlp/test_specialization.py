@@ -1,6 +1,6 @@
 """Classes of subwords, counts from tapes that are written down, and what they say."""
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,33 +33,18 @@ def test_what_is_no_word_is_told_by_its_characters():
 def test_words_are_quartered_by_the_tokens_before_them():
     # 40 tokens with letters. Before "ing" are 10 of them: the second quarter. What is no word does not count.
     quartered = {"▁the": "function-like", "▁playing": "word start, frequent", "ing": "continuation, 2nd quarter"}
-    quartered |= {
-        "▁dog": "word start, 2nd quarter",
-        "s": "continuation, 3rd quarter",
-        "▁cat": "word start, 3rd quarter",
-    }
-    quartered |= {"er": "continuation, rare", "▁owl": "word start, rare", ".": "punctuation"}
-    assert classes([*quartered], [5] * 8 + [1000]) == [*quartered.values()]
+    quartered |= {"▁dog": "word start, 2nd quarter", "s": "continuation, 3rd quarter", ".": "punctuation"}
+    quartered |= {"▁cat": "word start, 3rd quarter", "er": "continuation, rare", "▁owl": "word start, rare"}
+    assert classes([*quartered], [1000 if p == "." else 5 for p in quartered]) == [*quartered.values()]
     # "a" makes up 90 of 100 tokens: it begins the first quarter; "on", after it, belongs to the last; unseen is rare.
     assert classes(["▁on", "▁a", "x"], [10, 90, 0]) == ["word start, rare", "function-like", "continuation, rare"]
     # Long words and continuations are not like function words.
     assert classes(["▁under"], [1]) + classes(["ing"], [1]) == ["word start, frequent", "continuation, frequent"]
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Stands for ``Subwords``: the same pieces on both sides."""
-
-    known: tuple[str, ...]
-
-    def size(self, side):
-        return len(self.known)
-
-    def pieces(self, ids, side):
-        return [self.known[i] for i in ids]
-
-
-WORDS = Vocabulary(("<pad>", "<unk>", "<s>", "</s>", "▁dog", "▁cat"))
+PIECES = ("<pad>", "<unk>", "<s>", "</s>", "▁dog", "▁cat")
+# Stands for ``Subwords``: the same pieces on both sides.
+WORDS = SimpleNamespace(size=lambda side: len(PIECES), pieces=lambda ids, side: [PIECES[i] for i in ids])
 
 
 def entry(name, ids, experts, num_experts=2):

@@ -124,7 +124,7 @@ def test_a_grammar_that_cannot_be_used_is_rejected_in_one_line(rules, message):
         Chars("é", others=True)
 
 
-def test_given_texts_are_a_grammar_of_alternatives(subwords):
+def test_given_texts_are_a_grammar_of_alternatives_and_ids_that_the_subwords_lack_are_never_taken(subwords):
     texts = ["ab", "abba", "a b", "(a)", "é1", "12"]
     tries = (
         TrieConstraint([*texts, " ab "], subwords),
@@ -141,6 +141,12 @@ def test_given_texts_are_a_grammar_of_alternatives(subwords):
             todo += [tuple(c.advance(s, i) for c, s in zip(tries, states, strict=True)) for i in ids]
     with pytest.raises(ValueError, match=r"texts=\[\]: a constraint needs one text at least"):
         TrieConstraint([], subwords)
+    model, size, rng = Recurrent(subwords.size("target") + 7), subwords.size("target"), random.Random(0)
+    model.out.data[:, size:] *= 9.0
+    batch, texts = sources([2, 9], size), ["".join(rng.choices("ab 12é(),", k=12)).strip() for _ in range(10_000)]
+    assert max(map(max, translate_ids(model, batch, DecodeConfig("greedy")).best)) >= size
+    out = translate_ids(model, batch, DecodeConfig("greedy"), constraints=[TrieConstraint(texts, subwords)] * 2)
+    assert set(subwords.decode(out.best, "target")) <= set(texts)
 
 
 # ---- in a search
@@ -201,15 +207,6 @@ def test_whatever_the_limit_the_text_is_in_the_language(subwords, name, method):
         for ids in itertools.chain(*found.ids):
             assert len(ids) <= limit
             assert matches(GRAMMARS[name], decode(ids))
-
-
-def test_ids_that_the_subwords_lack_are_never_taken_also_of_many_texts(subwords):
-    model, size, rng = Recurrent(subwords.size("target") + 7), subwords.size("target"), random.Random(0)
-    model.out.data[:, size:] *= 9.0
-    batch, texts = sources([2, 9], size), ["".join(rng.choices("ab 12é(),", k=12)).strip() for _ in range(10_000)]
-    assert max(map(max, translate_ids(model, batch, DecodeConfig("greedy")).best)) >= size
-    out = translate_ids(model, batch, DecodeConfig("greedy"), constraints=[TrieConstraint(texts, subwords)] * 2)
-    assert set(subwords.decode(out.best, "target")) <= set(texts)
 
 
 def test_a_text_that_does_not_fit_is_an_error_that_names_the_sentence(subwords, monkeypatch):

@@ -47,9 +47,9 @@ def test_greedy_takes_the_best_id_each_step_up_to_its_maximal_length_and_ends_no
     assert scores == pytest.approx([(math.log(0.2) + 4 * math.log(0.1) + math.log(0.9)) / 6])
 
 
-def test_beam_of_2_by_hand():
-    """Open after one id: a .5, b .4. Then b-end .36 is finished; a-a .20 and a-b .15 stay open, for a-end .15 is third.
-    At the maximum of 2 both are closed: a-a-end .06, a-b-end .135. The lengths are 2, 3 and 3."""
+def test_beams_by_hand_wait_for_a_better_hypothesis_that_is_still_open():
+    # Open after one id: a .5, b .4. Then b-end .36 is finished; a-a .20 and a-b .15 stay open, for a-end .15 is third.
+    # At the maximum of 2 both are closed: a-a-end .06, a-b-end .135. The lengths are 2, 3 and 3.
     options = {"num_beams": 2, "num_return_sequences": 2, "num_sentences": 3}
     b, ab = math.log(0.36), math.log(0.135)
     assert decoded(Table(PROBS), length_penalty=0.0, **options) == ([[B], [A, B]], pytest.approx([b, ab]))
@@ -62,11 +62,8 @@ def test_beam_of_2_by_hand():
         model = Table(PROBS)
         decoded(model, num_beams=2, length_penalty=penalty)
         assert model.steps == [1, 2, 2][:steps]  # one row until the first choice
-
-
-def test_a_better_hypothesis_that_is_still_open_is_waited_for():
-    """The end has .02 after begin, .01 after a, .97 after b. With a beam of 2 the ends of 0 and 1 ids are finished
-    first, at log .02 and log(.98 * .01) / 2 = -2.31; the best is a-b-end at log(.98 * .99 * .97) / 3 = -0.02."""
+    # The end has .02 after begin, .01 after a, .97 after b. With a beam of 2 the ends of 0 and 1 ids are finished
+    # first, at log .02 and log(.98 * .01) / 2 = -2.31; the best is a-b-end at log(.98 * .99 * .97) / 3 = -0.02.
     probs = {BOS_ID: {A: 0.98, EOS_ID: 0.02}, A: {B: 0.99, EOS_ID: 0.01}, B: {A: 0.03, EOS_ID: 0.97}}
     options = {"num_beams": 2, "min_new_tokens": 0, "max_length_extra": 5}
     best = [[A, B]], [pytest.approx(math.log(0.98 * 0.99 * 0.97) / 3)]
@@ -173,16 +170,7 @@ def test_every_id_is_that_of_the_plain_loops(method, penalty):
             close(translate_ids(model, batch, replace(config, prune=False)), fast)
 
 
-def test_a_vocabulary_smaller_than_the_beam():
-    """Two ids beside the end: fewer hypotheses than the beam has rows in the first steps."""
-    rows, ids = torch.rand(VOCAB, 3, generator=torch.Generator().manual_seed(0)).tolist(), (A, B, EOS_ID)
-    model, batch = Table({i: dict(zip(ids, row, strict=True)) for i, row in enumerate(rows)}), sources([3, 1, 2], VOCAB)
-    for k in (2, 5, 9):
-        config = DecodeConfig(num_beams=k, num_return_sequences=k, max_length_ratio=0.0, max_length_extra=4)
-        close(translate_ids(model, batch, config), naive.translate_ids(model, batch, config))
-
-
-def test_scores_are_the_teacher_s_log_probabilities():
+def test_scores_are_the_teacher_s_log_probabilities_also_of_fewer_ids_than_beams():
     model, batch = Recurrent(), sources([1, 9, 4, 2, 6, 3])
     for config in (DecodeConfig(length_penalty=0.6), DecodeConfig(method="sample", temperature=2.0, top_k=5)):
         out = translate_ids(model, batch, config)
@@ -190,6 +178,12 @@ def test_scores_are_the_teacher_s_log_probabilities():
             log_p_LV = model(source_S[None], torch.tensor([[BOS_ID, *ids]]))[0].log_softmax(-1)
             total = sum(log_p_LV[at, i].item() for at, i in enumerate([*ids, EOS_ID]))
             assert score == pytest.approx(total / (len(ids) + 1) ** config.length_penalty, abs=1e-10)
+    # Two ids beside the end: fewer hypotheses than the beam has rows in the first steps.
+    rows, ids = torch.rand(VOCAB, 3, generator=torch.Generator().manual_seed(0)).tolist(), (A, B, EOS_ID)
+    model, batch = Table({i: dict(zip(ids, row, strict=True)) for i, row in enumerate(rows)}), sources([3, 1, 2], VOCAB)
+    for k in (2, 5, 9):
+        config = DecodeConfig(num_beams=k, num_return_sequences=k, max_length_ratio=0.0, max_length_extra=4)
+        close(translate_ids(model, batch, config), naive.translate_ids(model, batch, config))
 
 
 def test_prompts_of_unequal_length_are_continued_as_each_by_itself():
@@ -318,7 +312,7 @@ def test_the_largest_sums_with_equals_by_row_and_id(vocab, k, m):
         assert values < 10**6 or not tied[3:].any()
 
 
-def test_bfloat16_is_of_a_copy_and_scores_add_up_in_float32():
+def test_bfloat16_is_of_a_copy_and_dropout_is_off_and_each_part_s_mode_comes_back():
     model, batch = Recurrent().float(), sources([1, 9, 4, 2])
     weights = {name: p.clone() for name, p in model.named_parameters()}
     config = DecodeConfig(dtype="bfloat16", min_new_tokens=20, max_length_extra=30)
@@ -330,8 +324,6 @@ def test_bfloat16_is_of_a_copy_and_scores_add_up_in_float32():
     close(out, naive.translate_ids(cast, batch, replace(config, dtype=None)), tolerance=1e-5)
     assert out.scores != translate_ids(model, batch, replace(config, dtype=None)).scores
 
-
-def test_dropout_is_off_and_each_part_s_mode_comes_back():
     class Dropping(Recurrent):
         def __init__(self) -> None:
             super().__init__()

@@ -13,7 +13,7 @@ from apps.nets.config import TransformerConfig
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.transformer import LanguageModel, TranslationModel
 from apps.nlp.decode import DecodeConfig, caption_ids, generate_ids, translate_ids
-from apps.nlp.decode.exported import ExportedLanguageModel, ExportedMemoryDecoder, PastRows
+from apps.nlp.decode.exported import ExportedLanguageModel, ExportedMemoryDecoder
 from apps.nlp.decode.graphs import decoder_graph, graphs_with_memory
 
 VOCAB = 20
@@ -114,16 +114,3 @@ def test_a_graph_has_the_limit_of_learned_positions_and_no_capacity_of_training(
     assert_close(logits(text_BL), torch.cat([logits(text_BL[:1]), logits(text_BL[1:])]))
     with torch.no_grad():
         assert not torch.allclose(logits(text_BL), model(text_BL))  # 4 experts compute one of the 8 tokens each
-
-
-def test_rows_repeat_and_go_on_from_others():
-    rows = PastRows({"mask": torch.tensor([1, 2])}, {"past": torch.tensor([10, 20])}).expand(2)
-    assert rows.past["past"].tolist() == [10, 10, 20, 20]
-    rows.past["past"] += torch.tensor([0, 1, 2, 3])
-    rows.select(torch.tensor([1, 1, 2, 3]))
-    assert rows.past["past"].tolist() == [11, 11, 22, 23]
-    assert rows.given["mask"].tolist() == [1, 1, 2, 2]
-    rows.select(torch.tensor([3, 2]))  # the first sentence leaves
-    assert rows.past["past"].tolist() == [23, 22]
-    assert rows.given["mask"].tolist() == [2, 2]
-    assert len(rows) == 2

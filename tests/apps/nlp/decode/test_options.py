@@ -76,12 +76,18 @@ def test_a_penalty_is_that_of_the_plain_loops_in_each_method(method, penalty):
     assert out.best != generate_ids(model, prompts, DecodeConfig(method, num_beams=4, max_new_tokens=8)).best
 
 
-def test_a_number_of_new_tokens_counts_instead_of_ratio_and_extra():
+def test_a_number_of_new_tokens_counts_and_ids_are_told_as_they_grow():
     config = DecodeConfig(max_new_tokens=7, max_length_ratio=3.0, max_length_extra=5)
     assert [config.max_length(n) for n in (1, 100)] == [7, 7]
     assert config.max_length(100, most=6) == 6
     assert DecodeConfig(max_new_tokens=2, min_new_tokens=4).max_length(9) == 4
     assert DecodeConfig(max_length_ratio=3.0, max_length_extra=5).max_length(2) == 11
+    model = Table({BOS_ID: {A: 0.9, B: 0.1}, A: {B: 0.9, EOS_ID: 0.1}, B: {EOS_ID: 1.0}})
+    for method, told in (("greedy", [[A], [A, B]]), ("sample", [[A], [A, B]]), ("beam", [])):
+        heard: list[list[int]] = []
+        config = DecodeConfig(method, top_k=1)
+        assert translate_ids(model, sources([3]), config, tell=heard.append).best == [[A, B]]
+        assert heard == told
 
 
 class Scripted(torch.nn.Module):
@@ -156,12 +162,3 @@ def test_the_id_that_completes_a_stop_string_is_scored_as_the_end_and_what_may_b
     assert num_begun("a", ["ab", "cab"]) == 1
     assert num_begun("ca", ["ab", "cab"]) == 2
     assert Stops(["ab"], [b"xa", b"bx", None]).cut([0, 2, 1], [0]) == []  # "x" has no id of its own
-
-
-def test_ids_are_told_as_they_grow_but_not_in_a_beam_search():
-    model = Table({BOS_ID: {A: 0.9, B: 0.1}, A: {B: 0.9, EOS_ID: 0.1}, B: {EOS_ID: 1.0}})
-    for method, told in (("greedy", [[A], [A, B]]), ("sample", [[A], [A, B]]), ("beam", [])):
-        heard: list[list[int]] = []
-        config = DecodeConfig(method, top_k=1)
-        assert translate_ids(model, sources([3]), config, tell=heard.append).best == [[A, B]]
-        assert heard == told

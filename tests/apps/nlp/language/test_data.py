@@ -51,7 +51,7 @@ def test_each_token_is_said_once_and_documents_end(root, size, workers):
     assert data.size("val") == (2, data.size("val").tokens, 5, len("the bird runs") + len("the Ж".encode()))
 
 
-def test_epochs_are_shuffled_and_overfitting_repeats_one(root):
+def test_epochs_are_shuffled_overfitting_repeats_one_and_subwords_are_of_the_training_text(root):
     loader = make(root, batch_size=1).train_dataloader()
     whole = [batch.index_B.tolist() for batch in loader]
     assert len(whole) > 4
@@ -59,9 +59,6 @@ def test_epochs_are_shuffled_and_overfitting_repeats_one(root):
     overfitted = make(root, batch_size=1)
     overfitted.trainer = SimpleNamespace(overfit_batches=2)
     assert [b.index_B.tolist() for b in overfitted.train_dataloader()] == sorted(whole)
-
-
-def test_subwords_are_learned_from_the_training_text_and_may_be_given(root):
     data = make(root)
     assert "Ж" not in "".join(data.subwords.pieces(range(data.subwords.size("target")), "target"))
     (root / "other.txt").write_text("zzz\n" * 40)
@@ -125,18 +122,16 @@ def test_the_same_text_is_on_one_side_of_a_split(root):
     assert [len(s) for s in splits] == [24, 3, 3]
 
 
-def test_documents_of_files_that_are_in_training_too_are_told(root, caplog):
-    (root / "train.txt").write_text("the bird runs\na dog\n")
-    assert make(root).size("train").documents == 2
-    assert "1 of 2 documents of val_files are in train_files too: what is measured" in caplog.text
-    assert "test_files" not in caplog.text
-
-
-def test_which_file_is_of_which_split_is_part_of_what_is_kept_and_a_file_is_read_once(root):
+def test_which_file_is_of_which_split_is_part_of_what_is_kept_and_a_file_is_read_once(root, caplog):
     both = make(root, train_files=["train.txt", "t*n.txt", "val.txt"], val_files=None, val_size=1)
     assert [both.size(split).documents for split in ("train", "val", "test")] == [5, 1, 1]
     apart = make(root)
     assert [apart.size(split).documents for split in ("train", "val", "test")] == [4, 2, 1]
+    # Documents of files that are in training too are told.
+    assert not caplog.text
+    assert make(root, train_files=["train.txt", "val.txt"]).size("train").documents == 6
+    assert "2 of 2 documents of val_files are in train_files too: what is measured" in caplog.text
+    assert "test_files" not in caplog.text
     (root / "val.txt").write_text(" a    dog\t \tЖ\n")  # a run of spaces that is read as one is one byte
     assert make(root).size("val")[2:] == (3, len("a dog Ж".encode()))
     data = make(root, test_files=None, test_size=0)

@@ -88,7 +88,7 @@ def test_a_teacher_says_each_token_but_padding(data, tmp_path):
         taught(LanguageModeler(other, TRANSFORMER, distil=module.distil))
 
 
-def test_the_loss_is_the_mean_over_the_tokens_after_the_first(data):
+def test_losses_and_metrics_are_means_over_the_tokens_after_the_first(data):
     module = modeler(data, label_smoothing=0.1)
     tokens = torch.tensor([[EOS_ID, 260, 261, 262], [262, 263, EOS_ID, PAD_ID]])
     batch = TextBatch(tokens, torch.arange(2))
@@ -104,9 +104,6 @@ def test_the_loss_is_the_mean_over_the_tokens_after_the_first(data):
     values = module.example_values([out, out])
     assert (values.values_N.shape, values.higher_is_better) == ((4,), False)
     assert values.mean == pytest.approx(sum(block.nll for block in out.outputs) / 5, rel=1e-12)
-
-
-def test_metrics_by_hand():
     metrics = LanguageMetrics()
     metrics.update([Block(1, 3.0, 1, 4), Block(0, 5.0, 3, 4), Block(1, 3.0, 1, 4)])  # the last fills up a round
     values = {name: float(value) for name, value in metrics.compute().items()}
@@ -128,9 +125,10 @@ AHEAD = "lets later tokens change earlier ones: not for a causal decoder"
 ATTENTION = core.MoEConfig(
     4, core.TokenChoice(2), core.AttentionExperts(8, 2), balance=core.Balance(load_balancing_loss=0.01)
 )
-OF_TASKS, AHEADS = (dataclasses.replace(ATTENTION, router=own, balance=core.Balance()) for own in (
-    core.Task(num_tasks=2), core.ExpertChoice()
-))  # fmt: skip
+
+
+def heads(router: object) -> dict[str, core.MoEConfig]:
+    return {"attention_moe": dataclasses.replace(ATTENTION, router=router, balance=core.Balance())}
 
 
 @pytest.mark.parametrize(
@@ -142,8 +140,8 @@ OF_TASKS, AHEADS = (dataclasses.replace(ATTENTION, router=own, balance=core.Bala
             core.MoEConfig(4, balance=core.Balance(mutual_information=0.01, num_tasks=3)), {},
             "moe.balance needs context.task_ids_B, which LanguageModeler does not give",
         ),
-        (MOE, {"attention_moe": OF_TASKS}, TASK),
-        (MOE, {"attention_moe": AHEADS}, AHEAD),
+        (MOE, heads(core.Task(num_tasks=2)), TASK),
+        (MOE, heads(core.ExpertChoice()), AHEAD),
         ([MOE, core.MoEConfig(2, core.ExpertChoice())], {"moe_blocks": "all"}, AHEAD),
         (MOE, {"depths": MixtureOfDepths(0.5)}, r"depths\.predictor=False lets later tokens change earlier ones"),
     ],
@@ -163,19 +161,12 @@ def test_data_that_do_not_fit_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match=f"digest {data.subwords.digest}, the data's {other.subwords.digest}"):
         trainer(tmp_path).validate(modeler(data), other, verbose=False)
     domains = of_domains(tmp_path)
-    for moe, own, message in (
-        (
-            core.MoEConfig(1, core.Domain(1)),
-            domains,
-            "num_domains=1, which does not fit the domains colors, numbers: they",
-        ),
-        (
-            core.MoEConfig(2, core.DomainRandom(2, 400)),
-            data,
-            r"needs context\.domain_ids_B, which LanguageModeler does",
-        ),
-        (DEMIX, data, "Domain needs context.domain_ids_B or domain_weights_BE in training"),
+    for router, own, message in (
+        (core.Domain(1), domains, "num_domains=1, which does not fit the domains colors, numbers: they have 2"),
+        (core.DomainRandom(2, 400), data, r"needs context\.domain_ids_B, which LanguageModeler does not"),
+        (core.Domain(2), data, "Domain needs context.domain_ids_B or domain_weights_BE in training"),
     ):
+        moe = core.MoEConfig(router.num_domains, router)
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, limit_train_batches=1).fit(modeler(own, moe), own)
 

@@ -49,8 +49,7 @@ def test_draws_have_a_seed_on_the_page_and_in_a_request(language, monkeypatch):
 
 
 def test_as_much_is_written_as_by_predict_and_never_more_than_a_request_asks_for(language, monkeypatch):
-    model, _ = language
-    prompt = "the red fox runs"
+    model, prompt = language[0], "the red fox runs"
     ids = len(model.subwords.encode([prompt], "target")[0]) + 1
 
     def written(decode, **sent):
@@ -65,13 +64,8 @@ def test_as_much_is_written_as_by_predict_and_never_more_than_a_request_asks_for
     assert written(at_least) == (model.predict([prompt])[0], 20)
     assert written(at_least, subwords=3)[1] == 3
     assert written(replace(at_least, min_new_tokens=300))[1] == 256
-
-
-def test_a_beginning_is_at_most_as_long_as_learned_positions_are(language, monkeypatch):
-    model, _ = language
-    monkeypatch.setattr(model, "transformer", replace(model.transformer, positions="learned", max_length=6))
-    task = Continuation(model)
-    ids = len(model.subwords.encode(["the red fox"], "target")[0]) + 1
-    assert ids > 5
-    with pytest.raises(ValueError, match=rf"^text has {ids} subwords with its mark: at most 5 are read$"):
-        task.read({"text": "the red fox"})
+    # A beginning is at most as long as learned positions are.
+    learned = replace(model.transformer, positions="learned", max_length=ids)
+    monkeypatch.setattr(model, "transformer", learned)
+    with pytest.raises(ValueError, match=rf"^text has {ids} subwords with its mark: at most {ids - 1} are read$"):
+        Continuation(model).read({"text": prompt})

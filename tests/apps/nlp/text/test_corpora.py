@@ -76,7 +76,7 @@ def draw_split(own: Rows, val: float, test: float, seed: int) -> dict[str, Rows]
     return drawn
 
 
-def test_rows_that_share_sentences_over_others_stay_together_in_training_if_they_are_too_many():
+def test_rows_that_share_sentences_stay_together_and_a_draw_is_the_one_it_was():
     # hi-hallo, hi-tag, day-tag are one group of three; letter case and spaces do not count
     chain = [("Hi", "Hallo"), ("hi ", "Tag"), ("Day", "tag")]
     alone = [(f"e{i}", f"d{i}") for i in range(7)]
@@ -86,6 +86,10 @@ def test_rows_that_share_sentences_over_others_stay_together_in_training_if_they
         assert [len(drawn[name]) for name in ("val", "test")] == [2, 2]
     drawn = draw_split(rows(("a", ""), ("b", ""), ("c", ""), ("d", "")), 1, 1, 0)  # an empty side connects nothing
     assert [len(part) for part in drawn.values()] == [2, 1, 1]
+    # Figures in the documents are of these splits.
+    drawn = draw_split(random_rows(60, 5), 4, 5, 11)
+    assert drawn["val"].text["en"] == ["e53", "e53", "e1", "e53"]
+    assert drawn["test"].text["en"] == ["e7", "e8", "e8", "e35", "e26"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -112,13 +116,6 @@ def test_no_sentence_is_in_two_splits_of_one_or_several_files(seed):
     alone = [draw_split(apart[0], 9, 9, seed), draw_split(apart[1], 0.1, 5, 7)]
     assert draw_splits(apart, [(9, 9), (0.1, 5)], [seed, 7]) == alone
     assert draw_split(apart[0], 9, 9, seed + 1) != alone[0]
-
-
-def test_a_draw_is_the_one_it_was():
-    """Figures in the documents are of these splits."""
-    drawn = draw_split(random_rows(60, 5), 4, 5, 11)
-    assert drawn["val"].text["en"] == ["e53", "e53", "e1", "e53"]
-    assert drawn["test"].text["en"] == ["e7", "e8", "e8", "e35", "e26"]
 
 
 def test_what_is_left_out_is_counted_by_words_or_characters():
@@ -156,7 +153,7 @@ def test_what_is_left_out_is_counted_by_words_or_characters():
     assert collected.left_out == {"of fewer than 3 words (train)": 1}
 
 
-def test_a_pair_of_validation_or_test_does_not_train_in_either_direction():
+def test_a_pair_that_is_held_out_does_not_train_in_either_direction_or_another_corpus():
     parts = {"train": [rows(("a", "A"), ("b", "B"), ("c", "C"))], "val": [rows(("a", "A"))], "test": [rows(("b", "B"))]}
     collected = collect({"made": (parts, Sizes())}, ["de-en"], Filters())
     assert collected.splits["train"].source == ["C"]
@@ -165,6 +162,15 @@ def test_a_pair_of_validation_or_test_does_not_train_in_either_direction():
     other = {"train": [rows(("A", "a"), ("d", "D"), languages="de en")], "val": [], "test": []}
     collected = collect({"made": (parts, Sizes()), "other": (other, Sizes())}, ["en-de"], Filters())
     assert collected.splits["train"].source == ["c", "D"]
+    lines = [f"e{i}" for i in range(100)]
+    german = rows(*((line, f"{line} de") for line in lines))
+    french = rows(*((line, f"{line} fr") for line in lines[:50]), languages="en fr")
+    for sizes in (Sizes(val=0, test=0), Sizes(val=5, test=5), Sizes()):
+        corpora = {"a": ({"train": [german]}, Sizes(val=10, test=10)), "b": ({"train": [french]}, sizes)}
+        splits = collect(corpora, ["de-en", "fr-en"], Filters()).splits
+        assert [splits[name].pair.count(0) for name in ("val", "test")] == [10, 10]
+        train, val, test = (set(splits[name].target) for name in ("train", "val", "test"))
+        assert not train & val and not train & test and not val & test  # noqa: PT018
 
 
 def test_a_share_of_what_the_filters_keep_is_held_out_and_files_that_are_there_are_kept():
@@ -187,18 +193,6 @@ def test_a_share_of_what_the_filters_keep_is_held_out_and_files_that_are_there_a
     assert [len(half) for half in halves] == [25, 25, 25]
     assert halves[0] == halves[1] != halves[2]
     assert halves[0].source == sorted(halves[0].source, key=lambda line: int(line[1:]))  # in the order of the file
-
-
-def test_what_one_corpus_holds_out_does_not_train_in_another():
-    lines = [f"e{i}" for i in range(100)]
-    german = rows(*((line, f"{line} de") for line in lines))
-    french = rows(*((line, f"{line} fr") for line in lines[:50]), languages="en fr")
-    for sizes in (Sizes(val=0, test=0), Sizes(val=5, test=5), Sizes()):
-        corpora = {"a": ({"train": [german]}, Sizes(val=10, test=10)), "b": ({"train": [french]}, sizes)}
-        splits = collect(corpora, ["de-en", "fr-en"], Filters()).splits
-        assert [splits[name].pair.count(0) for name in ("val", "test")] == [10, 10]
-        train, val, test = (set(splits[name].target) for name in ("train", "val", "test"))
-        assert not train & val and not train & test and not val & test  # noqa: PT018
 
 
 def test_rows_that_are_asked_for_and_cannot_be_held_out_are_an_error_that_names_why(caplog):

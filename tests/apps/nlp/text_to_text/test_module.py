@@ -40,7 +40,7 @@ def a_batch(data):
     return next(iter(data.val_dataloader()))
 
 
-def test_the_loss_is_that_of_the_log_probabilities_of_the_forward(data):
+def test_the_loss_is_that_of_the_forward_and_tasks_are_numbers_and_tags(data):
     module, batch = text_to_text(data, label_smoothing=0.1), a_batch(data)
     log_p_BLV, target_BL = module(*module.example_inputs(batch)), batch.target_BL[:, 1:]
     real = target_BL != PAD_ID
@@ -52,9 +52,6 @@ def test_the_loss_is_that_of_the_log_probabilities_of_the_forward(data):
     out = module.task_loss(batch)
     torch.testing.assert_close(out.loss.float(), nll.mean())
     assert out.outputs.tokens_B.tolist() == real.sum(1).tolist()
-
-
-def test_tasks_are_numbers_for_routers_and_tags_for_the_encoder(data):
     module, batch = text_to_text(data, TASK), a_batch(data)
     assert module._ids(batch)[0].tolist() == batch.pair_B.tolist()
     first = [data.subwords.pieces(row[:1], "source") for row in batch.source_BS[:2].tolist()]

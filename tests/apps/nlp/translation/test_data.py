@@ -192,7 +192,7 @@ def test_lightning_makes_the_steps_it_foresaw_and_other_batches_each_epoch(root,
     assert all(torch.equal(a, b) for a, b in zip(pickle.loads(sent)[7], pairs[7], strict=True))
 
 
-def test_a_subset_is_drawn_by_the_seed_of_the_split(root):
+def test_a_subset_is_drawn_by_the_seed_of_the_split_and_corpora_by_the_temperature(root):
     def chosen(**options):
         data = make(root, subset=20, **options)
         batches = list(data.train_dataloader())
@@ -202,9 +202,6 @@ def test_a_subset_is_drawn_by_the_seed_of_the_split(root):
     assert chosen() == chosen(seed=5) != chosen(split_seed=1)
     with pytest.raises(ValueError, match="subset=61 exceeds the 60 training pairs"):
         make(root, subset=61).setup()
-
-
-def test_several_corpora_are_sampled_by_the_temperature_and_rows_of_more_columns_are_told(root):
     write(root / "small.tsv", [*(f"{i} dog\t{i} Hund" for i in range(15)), "I have\ta tab\tIch habe\tein Tab"])
     small = Corpus("tsv", str(root), "small.tsv", val_size=0, test_size=0)
     for temperature, count in ((1.0, 15), (2.0, 25)):  # 60^(1/2) : 15^(1/2) = 2 : 1
@@ -305,8 +302,8 @@ def test_pairs_of_the_same_text_on_both_sides_are_counted_and_can_be_left_out(ro
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
-def test_the_padding_of_an_epoch_is_told_and_what_lessens_it(root):
-    """One batch of all pairs is padded to the longest; with a budget of 1 each pair is a batch of its own."""
+def test_the_padding_of_an_epoch_and_missing_evaluation_pairs_are_told(root):
+    # One batch of all pairs is padded to the longest; with a budget of 1 each pair is a batch of its own.
     data = make(root, tokens_per_batch=10_000)
     (batch,) = data.train_dataloader()
     sides = (batch.source_BS, batch.target_BL)
@@ -316,9 +313,6 @@ def test_the_padding_of_an_epoch_is_told_and_what_lessens_it(root):
     assert told in data.describe()
     alone = make(root, tokens_per_batch=1).describe()
     assert data.describe().replace(told, "") == alone.replace("of an epoch: 0.0 %", "")
-
-
-def test_missing_evaluation_pairs_are_told_and_one_without_any_split_gives_no_loader(root):
     (root / "test.fr").unlink()
     assert make(root, pairs=["en-de", "en-fr"]).describe().endswith("; no test pairs of en-fr")
     alone = make(root, val_files=None, test_files=None, val_size=0, test_size=0)
