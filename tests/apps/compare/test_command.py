@@ -307,6 +307,22 @@ def test_a_module_that_tells_a_comparison_nothing_is_refused(tmp_path, capsys):
     assert "TinyModule is no Comparable: compare asks a module for its baselines" in capsys.readouterr().err
 
 
+def test_the_report_of_the_sparse_models_test_is_part_of_the_page(tmp_path):
+    few = [
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.limit_test_batches",
+        "1",
+        "--baselines",
+        "dense_equal_params",
+    ]
+    output = tmp_path / "digits"
+    assert moesaic(asked(ROOT / "configs/vision/digits.yaml", output, "--seeds", "1", *few)) == 0
+    assert "dense, equal parameters" in (output / "table.md").read_text()
+    assert (output / "quality_against_flops.png").exists()
+    assert "What the experts are used for" in (output / "report.html").read_text()
+
+
 OWN_ROUTER = """
 import dataclasses
 import core
