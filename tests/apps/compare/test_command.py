@@ -77,11 +77,13 @@ def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
     assert (moesaic(argv), read(output)) == (0, results)
 
 
-def test_a_finished_comparison_takes_no_fewer_seeds(finished, capsys):
+def test_a_finished_comparison_takes_no_fewer_seeds_and_there_is_help(finished, capsys):
     output, argv = finished
     assert (output / "quality_against_flops.png").stat().st_size > 5000  # drawn by a fixture of the whole session
     assert moesaic([*argv, "--seeds", "1"]) == 1
     assert "options.num_seeds: 2 saved, 1 now" in capsys.readouterr().err
+    assert moesaic(["compare", "--help"]) == 0
+    assert "--learning_rates" in capsys.readouterr().out
 
 
 def test_a_finished_comparison_takes_more_seeds_and_systems(config, whole, tmp_path, monkeypatch):
@@ -305,6 +307,22 @@ def test_a_module_that_tells_a_comparison_nothing_is_refused(tmp_path, capsys):
     assert "TinyModule is no Comparable: compare asks a module for its baselines" in capsys.readouterr().err
 
 
+def test_the_report_of_the_sparse_models_test_is_part_of_the_page(tmp_path):
+    few = [
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.limit_test_batches",
+        "1",
+        "--baselines",
+        "dense_equal_params",
+    ]
+    output = tmp_path / "digits"
+    assert moesaic(asked(ROOT / "configs/vision/digits.yaml", output, "--seeds", "1", *few)) == 0
+    assert "dense, equal parameters" in (output / "table.md").read_text()
+    assert (output / "quality_against_flops.png").exists()
+    assert "What the experts are used for" in (output / "report.html").read_text()
+
+
 OWN_ROUTER = """
 import dataclasses
 import core
@@ -418,8 +436,3 @@ def test_what_the_command_line_tells_is_refused_before_torch_is_imported(config)
     assert ran.stdout == "False []\n"
     for line, message in zip(ran.stderr.splitlines(), WRONG, strict=True):
         assert line.startswith(f"error: {message}")
-
-
-def test_help(capsys):
-    assert moesaic(["compare", "--help"]) == 0
-    assert "--learning_rates" in capsys.readouterr().out

@@ -138,11 +138,16 @@ def test_without_the_name_of_a_learning_rate_none_is_searched(config) -> None:
 
 
 def test_what_a_comparison_has_to_be_told_is_asked_for_in_one_line(config, tmp_path, capsys) -> None:
-    asked = ("compare", str(config), *FEW)
-    for words, rule in (
-        (("--sparsify.metric", "null"), "^sparsify.metric is missing"),
-        (("--sparsify.metric", "val_accuracy"), "^validation logs no 'val_accuracy'; it logs "),
-        (("--sparsify.learning_rate", "step_size"), "sparsify.learning_rate='step_size' is no argument of the model"),
-        (("--learning_rates", "0.2", "--model.answers_nan", "true"), "test_acc is nan, which compares with nothing"),
+    bare = tmp_path / "bare.yaml"
+    bare.write_text(CONFIG)
+    step = "sparsify.learning_rate='step_size' is no argument of the model that has a number"
+    for code, path, words, rule in (
+        (1, config, ("--sparsify.metric", "null"), "^sparsify.metric is missing"),
+        (1, config, ("--sparsify.metric", "val_accuracy"), "^validation logs no 'val_accuracy'; it logs "),
+        (1, config, ("--sparsify.learning_rate", "step_size"), step),
+        (1, config, ("--learning_rates", "0.2", "--model.answers_nan", "true"), "test_acc is nan, which compares with"),
+        (2, config, ("--routers", "switch"), "^--routers switch: routers are compared in the suite's own models"),
+        (2, bare, ("--seeds", "1"), "Net is no SparseModule.* needs the section sparsify"),
     ):
-        assert re.search(rule, fails(capsys, 1, *asked, "--output", str(tmp_path / words[-1]), *words))
+        own = ("compare", str(path), *FEW, "--output", str(tmp_path / words[-1]))
+        assert re.search(rule, fails(capsys, code, *own, *words))

@@ -178,7 +178,7 @@ def test_intervals_over_seeds_and_over_examples_are_told_apart():
     assert "top1 difference +40.00 points, 95 % interval over the test images +10.00 to +70.00" in s.example_lines()[0]
 
 
-def test_flops_are_those_before_training_and_once_trained_where_these_differ():
+def test_the_table_shows_intervals_and_flops_before_training_and_once_trained():
     cost = {"num_params": 1, "active_params": 1}
     system = System("sparse", "", Cost(**cost, flops_per_example=2e6, unit="an image"))
 
@@ -189,14 +189,11 @@ def test_flops_are_those_before_training_and_once_trained_where_these_differ():
     assert rows(2e6)["MFLOPs an image"] == ["2.00"]
     assert "computed once trained" not in rows(2e6)
     assert (rows(1.5e6)["MFLOPs an image"], rows(1.5e6)["computed once trained"]) == (["2.00"], ["1.50"])
-
-
-def test_table_shows_intervals_edges_and_what_was_left_out():
     s = summary()
-    rows = {line[0].strip(): line[1:] for line in cells(s)}
-    assert (rows[""], rows["test top1, %"][1]) == (["sparse", "dense, equal FLOPs"], "70.00 ± 0.00")
-    assert rows["learning rate"] == ["0.1 (edge)", "0.1"]
-    assert "training, examples/s" not in rows  # not measured
+    shown = {line[0].strip(): line[1:] for line in cells(s)}
+    assert (shown[""], shown["test top1, %"][1]) == (["sparse", "dense, equal FLOPs"], "70.00 ± 0.00")
+    assert shown["learning rate"] == ["0.1 (edge)", "0.1"]
+    assert "training, examples/s" not in shown  # not measured
     assert "trees: left out: no library." in notes(s)
     assert any(line.startswith("Best at the edge of the learning rates tried: sparse (0.1)") for line in notes(s))
 

@@ -135,14 +135,6 @@ def test_a_rate_that_diverges_is_recorded_in_the_search_and_an_error_in_the_end(
         train(tried, Unit("sparse", 0.5, 0, final=True), tmp_path)
 
 
-def test_a_search_reads_no_test_data_and_keeps_no_checkpoint(config, tmp_path):
-    unit = Unit("dense_equal_flops", 0.01, 0, share=0.5)
-    result = train(experiment(config), unit, tmp_path)
-    assert "test" not in result
-    assert result["steps"] == 6  # one epoch of two
-    assert [p.name for p in unit.folder(tmp_path).iterdir()] == ["result.json"]
-
-
 def test_a_module_that_averages_its_last_epochs_is_chosen_and_tested_by_the_average(config, tmp_path, monkeypatch):
     tried = experiment(config, "--trainer.max_epochs", "3", "--model.average_last", "2")
     unit = Unit("sparse", 0.01, 0, final=True)
@@ -165,10 +157,15 @@ def test_a_module_that_averages_its_last_epochs_is_chosen_and_tested_by_the_aver
     assert [p.name for p in search.folder(tmp_path).iterdir()] == ["result.json"]
 
 
-def test_an_early_stop_of_the_config_ends_no_run_of_a_comparison(config, tmp_path):
+def test_an_early_stop_ends_no_run_and_a_search_keeps_no_checkpoint(config, tmp_path):
     options = "{monitor: val/loss, mode: max, patience: 1}"
     stops = f"callbacks: [{{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {options}}}]"
     path = tmp_path / "stops.yaml"
     path.write_text(config.read_text().replace("accelerator: cpu}", f"accelerator: cpu, {stops}}}"))
     result = train(experiment(path, "--trainer.max_epochs", "3"), Unit("sparse", 0.01, 0), tmp_path)
     assert result["steps"] == 18  # all systems have the same budget
+    unit = Unit("dense_equal_flops", 0.01, 0, share=0.5)
+    result = train(experiment(config), unit, tmp_path)
+    assert "test" not in result
+    assert result["steps"] == 6  # one epoch of two
+    assert [p.name for p in unit.folder(tmp_path).iterdir()] == ["result.json"]

@@ -103,14 +103,7 @@ def test_the_recall_that_counts_may_be_another():
     refused("recall_at=3 is none of 1, 5, 10", retriever, recall_at=3)
 
 
-def test_a_comparison_replaces_the_towers_layers_and_not_the_head():
-    module = retriever(attribute_head=HEAD, attributes={"a": 3})
-    assert (module.moe_block_names, module.routed_layers().config) == (("model.towers.stack.layers.1.ffn",), MOE)
-    assert module.with_moe(core.MoEConfig(2, core.TokenChoice(1), core.FFN(8))).moe.num_experts == 2
-    assert retriever(moe=None).routed_layers() is None
-
-
-def test_configs_may_be_plain_and_bad_ones_are_refused(tmp_path):
+def test_configs_may_be_plain_and_a_comparison_replaces_the_towers_layers(tmp_path):
     tower = {"class_path": "SingleTower", "init_args": {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 4}}
     head = {"attribute_head": to_plain(HEAD, AttributeHead), "attributes": {"a": 3}}
     module = retriever(tower=tower, loss={"class_path": "SigmoidLoss"}, **head)
@@ -122,6 +115,10 @@ def test_configs_may_be_plain_and_bad_ones_are_refused(tmp_path):
     module, other = retriever(attributes={}), Pairs(attributes={"a": 3})
     rule = r"model.attributes=\{\} does not fit the data, whose attributes is"
     refused(rule, quiet_trainer(tmp_path, max_epochs=1).fit, module, other)
+    module = retriever(attribute_head=HEAD, attributes={"a": 3})
+    assert (module.moe_block_names, module.routed_layers().config) == (("model.towers.stack.layers.1.ffn",), MOE)
+    assert module.with_moe(core.MoEConfig(2, core.TokenChoice(1), core.FFN(8))).moe.num_experts == 2
+    assert retriever(moe=None).routed_layers() is None
 
 
 def test_vectors_are_predicted_in_the_data_s_order(tmp_path):

@@ -67,7 +67,7 @@ def test_other_tables_with_paths_lists_and_splits(tmp_path, ending):
     assert [arguments[name] for name in names] == ["file", "{}", "texts", "split", 64]
 
 
-def test_the_column_that_names_most_files_is_that_of_the_images_and_a_datasets_layout_is_recognized(tmp_path):
+def test_the_images_column_names_most_files_and_datasets_have_layouts(tmp_path):
     write_pictures(tmp_path / "shop" / "photos", 240)
     # A product has two photos, and the first of them has its number for a name.
     rows = [{"sku": f"{n - n % 2}", "photo": f"{n}.png", "title": f"red shoe {n}"} for n in range(240)]
@@ -77,6 +77,16 @@ def test_the_column_that_names_most_files_is_that_of_the_images_and_a_datasets_l
     write_products(tmp_path / "products", [f"title {n}" for n in range(20)])
     made = config_for(given(tmp_path / "products", tmp_path))
     assert made.config["data"]["init_args"]["dataset"] == "fashion_products"
+    folder = tmp_path / "products"
+    assert prepare("fashion_products", root=folder) == folder
+    (folder / "images112.npz").unlink()
+    refused(r"holds no images112.npz: fashion_products expects products.csv", prepare, "fashion_products", root=folder)
+    rule = r"holds no annotations/captions_train2017.json: coco_captions expects"
+    refused(rule, prepare, "coco_captions", root=folder)
+    here = {name for name in [*PAIR_DATASETS, "synthetic"] if available(name, tmp_path)}
+    assert here == {"shapes", "synthetic"}
+    with pytest.raises(DataError, match=r"fashion_products cannot be fetched: set root .* products.csv, images112.npz"):
+        prepare("fashion_products", cache_dir=tmp_path)
 
 
 def test_data_of_other_apps_are_left_to_them_and_too_few_rows_are_refused(tmp_path):
@@ -96,17 +106,3 @@ def test_data_of_other_apps_are_left_to_them_and_too_few_rows_are_refused(tmp_pa
     assert config_for(given(shop, tmp_path, "price")) is None
     assert config_for(given(tmp_path / "table", tmp_path)) is None
     refused(r"catalogue.csv has 50 rows with images: 200 are needed at least", config_for, given(small, tmp_path))
-
-
-def test_a_folder_is_checked_for_its_layout(tmp_path):
-    folder = write_products(tmp_path / "products", ["a", "b"])
-    assert prepare("fashion_products", root=folder) == folder
-    (folder / "images112.npz").unlink()
-    rule = r"holds no images112.npz: fashion_products expects products.csv"
-    refused(rule, prepare, "fashion_products", root=folder)
-    rule = r"holds no annotations/captions_train2017.json: coco_captions expects"
-    refused(rule, prepare, "coco_captions", root=folder)
-    here = {name for name in [*PAIR_DATASETS, "synthetic"] if available(name, tmp_path)}
-    assert here == {"shapes", "synthetic"}
-    with pytest.raises(DataError, match=r"fashion_products cannot be fetched: set root .* products.csv, images112.npz"):
-        prepare("fashion_products", cache_dir=tmp_path)

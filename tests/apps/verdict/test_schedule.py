@@ -40,16 +40,13 @@ def test_equal_time_is_steps_by_the_ratio_of_seconds(sparse, dense, steps):
     assert equal_time_steps(100, sparse, dense) == steps
 
 
-def test_all_configured_steps_and_the_seeds_that_fit_and_fewer_steps_before_fewer_seeds():
+def test_all_configured_steps_then_fewer_and_then_fewer_seeds():
     # 36 s of search and 37 s a seed: 36 + 7 * 37 = 295, 36 + 8 * 37 = 332.
     assert make_schedule(331.9, 400, RATES, SPEEDS, 5) == Schedule(7, 400, RATES)
     assert make_schedule(1e6, 400, RATES, SPEEDS, 5) == Schedule(10, 400, RATES)
     # Of n steps, a multiple of 4, the search takes 15 s and 1.75 * .03 n; a seed 21 s and .02 n + .01 n + .01 n.
     # Five seeds: 15 + 105 + (.0525 + .2) n = 120 + .2525 n; for 300 of 400 steps 195.75 s.
     assert make_schedule(195.8, 400, RATES, SPEEDS, 5) == Schedule(5, 300, RATES)
-
-
-def test_fewer_seeds_before_less_than_half_of_the_steps_and_then_three_seeds_of_few_steps():
     # Five seeds leave less than 200 steps in 148 s: 120 + .2525 * 200 = 170.5. Four have 99 + .2125 n: 230 steps.
     schedule = make_schedule(148.0, 400, RATES, SPEEDS, 5)
     assert schedule.seeds == 4

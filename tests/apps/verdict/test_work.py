@@ -127,24 +127,24 @@ def test_a_search_that_takes_too_long_leaves_time_for_a_pair(machine, tmp_path):
     assert len(first.finished) >= 1
 
 
-def test_what_is_finished_is_not_done_again(machine, tmp_path):
+def test_what_is_finished_is_not_done_again_and_half_written_runs_are_named(machine, tmp_path):
     whole, count = worked(machine, tmp_path, 400.0, seeds=2), len(machine.done)
     shutil.rmtree(tmp_path / "runs" / "sparse" / "final-lr0.9-100steps-seed8")  # as if it had been killed there
     again = worked(machine, tmp_path, 400.0, seeds=2)
     assert machine.done[count:] == ["sparse/final-lr0.9-100steps-seed8"]
     assert answers(again.finished) == answers(whole.finished)
 
+    half = tmp_path / "half"
 
-def test_half_written_runs_are_named(machine, tmp_path):
-    def again():
-        worked(machine, tmp_path, 200.0, rates=(), seeds=1)
+    def rerun():
+        worked(machine, half, 200.0, rates=(), seeds=1)
 
-    again()
-    folder = tmp_path / "runs" / "sparse" / "final-100steps-seed7"
+    rerun()
+    folder = half / "runs" / "sparse" / "final-100steps-seed7"
     (folder / "values.npy").unlink()
-    refused(r"seed7/values\.npy cannot be read \(.*\), though its run is finished", again)
+    refused(r"seed7/values\.npy cannot be read \(.*\), though its run is finished", rerun)
     (folder / "result.json").write_text('{"quality": 0.')
-    refused(r"result\.json is not a JSON file .*: delete it to have it made again", again)
+    refused(r"result\.json is not a JSON file .*: delete it to have it made again", rerun)
 
 
 def test_gains_that_rounding_tells_apart_show_no_spread():

@@ -43,7 +43,7 @@ def test_batches_depend_on_seed_and_epoch_alone(tmp_path: Path, kind: str) -> No
         name, root = "image_folder", tmp_path
         for split in ("train", "test"):
             write_images(tmp_path, split, 20)
-    options = {"batch_size": 8, "image_size": 28, **EVERY_TRANSFORM}
+    options = {"batch_size": 8, "image_size": 32, **EVERY_TRANSFORM}
 
     def run(epoch: int = 0, **changes: Any) -> list[ImageBatch]:
         loader = ready(name, root, **{**options, **changes}).train_dataloader()
@@ -54,6 +54,8 @@ def test_batches_depend_on_seed_and_epoch_alone(tmp_path: Path, kind: str) -> No
     first, state = run(), torch.get_rng_state()
     torch.manual_seed(1)
     torch.rand(7)
+    assert (first[0].image.shape[2:], first[0].label.ndim) == ((32, 32), 2)  # scaled, and of mixed classes
+    assert first[0].image.isfinite().all()
     assert same(first, run())
     assert same(first, run(num_workers=1))
     assert not same(first, run(epoch=1))

@@ -56,11 +56,18 @@ def best(trained: Path) -> VisionClassifier:
     return VisionClassifier.load_from_checkpoint(trained / "run" / "checkpoints" / "best.ckpt")
 
 
-def test_a_checkpoint_keeps_classes_and_scale(trained: Path) -> None:
+def test_a_checkpoint_keeps_classes_and_scale_and_gives_them_to_data(trained: Path, tmp_path: Path) -> None:
     kept = torch.load(trained / "run" / "checkpoints" / "best.ckpt", weights_only=True)["encoding"]
     assert ImageEncoding.from_state(kept) == replace(ENCODING, std=(0.229, 0.224, 0.225))
     rule = "the checkpoint's encoding: ImageEncoding has no field 'features'"
     refused(rule, ImageEncoding.from_state, {"features": {}, "domain": None})
+    data = VisionData("image_folder", root=str(photos(tmp_path / "own")))
+    data.adopt(best(trained).encoding.state())
+    assert (data.image_size, data.eval_crop, data.encoding.mean) == (8, 0.8, (0.1, 0.2, 0.3))
+    assert next(iter(data.test_dataloader())).image.shape == (12, 3, 8, 8)
+    other = VisionData("image_folder", root=str(photos(tmp_path, ("a hat", "boot", "shoe"))), image_size=8)
+    rule = "it has a hat, which the checkpoint does not know, and lacks hat"
+    refused(rule, quiet_trainer(tmp_path).test, best(trained), datamodule=other)
 
 
 @pytest.mark.parametrize("command", ["test", "predict", "fit"])
@@ -100,7 +107,7 @@ def test_a_subset_without_a_class_may_go_on_and_bad_options_are_refused() -> Non
     refused(rule, VisionData, "digits", on_bad_image="skip")
 
 
-def test_testing_needs_no_training_images(run: list[str], tmp_path: Path, capsys) -> None:
+def test_images_are_tested_or_predicted_without_the_training_folder(run: list[str], tmp_path: Path, capsys) -> None:
     root = photos(tmp_path, splits=("test",))
     for command in (["test"], ["predict", "--overwrite"]):
         assert main([*command, *run, "--data.root", str(root)]) == 0
@@ -109,9 +116,6 @@ def test_testing_needs_no_training_images(run: list[str], tmp_path: Path, capsys
     assert "error: image_folder has no val images: val_size" in capsys.readouterr().err
     assert main(["fit", *run, "--data.root", str(root), "--trainer.max_epochs", "2"]) == 1
     assert f"root='{root}' holds no train/*/*" in capsys.readouterr().err
-
-
-def test_images_without_labels_are_predicted_without_the_training_folder(run, tmp_path: Path, capsys) -> None:
     write_images(tmp_path, "inbox", 2, side=12, classes=("new",))
     assert main(["predict", *run, "--data.predict_folder", str(tmp_path / "inbox"), "--overwrite"]) == 0
     rows = [json.loads(line) for line in (Path(run[3]) / "predictions.jsonl").read_text().splitlines()]
@@ -127,16 +131,6 @@ def test_an_option_that_is_not_the_checkpoint_s_is_refused(trained, tmp_path: Pa
     data = VisionData("image_folder", root=str(photos(tmp_path)), **{option: value})
     rule = rf"^data\.{option}=.* is not the checkpoint's, whose images have {kept}: leave it out$"
     refused(rule, lambda: (data.adopt(best(trained).encoding.state()), data.setup("test")))
-
-
-def test_a_trainer_gives_data_what_the_checkpoint_keeps(trained: Path, tmp_path: Path) -> None:
-    data = VisionData("image_folder", root=str(photos(tmp_path / "own")))
-    data.adopt(best(trained).encoding.state())
-    assert (data.image_size, data.eval_crop, data.encoding.mean) == (8, 0.8, (0.1, 0.2, 0.3))
-    assert next(iter(data.test_dataloader())).image.shape == (12, 3, 8, 8)
-    other = VisionData("image_folder", root=str(photos(tmp_path, ("a hat", "boot", "shoe"))), image_size=8)
-    rule = "it has a hat, which the checkpoint does not know, and lacks hat"
-    refused(rule, quiet_trainer(tmp_path).test, best(trained), datamodule=other)
 
 
 def test_a_dataset_of_other_classes_is_refused(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_an_expert_that_is_the_ffn_gives_the_dense_output():
     assert_close(sparse(images()), dense(images()))
 
 
-def test_parameters_and_flops_are_the_dense_ones_less_the_ffns_plus_the_experts():
+def test_moe_blocks_alone_are_widened_by_the_experts_numbers():
     # FFN: 2 * 16 * 64 + 64 + 16 = 2128. MoE: gate 4 * 16 = 64, experts 4 * 2 * 16 * 24 = 3072.
     dense, sparse = build().eval(), build(moe=MOE).eval()
     assert (MOE.num_params(16), numel(sparse)) == (64 + 3072, numel(dense) + 2 * (3136 - 2128))
@@ -99,9 +99,6 @@ def test_parameters_and_flops_are_the_dense_ones_less_the_ffns_plus_the_experts(
     assert MOE.flops_per_token(16) == 128 + 2 * 1536
     with torch.no_grad():
         assert core.count_flops(sparse, images(2)) - core.count_flops(dense, images(2)) == 2 * 17 * 2 * (3200 - 4096)
-
-
-def test_only_moe_blocks_are_widened_and_widths_are_exact_where_a_ratio_would_be_rounded_down():
     model = build(dataclasses.replace(TINY, hidden_dim=40), hidden=100)
     assert [b.mlp.fc1.out_features for b in model.blocks] == [40, 100, 40, 100]
     assert all(isinstance(b, MoEBlock) for b in model.blocks)
@@ -111,7 +108,7 @@ def test_only_moe_blocks_are_widened_and_widths_are_exact_where_a_ratio_would_be
     assert build(vit, blocks="last1").blocks[0].mlp.fc1.out_features == 61
 
 
-def test_token_ids_are_patch_positions_and_no_image_depends_on_its_neighbors():
+def test_token_ids_are_patch_positions_also_of_patches_that_are_left():
     model, x = build(moe=MOE).eval(), images(4)
     with core.record(model) as tape:
         y = model(x)
@@ -119,9 +116,6 @@ def test_token_ids_are_patch_positions_and_no_image_depends_on_its_neighbors():
     for entry in tape.entries:
         assert entry.context.token_ids_BS.tolist() == [list(range(17))] * 4
     assert_close(y[:1], model(x[:1]))
-
-
-def test_left_out_patches_keep_the_positions_they_had():
     model = build(dataclasses.replace(TINY, patch_drop=0.5, reg_tokens=1), MOE).train()
     with core.record(model) as tape:
         model(images(2))

@@ -158,12 +158,6 @@ def test_another_configuration_is_trained_anew_and_says_so(finished, done, capsy
     assert done == [("sparse", 0), ("sparse", 1)]  # the first one's folder is still there
 
 
-def test_more_seeds_train_those_alone(finished, done):
-    finished.write_text(finished.read_text().replace("seeds: 2", "seeds: 3"))
-    assert (moesaic(asked(finished)), done) == (0, [("sparse", 2), ("sparse", 2), ("centroids", 2)])
-    assert "| 3 of 3 |" in (finished.parent / "board.md").read_text()
-
-
 def test_data_that_cannot_be_had_leave_out_their_board_alone(tmp_path, done, capsys, suite_in):
     path = suite_in(tmp_path, seeds=1, models=[{"name": "two of four"}], baselines=[])
     board = {"name": "Elsewhere", "config": str(tmp_path / "tiny.yaml"), "models": [{"name": "its model"}]}
@@ -243,10 +237,13 @@ def test_a_file_that_is_no_json_is_named(finished, broken, content, line, capsys
     assert line in capsys.readouterr().err
 
 
-def test_another_process_at_work_is_refused(finished, capsys):
+def test_another_process_is_refused_and_more_seeds_train_those_alone(finished, capsys, done):
     with FileLock(finished.parent / "runs" / ".lock"):
         assert moesaic(asked(finished)) == 1
     assert "another suite is at work in" in capsys.readouterr().err
+    finished.write_text(finished.read_text().replace("seeds: 2", "seeds: 3"))
+    assert (moesaic(asked(finished)), done) == (0, [("sparse", 2), ("sparse", 2), ("centroids", 2)])
+    assert "| 3 of 3 |" in (finished.parent / "board.md").read_text()
 
 
 def test_a_half_written_folder_goes_on(finished, done):

@@ -44,7 +44,7 @@ def test_steps_are_those_of_the_whole_text(router, positions):
     assert_close(torch.stack(steps, 1), whole_BLV)
 
 
-def test_later_words_change_no_earlier_one_and_attention_to_the_image_sums_to_one():
+def test_later_words_change_no_earlier_one_and_bfloat16_is_that_of_the_copy():
     model, image, text_BL = build(), images(1), texts(1, 5)
     logits_BLV, later = model(image, text_BL), text_BL.clone()
     later[0, 3] = 4 + (later[0, 3] - 3) % (VOCAB - 4)
@@ -54,6 +54,12 @@ def test_later_words_change_no_earlier_one_and_attention_to_the_image_sums_to_on
     weights = model.attention_to(model.encode(images(2)), texts(2, 3))
     assert weights.shape == (2, 2, 2, 3, 5)  # layers, images, heads, words, a class token and 4 patches
     assert_close(weights.sum(-1), torch.ones(2, 2, 2, 3, dtype=torch.float64))
+    model = build().float()
+    config = DecodeConfig(num_beams=2, dtype="bfloat16", max_length_ratio=1.0, max_length_extra=0)
+    copy, found = in_dtype(model, "bfloat16"), caption_ids(model, images(2).float(), config, 5)
+    assert found.ids == caption_ids(copy, images(2).bfloat16(), config, 5).ids
+    assert next(model.parameters()).dtype == torch.float32
+    assert caption_ids(build(), images(0), DecodeConfig(), 5).ids == []  # an empty batch
 
 
 SHORT = {"max_length_ratio": 0.5, "max_length_extra": 2}
@@ -75,15 +81,6 @@ def test_searches_are_those_of_slow_loops(name):
     # At most ratio * 5 + extra ids.
     most = {"greedy": 5, "beam": 6, "sample": 4}[name]
     assert max(len(ids) for own in found.ids for ids in own) <= most
-
-
-def test_a_search_in_bfloat16_is_that_of_the_copy():
-    model = build().float()
-    config = DecodeConfig(num_beams=2, dtype="bfloat16", max_length_ratio=1.0, max_length_extra=0)
-    copy, found = in_dtype(model, "bfloat16"), caption_ids(model, images(2).float(), config, 5)
-    assert found.ids == caption_ids(copy, images(2).bfloat16(), config, 5).ids
-    assert next(model.parameters()).dtype == torch.float32
-    assert caption_ids(build(), images(0), DecodeConfig(), 5).ids == []  # an empty batch
 
 
 def test_the_experts_are_where_they_are_said_to_be():

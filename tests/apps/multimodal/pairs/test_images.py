@@ -46,7 +46,7 @@ def write_modes(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def test_every_mode_and_size_is_read_in_its_colour(tmp_path):
+def test_every_mode_is_read_in_its_colour_and_stored_once(tmp_path, monkeypatch):
     paths = write_modes(tmp_path / "modes")
     files, transform = ImageFiles(tuple(paths.values())), evaluation_transform(8, 3, 1.0)
     pixels = store_pixels(files, transform, (3, 8, 8), tmp_path / "cache", "x", [], 2)(torch.arange(len(paths)))
@@ -56,10 +56,7 @@ def test_every_mode_and_size_is_read_in_its_colour(tmp_path):
         mean = image.float().mean((1, 2))
         # a palette, GIF's too, and a JPEG keep the colour only nearly
         assert (mean - torch.tensor(wanted.get(name, RED.tolist())).float()).abs().max() < 12, name
-
-
-def test_stored_and_decoded_pixels_are_the_same_and_are_made_once(tmp_path, monkeypatch):
-    paths = tuple(write_modes(tmp_path / "modes").values())
+    paths = tuple(paths.values())
     transform, shape = evaluation_transform(8, 3, 0.9), (3, 8, 8)
     stored = store_pixels(ImageFiles(paths), transform, shape, tmp_path / "cache", "x", [0.9], 0)
     index = torch.tensor([3, 0, 3])

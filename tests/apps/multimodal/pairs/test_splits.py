@@ -10,7 +10,7 @@ from apps.multimodal.pairs.shapes import ATTRIBUTES, COLOURS, PLACES, SIZES, rea
 from apps.multimodal.pairs.splits import groups_of, num_trained, split_images
 
 
-def test_images_belong_together_by_way_of_others_and_by_their_file(tmp_path):
+def test_images_of_one_caption_or_file_are_in_one_split_and_given_splits_stay(tmp_path):
     # 0 and 1 share "a"; 1 and 2 share "B c", in other letters and spaces; 3 stands alone
     group_I = groups_of(np.array([0, 1, 1, 2, 3]), ["a", "a", "B  c", "b C", "d"], 4)
     assert group_I[0] == group_I[1] == group_I[2] != group_I[3]
@@ -21,6 +21,12 @@ def test_images_belong_together_by_way_of_others_and_by_their_file(tmp_path):
     for seed in range(5):
         splits = split_images([None] * 14, np.arange(14), texts, {"test": 3, "val": 0}, seed, files)
         assert len(set(splits[:6])) == 1
+    # image 2 has no caption; what the files do not give is held out of their training images
+    splits = split_images(["train", "test", "train", "train"], np.array([0, 1, 3]), ["a", "a", "b"], {
+        "test": None, "val": 1,
+    }, seed=0)  # fmt: skip
+    assert (splits[1], splits[2], sorted(splits[[0, 3]].tolist())) == ("test", "", ["train", "val"])
+    assert num_trained(["a", "A "], np.array(["train", "test"]), "test") == 1
 
 
 def test_a_group_goes_into_one_set_and_no_caption_is_in_two_splits():
@@ -44,15 +50,6 @@ def test_a_group_goes_into_one_set_and_no_caption_is_in_two_splits():
     assert not own["train"] & own["test"] | own["train"] & own["val"] | own["val"] & own["test"]
     assert num_trained(texts, splits[image_N], "test") == 0
     assert (splits != split_images([None] * 500, image_N, texts, {"test": 0.1, "val": 0.1}, seed=4)).any()
-
-
-def test_the_files_own_splits_stay_and_an_image_without_captions_is_in_none():
-    # image 2 has no caption; what the files do not give is held out of their training images
-    splits = split_images(["train", "test", "train", "train"], np.array([0, 1, 3]), ["a", "a", "b"], {
-        "test": None, "val": 1,
-    }, seed=0)  # fmt: skip
-    assert (splits[1], splits[2], sorted(splits[[0, 3]].tolist())) == ("test", "", ["train", "val"])
-    assert num_trained(["a", "A "], np.array(["train", "test"]), "test") == 1
 
 
 @pytest.mark.parametrize("split_I, texts, sizes, message", [

@@ -101,6 +101,9 @@ def test_rows_of_one_image_are_its_captions_and_a_list_holds_several(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
     pairs = read_table(tmp_path, ReadOptions())
     assert (pairs.texts, pairs.image_N.tolist()) == (["a", "b", "c"], [0, 0, 1])
+    bad = rows({}, {"image": "9.png"}, {"caption": ""}, {"image": ""})
+    pairs = read(tmp_path / "bad", bad, on_bad_row="skip")
+    assert (pairs.texts, pairs.left_out) == (["text 0"], {"a missing image": 1, "an empty caption": 1, "no image": 1})
 
 
 def test_labels_splits_and_places_are_as_the_columns_say(tmp_path):
@@ -132,11 +135,6 @@ def test_labels_splits_and_places_are_as_the_columns_say(tmp_path):
 ])  # fmt: skip
 def test_a_bad_row_is_one_line(tmp_path, table, options, message):
     refused(message, read, tmp_path, table, **options)
-
-
-def test_bad_rows_are_left_out_and_counted(tmp_path):
-    pairs = read(tmp_path, rows({}, {"image": "9.png"}, {"caption": ""}, {"image": ""}), on_bad_row="skip")
-    assert (pairs.texts, pairs.left_out) == (["text 0"], {"a missing image": 1, "an empty caption": 1, "no image": 1})
 
 
 def write_coco(folder, year="2017"):

@@ -25,7 +25,7 @@ def retrieval(image_PD: Tensor, text_PD: Tensor, image_P: Tensor, caption_P: Ten
     return values_of(metric)
 
 
-def test_ranks_by_hand():
+def test_ranks_by_hand_and_without_a_pair():
     # Products of 3 images (rows) and 3 texts: text 0 is 0.9 for image 0, first of (0.9, 0.8, 0.1). Image 1: its text
     # has 0.5, behind 0.6. Image 2: its text has 0.2, behind 0.7 and 0.3. So images rank their texts 1, 2, 3.
     scores = torch.tensor([[0.9, 0.8, 0.1], [0.6, 0.5, 0.4], [0.7, 0.3, 0.2]])
@@ -35,6 +35,15 @@ def test_ranks_by_hand():
     recalls = {"image_to_text": (1 / 3, 2 / 3, 1), "text_to_image": (1 / 3, 1, 1), "": (1 / 3, 5 / 6, 1)}
     each = {f"{way}_recall_{k}".lstrip("_"): own[i] for way, own in recalls.items() for i, k in enumerate((1, 2, 5))}
     assert values == pytest.approx(each | medians)
+    with pytest.warns(UserWarning, match="before the ``update`` method"):
+        values = values_of(RetrievalMetrics())
+    assert set(values) == set(retrieval(torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3), ks=(1, 5, 10)))
+    assert all(math.isnan(value) for value in values.values())
+    for value in (1.0, math.nan):
+        same = torch.full((50, 4), value)
+        values = retrieval(same, same, torch.arange(50), torch.arange(50), ks=(1, 10))
+        assert values["recall_10"] == 0.0
+        assert values["image_to_text_median_rank"] == values["text_to_image_median_rank"] == 50.0
 
 
 def test_an_image_of_many_texts_and_a_text_of_many_images_are_one():
@@ -81,18 +90,6 @@ def test_equal_to_a_loop(monkeypatch, chunk):
         assert values[f"{way}_median_rank"] == statistics.median(ranks)
         for k in (1, 2, 5):
             assert values[f"{way}_recall_{k}"] == pytest.approx(sum(r <= k for r in ranks) / len(ranks))
-
-
-def test_no_pair_has_no_value_and_a_model_that_says_the_same_of_everything_comes_last():
-    with pytest.warns(UserWarning, match="before the ``update`` method"):
-        values = values_of(RetrievalMetrics())
-    assert set(values) == set(retrieval(torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3), ks=(1, 5, 10)))
-    assert all(math.isnan(value) for value in values.values())
-    for value in (1.0, math.nan):
-        same = torch.full((50, 4), value)
-        values = retrieval(same, same, torch.arange(50), torch.arange(50), ks=(1, 10))
-        assert values["recall_10"] == 0.0
-        assert values["image_to_text_median_rank"] == values["text_to_image_median_rank"] == 50.0
 
 
 def test_macro_f1_by_hand_and_as_scikit_learn_has_it_of_each_image_once():

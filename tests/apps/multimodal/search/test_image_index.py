@@ -92,21 +92,18 @@ def test_unreadable_images_are_left_out_with_a_line_and_tried_again(refresh, fol
     assert (len(caplog.messages), caplog.messages[-1]) == (21, "left out: 3 more images that cannot be read")
 
 
-def test_an_error_keeps_what_was_encoded_before_it(folder):
+def test_an_error_keeps_what_was_encoded_before_it_and_folders_need_an_image(folder, tmp_path):
     (folder / "b/bad.png").write_text("no image")
     refresh = Refresher(folder, on_bad_image="error")
     for encoded in (["a/red.png", "b/bad.png", "b/green.png", "blue.png"], ["b/bad.png", "b/green.png", "blue.png"]):
         refused(r"b/bad\.png is corrupt: it is no image; data\.on_bad_image=skip leaves", refresh)
         assert refresh.encoded == encoded
-
-
-def test_folders_without_an_image_that_can_be_read(tmp_path):
     refused("none' is no folder", Refresher(tmp_path / "none"))
-    photos = tmp_path / "photos"
+    photos = tmp_path / "empty"
     photos.mkdir()
     for name in (".hidden.png", "note.txt"):
         (photos / name).write_text("")
-    refused(r"photos' holds no image; images end in \.jpg, ", Refresher(photos))
+    refused(r"empty' holds no image; images end in \.jpg, ", Refresher(photos))
     (photos / "a.png").write_text("")
     refused(r"none of the 1 images of .* can be read: .*a\.png is corrupt", Refresher(photos))
 

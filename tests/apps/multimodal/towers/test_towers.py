@@ -184,7 +184,6 @@ def test_bad_input():
     refused(r"context.task_ids_B, which ImageTextRetriever does not give", retriever, moe=task)
     refused("pretrained=minilm: there are no weights of a PieceTexts", PieceTexts, pretrained="minilm")
     module, batch = retriever(), pair_batch(2)
-    rule = r"images have shape \(2, 3, 4, 8\): it must be \(B, 3, 8, 8\)"
-    refused(rule, module.image_vectors, batch.image[:, :, :4])
+    refused(r"images have shape \(2, 3, 4, 8\): it must be \(B, 3, 8, 8\)", module.image_vectors, batch.image[:, :, :4])
     refused("a text of 7 subwords is longer than max_tokens=6", module.text_vectors, torch.full((1, 7), 3))
     refused(r"texts are torch.float32 of shape \(2, 3\)", module.text_vectors, torch.zeros(2, 3))

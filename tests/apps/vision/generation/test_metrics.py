@@ -96,7 +96,7 @@ def test_inception_runs_nothing_that_its_file_says(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_folders_are_called_like_their_classes_and_a_grid_has_a_row_each():
+def test_folders_have_the_names_of_classes_and_those_of_others_stay(tmp_path):
     assert folder_names(["T-shirt/top", "Bag", "7"]) == ["T-shirt_top", "Bag", "7"]
     assert folder_names(["a/b", "a b", "..", "猫"]) == ["a_b_0", "a_b_1", "class", "猫"]
     black = torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
@@ -106,9 +106,6 @@ def test_folders_are_called_like_their_classes_and_a_grid_has_a_row_each():
     assert image.getpixel((100, 100)) == (255, 255, 255)  # the second row has one image
     # Small images are enlarged by a whole factor: 64 // 28 = 2.
     assert grid_of([torch.zeros(2, 1, 28, 28, dtype=torch.uint8)]).size == (2 * 56 + 3 * 2, 56 + 2 * 2)
-
-
-def test_a_folder_with_files_of_others_stays(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     for overwrite in (False, True):
@@ -124,7 +121,7 @@ def test_a_folder_with_files_of_others_stays(tmp_path):
 NAMES = ("T-shirt/top", "Bag", "7")
 
 
-def test_classes_go_by_name_and_else_by_number_and_needless_options_are_refused():
+def test_classes_go_by_name_and_else_by_number_and_one_image_is_too_few(tmp_path):
     # "7" is the name of class 2, and "1" of none
     assert (labels_of(["Bag", "7", 0], NAMES), labels_of(["1"], NAMES)) == ([1, 2, 0], [1])
     refused("classes=3 is none of the model's 3 classes: T-shirt/top, Bag, 7", labels_of, [3], NAMES)
@@ -134,6 +131,11 @@ def test_classes_go_by_name_and_else_by_number_and_needless_options_are_refused(
     refused("seed=-1 must not be negative", GenerationData, seed=-1)
     refused("mixup_alpha=0.2 mixes classes", GenerationData, mixup_alpha=0.2)
     refused("predict_folder=inbox: a generator reads no images", GenerationData, predict_folder="inbox")
+    for split in ("train", "test"):
+        write_images(tmp_path, split, 1, classes=("cat",))
+        (tmp_path / split / "cat" / "0.png").rename(tmp_path / split / "cat" / f"{split}.png")
+    data = GenerationData("image_folder", root=str(tmp_path), image_size=8, val_size=0)
+    refused("image_folder has 1 training image: a generator needs 2 or more", data.setup, "fit")
 
 
 @pytest.mark.parametrize("classes", ["3,7", "3, 7", [3, 7], ["3", 7]])
@@ -145,11 +147,3 @@ def test_batches_are_of_one_class(classes):
     # All classes are the default.
     assert [int(batch.label[0]) for batch in GenerationData(number=1).predict_dataloader()] == list(range(10))
     assert [int(batch.label[0]) for batch in GenerationData(classes=4).predict_dataloader()] == [4]
-
-
-def test_a_folder_of_one_image(tmp_path):
-    for split in ("train", "test"):
-        write_images(tmp_path, split, 1, classes=("cat",))
-        (tmp_path / split / "cat" / "0.png").rename(tmp_path / split / "cat" / f"{split}.png")
-    data = GenerationData("image_folder", root=str(tmp_path), image_size=8, val_size=0)
-    refused("image_folder has 1 training image: a generator needs 2 or more", data.setup, "fit")

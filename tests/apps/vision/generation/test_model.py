@@ -32,7 +32,7 @@ NOISE = torch.full((1, 1, 2, 2), -1.0)
 LABEL = torch.zeros(1, dtype=torch.int64)
 
 
-def test_each_process_goes_from_image_to_noise_in_its_way():
+def test_each_process_goes_from_image_to_noise_and_ddpm_clips_the_image():
     # 3/4 * 2 + 1/4 * (-1) = 1.25; -1 - 2 = -3
     noised = add_noise("flow", IMAGE, torch.tensor([0.25]), NOISE)
     assert_close((noised.image, noised.target), (torch.full_like(IMAGE, 1.25), torch.full_like(IMAGE, -3.0)))
@@ -40,16 +40,6 @@ def test_each_process_goes_from_image_to_noise_in_its_way():
     assert_close((a.square() + s.square(), a[1]), (torch.ones(3), torch.tensor(math.cos(0.2475 * math.pi))))
     noised = add_noise("ddpm", IMAGE, torch.tensor([0.5]), NOISE)
     assert_close((noised.image[0, 0, 0, 0], noised.target), (2 * a[1] - s[1], NOISE))
-
-
-@pytest.mark.parametrize("process", ["flow", "ddpm"])
-def test_the_true_prediction_gives_back_image_and_noise(process):
-    noised = add_noise(process, IMAGE, torch.tensor([0.3]), NOISE)
-    image, noise = image_and_noise(process, noised.image, noised.level_B, noised.target)
-    assert_close((image, noise), (IMAGE, NOISE))
-
-
-def test_ddpm_clips_the_image_to_its_bounds_and_finds_the_noise_that_is_left():
     level = torch.tensor([0.5])
     a, s = coefficients("ddpm", level)
     bounds = (torch.tensor(-1.0), torch.tensor(1.0))
@@ -57,6 +47,13 @@ def test_ddpm_clips_the_image_to_its_bounds_and_finds_the_noise_that_is_left():
     image, noise = image_and_noise("ddpm", x, level, NOISE, bounds)
     assert_close(image, torch.ones_like(IMAGE))  # 2 is cut to 1
     assert_close(a * image + s * noise, x)
+
+
+@pytest.mark.parametrize("process", ["flow", "ddpm"])
+def test_the_true_prediction_gives_back_image_and_noise(process):
+    noised = add_noise(process, IMAGE, torch.tensor([0.3]), NOISE)
+    image, noise = image_and_noise(process, noised.image, noised.level_B, noised.target)
+    assert_close((image, noise), (IMAGE, NOISE))
 
 
 def test_levels_are_the_quantiles_of_training_and_noise_follows_from_the_number():
@@ -187,12 +184,6 @@ def test_routers_know_places_levels_classes_and_the_condition():
     assert all(len(set(row)) == 1 for row in experts.tolist())  # all patches of an image have its level
 
 
-def test_shapes_that_cannot_be_built():
-    refused(r"dit\.patch_size=2 does not divide 5", built, size=5)
-    refused(r"dit\.embed_dim=10 is not divisible by num_heads=4", DiTConfig, embed_dim=10, num_heads=4)
-    refused(r"dit\.embed_dim=6 is not divisible by 4", DiTConfig, embed_dim=6, num_heads=2)
-
-
 CONFIG = {"in_channels": 3, "latent_channels": 2, "block_out_channels": [4, 8], "layers_per_block": 1}
 CONFIG |= {"norm_num_groups": 2, "scaling_factor": 0.5}
 
@@ -206,7 +197,7 @@ def write(folder, **changed):
     return model.eval()
 
 
-def test_the_names_are_those_of_diffusers():
+def test_the_names_are_those_of_diffusers_and_shapes_must_fit():
     # As AutoencoderKL of diffusers 0.42.1 has them for this configuration.
     names = {*Autoencoder(CONFIG).state_dict()}
     assert {
@@ -217,6 +208,9 @@ def test_the_names_are_those_of_diffusers():
     } <= names
     # A block: 8, and 2 of a shortcut where the width changes; the last block has no resizing.
     assert len(names) == (2 + 8 + 2 + 8 + 2 + 16 + 10 + 4) + (2 + 16 + 10 + 16 + 2 + 16 + 2 + 4) + 4
+    refused(r"dit\.patch_size=2 does not divide 5", built, size=5)
+    refused(r"dit\.embed_dim=10 is not divisible by num_heads=4", DiTConfig, embed_dim=10, num_heads=4)
+    refused(r"dit\.embed_dim=6 is not divisible by 4", DiTConfig, embed_dim=6, num_heads=2)
 
 
 def test_an_autoencoder_is_read_and_halves_images_once(tmp_path):
