@@ -1,7 +1,5 @@
 """The benchmarks of layers: what others install must not take a table down, and what is compared is equal."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import copy
@@ -74,8 +72,7 @@ def test_the_benchmark_of_experts_prints_a_row_for_the_dense_ffn_and_each_kind(c
 
 def test_each_conversion_to_fewer_experts_leaves_a_smaller_model_of_the_same_widths():
     model, x = nn.Sequential(core.MoEConfig(8, core.TokenChoice(2), core.FFN(32)).build(4)), torch.randn(2, 30, 4)
-    statistics = core.expert_statistics(model, [x], every_token=True)
-    sizes = []
+    statistics, sizes = core.expert_statistics(model, [x], every_token=True), []
     for _name, convert in fewer_experts.conversions([0.5]):
         converted = copy.deepcopy(model)
         convert(converted, statistics)

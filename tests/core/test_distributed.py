@@ -3,8 +3,6 @@
 One spawn runs every scenario; each test reads the outcome of its own.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
@@ -135,8 +133,7 @@ def stepped(rank: int, kind: str, router: core.RouterConfig, halves: list[Tensor
     """Return a layer whose logits are the tokens after one step: of a rank's half, of both in one process."""
     width = halves[0].shape[-1]
     layer = MoEConfig(width, router).build(width)
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(width))
+    layer.router.gate.weight.data.copy_(torch.eye(width))
     net = DistributedDataParallel(layer) if kind == "ddp" else layer
     with record(net) as tape:
         net(torch.cat(halves) if rank < 0 else halves[rank])

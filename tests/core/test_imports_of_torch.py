@@ -1,7 +1,5 @@
 """``import core`` loads little beside torch, and the parts that it leaves out are there when they are needed."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """The private parts of torch that the engine uses do what it needs; a version that changes one fails here."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

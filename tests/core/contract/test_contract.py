@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from routed import recorded
 from torch import Tensor, nn
 
 import core
@@ -48,8 +49,7 @@ def test_one_entry_a_pass_in_the_order_of_the_passes():
 def test_an_entry_tells_the_routing_the_context_and_the_layers_own_balance():
     layer = MoEConfig(4, router=TokenChoice(1)).build(8)
     context = core.RoutingContext(valid_BS=torch.tensor([[True, True, False]]))
-    with record(layer) as tape:
-        layer(torch.randn(1, 3, 8), context)
+    tape = recorded(layer, torch.randn(1, 3, 8), context)
     (entry,) = tape.entries
     assert entry.name == ""
     assert entry.context is context
@@ -100,16 +100,14 @@ def test_a_copy_or_pickle_taken_inside_the_block_is_equal_and_not_recorded(dupli
 def test_tapes_merge_and_change_neither_and_a_detached_one_keeps_the_numbers_and_drops_the_graph():
     net, tapes = Net(), []
     for length in (3, 5):
-        with record(net) as tape:
-            net(torch.randn(1, length, 8))
+        tape = recorded(net, torch.randn(1, length, 8))
         tapes.append(tape)
     merged = tapes[0].merge(tapes[1])
     assert [entry.routing.num_tokens for entry in merged.entries] == [3, 3, 5, 5]
     assert (len(tapes[0]), len(tapes[1])) == (2, 2)
     assert aux_loss(merged).item() == pytest.approx(sum(aux_loss(t).item() for t in tapes), rel=1e-6)
     net = Net()
-    with record(net) as tape:
-        net(torch.randn(1, 3, 8))
+    tape = recorded(net, torch.randn(1, 3, 8))
     detached = tape.detach()
     assert aux_loss(tape).requires_grad
     assert not aux_loss(detached).requires_grad
@@ -167,8 +165,7 @@ def test_a_tape_of_a_part_of_the_model_is_refused(part):
 
 def test_the_loads_of_a_tape_move_the_bias_of_a_bare_layer_and_have_no_losses():
     layer = bias_layer()
-    with record(layer) as tape:
-        layer(torch.tensor([[[1.0, 0.0]]]))
+    tape = recorded(layer, torch.tensor([[[1.0, 0.0]]]))
     loads = tape.loads()
     (entry,) = loads.entries
     kept = [value for value in vars(entry.routing).values() if isinstance(value, Tensor)]
@@ -181,8 +178,7 @@ def test_the_loads_of_a_tape_move_the_bias_of_a_bare_layer_and_have_no_losses():
             read(loads)
     layer = bias_layer()
     wrapped = nn.Sequential(OrderedDict(module=layer))  # names its content as DDP does
-    with record(wrapped) as tape:
-        wrapped(torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]))
+    tape = recorded(wrapped, torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]))
     update_expert_bias(layer, tape)
     assert layer.router.expert_bias.tolist() == [-0.5, 0.5]  # loads 2 and 1
 

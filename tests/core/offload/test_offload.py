@@ -1,7 +1,5 @@
 """Offloaded experts: the same output from a few slots, what is counted, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
@@ -104,8 +102,7 @@ def test_one_slot_is_enough_on_every_backend_and_in_every_dtype(backend: str, dt
     layer = layer_of(SwiGLU(F)).to(dtype)
     layer.backend = backend
     x = torch.randn(2, 4, D, dtype=dtype)
-    expected = layer(x)
-    offloaded = core.offload_experts(layer, one_expert(layer))
+    expected, offloaded = layer(x), core.offload_experts(layer, one_expert(layer))
     assert offloaded.num_slots == 1
     if backend == "grouped":  # it sums in another order
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
@@ -114,10 +111,8 @@ def test_one_slot_is_enough_on_every_backend_and_in_every_dtype(backend: str, dt
 
 
 def test_experts_that_need_no_more_than_the_slots_are_computed_at_once():
-    layer = layer_of()
-    x = torch.randn(1, 1, D)
-    expected = layer(x)
-    offloaded = core.offload_experts(layer, 3 * one_expert(layer))
+    layer, x = layer_of(), torch.randn(1, 1, D)
+    expected, offloaded = layer(x), core.offload_experts(layer, 3 * one_expert(layer))
     for hits in (0, 3):
         assert torch.equal(layer(x), expected)
         assert (offloaded.statistics.hits, offloaded.statistics.misses) == (hits, 3)
@@ -155,8 +150,7 @@ def test_padding_and_a_batch_of_nothing_but_padding():
     ids=["soft slots", "expert choice", "gates on the input", "hash", "product keys"],
 )
 def test_other_routers(config: MoEConfig):
-    layer = config.build(D).eval().requires_grad_(False)
-    x = torch.randn(2, 4, D)
+    layer, x = config.build(D).eval().requires_grad_(False), torch.randn(2, 4, D)
     ids = core.RoutingContext(token_ids_BS=torch.arange(8).view(2, 4))
     expected = layer(x, ids)
     core.offload_experts(layer, offloadable_bytes(layer) // 2)
@@ -168,14 +162,12 @@ def two_layers() -> nn.Sequential:
 
 
 def test_layers_of_equal_shapes_share_a_pool_and_every_layer_its_part():
-    model = two_layers()
-    x = torch.randn(1, 4, D)
+    model, x = two_layers(), torch.randn(1, 4, D)
     expected = model(x)
     offloaded = core.offload_experts(model, 5 * one_expert(model[0]), prefetch=False)
     assert torch.equal(model(x), expected)
     assert (offloaded.num_slots, offloaded.num_experts) == (5, 16)
-    assert offloaded.slot_bytes == 5 * one_expert(model[0])
-    assert [*offloaded.by_module()] == ["0.experts", "2.experts"]
+    assert (offloaded.slot_bytes, [*offloaded.by_module()]) == (5 * one_expert(model[0]), ["0.experts", "2.experts"])
     total = offloaded.statistics
     assert total.needed == sum(part.needed for part in offloaded.by_module().values())
     assert total.bytes_moved == total.misses * one_expert(model[0])
@@ -184,13 +176,11 @@ def test_layers_of_equal_shapes_share_a_pool_and_every_layer_its_part():
 def test_layers_that_take_all_experts_stay_as_they_are():
     model = nn.Sequential(MoEConfig(4, core.Merge(), FFN(F)).build(D), layer_of()).eval().requires_grad_(False)
     offloaded = core.offload_experts(model, one_expert(model[1]))
-    assert offloaded.left == ["0.experts"]
-    assert [*offloaded.by_module()] == ["1.experts"]
+    assert (offloaded.left, [*offloaded.by_module()]) == (["0.experts"], ["1.experts"])
 
 
 def test_calls_from_several_threads():
-    layer = layer_of()
-    inputs = [torch.randn(1, 4, D) for _ in range(8)]
+    layer, inputs = layer_of(), [torch.randn(1, 4, D) for _ in range(8)]
     expected = [layer(x) for x in inputs]
     core.offload_experts(layer, 2 * one_expert(layer))
 
@@ -390,8 +380,7 @@ def test_a_file_that_other_programs_read(tmp_path: Path):
 
 
 def test_experts_that_are_changed_in_place_are_fetched_again():
-    model = two_layers()
-    x = torch.randn(1, 4, D)
+    model, x = two_layers(), torch.randn(1, 4, D)
     core.offload_experts(model, offloadable_bytes(model) // 2)
     model(x)
     with torch.no_grad():
@@ -480,8 +469,7 @@ def test_experts_are_offloaded_once_and_a_folder_has_to_be_there(tmp_path: Path)
 
 
 def test_training_is_refused():
-    layer = layer_of(GeneralFFN(F, dropout=0.9))
-    x = torch.randn(1, 2, D)
+    layer, x = layer_of(GeneralFFN(F, dropout=0.9)), torch.randn(1, 2, D)
     expected = layer(x)
     core.offload_experts(layer.train(), one_expert(layer))
     with pytest.raises(ValueError, match="do not train"):

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from layered import identity_gate
+from routed import recorded
 from torch import Tensor
 
 import core
-from core import Balance, MoEConfig, RoutingContext, Tape, TokenChoice, aux_loss, aux_losses, record, update_expert_bias
+from core import Balance, MoEConfig, RoutingContext, Tape, TokenChoice, aux_loss, aux_losses, update_expert_bias
 from core.routing.balance.balance import adaptive_weight
 from core.routing.balance.losses import (
     entropy,
@@ -227,8 +228,7 @@ def test_the_gradient_of_a_term_is_right_and_finite_where_scores_are_zero(name):
     layer = MoEConfig(4, TokenChoice(2), core.FFN(8), balance=Balance(**OFF, **{name: 1.0})).build(6)
     for scale in (1.0, 1e4):  # logits thousands apart: scores of exactly 0 and 1
         layer.zero_grad()
-        with record(layer) as tape:
-            layer(scale * torch.randn(3, 5, 6))
+        tape = recorded(layer, scale * torch.randn(3, 5, 6))
         aux_loss(tape).backward()
         assert layer.router.gate.weight.grad.isfinite().all()
         assert scale > 1 or layer.router.gate.weight.grad.abs().max() > 0
@@ -247,8 +247,7 @@ def test_a_term_without_its_context_is_refused_naming_the_field(options, missing
     balance = Balance(**options)
     assert balance.needs == (missing,)
     layer = MoEConfig(4, balance=balance).build(6)
-    with record(layer) as tape:
-        layer(torch.randn(2, 3, 6))
+    tape = recorded(layer, torch.randn(2, 3, 6))
     with pytest.raises(ValueError, match=rf"need context.{missing}, which is None"):
         aux_loss(tape)
     # What is switched off needs none.
@@ -310,14 +309,12 @@ def adaptive_layer(**options: float) -> torch.nn.Module:
 def test_a_step_moves_the_adaptive_weight_by_the_drop_rate_of_the_tape():
     layer = adaptive_layer(adaptive_momentum=0.5, adaptive_max=0.1)
     x = torch.eye(2)[[0, 0, 0, 1]]  # capacity 2: one pair of four is dropped
-    with record(layer) as tape:
-        layer(x)
+    tape = recorded(layer, x)
     before = aux_losses(tape)
     update_expert_bias(layer, tape)
     # 0.5 * 0.008 + 0.5 * 0.2 * 0.25 = 0.029.
     assert layer.load_balancing_weight.item() == pytest.approx(0.029, abs=1e-8)
-    with record(layer) as tape:
-        layer(x)
+    tape = recorded(layer, x)
     after = aux_losses(tape)
     assert before.total.item() == pytest.approx(0.008 * before.terms["load_balancing_loss"].item(), rel=1e-6)
     assert after.total.item() == pytest.approx(0.029 * after.terms["load_balancing_loss"].item(), rel=1e-6)
@@ -351,8 +348,7 @@ def test_a_weight_moved_between_loss_and_backward_keeps_the_gradient_of_the_loss
     x, grads = torch.tensor([[1.0, 0.5], [0.3, 0.2], [0.1, 0.9], [0.4, 0.1]]), []
     for move in (False, True):
         layer.zero_grad()
-        with record(layer) as tape:
-            layer(x)
+        tape = recorded(layer, x)
         loss = aux_loss(tape)
         if move:
             update_expert_bias(layer, tape)

@@ -1,7 +1,5 @@
 """Every kind of experts of the tree keeps the properties of experts, and a fault in one is found."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

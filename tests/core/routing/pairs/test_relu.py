@@ -3,7 +3,7 @@
 import pytest
 import torch
 from layered import identity_gate
-from routed import built, gates, ids
+from routed import built, gates, ids, recorded
 
 from core import FFN, MoEConfig, RoutingContext, Tape, aux_losses, record, update_expert_bias
 from core.routing.balance.losses import sparsity_loss
@@ -42,8 +42,7 @@ def test_the_loss_by_hand_and_its_gradient():
     # K = 1. f = 2/2, 0, 1/2; means of relu / K: 1.5/2, 0, 1.5/2. 3 * (0.75 + 0.375) = 3.375.
     assert sparsity_loss(torch.tensor([1.5, 0, 1.5]), torch.tensor([2.0, 0, 1]), 2).item() == pytest.approx(3.375)
     layer, x = layer_of(), X.clone().requires_grad_()
-    with record(layer) as tape:
-        layer(x)
+    tape = recorded(layer, x)
     losses = aux_losses(tape)
     assert (losses.terms["sparsity"].item(), losses.total.item()) == (pytest.approx(3.375), pytest.approx(0.5 * 3.375))
     # 0.5 * 3 * f_e / 2 where the logit is positive: 0.75 for expert 0, 0.375 for expert 2.
@@ -52,8 +51,7 @@ def test_the_loss_by_hand_and_its_gradient():
     assert losses.terms.keys() == {"sparsity"}
     # Padding is in neither loss nor counts.
     padded = torch.cat((X, torch.full((1, 2, 3), torch.nan)), 1)
-    with record(layer) as tape:
-        layer(padded, RoutingContext(valid_BS=torch.tensor([[True, True, False, False]])))
+    tape = recorded(layer, padded, RoutingContext(valid_BS=torch.tensor([[True, True, False, False]])))
     assert aux_losses(tape).terms["sparsity"].item() == pytest.approx(3.375)
     assert tape.entries[0].routing.evidence.counts.tolist() == [3, 6]
 
@@ -71,8 +69,7 @@ def test_a_step_moves_the_weight_by_the_counts_of_all_its_passes(loads):
     layer, steps = layer_of(), Tape()
     assert set(layer.state_dict()) >= {"router.l1_weight"}
     for x in (X, -X):  # 3 of 6 positive, then 3 of 6: a half, and the target is a third
-        with record(layer) as tape:
-            layer(x)
+        tape = recorded(layer, x)
         steps = steps.merge(tape.loads() if loads else tape.detach())
     update_expert_bias(layer, steps)
     assert layer.router.l1_weight.item() == pytest.approx(0.6)
