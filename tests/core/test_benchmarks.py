@@ -35,13 +35,10 @@ def test_a_peer_that_fails_is_named_and_the_others_are_measured(monkeypatch, cap
     ]
 
 
-def test_the_benchmark_of_one_neuron_experts_prints_a_row_with_recall_1():
+def test_benchmarks_print_a_row_with_recall_1_or_compare_at_equal_outputs(capsys):
     args = argparse.Namespace(tokens=32, dim=8, heads=2, top_k=3, rounds=2, recall_tokens=8)
     cells = [cell.strip() for cell in peer.measure(49, args).strip("|").split("|")]
     assert (cells[0], cells[7], len(cells)) == ("49", "1.0000", 10)
-
-
-def test_low_rank_experts_are_compared_at_equal_outputs_and_gradients(capsys):
     sizes = "--tokens 256 --dim 16 --out_dim 24 --experts 4 --rank 2 --rounds 2 --threads 1 --no_peak"
     assert lora_experts.main(sizes.split()) == 0
     _machine, _head, _rule, *rows = capsys.readouterr().out.splitlines()
@@ -51,16 +48,13 @@ def test_low_rank_experts_are_compared_at_equal_outputs_and_gradients(capsys):
         lora_experts.main(["--tokens", "100"])
 
 
-def test_every_kind_of_experts_costs_a_token_the_same():
+def test_every_kind_of_experts_costs_a_token_the_same_and_has_a_row_beside_the_dense_ffn(capsys, tmp_path):
     shape = experts.Shape()
     ffn = 2 * 4 * shape.D * shape.F + 2 * shape.D * 8
     assert experts.at_equal_flops("ffn", shape).flops_per_token(shape.D) == ffn
     for kind in experts.KINDS:
         cost = experts.at_equal_flops(kind, shape).flops_per_token(shape.D, tokens_per_sequence=shape.S)
         assert abs(cost / ffn - 1) < 0.02, kind
-
-
-def test_the_benchmark_of_experts_prints_a_row_for_the_dense_ffn_and_each_kind(capsys, tmp_path):
     argv = ["--small", "--rounds", "2", "--threads", "1", "--kinds", "ffn", "ia3", "--json"]
     assert experts.main([*argv, str(tmp_path / "rows.json")]) == 0
     _machine, _head, _rule, *rows = capsys.readouterr().out.splitlines()

@@ -52,7 +52,7 @@ def test_entropy_is_that_of_the_scores_over_log_e():
     assert (layer_stats.entropy, layer_stats.load_entropy, layer_stats.load_imbalance) == (0.0, 1.0, 1.0)
 
 
-def test_padding_is_in_no_figure():
+def test_padding_is_in_no_figure_and_nothing_routed_has_figures_too():
     # Real tokens 0 and 2, both for expert 0, room for ceil(2 / 2) = 1: one of two is dropped. Padding would be
     # a drop rate of 3/4 or 1/4 if it counted, and would have woken expert 1.
     x = [[9.0, 0.0], [0.0, 9.0], [9.0, 0.0], [0.0, 9.0]]
@@ -62,9 +62,6 @@ def test_padding_is_in_no_figure():
     assert (layer_stats.dead_experts, layer_stats.load_imbalance) == (1, 2.0)
     alone = stats([x[0], x[2]], router=TokenChoice(1), capacity_factor=1.0)
     assert layer_stats.figures() == pytest.approx(alone.figures())
-
-
-def test_nothing_routed_has_figures_too():
     layer = MoEConfig(3).build(4)
     tape = recorded(layer, torch.randn(2, 0, 4))
     figures = RoutingStats.from_tape(tape).layers[""].figures()

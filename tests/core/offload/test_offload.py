@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import struct
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -110,12 +111,20 @@ def test_one_slot_is_enough_on_every_backend_and_in_every_dtype(backend: str, dt
         assert torch.equal(layer(x), expected)
 
 
-def test_experts_that_need_no_more_than_the_slots_are_computed_at_once():
+def test_experts_that_fit_the_slots_are_computed_at_once_and_padding_is_none():
     layer, x = layer_of(), torch.randn(1, 1, D)
     expected, offloaded = layer(x), core.offload_experts(layer, 3 * one_expert(layer))
     for hits in (0, 3):
         assert torch.equal(layer(x), expected)
         assert (offloaded.statistics.hits, offloaded.statistics.misses) == (hits, 3)
+    layer = layer_of()
+    x, valid_BS = torch.randn(2, 4, D), torch.tensor([[True, True, False, False], [False] * 4])
+    x[~valid_BS] = float("nan")
+    contexts = [core.RoutingContext(valid_BS), core.RoutingContext(torch.zeros_like(valid_BS))]
+    expected = [layer(x, context) for context in contexts]
+    core.offload_experts(layer, 2 * one_expert(layer))
+    for context, wanted in zip(contexts, expected, strict=True):
+        assert torch.equal(layer(x, context), wanted)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -125,17 +134,6 @@ def test_quantized_experts(bits: int, tmp_path: Path):
     offloaded = core.offload_experts(layer, one_expert(layer) * 4, tmp_path / "experts.safetensors")
     assert offloaded.num_slots == 4
     assert all(torch.equal(y, wanted) for y, wanted in zip(passes(layer), expected, strict=True))
-
-
-def test_padding_and_a_batch_of_nothing_but_padding():
-    layer = layer_of()
-    x, valid_BS = torch.randn(2, 4, D), torch.tensor([[True, True, False, False], [False] * 4])
-    x[~valid_BS] = float("nan")
-    contexts = [core.RoutingContext(valid_BS), core.RoutingContext(torch.zeros_like(valid_BS))]
-    expected = [layer(x, context) for context in contexts]
-    core.offload_experts(layer, 2 * one_expert(layer))
-    for context, wanted in zip(contexts, expected, strict=True):
-        assert torch.equal(layer(x, context), wanted)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +159,7 @@ def two_layers() -> nn.Sequential:
     return nn.Sequential(layer_of(top_k=1), nn.Tanh(), layer_of(top_k=1, seed=5))
 
 
-def test_layers_of_equal_shapes_share_a_pool_and_every_layer_its_part():
+def test_layers_of_equal_shapes_share_a_pool_and_those_that_take_all_experts_stay_as_they_are():
     model, x = two_layers(), torch.randn(1, 4, D)
     expected = model(x)
     offloaded = core.offload_experts(model, 5 * one_expert(model[0]), prefetch=False)
@@ -171,9 +169,6 @@ def test_layers_of_equal_shapes_share_a_pool_and_every_layer_its_part():
     total = offloaded.statistics
     assert total.needed == sum(part.needed for part in offloaded.by_module().values())
     assert total.bytes_moved == total.misses * one_expert(model[0])
-
-
-def test_layers_that_take_all_experts_stay_as_they_are():
     model = nn.Sequential(MoEConfig(4, core.Merge(), FFN(F)).build(D), layer_of()).eval().requires_grad_(False)
     offloaded = core.offload_experts(model, one_expert(model[1]))
     assert (offloaded.left, [*offloaded.by_module()]) == (["0.experts"], ["1.experts"])
@@ -327,7 +322,7 @@ def test_prefetching_raises_the_hit_rate():
 # ---- the model as a whole
 
 
-def test_the_state_dict_is_complete_and_loads_elsewhere(tmp_path: Path):
+def test_the_state_dict_is_complete_and_a_copy_and_a_pickle_have_all_experts_in_memory(tmp_path: Path):
     layer = layer_of(FFN(F, bias=True))
     expected = {name: value.clone() for name, value in layer.state_dict().items()}
     core.offload_experts(layer, one_expert(layer), tmp_path / "experts.safetensors")
@@ -337,12 +332,9 @@ def test_the_state_dict_is_complete_and_loads_elsewhere(tmp_path: Path):
     assert core.active_params(layer) == core.active_params(layer_of(FFN(F, bias=True)))
     with pytest.raises(ValueError, match="take no other weights"):
         layer.load_state_dict(state)
-
-
-def test_a_copy_and_a_pickle_have_all_experts_in_memory(tmp_path: Path):
     layer = layer_of()
     expected = passes(layer)
-    offloaded = core.offload_experts(layer, one_expert(layer), tmp_path / "experts.safetensors")
+    offloaded = core.offload_experts(layer, one_expert(layer), tmp_path / "others.safetensors")
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
@@ -351,7 +343,7 @@ def test_a_copy_and_a_pickle_have_all_experts_in_memory(tmp_path: Path):
     assert offloaded.statistics.needed == 0
 
 
-def test_the_slots_follow_the_model_and_the_dtype_stays():
+def test_the_slots_follow_the_model_and_experts_that_are_changed_in_place_are_fetched_again():
     layer = layer_of()
     core.offload_experts(layer, one_expert(layer))
     x = torch.randn(1, 2, D)
@@ -359,6 +351,13 @@ def test_the_slots_follow_the_model_and_the_dtype_stays():
     assert torch.equal(layer.to("cpu")(x), expected)
     with pytest.raises(ValueError, match=r"stay torch.float32: convert the model before"):
         layer.half()
+    model, x = two_layers(), torch.randn(1, 4, D)
+    core.offload_experts(model, offloadable_bytes(model) // 2)
+    model(x)
+    with torch.no_grad():
+        model[0].experts.w_in.mul_(2)
+        model[2].experts.weights_of(3)["w_out"].add_(1)
+    assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
 def test_a_file_that_other_programs_read(tmp_path: Path):
@@ -377,16 +376,6 @@ def test_a_file_that_other_programs_read(tmp_path: Path):
     values = torch.frombuffer(bytearray(data[8 + length + begin : 8 + length + end]), dtype=torch.float32)
     assert torch.equal(values.view(E, F), weights["b_in"])
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-
-
-def test_experts_that_are_changed_in_place_are_fetched_again():
-    model, x = two_layers(), torch.randn(1, 4, D)
-    core.offload_experts(model, offloadable_bytes(model) // 2)
-    model(x)
-    with torch.no_grad():
-        model[0].experts.w_in.mul_(2)
-        model[2].experts.weights_of(3)["w_out"].add_(1)
-    assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
 # ---- bad input
@@ -468,7 +457,7 @@ def test_experts_are_offloaded_once_and_a_folder_has_to_be_there(tmp_path: Path)
         core.offload_experts(layer, 1 << 20)
 
 
-def test_training_is_refused():
+def test_training_is_refused_and_a_token_that_picks_more_than_the_slots():
     layer, x = layer_of(GeneralFFN(F, dropout=0.9)), torch.randn(1, 2, D)
     expected = layer(x)
     core.offload_experts(layer.train(), one_expert(layer))
@@ -477,9 +466,6 @@ def test_training_is_refused():
     assert torch.equal(layer.eval()(x), expected)
     with pytest.raises(ValueError, match="have no gradients"):
         layer.eval()(x.requires_grad_())
-
-
-def test_a_token_that_picks_more_than_the_slots():
     layer = MoEConfig(16, ProductKeys(top_k=2, heads=2), PEER()).build(D).eval().requires_grad_(False)
     core.offload_experts(layer, offloadable_bytes(layer) // 16)
     with pytest.raises(ValueError, match=r"a token picks \d experts, and the budget holds 1"):
@@ -494,11 +480,15 @@ def in_file(tmp_path: Path) -> tuple[core.MoELayer, Tensor, Path]:
     return layer, x, path
 
 
-def test_a_file_that_is_cut_under_the_cache(tmp_path: Path):
+def test_a_file_that_is_touched_or_replaced_is_still_read_and_one_that_is_cut_is_named(tmp_path: Path):
     layer, x, path = in_file(tmp_path)
-    size = path.stat().st_size
-    with open(path, "r+b") as file:
-        file.truncate(size - 4)
+    expected, size = layer(x), path.stat().st_size
+    path.touch()
+    assert torch.equal(layer(x), expected)
+    kept = path.rename(tmp_path / "kept.safetensors")
+    path.write_bytes(b"another")
+    assert torch.equal(layer(x), expected)
+    os.truncate(kept, size - 4)
     for use in (lambda: layer(x), layer.state_dict, lambda: copy.deepcopy(layer)):
         with pytest.raises(ValueError, match=f"has {size - 4} bytes and had {size}: it was cut under the cache"):
             use()
@@ -506,22 +496,12 @@ def test_a_file_that_is_cut_under_the_cache(tmp_path: Path):
 
 def test_a_file_that_is_changed_under_the_cache(tmp_path: Path):
     layer, x, path = in_file(tmp_path)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 0x80  # the sign of the last number of the last expert
     with open(path, "r+b") as file:
-        file.write(data)
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 0x80]))  # the sign of the last number of the last expert
     wanted = r"was changed under the cache: expert 7 of experts\.w_out is not what was written there"
-    with pytest.raises(ValueError, match=wanted):
-        [layer(x) for _ in range(2)]
-    with pytest.raises(ValueError, match=wanted):
-        layer.state_dict()
-
-
-def test_a_file_that_is_touched_or_replaced_is_still_read(tmp_path: Path):
-    layer, x, path = in_file(tmp_path)
-    expected = layer(x)
-    path.touch()
-    assert torch.equal(layer(x), expected)
-    path.unlink()
-    path.write_bytes(b"another")
-    assert torch.equal(layer(x), expected)
+    for use in (lambda: [layer(x) for _ in range(2)], layer.state_dict):
+        with pytest.raises(ValueError, match=wanted):
+            use()

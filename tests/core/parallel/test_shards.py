@@ -208,9 +208,6 @@ def test_experts_that_cannot_be_divided_are_refused_and_stay_whole(ranks):
     for name, (_, said) in REFUSED.items():
         for known in (r["facts"] for r in ranks):
             assert re.search(said, known["refused"][name]), name
-
-
-def test_a_refusal_says_why_without_ranks():
     layer = MoEConfig(4, TokenChoice(2), FFN(6)).build(D)
     assert refusal(layer, 2) is None
     assert refusal(layer, 4, hidden=3) is None
@@ -219,3 +216,5 @@ def test_a_refusal_says_why_without_ranks():
     assert refusal(layer, 2, hidden=4) == units
     soft = MoEConfig(4, SoftSlots(1), FFN(6)).build(D)
     assert refusal(soft, 1) == "the layer, SoftMoE, has experts that cannot be sharded over ranks"
+
+

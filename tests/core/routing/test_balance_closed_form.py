@@ -88,16 +88,6 @@ def test_mutual_information_of_task_and_expert_by_hand():
     assert term("mutual_information", decided, context, num_tasks=3).item() == pytest.approx(-0.116858, abs=1e-6)
 
 
-def test_mutual_information_is_that_of_the_joint_distribution():
-    # Mod-Squad, eq. 4: sum over task and expert of P(t, e) log(P(t, e) / (P(t) P(e))), P(t) the task's share of tokens.
-    scores_TE, tasks_B = torch.rand(12, 5).softmax(-1), torch.tensor([2, 0, 2, 1])
-    tasks_T = tasks_B.repeat_interleave(3)
-    joint = torch.stack([scores_TE[tasks_T == t].sum(0) for t in range(3)]).double() / 12
-    information = (joint * (joint / (joint.sum(1, keepdim=True) * joint.sum(0))).log()).sum()
-    loss = term("mutual_information", routing(scores_TE, sequences=4), RoutingContext(task_ids_B=tasks_B), num_tasks=3)
-    assert loss.item() == pytest.approx(-information.item(), abs=1e-6)
-
-
 def test_local_entropy_by_hand():
     # One modality: (0 + 0.693147 + 0.562335) / 3 = 0.418494.
     scores = [[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]
@@ -180,21 +170,6 @@ def test_localized_balance_by_hand():
         decided = routing([[own, 1 - own], [1 - own, own]], sequences=2)
         loss = term("localized", decided, context, expert_types=(0, 1), localized_delta=delta)
         assert loss.item() == pytest.approx(0.0, abs=1e-6)
-
-
-def test_localized_balance_is_that_of_a_loop():
-    scores_TE, tasks, types = torch.rand(12, 5).softmax(-1), [2, 0, 1, 2], (0, 0, 2, 1, 2)
-    values = [
-        sum(scores_TE[3 * b + s, e].item() for s in range(3)) * (1.2 if types[e] == tasks[b] else 0.8)
-        for b in range(4)
-        for e in range(5)
-    ]
-    mean = sum(values) / 20
-    expected = sum((z - mean) ** 2 for z in values) / 20 / mean
-    context = RoutingContext(task_ids_B=torch.tensor(tasks))
-    decided = routing(scores_TE, sequences=4)
-    loss = term("localized", decided, context, expert_types=types, localized_delta=0.2)
-    assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [*NEW, "localized"])
@@ -327,19 +302,14 @@ def test_a_step_moves_the_adaptive_weight_by_the_drop_rate_of_the_tape():
 
 
 def test_the_adaptive_weight_is_saved_and_stays_float32():
-    layer = adaptive_layer()
+    layer, other = adaptive_layer(), adaptive_layer()
     layer.load_balancing_weight.fill_(0.00123)
-    other = adaptive_layer()
-    other.load_state_dict(layer.state_dict())
-    assert other.load_balancing_weight.item() == layer.load_balancing_weight.item()
-    half = other.bfloat16()
-    assert half.load_balancing_weight.dtype == torch.float32
-    assert half.load_balancing_weight.item() == layer.load_balancing_weight.item()
     with torch.device("meta"):
-        deferred = adaptive_layer()
-    made = deferred.to_empty(device="cpu")
-    made.load_state_dict(layer.state_dict())
-    assert made.load_balancing_weight.item() == layer.load_balancing_weight.item()
+        made = adaptive_layer()
+    for loaded in (other, made.to_empty(device="cpu")):
+        loaded.load_state_dict(layer.state_dict())
+        assert loaded.bfloat16().load_balancing_weight.dtype == torch.float32
+        assert loaded.load_balancing_weight.item() == layer.load_balancing_weight.item()
     assert "load_balancing_weight" not in MoEConfig(2).build(2).state_dict()
 
 
