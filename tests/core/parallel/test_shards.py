@@ -216,5 +216,3 @@ def test_experts_that_cannot_be_divided_are_refused_and_stay_whole(ranks):
     assert refusal(layer, 2, hidden=4) == units
     soft = MoEConfig(4, SoftSlots(1), FFN(6)).build(D)
     assert refusal(soft, 1) == "the layer, SoftMoE, has experts that cannot be sharded over ranks"
-
-
