@@ -78,7 +78,7 @@ def of_modalities(modality: list[int], valid: list[bool] | None = None, **option
     return RoutingStats.from_tape(tape)
 
 
-def test_the_experts_of_each_modality_by_hand():
+def test_the_experts_of_each_modality_by_hand_add_up_without_padding_and_drops():
     layer_stats = of_modalities([0, 0, 0, 1, 1, 1]).layers[""]
     assert layer_stats.tokens_of_modality.tolist() == [3, 3, 0, 0, 0, 0, 0, 0]
     assert layer_stats.pairs_of_modality[:2].tolist() == [[2, 1, 0, 0], [0, 0, 3, 0]]
@@ -87,9 +87,6 @@ def test_the_experts_of_each_modality_by_hand():
     assert figures["modality0_experts"] == pytest.approx(3 / 2 ** (2 / 3))
     assert (figures["modality0_unreached"], figures["modality1_experts"], figures["modality1_unreached"]) == (2, 1, 3)
     assert "modality2_experts" not in figures
-
-
-def test_padding_and_dropped_tokens_reach_no_expert_of_their_modality_and_figures_add_up():
     # Room for ceil(0.25 * 6 / 4) = 1: of the three tokens for expert 2 the first one, of modality 1, is computed.
     layer_stats = of_modalities([0, 0, 0, 1, 2, 2], capacity_factor=0.25).layers[""]
     assert layer_stats.pairs_of_modality[:3].tolist() == [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]

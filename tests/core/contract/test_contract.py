@@ -60,7 +60,7 @@ def test_an_entry_tells_the_routing_the_context_and_the_layers_own_balance():
     assert entry.routing.tokens_per_expert_E.sum() == 2
 
 
-def test_blocks_may_be_nested_and_each_hears_its_own_part_alone():
+def test_blocks_may_be_nested_hear_their_own_part_alone_and_leave_nothing_behind():
     net, other, x = Net(), Net(), torch.randn(1, 3, 8)
     net(x)
     with record(net) as outer:
@@ -71,9 +71,6 @@ def test_blocks_may_be_nested_and_each_hears_its_own_part_alone():
         net(x)
     net(x)
     assert (names(outer), names(inner)) == (["blocks.0", "blocks.1"] * 3, [""])
-
-
-def test_nothing_is_left_behind_in_the_modules_even_after_an_error():
     net = Net()
     with pytest.raises(RuntimeError, match="stop"), record(net):
         net(torch.randn(1, 3, 8))

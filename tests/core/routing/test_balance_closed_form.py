@@ -64,7 +64,7 @@ def test_entropy_in_nats_and_its_gradient_at_zero():
     assert p.grad.isfinite().all()
 
 
-def test_mutual_information_of_token_and_expert_by_hand():
+def test_mutual_information_by_hand():
     # Tokens (1, 0) and (1/2, 1/2): mean (3/4, 1/4). H(e | t) = (0 + 0.693147) / 2 = 0.346574 over 2 tokens;
     # H(e) = 0.562335. -I = 0.346574 - 0.562335 = -0.215762.
     loss = mutual_information_loss(torch.tensor([1.5, 0.5]), torch.tensor(0.693147), 2)
@@ -73,9 +73,6 @@ def test_mutual_information_of_token_and_expert_by_hand():
     # Each token sure of an expert of its own: -log E. All tokens alike: 0.
     assert term("mutual_information", routing(torch.eye(4))).item() == pytest.approx(-math.log(4), abs=1e-6)
     assert term("mutual_information", routing([[0.7, 0.3]] * 5)).item() == pytest.approx(0.0, abs=1e-6)
-
-
-def test_mutual_information_of_task_and_expert_by_hand():
     # Task 0 has the sequences 0 and 2 of two tokens, task 1 the sequence 1. Mean scores: task 0
     # ((0.9 + 0.7 + 0.8 + 0.6) / 4, ...) = (3/4, 1/4), task 1 ((0.2 + 0.3) / 2, ...) = (1/4, 3/4).
     # H(e | task) = (4 * 0.562335 + 2 * 0.562335) / 6 = 0.562335; all: (3.5 / 6, 2.5 / 6),
@@ -88,7 +85,7 @@ def test_mutual_information_of_task_and_expert_by_hand():
     assert term("mutual_information", decided, context, num_tasks=3).item() == pytest.approx(-0.116858, abs=1e-6)
 
 
-def test_local_entropy_by_hand():
+def test_local_and_global_entropy_by_hand():
     # One modality: (0 + 0.693147 + 0.562335) / 3 = 0.418494.
     scores = [[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]
     assert local_entropy_loss(torch.tensor([1.255482]), torch.tensor([3.0])).item() == pytest.approx(0.418494, abs=1e-6)
@@ -99,9 +96,6 @@ def test_local_entropy_by_hand():
     for only, value in ((0, 0.281168), (1, 0.693147)):
         loss = term("local_entropy", routing(scores), context, num_modalities=2, local_entropy_modality=only)
         assert loss.item() == pytest.approx(value, abs=1e-6)
-
-
-def test_global_entropy_by_hand():
     # Mean (3/4, 1/4): log 2 - 0.562335 = 0.130812.
     scores = [[1.0, 0.0], [0.5, 0.5]]
     loss = global_entropy_loss(torch.tensor([[1.5, 0.5]]), torch.tensor([2.0]), math.log(2))
@@ -267,12 +261,21 @@ def test_expert_types_are_one_for_each_expert_of_one_gate():
     assert MoEConfig(2, TokenChoice(1), core.FFN(8), granularity=2, balance=balance).split(4).num_experts == 4
 
 
-def test_adaptive_weight_by_hand():
+def test_the_adaptive_weight_by_hand_is_saved_and_stays_float32():
     balance = Balance(adaptive=True)
     # 0.99 * 0.004 + 0.01 * min(0.2 * 0.03, 0.01) = 0.00396 + 0.00006 = 0.00402.
     assert adaptive_weight(torch.tensor(0.004), torch.tensor(0.03), balance).item() == pytest.approx(0.00402, abs=1e-8)
     # At a drop rate of 0.5 the largest weight holds: 0.00396 + 0.0001 = 0.00406.
     assert adaptive_weight(torch.tensor(0.004), torch.tensor(0.5), balance).item() == pytest.approx(0.00406, abs=1e-8)
+    layer, other = adaptive_layer(), adaptive_layer()
+    layer.load_balancing_weight.fill_(0.00123)
+    with torch.device("meta"):
+        made = adaptive_layer()
+    for loaded in (other, made.to_empty(device="cpu")):
+        loaded.load_state_dict(layer.state_dict())
+        assert loaded.bfloat16().load_balancing_weight.dtype == torch.float32
+        assert loaded.load_balancing_weight.item() == layer.load_balancing_weight.item()
+    assert "load_balancing_weight" not in MoEConfig(2).build(2).state_dict()
 
 
 def adaptive_layer(**options: float) -> torch.nn.Module:
@@ -299,18 +302,6 @@ def test_a_step_moves_the_adaptive_weight_by_the_drop_rate_of_the_tape():
     layer.eval()
     update_expert_bias(layer, tape)
     assert layer.load_balancing_weight.item() == pytest.approx(0.029, abs=1e-8)
-
-
-def test_the_adaptive_weight_is_saved_and_stays_float32():
-    layer, other = adaptive_layer(), adaptive_layer()
-    layer.load_balancing_weight.fill_(0.00123)
-    with torch.device("meta"):
-        made = adaptive_layer()
-    for loaded in (other, made.to_empty(device="cpu")):
-        loaded.load_state_dict(layer.state_dict())
-        assert loaded.bfloat16().load_balancing_weight.dtype == torch.float32
-        assert loaded.load_balancing_weight.item() == layer.load_balancing_weight.item()
-    assert "load_balancing_weight" not in MoEConfig(2).build(2).state_dict()
 
 
 def test_a_weight_moved_between_loss_and_backward_keeps_the_gradient_of_the_loss():

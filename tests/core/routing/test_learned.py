@@ -147,7 +147,7 @@ def test_the_frozen_light_router_does_not_move_and_the_gate_does():
     assert not torch.equal(gate, layer.router.gate.weight)
 
 
-def test_no_auxiliary_loss_is_left_in_stage_2():
+def test_distillation_joins_the_auxiliary_loss_of_stage_1_and_none_is_left_in_stage_2():
     layer = MoEConfig(4, Stable(10), FFN(8), balance=Balance(load_balancing_loss=1.0)).build(6)
     x, given = torch.randn(2, 5, 6), context(2, 5)
     tape = recorded(layer, x, given)
@@ -155,9 +155,6 @@ def test_no_auxiliary_loss_is_left_in_stage_2():
     layer.router.freeze_light_router()
     tape = recorded(layer, x, given)
     assert aux_losses(tape).terms == {}
-
-
-def test_distillation_joins_the_auxiliary_loss_as_the_mean_over_real_tokens():
     config = MoEConfig(
         2, Stable(3, 2, distillation=0.5), FFN(4), balance=Balance(load_balancing_loss=0, router_z_loss=0)
     )
