@@ -1,7 +1,5 @@
 """The benchmarks of layers: what others install must not take a table down, and what is compared is equal."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import copy
@@ -37,13 +35,10 @@ def test_a_peer_that_fails_is_named_and_the_others_are_measured(monkeypatch, cap
     ]
 
 
-def test_the_benchmark_of_one_neuron_experts_prints_a_row_with_recall_1():
+def test_benchmarks_print_a_row_with_recall_1_or_compare_at_equal_outputs(capsys):
     args = argparse.Namespace(tokens=32, dim=8, heads=2, top_k=3, rounds=2, recall_tokens=8)
     cells = [cell.strip() for cell in peer.measure(49, args).strip("|").split("|")]
     assert (cells[0], cells[7], len(cells)) == ("49", "1.0000", 10)
-
-
-def test_low_rank_experts_are_compared_at_equal_outputs_and_gradients(capsys):
     sizes = "--tokens 256 --dim 16 --out_dim 24 --experts 4 --rank 2 --rounds 2 --threads 1 --no_peak"
     assert lora_experts.main(sizes.split()) == 0
     _machine, _head, _rule, *rows = capsys.readouterr().out.splitlines()
@@ -53,16 +48,13 @@ def test_low_rank_experts_are_compared_at_equal_outputs_and_gradients(capsys):
         lora_experts.main(["--tokens", "100"])
 
 
-def test_every_kind_of_experts_costs_a_token_the_same():
+def test_every_kind_of_experts_costs_a_token_the_same_and_has_a_row_beside_the_dense_ffn(capsys, tmp_path):
     shape = experts.Shape()
     ffn = 2 * 4 * shape.D * shape.F + 2 * shape.D * 8
     assert experts.at_equal_flops("ffn", shape).flops_per_token(shape.D) == ffn
     for kind in experts.KINDS:
         cost = experts.at_equal_flops(kind, shape).flops_per_token(shape.D, tokens_per_sequence=shape.S)
         assert abs(cost / ffn - 1) < 0.02, kind
-
-
-def test_the_benchmark_of_experts_prints_a_row_for_the_dense_ffn_and_each_kind(capsys, tmp_path):
     argv = ["--small", "--rounds", "2", "--threads", "1", "--kinds", "ffn", "ia3", "--json"]
     assert experts.main([*argv, str(tmp_path / "rows.json")]) == 0
     _machine, _head, _rule, *rows = capsys.readouterr().out.splitlines()
@@ -74,8 +66,7 @@ def test_the_benchmark_of_experts_prints_a_row_for_the_dense_ffn_and_each_kind(c
 
 def test_each_conversion_to_fewer_experts_leaves_a_smaller_model_of_the_same_widths():
     model, x = nn.Sequential(core.MoEConfig(8, core.TokenChoice(2), core.FFN(32)).build(4)), torch.randn(2, 30, 4)
-    statistics = core.expert_statistics(model, [x], every_token=True)
-    sizes = []
+    statistics, sizes = core.expert_statistics(model, [x], every_token=True), []
     for _name, convert in fewer_experts.conversions([0.5]):
         converted = copy.deepcopy(model)
         convert(converted, statistics)

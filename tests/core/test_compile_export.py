@@ -1,7 +1,5 @@
 """``torch.compile`` without a graph break and ``torch.export`` with dynamic token counts, against eager."""
 
-from __future__ import annotations
-
 import shutil
 import warnings
 
@@ -53,16 +51,13 @@ each_config = pytest.mark.parametrize(
 @each_config
 def test_compiled_layer_equals_eager_in_output_loss_gradients_and_tape(name, backend):
     layer = build(name, backend)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 6, 8)
+    compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(2, 6, 8)
     assert_same(step(layer, x, VALID, compiled), step(layer, x, VALID))
 
 
 def test_one_graph_serves_every_number_of_tokens_and_every_tape():
-    layer = build("switch", "cpu")
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
-    compiles = []
+    layer, counter = build("switch", "cpu"), CompileCounterWithBackend("aot_eager")
+    compiled, compiles = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True), []
     for shape in ((2, 6, 8), (4, 33, 8)):
         x = torch.randn(shape)
         assert_same(step(layer, x, run=compiled), step(layer, x))
@@ -90,8 +85,7 @@ def test_random_routing_compiles_without_a_graph_break():
     router = TokenChoice(2, noise="learned", jitter_eps=0.1, second_expert_policy="random")
     config = MoEConfig(4, router, FFN(12), capacity_factor=0.7, priority="random", balance=Balance(load=0.1))
     layer = config.build(8)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 6, 8)
+    compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(2, 6, 8)
     steps = [step(layer, x, run=compiled) for _ in range(2)]
     assert not torch.equal(steps[0]["y"], steps[1]["y"])  # the noise is drawn at each call
     for each in steps:
@@ -104,13 +98,11 @@ def test_random_routing_compiles_without_a_graph_break():
 
 def test_a_compiled_model_with_autocast_keeps_its_router_in_float32():
     layer = build("dropless", "cpu")
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 6, 8)
+    compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(2, 6, 8)
     with record(layer) as tape:
         layer(x)
         with torch.autocast("cpu", torch.bfloat16):
-            y = compiled(x)
-            expected = layer(x)
+            y, expected = compiled(x), layer(x)
     plain, cast, _ = (entry.routing for entry in tape.entries)
     assert torch.equal(cast.evidence.logits_TE, plain.evidence.logits_TE)
     assert y.dtype == torch.bfloat16
@@ -137,8 +129,7 @@ def test_a_compiled_layer_runs_the_ops_of_its_backend_forward_and_backward(backe
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_equals_eager():
     layer = build("switch", "cpu")
-    compiled = torch.compile(layer, fullgraph=True)
-    x = torch.randn(2, 6, 8)
+    compiled, x = torch.compile(layer, fullgraph=True), torch.randn(2, 6, 8)
     assert_same(step(layer, x, run=compiled), step(layer, x))
 
 
@@ -162,8 +153,7 @@ class Checkpointed(nn.Module):
 
 def test_a_model_compiled_around_its_checkpoints_is_one_graph_while_it_is_recorded(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
-    model, counter = Checkpointed(), CompileCounterWithBackend("aot_eager")
-    x = torch.randn(2, 6, 8)
+    model, counter, x = Checkpointed(), CompileCounterWithBackend("aot_eager"), torch.randn(2, 6, 8)
     assert_same(step(model, x, run=torch.compile(model, backend=counter, fullgraph=True)), step(model, x))
     assert counter.frame_count == 1
 

@@ -1,7 +1,5 @@
 """``RowAdam`` moves the rows that have a gradient as Adam moves them, and no others."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

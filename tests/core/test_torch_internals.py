@@ -1,6 +1,7 @@
-"""The private parts of torch that the engine uses do what it needs; a version that changes one fails here."""
+"""The private parts of torch that the engine uses, and what ``import core`` loads; a version that changes one fails."""
 
-from __future__ import annotations
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,16 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from core import torch_internals as internals
+from core.kernels.triton_ops.environment import missing
 
 
-def test_a_profiler_is_seen_while_it_runs():
+def test_a_profiler_and_the_forward_that_a_checkpoint_repeats_are_seen():
     assert not internals.is_profiled()
     with profile(activities=[ProfilerActivity.CPU]):
         assert internals.is_profiled()
     assert not internals.is_profiled()
-
-
-def test_the_forward_that_a_checkpoint_repeats_is_in_the_backward():
     seen = []
 
     def forward(x):
@@ -71,12 +70,9 @@ def test_a_flop_counter_is_a_mode_and_fake_tensors_and_storages_are_known():
     assert internals.storage_id(x) != internals.storage_id(y)
 
 
-def test_the_feed_forward_part_of_a_layer_is_its_two_linears():
+def test_feed_forward_and_onednn_multiply_as_torch_does():
     layer, x = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), torch.randn(3, 4)
     torch.testing.assert_close(internals.feed_forward(layer, x), layer.linear2(torch.relu(layer.linear1(x))))
-
-
-def test_onednn_multiplies_as_torch_does():
     linear, pack = internals.onednn("linear_pointwise"), internals.onednn("reorder_linear_weight")
     if linear is None:
         pytest.skip("torch is built without oneDNN")
@@ -126,3 +122,31 @@ def test_an_exchange_of_one_rank_gives_back_rows_and_gradients():
         assert x.grad.tolist() == [[3.0], [4.0]]
     finally:
         dist.destroy_process_group()
+
+
+SCRIPT = """
+import sys, torch
+before = set(sys.modules)
+import core
+added = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(added - sys.stdlib_module_names - {"core"}), "torch._dynamo" in set(sys.modules) - before)
+layer = core.MoEConfig(4, core.TokenChoice(2), core.FFN(8)).build(4)
+x = torch.randn(1, 3, 4)
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    layer(x)
+print(counter.get_total_flops())
+layer(x).sum().backward()
+print(core.count_flops(layer, x))
+"""
+
+
+def test_core_loads_no_compiler_and_nothing_that_torch_does_not_load_and_flop_counters_know_the_experts():
+    printed = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True).stdout
+    # 3 tokens through the gate, 2 * 4 * 4 each, and 2 experts of two products of 2 * 4 * 8.
+    flops = str(3 * (32 + 2 * 128))
+    assert printed.splitlines() == ["[] False", flops, flops]
+
+
+def test_a_compiler_takes_the_answer_for_constant_as_its_own_decorator_says():
+    assert vars(torch.compiler.assume_constant_result(lambda: None)).items() <= vars(missing).items()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from core import Routing
+from core import Routing, Tape, record
 from core.routing.balance.terms import balance_sums, balance_terms
 from core.routing.router import PairRouter, RouterConfig
 from core.routing.selection import Capacity
@@ -24,6 +24,13 @@ def built(
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(columns))
     return router
+
+
+def recorded(layer: nn.Module, *args: object) -> Tape:
+    """Return the tape of one pass of a layer."""
+    with record(layer) as tape:
+        layer(*args)
+    return tape
 
 
 def logits_of(*rows: tuple[float, ...]) -> Tensor:

@@ -1,12 +1,14 @@
-"""The tape: what ``record`` collects, under which names, and that nothing is left behind in a module."""
+"""The tape, what ``record`` collects and leaves behind, and the names that a profiler shows."""
 
 import copy
 import pickle
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import pytest
 import torch
+from routed import recorded
 from torch import Tensor, nn
+from torch.profiler import profile
 
 import core
 from core import MoE, MoEConfig, RoutingStats, Tape, TokenChoice, aux_loss, moe_layers, record, update_expert_bias
@@ -48,8 +50,7 @@ def test_one_entry_a_pass_in_the_order_of_the_passes():
 def test_an_entry_tells_the_routing_the_context_and_the_layers_own_balance():
     layer = MoEConfig(4, router=TokenChoice(1)).build(8)
     context = core.RoutingContext(valid_BS=torch.tensor([[True, True, False]]))
-    with record(layer) as tape:
-        layer(torch.randn(1, 3, 8), context)
+    tape = recorded(layer, torch.randn(1, 3, 8), context)
     (entry,) = tape.entries
     assert entry.name == ""
     assert entry.context is context
@@ -59,7 +60,7 @@ def test_an_entry_tells_the_routing_the_context_and_the_layers_own_balance():
     assert entry.routing.tokens_per_expert_E.sum() == 2
 
 
-def test_blocks_may_be_nested_and_each_hears_its_own_part_alone():
+def test_blocks_may_be_nested_hear_their_own_part_alone_and_leave_nothing_behind():
     net, other, x = Net(), Net(), torch.randn(1, 3, 8)
     net(x)
     with record(net) as outer:
@@ -70,9 +71,6 @@ def test_blocks_may_be_nested_and_each_hears_its_own_part_alone():
         net(x)
     net(x)
     assert (names(outer), names(inner)) == (["blocks.0", "blocks.1"] * 3, [""])
-
-
-def test_nothing_is_left_behind_in_the_modules_even_after_an_error():
     net = Net()
     with pytest.raises(RuntimeError, match="stop"), record(net):
         net(torch.randn(1, 3, 8))
@@ -100,16 +98,14 @@ def test_a_copy_or_pickle_taken_inside_the_block_is_equal_and_not_recorded(dupli
 def test_tapes_merge_and_change_neither_and_a_detached_one_keeps_the_numbers_and_drops_the_graph():
     net, tapes = Net(), []
     for length in (3, 5):
-        with record(net) as tape:
-            net(torch.randn(1, length, 8))
+        tape = recorded(net, torch.randn(1, length, 8))
         tapes.append(tape)
     merged = tapes[0].merge(tapes[1])
     assert [entry.routing.num_tokens for entry in merged.entries] == [3, 3, 5, 5]
     assert (len(tapes[0]), len(tapes[1])) == (2, 2)
     assert aux_loss(merged).item() == pytest.approx(sum(aux_loss(t).item() for t in tapes), rel=1e-6)
     net = Net()
-    with record(net) as tape:
-        net(torch.randn(1, 3, 8))
+    tape = recorded(net, torch.randn(1, 3, 8))
     detached = tape.detach()
     assert aux_loss(tape).requires_grad
     assert not aux_loss(detached).requires_grad
@@ -167,8 +163,7 @@ def test_a_tape_of_a_part_of_the_model_is_refused(part):
 
 def test_the_loads_of_a_tape_move_the_bias_of_a_bare_layer_and_have_no_losses():
     layer = bias_layer()
-    with record(layer) as tape:
-        layer(torch.tensor([[[1.0, 0.0]]]))
+    tape = recorded(layer, torch.tensor([[[1.0, 0.0]]]))
     loads = tape.loads()
     (entry,) = loads.entries
     kept = [value for value in vars(entry.routing).values() if isinstance(value, Tensor)]
@@ -181,8 +176,7 @@ def test_the_loads_of_a_tape_move_the_bias_of_a_bare_layer_and_have_no_losses():
             read(loads)
     layer = bias_layer()
     wrapped = nn.Sequential(OrderedDict(module=layer))  # names its content as DDP does
-    with record(wrapped) as tape:
-        wrapped(torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]))
+    tape = recorded(wrapped, torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]))
     update_expert_bias(layer, tape)
     assert layer.router.expert_bias.tolist() == [-0.5, 0.5]  # loads 2 and 1
 
@@ -203,3 +197,33 @@ def test_rows_materialize_to_the_tokens_sorted_by_expert():
     assert done.materialize() is done.x
     summed = rows.with_output(torch.zeros(3, 5), combined=True)
     assert (summed.gathered, summed.weighted, summed.combined) == (True, True, True)
+
+
+PARTS = ("moe.router", "moe.dispatch", "moe.experts", "moe.combine")
+
+
+def calls(layer, x):
+    with profile() as trace:
+        layer(x)
+    return Counter(event.name for event in trace.events() if event.name.startswith("moe."))
+
+
+@pytest.mark.parametrize(
+    "router", [core.TokenChoice(2), core.ExpertChoice(), core.SoftSlots(1), core.TokenRounding(2, tile=2)]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_profiler_shows_each_part_of_a_layer_once(router, training):
+    layer = core.MoEConfig(4, router).build(8).train(training)
+    assert calls(layer, torch.randn(2, 3, 8)) == dict.fromkeys(PARTS, 1)
+
+
+def test_a_layer_of_several_gates_is_shown_too_and_a_spans_arguments_are_the_functions():
+    layer = core.MMoE(4, core.MLP((8, 6))).build(8, num_tasks=3)
+    assert set(calls(layer, torch.randn(5, 8))) >= {"moe.router", "moe.experts"}
+
+    @core.contract.span("moe.part")
+    def halved(x: int, by: int = 2) -> float:
+        """Halve."""
+        return x / by
+
+    assert (halved(3), halved(3, by=3), halved.__name__, halved.__doc__) == (1.5, 1.0, "halved", "Halve.")

@@ -10,6 +10,8 @@ from patients import Patient, Training, batches, task_loss, whole_loss
 from torch import nn
 
 import core
+from core import MLP, STAR, MMoE, RoutingContext
+from core.diagnose.alike import Inputs, _distances, _products
 from core.diagnose.figures import LayerFigures, explained
 from core.diagnose.passes import Facts, Pass
 from core.diagnose.rules import load_findings, modality_findings
@@ -165,3 +167,23 @@ def test_a_finding_is_one_line_and_bad_input_is_named():
         core.diagnose(Patient(TOP2), batches(1), loss=lambda net, ids: task_loss(net, ids).detach())
     with pytest.raises(ValueError, match="a Linear has no MoE layer of 2 to 256 experts"):
         core.ablate_experts(nn.Linear(2, 2), lambda: 0.0)
+
+
+def test_the_same_outputs_have_a_distance_of_0_and_likeness_by_design_is_not_compared():
+    # Two domains of a star start as one network; copies among MMoE's experts have a distance of 0.
+    known = RoutingContext(domain_ids_B=torch.tensor([0, 1, 1, 0]))
+    model = nn.ModuleDict({"star": STAR(expert=MLP((6,))).build(5, 1, 2), "mmoe": MMoE(2, MLP((6,))).build(5, 1)})
+    with torch.no_grad():
+        for parameter in model["mmoe"].experts.parameters():
+            parameter[1] = parameter[0]
+    inputs = Inputs(model)
+    with inputs.listening():
+        model["star"](torch.randn(4, 5), known)
+        model["mmoe"](torch.randn(4, 5))
+    distances = inputs.distances()
+    assert (list(distances), distances["mmoe"][0, 1]) == (["mmoe"], 0)
+    # Outputs (1, 0), (0, 1), (1, 0) and nothing: unrelated 1, the same 0, and nothing can be said of nothing.
+    y_TED = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]]).double()
+    distance = _distances(_products(y_TED))
+    assert (distance[0, 1], distance[0, 2]) == (1, 0)
+    assert distance[3, 3].isnan()

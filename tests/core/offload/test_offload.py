@@ -1,10 +1,9 @@
 """Offloaded experts: the same output from a few slots, what is counted, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json
+import os
 import struct
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -104,8 +103,7 @@ def test_one_slot_is_enough_on_every_backend_and_in_every_dtype(backend: str, dt
     layer = layer_of(SwiGLU(F)).to(dtype)
     layer.backend = backend
     x = torch.randn(2, 4, D, dtype=dtype)
-    expected = layer(x)
-    offloaded = core.offload_experts(layer, one_expert(layer))
+    expected, offloaded = layer(x), core.offload_experts(layer, one_expert(layer))
     assert offloaded.num_slots == 1
     if backend == "grouped":  # it sums in another order
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
@@ -113,14 +111,20 @@ def test_one_slot_is_enough_on_every_backend_and_in_every_dtype(backend: str, dt
         assert torch.equal(layer(x), expected)
 
 
-def test_experts_that_need_no_more_than_the_slots_are_computed_at_once():
-    layer = layer_of()
-    x = torch.randn(1, 1, D)
-    expected = layer(x)
-    offloaded = core.offload_experts(layer, 3 * one_expert(layer))
+def test_experts_that_fit_the_slots_are_computed_at_once_and_padding_is_none():
+    layer, x = layer_of(), torch.randn(1, 1, D)
+    expected, offloaded = layer(x), core.offload_experts(layer, 3 * one_expert(layer))
     for hits in (0, 3):
         assert torch.equal(layer(x), expected)
         assert (offloaded.statistics.hits, offloaded.statistics.misses) == (hits, 3)
+    layer = layer_of()
+    x, valid_BS = torch.randn(2, 4, D), torch.tensor([[True, True, False, False], [False] * 4])
+    x[~valid_BS] = float("nan")
+    contexts = [core.RoutingContext(valid_BS), core.RoutingContext(torch.zeros_like(valid_BS))]
+    expected = [layer(x, context) for context in contexts]
+    core.offload_experts(layer, 2 * one_expert(layer))
+    for context, wanted in zip(contexts, expected, strict=True):
+        assert torch.equal(layer(x, context), wanted)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -130,17 +134,6 @@ def test_quantized_experts(bits: int, tmp_path: Path):
     offloaded = core.offload_experts(layer, one_expert(layer) * 4, tmp_path / "experts.safetensors")
     assert offloaded.num_slots == 4
     assert all(torch.equal(y, wanted) for y, wanted in zip(passes(layer), expected, strict=True))
-
-
-def test_padding_and_a_batch_of_nothing_but_padding():
-    layer = layer_of()
-    x, valid_BS = torch.randn(2, 4, D), torch.tensor([[True, True, False, False], [False] * 4])
-    x[~valid_BS] = float("nan")
-    contexts = [core.RoutingContext(valid_BS), core.RoutingContext(torch.zeros_like(valid_BS))]
-    expected = [layer(x, context) for context in contexts]
-    core.offload_experts(layer, 2 * one_expert(layer))
-    for context, wanted in zip(contexts, expected, strict=True):
-        assert torch.equal(layer(x, context), wanted)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +148,7 @@ def test_padding_and_a_batch_of_nothing_but_padding():
     ids=["soft slots", "expert choice", "gates on the input", "hash", "product keys"],
 )
 def test_other_routers(config: MoEConfig):
-    layer = config.build(D).eval().requires_grad_(False)
-    x = torch.randn(2, 4, D)
+    layer, x = config.build(D).eval().requires_grad_(False), torch.randn(2, 4, D)
     ids = core.RoutingContext(token_ids_BS=torch.arange(8).view(2, 4))
     expected = layer(x, ids)
     core.offload_experts(layer, offloadable_bytes(layer) // 2)
@@ -167,30 +159,23 @@ def two_layers() -> nn.Sequential:
     return nn.Sequential(layer_of(top_k=1), nn.Tanh(), layer_of(top_k=1, seed=5))
 
 
-def test_layers_of_equal_shapes_share_a_pool_and_every_layer_its_part():
-    model = two_layers()
-    x = torch.randn(1, 4, D)
+def test_layers_of_equal_shapes_share_a_pool_and_those_that_take_all_experts_stay_as_they_are():
+    model, x = two_layers(), torch.randn(1, 4, D)
     expected = model(x)
     offloaded = core.offload_experts(model, 5 * one_expert(model[0]), prefetch=False)
     assert torch.equal(model(x), expected)
     assert (offloaded.num_slots, offloaded.num_experts) == (5, 16)
-    assert offloaded.slot_bytes == 5 * one_expert(model[0])
-    assert [*offloaded.by_module()] == ["0.experts", "2.experts"]
+    assert (offloaded.slot_bytes, [*offloaded.by_module()]) == (5 * one_expert(model[0]), ["0.experts", "2.experts"])
     total = offloaded.statistics
     assert total.needed == sum(part.needed for part in offloaded.by_module().values())
     assert total.bytes_moved == total.misses * one_expert(model[0])
-
-
-def test_layers_that_take_all_experts_stay_as_they_are():
     model = nn.Sequential(MoEConfig(4, core.Merge(), FFN(F)).build(D), layer_of()).eval().requires_grad_(False)
     offloaded = core.offload_experts(model, one_expert(model[1]))
-    assert offloaded.left == ["0.experts"]
-    assert [*offloaded.by_module()] == ["1.experts"]
+    assert (offloaded.left, [*offloaded.by_module()]) == (["0.experts"], ["1.experts"])
 
 
 def test_calls_from_several_threads():
-    layer = layer_of()
-    inputs = [torch.randn(1, 4, D) for _ in range(8)]
+    layer, inputs = layer_of(), [torch.randn(1, 4, D) for _ in range(8)]
     expected = [layer(x) for x in inputs]
     core.offload_experts(layer, 2 * one_expert(layer))
 
@@ -276,7 +261,7 @@ def test_a_slot_is_taken_from_the_expert_of_the_least_use(policy, needed, kept):
     assert counted.hits == len(needed) - 3
 
 
-def test_a_slot_holds_the_expert_that_was_asked_for_and_half_a_use_is_left_after_16_calls():
+def test_a_slot_holds_the_expert_that_was_asked_for_and_one_on_its_way_is_a_foreseen_miss():
     pool, counted = pool_of("lru", 2)
     for numbers in ([0, 1], [2], [3, 0], [1]):
         slots = pool.require(0, numbers, counted)
@@ -287,6 +272,14 @@ def test_a_slot_holds_the_expert_that_was_asked_for_and_half_a_use_is_left_after
         pool.require(0, [number], counted)
     (value, _) = pool._value(next(expert for expert in pool.resident if expert.number == 0))
     assert value == pytest.approx(2 ** (-40 / 16) + 2 ** (-41 / 16))
+    pool, counted = pool_of("lfru", 3)
+    pool.require(0, [0], counted)
+    pool.prefetch([Expert(0, 1)], [], Worker(False), counted)  # type: ignore[arg-type]
+    slots = pool.require(0, [0, 1, 2], counted)
+    assert [pool.tensors["w"][slot].item() for slot in slots] == [1, 2, 3]
+    # Of four needed experts 0 was there once, and 1 was on its way.
+    assert (counted.hits, counted.misses, counted.late) == (1, 3, 1)
+    assert (counted.hit_rate, counted.foreseen_rate) == (0.25, 0.5)
 
 
 class Worker:
@@ -298,17 +291,6 @@ class Worker:
     def submit(self, fn: Callable[..., None], *args: object) -> None:
         if self.at_once:
             fn(*args)
-
-
-def test_an_expert_on_its_way_is_a_miss_that_was_foreseen():
-    pool, counted = pool_of("lfru", 3)
-    pool.require(0, [0], counted)
-    pool.prefetch([Expert(0, 1)], [], Worker(False), counted)  # type: ignore[arg-type]
-    slots = pool.require(0, [0, 1, 2], counted)
-    assert [pool.tensors["w"][slot].item() for slot in slots] == [1, 2, 3]
-    # Of four needed experts 0 was there once, and 1 was on its way.
-    assert (counted.hits, counted.misses, counted.late) == (1, 3, 1)
-    assert (counted.hit_rate, counted.foreseen_rate) == (0.25, 0.5)
 
 
 def alternating(prefetch: bool) -> OffloadStatistics:
@@ -337,7 +319,7 @@ def test_prefetching_raises_the_hit_rate():
 # ---- the model as a whole
 
 
-def test_the_state_dict_is_complete_and_loads_elsewhere(tmp_path: Path):
+def test_the_state_dict_is_complete_and_a_copy_and_a_pickle_have_all_experts_in_memory(tmp_path: Path):
     layer = layer_of(FFN(F, bias=True))
     expected = {name: value.clone() for name, value in layer.state_dict().items()}
     core.offload_experts(layer, one_expert(layer), tmp_path / "experts.safetensors")
@@ -347,12 +329,9 @@ def test_the_state_dict_is_complete_and_loads_elsewhere(tmp_path: Path):
     assert core.active_params(layer) == core.active_params(layer_of(FFN(F, bias=True)))
     with pytest.raises(ValueError, match="take no other weights"):
         layer.load_state_dict(state)
-
-
-def test_a_copy_and_a_pickle_have_all_experts_in_memory(tmp_path: Path):
     layer = layer_of()
     expected = passes(layer)
-    offloaded = core.offload_experts(layer, one_expert(layer), tmp_path / "experts.safetensors")
+    offloaded = core.offload_experts(layer, one_expert(layer), tmp_path / "others.safetensors")
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
@@ -361,7 +340,7 @@ def test_a_copy_and_a_pickle_have_all_experts_in_memory(tmp_path: Path):
     assert offloaded.statistics.needed == 0
 
 
-def test_the_slots_follow_the_model_and_the_dtype_stays():
+def test_the_slots_follow_the_model_and_experts_that_are_changed_in_place_are_fetched_again():
     layer = layer_of()
     core.offload_experts(layer, one_expert(layer))
     x = torch.randn(1, 2, D)
@@ -369,6 +348,13 @@ def test_the_slots_follow_the_model_and_the_dtype_stays():
     assert torch.equal(layer.to("cpu")(x), expected)
     with pytest.raises(ValueError, match=r"stay torch.float32: convert the model before"):
         layer.half()
+    model, x = two_layers(), torch.randn(1, 4, D)
+    core.offload_experts(model, offloadable_bytes(model) // 2)
+    model(x)
+    with torch.no_grad():
+        model[0].experts.w_in.mul_(2)
+        model[2].experts.weights_of(3)["w_out"].add_(1)
+    assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
 def test_a_file_that_other_programs_read(tmp_path: Path):
@@ -387,17 +373,6 @@ def test_a_file_that_other_programs_read(tmp_path: Path):
     values = torch.frombuffer(bytearray(data[8 + length + begin : 8 + length + end]), dtype=torch.float32)
     assert torch.equal(values.view(E, F), weights["b_in"])
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-
-
-def test_experts_that_are_changed_in_place_are_fetched_again():
-    model = two_layers()
-    x = torch.randn(1, 4, D)
-    core.offload_experts(model, offloadable_bytes(model) // 2)
-    model(x)
-    with torch.no_grad():
-        model[0].experts.w_in.mul_(2)
-        model[2].experts.weights_of(3)["w_out"].add_(1)
-    assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
 # ---- bad input
@@ -479,9 +454,8 @@ def test_experts_are_offloaded_once_and_a_folder_has_to_be_there(tmp_path: Path)
         core.offload_experts(layer, 1 << 20)
 
 
-def test_training_is_refused():
-    layer = layer_of(GeneralFFN(F, dropout=0.9))
-    x = torch.randn(1, 2, D)
+def test_training_is_refused_and_a_token_that_picks_more_than_the_slots():
+    layer, x = layer_of(GeneralFFN(F, dropout=0.9)), torch.randn(1, 2, D)
     expected = layer(x)
     core.offload_experts(layer.train(), one_expert(layer))
     with pytest.raises(ValueError, match="do not train"):
@@ -489,9 +463,6 @@ def test_training_is_refused():
     assert torch.equal(layer.eval()(x), expected)
     with pytest.raises(ValueError, match="have no gradients"):
         layer.eval()(x.requires_grad_())
-
-
-def test_a_token_that_picks_more_than_the_slots():
     layer = MoEConfig(16, ProductKeys(top_k=2, heads=2), PEER()).build(D).eval().requires_grad_(False)
     core.offload_experts(layer, offloadable_bytes(layer) // 16)
     with pytest.raises(ValueError, match=r"a token picks \d experts, and the budget holds 1"):
@@ -506,11 +477,15 @@ def in_file(tmp_path: Path) -> tuple[core.MoELayer, Tensor, Path]:
     return layer, x, path
 
 
-def test_a_file_that_is_cut_under_the_cache(tmp_path: Path):
+def test_a_file_that_is_touched_or_replaced_is_still_read_and_one_that_is_cut_is_named(tmp_path: Path):
     layer, x, path = in_file(tmp_path)
-    size = path.stat().st_size
-    with open(path, "r+b") as file:
-        file.truncate(size - 4)
+    expected, size = layer(x), path.stat().st_size
+    path.touch()
+    assert torch.equal(layer(x), expected)
+    kept = path.rename(tmp_path / "kept.safetensors")
+    path.write_bytes(b"another")
+    assert torch.equal(layer(x), expected)
+    os.truncate(kept, size - 4)
     for use in (lambda: layer(x), layer.state_dict, lambda: copy.deepcopy(layer)):
         with pytest.raises(ValueError, match=f"has {size - 4} bytes and had {size}: it was cut under the cache"):
             use()
@@ -518,22 +493,12 @@ def test_a_file_that_is_cut_under_the_cache(tmp_path: Path):
 
 def test_a_file_that_is_changed_under_the_cache(tmp_path: Path):
     layer, x, path = in_file(tmp_path)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 0x80  # the sign of the last number of the last expert
     with open(path, "r+b") as file:
-        file.write(data)
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 0x80]))  # the sign of the last number of the last expert
     wanted = r"was changed under the cache: expert 7 of experts\.w_out is not what was written there"
-    with pytest.raises(ValueError, match=wanted):
-        [layer(x) for _ in range(2)]
-    with pytest.raises(ValueError, match=wanted):
-        layer.state_dict()
-
-
-def test_a_file_that_is_touched_or_replaced_is_still_read(tmp_path: Path):
-    layer, x, path = in_file(tmp_path)
-    expected = layer(x)
-    path.touch()
-    assert torch.equal(layer(x), expected)
-    path.unlink()
-    path.write_bytes(b"another")
-    assert torch.equal(layer(x), expected)
+    for use in (lambda: [layer(x) for _ in range(2)], layer.state_dict):
+        with pytest.raises(ValueError, match=wanted):
+            use()

@@ -1,7 +1,5 @@
 """Trainings on two and four gloo ranks, however the model is divided, against one process with all tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 
@@ -174,8 +172,7 @@ def losses_of_pairs(rank: int, world: int = 4) -> dict[str, Tensor]:
     pair = rank // 2
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])] if world == 4 else [None, None]
     model, x = pair_net(pair), batch(pair)[0]
-    x = x.chunk(2)[rank % 2] if world == 4 else x
-    layer = model[f"stage{pair}"]
+    x, layer = x.chunk(2)[rank % 2] if world == 4 else x, model[f"stage{pair}"]
     with record(model) as tape:
         layer(x)
     aux = aux_loss(tape, groups[pair])
@@ -201,8 +198,7 @@ def shards_of_copies(world: int) -> None:
 
 def copies(rank: int, world: int) -> bool:
     """Whether a tensor's parts, copied by ``copy_part``, make the whole again, and its norm is the whole's."""
-    model, others = divided("dropless", DIVISIONS[world]["experts"]), net("capacity")
-    same = True
+    model, others, same = divided("dropless", DIVISIONS[world]["experts"]), net("capacity"), True
     for own, other in zip(model.parameters(), [*net("dropless").parameters()], strict=True):
         new = torch.randn(other.shape, generator=torch.Generator().manual_seed(1))
         target = copy_part(torch.empty_like(own.detach()), new)
@@ -228,8 +224,7 @@ def expected() -> dict[str, dict]:
 
 @pytest.mark.parametrize("world, how, name", CASES)
 def test_eight_steps_on_ranks_equal_those_of_one_process(of_world, expected, world, how, name):
-    runs = [of_rank["runs"][how, name] for of_rank in of_world[world]]
-    one = expected[name]
+    runs, one = [of_rank["runs"][how, name] for of_rank in of_world[world]], expected[name]
     task = torch.stack([run["losses"][:, 0] for run in runs]).mean(0)
     assert_close(task, one["losses"][:, 0], rtol=1e-5, atol=0)
     for run in runs:

@@ -3,8 +3,6 @@
 One spawn runs every scenario; each test reads the outcome of its own.
 """
 
-from __future__ import annotations
-
 import copy
 import pickle
 import re
@@ -82,8 +80,7 @@ def wrapped(kind: str, name: str, mesh: DeviceMesh) -> nn.Module:
 def step(layer: nn.Module, rank: int, factor: float = 1.0, share: tuple[int, ...] = (2, 2)) -> Outcome:
     """The output and its tokens' gradient for this rank's sequences, all of them for -1; the parameters' gradients."""
     torch.manual_seed(1)
-    x, dy = torch.randn(4, 4, D), torch.randn(4, 4, D)
-    domains = torch.tensor([0, 1, 1, 0])
+    x, dy, domains = torch.randn(4, 4, D), torch.randn(4, 4, D), torch.tensor([0, 1, 1, 0])
     if rank >= 0:
         x, dy, domains = (t.split(share)[rank] for t in (x, dy, domains))
     x = x.clone().requires_grad_()
@@ -149,8 +146,7 @@ def message_of(dispatcher: AllToAllDispatcher) -> str:
 def facts(rank: int, mesh: DeviceMesh) -> dict[str, object]:
     """Return the figures of a layer whose experts are split, and the messages where they cannot be."""
     layer = build("ffn")
-    whole = layer.experts.w_in[2 * rank].detach().clone()
-    where = shard_experts(layer, mesh)
+    whole, where = layer.experts.w_in[2 * rank].detach().clone(), shard_experts(layer, mesh)
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     first = layer.experts.weights_of(0)["w_in"]
     kept = torch.equal(first, whole)
@@ -185,8 +181,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
 
 @pytest.mark.parametrize("kind, name", CASES)
 def test_two_ranks_equal_one_process_in_output_and_gradients(ranks, kind, name):
-    expected = step(build(name), -1)
-    outcomes = [r["outcomes"][kind, name] for r in ranks]
+    expected, outcomes = step(build(name), -1), [r["outcomes"][kind, name] for r in ranks]
     sequences = -3 if expected["y"].ndim == 4 else 0  # (t, B, S, H) of a layer of tasks, else (B, S, D)
     for key, tensor in expected.items():
         if key in ("y", "x.grad"):
@@ -200,8 +195,7 @@ def test_two_ranks_equal_one_process_in_output_and_gradients(ranks, kind, name):
 def test_a_split_layer_counts_the_experts_of_both_ranks(ranks):
     # An expert of D = 6, F = 5 with biases has 2 * 30 + 5 + 6 = 71 parameters, the gate 4 * 6; a token takes 2 of 4.
     for known in (r["facts"] for r in ranks):
-        assert known["experts"] == (4, 4, 2)
-        assert known["parameters"] == (4 * 71, 2 * 71 + 24, 2 * 71 + 24)
+        assert (known["experts"], known["parameters"]) == ((4, 4, 2), (4 * 71, 2 * 71 + 24, 2 * 71 + 24))
         assert known["shapes"]
         assert known["first is kept"]
         assert known["started"]
@@ -214,9 +208,6 @@ def test_experts_that_cannot_be_divided_are_refused_and_stay_whole(ranks):
     for name, (_, said) in REFUSED.items():
         for known in (r["facts"] for r in ranks):
             assert re.search(said, known["refused"][name]), name
-
-
-def test_a_refusal_says_why_without_ranks():
     layer = MoEConfig(4, TokenChoice(2), FFN(6)).build(D)
     assert refusal(layer, 2) is None
     assert refusal(layer, 4, hidden=3) is None

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from layered import identity_gate
+from routed import recorded
 from torch import Tensor
 
 import core
-from core import Balance, MoEConfig, RoutingContext, Tape, TokenChoice, aux_loss, aux_losses, record, update_expert_bias
+from core import Balance, MoEConfig, RoutingContext, Tape, TokenChoice, aux_loss, aux_losses, update_expert_bias
 from core.routing.balance.balance import adaptive_weight
 from core.routing.balance.losses import (
     entropy,
@@ -63,7 +64,7 @@ def test_entropy_in_nats_and_its_gradient_at_zero():
     assert p.grad.isfinite().all()
 
 
-def test_mutual_information_of_token_and_expert_by_hand():
+def test_mutual_information_by_hand():
     # Tokens (1, 0) and (1/2, 1/2): mean (3/4, 1/4). H(e | t) = (0 + 0.693147) / 2 = 0.346574 over 2 tokens;
     # H(e) = 0.562335. -I = 0.346574 - 0.562335 = -0.215762.
     loss = mutual_information_loss(torch.tensor([1.5, 0.5]), torch.tensor(0.693147), 2)
@@ -72,9 +73,6 @@ def test_mutual_information_of_token_and_expert_by_hand():
     # Each token sure of an expert of its own: -log E. All tokens alike: 0.
     assert term("mutual_information", routing(torch.eye(4))).item() == pytest.approx(-math.log(4), abs=1e-6)
     assert term("mutual_information", routing([[0.7, 0.3]] * 5)).item() == pytest.approx(0.0, abs=1e-6)
-
-
-def test_mutual_information_of_task_and_expert_by_hand():
     # Task 0 has the sequences 0 and 2 of two tokens, task 1 the sequence 1. Mean scores: task 0
     # ((0.9 + 0.7 + 0.8 + 0.6) / 4, ...) = (3/4, 1/4), task 1 ((0.2 + 0.3) / 2, ...) = (1/4, 3/4).
     # H(e | task) = (4 * 0.562335 + 2 * 0.562335) / 6 = 0.562335; all: (3.5 / 6, 2.5 / 6),
@@ -87,17 +85,7 @@ def test_mutual_information_of_task_and_expert_by_hand():
     assert term("mutual_information", decided, context, num_tasks=3).item() == pytest.approx(-0.116858, abs=1e-6)
 
 
-def test_mutual_information_is_that_of_the_joint_distribution():
-    # Mod-Squad, eq. 4: sum over task and expert of P(t, e) log(P(t, e) / (P(t) P(e))), P(t) the task's share of tokens.
-    scores_TE, tasks_B = torch.rand(12, 5).softmax(-1), torch.tensor([2, 0, 2, 1])
-    tasks_T = tasks_B.repeat_interleave(3)
-    joint = torch.stack([scores_TE[tasks_T == t].sum(0) for t in range(3)]).double() / 12
-    information = (joint * (joint / (joint.sum(1, keepdim=True) * joint.sum(0))).log()).sum()
-    loss = term("mutual_information", routing(scores_TE, sequences=4), RoutingContext(task_ids_B=tasks_B), num_tasks=3)
-    assert loss.item() == pytest.approx(-information.item(), abs=1e-6)
-
-
-def test_local_entropy_by_hand():
+def test_local_and_global_entropy_by_hand():
     # One modality: (0 + 0.693147 + 0.562335) / 3 = 0.418494.
     scores = [[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]
     assert local_entropy_loss(torch.tensor([1.255482]), torch.tensor([3.0])).item() == pytest.approx(0.418494, abs=1e-6)
@@ -108,9 +96,6 @@ def test_local_entropy_by_hand():
     for only, value in ((0, 0.281168), (1, 0.693147)):
         loss = term("local_entropy", routing(scores), context, num_modalities=2, local_entropy_modality=only)
         assert loss.item() == pytest.approx(value, abs=1e-6)
-
-
-def test_global_entropy_by_hand():
     # Mean (3/4, 1/4): log 2 - 0.562335 = 0.130812.
     scores = [[1.0, 0.0], [0.5, 0.5]]
     loss = global_entropy_loss(torch.tensor([[1.5, 0.5]]), torch.tensor([2.0]), math.log(2))
@@ -181,21 +166,6 @@ def test_localized_balance_by_hand():
         assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_localized_balance_is_that_of_a_loop():
-    scores_TE, tasks, types = torch.rand(12, 5).softmax(-1), [2, 0, 1, 2], (0, 0, 2, 1, 2)
-    values = [
-        sum(scores_TE[3 * b + s, e].item() for s in range(3)) * (1.2 if types[e] == tasks[b] else 0.8)
-        for b in range(4)
-        for e in range(5)
-    ]
-    mean = sum(values) / 20
-    expected = sum((z - mean) ** 2 for z in values) / 20 / mean
-    context = RoutingContext(task_ids_B=torch.tensor(tasks))
-    decided = routing(scores_TE, sequences=4)
-    loss = term("localized", decided, context, expert_types=types, localized_delta=0.2)
-    assert loss.item() == pytest.approx(expected, rel=1e-4)
-
-
 @pytest.mark.parametrize("name", [*NEW, "localized"])
 def test_padding_is_in_no_term_whatever_its_ids(name):
     scores = torch.rand(6, 3).softmax(-1)
@@ -227,8 +197,7 @@ def test_the_gradient_of_a_term_is_right_and_finite_where_scores_are_zero(name):
     layer = MoEConfig(4, TokenChoice(2), core.FFN(8), balance=Balance(**OFF, **{name: 1.0})).build(6)
     for scale in (1.0, 1e4):  # logits thousands apart: scores of exactly 0 and 1
         layer.zero_grad()
-        with record(layer) as tape:
-            layer(scale * torch.randn(3, 5, 6))
+        tape = recorded(layer, scale * torch.randn(3, 5, 6))
         aux_loss(tape).backward()
         assert layer.router.gate.weight.grad.isfinite().all()
         assert scale > 1 or layer.router.gate.weight.grad.abs().max() > 0
@@ -247,8 +216,7 @@ def test_a_term_without_its_context_is_refused_naming_the_field(options, missing
     balance = Balance(**options)
     assert balance.needs == (missing,)
     layer = MoEConfig(4, balance=balance).build(6)
-    with record(layer) as tape:
-        layer(torch.randn(2, 3, 6))
+    tape = recorded(layer, torch.randn(2, 3, 6))
     with pytest.raises(ValueError, match=rf"need context.{missing}, which is None"):
         aux_loss(tape)
     # What is switched off needs none.
@@ -293,12 +261,21 @@ def test_expert_types_are_one_for_each_expert_of_one_gate():
     assert MoEConfig(2, TokenChoice(1), core.FFN(8), granularity=2, balance=balance).split(4).num_experts == 4
 
 
-def test_adaptive_weight_by_hand():
+def test_the_adaptive_weight_by_hand_is_saved_and_stays_float32():
     balance = Balance(adaptive=True)
     # 0.99 * 0.004 + 0.01 * min(0.2 * 0.03, 0.01) = 0.00396 + 0.00006 = 0.00402.
     assert adaptive_weight(torch.tensor(0.004), torch.tensor(0.03), balance).item() == pytest.approx(0.00402, abs=1e-8)
     # At a drop rate of 0.5 the largest weight holds: 0.00396 + 0.0001 = 0.00406.
     assert adaptive_weight(torch.tensor(0.004), torch.tensor(0.5), balance).item() == pytest.approx(0.00406, abs=1e-8)
+    layer, other = adaptive_layer(), adaptive_layer()
+    layer.load_balancing_weight.fill_(0.00123)
+    with torch.device("meta"):
+        made = adaptive_layer()
+    for loaded in (other, made.to_empty(device="cpu")):
+        loaded.load_state_dict(layer.state_dict())
+        assert loaded.bfloat16().load_balancing_weight.dtype == torch.float32
+        assert loaded.load_balancing_weight.item() == layer.load_balancing_weight.item()
+    assert "load_balancing_weight" not in MoEConfig(2).build(2).state_dict()
 
 
 def adaptive_layer(**options: float) -> torch.nn.Module:
@@ -310,14 +287,12 @@ def adaptive_layer(**options: float) -> torch.nn.Module:
 def test_a_step_moves_the_adaptive_weight_by_the_drop_rate_of_the_tape():
     layer = adaptive_layer(adaptive_momentum=0.5, adaptive_max=0.1)
     x = torch.eye(2)[[0, 0, 0, 1]]  # capacity 2: one pair of four is dropped
-    with record(layer) as tape:
-        layer(x)
+    tape = recorded(layer, x)
     before = aux_losses(tape)
     update_expert_bias(layer, tape)
     # 0.5 * 0.008 + 0.5 * 0.2 * 0.25 = 0.029.
     assert layer.load_balancing_weight.item() == pytest.approx(0.029, abs=1e-8)
-    with record(layer) as tape:
-        layer(x)
+    tape = recorded(layer, x)
     after = aux_losses(tape)
     assert before.total.item() == pytest.approx(0.008 * before.terms["load_balancing_loss"].item(), rel=1e-6)
     assert after.total.item() == pytest.approx(0.029 * after.terms["load_balancing_loss"].item(), rel=1e-6)
@@ -329,30 +304,12 @@ def test_a_step_moves_the_adaptive_weight_by_the_drop_rate_of_the_tape():
     assert layer.load_balancing_weight.item() == pytest.approx(0.029, abs=1e-8)
 
 
-def test_the_adaptive_weight_is_saved_and_stays_float32():
-    layer = adaptive_layer()
-    layer.load_balancing_weight.fill_(0.00123)
-    other = adaptive_layer()
-    other.load_state_dict(layer.state_dict())
-    assert other.load_balancing_weight.item() == layer.load_balancing_weight.item()
-    half = other.bfloat16()
-    assert half.load_balancing_weight.dtype == torch.float32
-    assert half.load_balancing_weight.item() == layer.load_balancing_weight.item()
-    with torch.device("meta"):
-        deferred = adaptive_layer()
-    made = deferred.to_empty(device="cpu")
-    made.load_state_dict(layer.state_dict())
-    assert made.load_balancing_weight.item() == layer.load_balancing_weight.item()
-    assert "load_balancing_weight" not in MoEConfig(2).build(2).state_dict()
-
-
 def test_a_weight_moved_between_loss_and_backward_keeps_the_gradient_of_the_loss():
     layer = adaptive_layer(adaptive_momentum=0.0)
     x, grads = torch.tensor([[1.0, 0.5], [0.3, 0.2], [0.1, 0.9], [0.4, 0.1]]), []
     for move in (False, True):
         layer.zero_grad()
-        with record(layer) as tape:
-            layer(x)
+        tape = recorded(layer, x)
         loss = aux_loss(tape)
         if move:
             update_expert_bias(layer, tape)

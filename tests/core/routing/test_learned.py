@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from routed import ids
+from routed import ids, recorded
 from stepped import assert_same, step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -147,19 +147,14 @@ def test_the_frozen_light_router_does_not_move_and_the_gate_does():
     assert not torch.equal(gate, layer.router.gate.weight)
 
 
-def test_no_auxiliary_loss_is_left_in_stage_2():
+def test_distillation_joins_the_auxiliary_loss_of_stage_1_and_none_is_left_in_stage_2():
     layer = MoEConfig(4, Stable(10), FFN(8), balance=Balance(load_balancing_loss=1.0)).build(6)
     x, given = torch.randn(2, 5, 6), context(2, 5)
-    with record(layer) as tape:
-        layer(x, given)
+    tape = recorded(layer, x, given)
     assert set(aux_losses(tape).terms) == {"load_balancing_loss", "router_z_loss", "distillation"}
     layer.router.freeze_light_router()
-    with record(layer) as tape:
-        layer(x, given)
+    tape = recorded(layer, x, given)
     assert aux_losses(tape).terms == {}
-
-
-def test_distillation_joins_the_auxiliary_loss_as_the_mean_over_real_tokens():
     config = MoEConfig(
         2, Stable(3, 2, distillation=0.5), FFN(4), balance=Balance(load_balancing_loss=0, router_z_loss=0)
     )
@@ -167,8 +162,7 @@ def test_distillation_joins_the_auxiliary_loss_as_the_mean_over_real_tokens():
     layer.router.load_state_dict(stable().state_dict())
     x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, torch.nan]]])
     valid = torch.tensor([[True, True, True, False]])
-    with record(layer) as tape:
-        layer(x, RoutingContext(valid_BS=valid, token_ids_BS=torch.tensor([[0, 1, 2, -100]])))
+    tape = recorded(layer, x, RoutingContext(valid_BS=valid, token_ids_BS=torch.tensor([[0, 1, 2, -100]])))
     losses = aux_losses(tape)
     # Targets 0, 0, 1; light logits (0, 1), (1, 1), (2, 1): log(1 + e), log 2, log(1 + e).
     given = tape.entries[0].routing.evidence.extra["distillation"]

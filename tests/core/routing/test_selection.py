@@ -142,32 +142,3 @@ def test_evaluation_has_a_capacity_of_its_own():
     # E / K = 2. ceil(1.99 * 7 / 2) = ceil(6.97) = 7 and ceil(1.7 * 7 / 2) = ceil(5.95) = 6.
     for factor, kept_tokens in ((1.99, 7), (2.0, 7), (2.5, 7), (1.7, 6)):
         assert len(kept(select(ALL_ON_0 * 7, 1, Capacity(factor)))) == kept_tokens
-
-
-@pytest.mark.parametrize("priority", ["position", "score", "random"])
-@pytest.mark.parametrize("group", ["batch", "sequence", 5])
-@pytest.mark.parametrize("factor", [0.3, 1.0, 1.1])
-def test_every_expert_serves_exactly_what_it_was_asked_for_up_to_its_capacity(priority, group, factor):
-    B, S, E, K = 3, 7, 4, 2
-    generator = torch.Generator().manual_seed(3)
-    scores = torch.randn(B * S, E, generator=generator).softmax(-1)
-    valid = torch.rand(B * S, generator=generator) < 0.8
-    limit = Capacity(factor, priority=priority, group=group)
-    routing = select(scores, K, limit, sequences=B, valid=valid.tolist(), training=True)
-    ids_TK, chosen = torch.tensor(ids(routing)), scores.topk(K, dim=-1).indices
-    size = {"batch": B * S, "sequence": S, 5: 5}[group]
-    for start in range(0, B * S, size):
-        here = slice(start, start + size)
-        real = int(valid[here].sum())
-        # In tenths, to be exact: ceil(factor * K * real / E).
-        room = -(-round(factor * 10) * K * real // (10 * E))
-        for e in range(E):
-            asked = int(((chosen[here] == e) & valid[here, None]).sum())
-            assert int((ids_TK[here] == e).sum()) == min(asked, room)
-    assert ((ids_TK == chosen) | (ids_TK == E)).all()
-    assert (ids_TK[~valid] == E).all()
-    # Pairs are computed, dropped, or padding: nothing is lost.
-    dropped = int(((ids_TK == E) & valid[:, None]).sum())
-    assert int(routing.tokens_per_expert_E.sum()) + dropped + K * int((~valid).sum()) == B * S * K
-    assert int(routing.chosen_per_expert_E.sum()) == K * int(valid.sum())
-    assert ((routing.gates_N > 0) == (routing.expert_ids_N < E)).all()

@@ -109,16 +109,16 @@ def variants_of(kind: type[RouterConfig]) -> dict[str, RouterConfig]:
 
 
 def cases() -> list[object]:
-    params, seen = [], set(COMPILED)
+    params, seen = [], set[str]()
     for kind in routers_of_core():
         for place, (name, config) in enumerate(variants_of(kind).items()):
             for prop in properties(config, num_experts=NUM_EXPERTS.get(name, 8)):
                 if prop.name.startswith("torch."):  # takes a second: one router of a module, the export of the others
-                    is_slow = place > 0 or (kind.__module__ in seen) == prop.name.startswith("torch.compile")
+                    is_slow = place > 0 or (kind.__module__ in seen | COMPILED) == prop.name.startswith("torch.compile")
                 elif place > 0:
                     is_slow = prop.name in OF_THE_LAYER and kind not in MIXING
                 else:
-                    is_slow = prop.name in OF_PAIRS and kind.__module__ in seen - COMPILED
+                    is_slow = prop.name in OF_PAIRS and kind.__module__ in seen
                 marks = [pytest.mark.slow] if is_slow else []
                 params.append(pytest.param(prop, id=f"{name}: {prop}", marks=marks))
         seen.add(kind.__module__)

@@ -1,7 +1,5 @@
 """Every kind of experts of the tree keeps the properties of experts, and a fault in one is found."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest
@@ -42,6 +40,8 @@ CASES: dict[str, ExpertConfig] = {
     "Mixed, low rank": Mixed((LoRA(2, alpha=3.0), IA3()), (2, 2)),
 }
 COMPILED = ("FFN", "MLP", "LoRA", "Mixed")
+EXPORTED = ("GeneralFFN", "IA3", "Constant", "PEER", "Convolution")
+"""One kind of each way to compute."""
 OF_THE_LAYER = {
     "without tokens, with one and with padding alone there is an output and a gradient",
     "saved, loaded, copied and pickled, a layer gives the same output",
@@ -56,8 +56,8 @@ def cases() -> list[object]:
     for name, config in CASES.items():
         for prop in properties(config, num_experts=4):
             is_slow = type(config) in seen and prop.name in OF_THE_LAYER
-            if prop.name.startswith("torch."):  # a compiler takes a second: some kinds, and the export of the others
-                is_slow = type(config) in seen or (name in COMPILED) == prop.name.startswith("torch.export")
+            if prop.name.startswith("torch."):  # a compiler takes a second
+                is_slow = name not in (COMPILED if prop.name.startswith("torch.compile") else EXPORTED)
             params.append(pytest.param(prop, id=f"{name}: {prop}", marks=[pytest.mark.slow] if is_slow else []))
         seen.add(type(config))
     return params

@@ -50,7 +50,7 @@ def test_every_term_has_its_weight_and_an_expert_below_the_mean_load_rises():
     assert expert_bias_step(torch.tensor([4, 2, 0]), 0.1).tolist() == pytest.approx([-0.1, 0.0, 0.1])
 
 
-def test_load_balancing_loss_by_hand():
+def test_load_balancing_and_importance_loss_by_hand():
     # Shares of the pairs 2/3, 1/3, 0; mean scores 1.3/3, 1.1/3, 0.6/3.
     # 3 * (2/3 * 1.3/3 + 1/3 * 1.1/3) = 2/3 * 1.3 + 1/3 * 1.1 = 1.233333, as with twice the pairs in the same shares.
     for chosen in ([2, 1, 0], [4, 2, 0]):
@@ -60,6 +60,9 @@ def test_load_balancing_loss_by_hand():
     assert load_balancing_loss(torch.full((4,), 2.5), torch.tensor([5] * 4), 10).item() == pytest.approx(1, abs=1e-6)
     one = load_balancing_loss(torch.tensor([10.0, 0, 0, 0]), torch.tensor([10, 0, 0, 0]), 10)
     assert one.item() == pytest.approx(4.0, abs=1e-6)
+    # Mean 1.0; variance (0.3^2 + 0.1^2 + 0.4^2) / 3 = 0.26 / 3. Mean 2.5; variance (7.5^2 + 3 * 2.5^2) / 4 = 18.75.
+    for importance, expected in (([1.3, 1.1, 0.6], 0.086667), ([2.5] * 4, 0.0), ([10.0, 0.0, 0.0, 0.0], 3.0)):
+        assert squared_cv(torch.tensor(importance)).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_importance_is_of_the_scores_of_all_experts_as_in_v_moe_and_gate_importance_of_the_gates_computed():
@@ -90,12 +93,6 @@ def test_first_choice_counts_the_best_expert_of_each_token_alone():
     # For K = 1 they are one.
     single = terms_of(built(TokenChoice(1), 3)(logits_of((0.6, 0.25, 0.15), (0.35, 0.45, 0.2))), *names)
     assert single["first_choice"] == pytest.approx(single["load_balancing_loss"])
-
-
-def test_importance_loss_by_hand():
-    # Mean 1.0; variance (0.3^2 + 0.1^2 + 0.4^2) / 3 = 0.26 / 3. Mean 2.5; variance (7.5^2 + 3 * 2.5^2) / 4 = 18.75.
-    for importance, expected in (([1.3, 1.1, 0.6], 0.086667), ([2.5] * 4, 0.0), ([10.0, 0.0, 0.0, 0.0], 3.0)):
-        assert squared_cv(torch.tensor(importance)).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_router_z_loss_and_load_loss_by_hand():
@@ -170,7 +167,7 @@ def test_smooth_load_is_the_probability_of_a_choice_under_fresh_noise(noise, top
     assert sampled.std() > 0.1
 
 
-def test_smooth_load_of_a_choice_of_all_experts_is_one_and_its_gradient_finite():
+def test_a_load_loss_trains_the_noise_and_is_finite_for_a_choice_of_all_and_for_almost_no_noise():
     router = TokenChoice(top_k=2, noise="learned").build(3, 2).train()
     decided = router(torch.randn(1, 5, 3))
     losses = aux_losses(tape_of(decided, balance=Balance(load_balancing_loss=0, router_z_loss=0, load=1.0)))
@@ -178,9 +175,6 @@ def test_smooth_load_of_a_choice_of_all_experts_is_one_and_its_gradient_finite()
     losses.total.backward()
     for parameter in router.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
-
-
-def test_a_load_loss_trains_the_learned_noise_and_is_finite_where_that_is_almost_zero():
     balance = Balance(load_balancing_loss=0, router_z_loss=0, load=1.0)
     router = TokenChoice(top_k=1, noise="learned").build(3, 4).train()
     aux_loss(tape_of(router(torch.randn(1, 50, 3)), balance=balance)).backward()

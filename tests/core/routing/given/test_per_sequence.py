@@ -22,7 +22,7 @@ def task(logits: list[list[float]], **options):
     return built
 
 
-def test_a_sentence_takes_the_experts_of_its_mean():
+def test_a_sentence_takes_the_experts_of_its_mean_and_no_batch_mate_changes_it():
     # Means (0, log 3) and (1, 0): gates 1/4 and 3/4, then e / (1 + e) = 0.731059 and 0.268941.
     x = torch.tensor([[[1.0, 0.0], [-1.0, 2 * math.log(3)]], [[2.0, 0.0], [0.0, 0.0]]])
     routing = sentence()(x)
@@ -35,9 +35,6 @@ def test_a_sentence_takes_the_experts_of_its_mean():
     routing = sentence(top_k=1)(x, RoutingContext(valid_BS=torch.tensor([[True, True, False]])))
     assert (routing.evidence.logits_TE.tolist(), ids(routing)) == ([[2.0, 0.0]] * 3, [[0], [0], [2]])
     assert routing.tokens_per_expert_E.tolist() == [2, 0]
-
-
-def test_a_sentences_experts_depend_on_its_later_tokens_and_not_on_its_batch_mates():
     built, x = sentence(4, top_k=1), torch.randn(3, 5, 4)
     routing = built(x)
     assert torch.equal(built(x[1:2]).expert_ids_N, routing.expert_ids_N[5:10])
@@ -89,15 +86,12 @@ def test_a_tasks_subnetwork_computes_what_the_layer_does():
     assert torch.bincount(first, minlength=8).min() > 0
 
 
-def test_a_known_domain_is_its_expert_at_gate_1():
+def test_a_known_domain_is_its_expert_at_gate_1_and_an_unknown_one_a_mixture():
     built = Domain(3).build(5, 3)
     for mode in (True, False):
         routing = built.train(mode)(torch.randn(3, 2, 5), RoutingContext(domain_ids_B=torch.tensor([2, 0, 2])))
         assert (ids(routing), routing.gates_N.tolist()) == ([[2], [2], [0], [0], [2], [2]], [1.0] * 6)
         assert routing.tokens_per_expert_E.tolist() == [2, 0, 4]
-
-
-def test_an_unknown_domain_is_the_prior_mixture_in_evaluation():
     built, x = Domain(4).build(5, 4).eval(), torch.randn(1, 2, 5)
     assert built(x).gates_N.tolist() == [0.25] * 8  # uniform at the start, of all experts
     assert built(x[:0]).expert_ids_N.shape == (0,)
@@ -110,9 +104,6 @@ def test_an_unknown_domain_is_the_prior_mixture_in_evaluation():
     built.set_prior(torch.tensor([0.1, 0.2, 0.6, 0.1]))
     assert ids(built(x)) == [[2, 1]]
     assert built(x).gates_N.tolist() == pytest.approx([0.75, 0.25])  # 0.6 / 0.8 and 0.2 / 0.8
-
-
-def test_the_context_may_say_the_mixture_of_each_sequence():
     built = Domain(2).build(5, 2)
     weights = torch.tensor([[0.25, 0.75], [1.0, 0.0], [torch.nan, torch.nan]], requires_grad=True)
     valid = torch.tensor([[True], [True], [False]])

@@ -16,7 +16,7 @@ from core.routing.router import PairRouter
 # Threshold: ST-MoE
 
 
-def test_a_second_gate_below_the_threshold_is_left_out_in_evaluation_and_the_first_is_not_raised():
+def test_a_second_gate_below_the_threshold_is_left_out_in_evaluation_and_by_chance_in_training():
     x = logits_of((0.5, 0.3, 0.2), (0.765, 0.135, 0.1))
     routing = built(Threshold(0.2), 3)(x)
     assert ids(routing) == [[0, 1], [0, 3]]
@@ -24,9 +24,6 @@ def test_a_second_gate_below_the_threshold_is_left_out_in_evaluation_and_the_fir
     assert gates(routing) == [pytest.approx([0.625, 0.375]), pytest.approx([0.85, 0.0])]
     assert routing.chosen_per_expert_E.tolist() == [2, 1, 0]
     assert ids(built(Threshold(0.2, eval_second_expert_policy="always"), 3)(x)) == [[0, 1], [0, 1]]
-
-
-def test_the_second_stays_in_training_with_probability_gate_over_threshold():
     # Gate 0.15, threshold 0.2: 0.75; 4 sigma of 10000 draws is 0.0173.
     routing = built(Threshold(0.2), 2, training=True)(logits_of((0.85, 0.15)).expand(1, 10_000, 2))
     assert routing.tokens_per_expert_E[0] == 10_000
@@ -65,16 +62,13 @@ def with_nulls() -> PairRouter:
     return built(NullExperts(top_k=2, num_null_experts=2), 2, columns=4)
 
 
-def test_null_experts_are_empty_places_and_gates_are_shared_by_the_real_ones():
+def test_null_experts_are_empty_places_and_the_balance_loss_sees_their_mean_load():
     routing = with_nulls()(logits_of(*NULLS))
     assert ids(routing) == [[0, 2], [0, 1], [2, 2]]
     # 0.4 / 0.4 alone; 0.4 / 0.75 and 0.35 / 0.75; none.
     assert gates(routing) == [[1.0, 0.0], pytest.approx([0.533333, 0.466667], abs=1e-6), [0.0, 0.0]]
     assert routing.tokens_per_expert_E.tolist() == [2, 1]
     assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.8, 0.2])
-
-
-def test_the_balance_loss_sees_the_mean_load_of_the_null_experts_and_no_padding():
     padded = torch.cat((logits_of(*NULLS), torch.full((1, 2, 4), torch.nan)), 1)
     valid = RoutingContext(valid_BS=torch.tensor([[True, True, True, False, False]]))
     # Chosen: 2 and 1 of the real ones, 1 + 2 null ones, 1.5 each; shares 2/6, 1/6, 1/4, 1/4.
@@ -216,7 +210,7 @@ def pairs(routing: Routing) -> dict[tuple[int, int], float]:
     return gates
 
 
-def test_loads_are_rounded_up_with_the_best_scored_others():
+def test_loads_are_rounded_up_with_the_best_scored_others_or_down_by_leaving_out_the_lowest():
     # 3 is nearer to 4 than to 0 (or as near, with a half up). Expert 0 gets token 3 (0.4), expert 1 token 2 (0.3).
     routing = built(TokenRounding(top_k=1, tile=4), 2, training=True)(logits_of(*HALVES))
     expected = {(0, 0): 0.9, (1, 0): 0.8, (2, 0): 0.7, (3, 0): 0.4, (3, 1): 0.6, (4, 1): 0.7, (5, 1): 0.8, (2, 1): 0.3}
@@ -225,9 +219,6 @@ def test_loads_are_rounded_up_with_the_best_scored_others():
     assert routing.top_k is None
     # The losses see the choice; the drop rate counts the added ones as chosen.
     assert (routing.evidence.balance_chosen.tolist(), routing.chosen_per_expert_E.tolist()) == ([3, 3], [4, 4])
-
-
-def test_loads_are_rounded_down_by_leaving_out_the_lowest_scored():
     # Five tokens choose expert 0 and one expert 1: 4 and 0.
     rows = ((0.9, 0.1), (0.6, 0.4), (0.7, 0.3), (0.2, 0.8), (0.8, 0.2), (0.55, 0.45))
     routing = built(TokenRounding(top_k=1, tile=4), 2, training=True)(logits_of(*rows))
@@ -239,9 +230,6 @@ def test_loads_are_rounded_down_by_leaving_out_the_lowest_scored():
     router = built(TokenRounding(top_k=1, tile=4), 2, training=True)
     assert router(logits_of(*((0.9, 0.1),) * 6)).tokens_per_expert_E.tolist() == [4, 0]
     assert router(logits_of(*((0.9, 0.1),) * 3)).tokens_per_expert_E.tolist() == [0, 0]
-
-
-def test_gates_are_shared_by_the_experts_that_compute_the_token():
     # Top-2 of three, tile 2: experts 0, 1, 2 are chosen by 3, 2 and 1 tokens. 3 tokens cannot become 4, so expert 0
     # has 2 and loses token 2, its lowest; expert 2 gets token 0, its best of the others.
     routing = built(TokenRounding(top_k=2, tile=2), 3, training=True)(

@@ -178,7 +178,7 @@ def test_batch_mates_change_the_expert_of_a_token_in_training_alone_and_padding_
 # Sinkhorn
 
 
-def test_sinkhorn_of_two_by_two():
+def test_sinkhorn_of_two_by_two_and_its_score_functions():
     # exp(2) * exp(0) / (exp(0) * exp(1)) = e stays under scalings; with rows and columns of sum 1 it is
     # (a / (1 - a))^2, so a = sigmoid(1 / 2) = 0.622459.
     logits = torch.tensor([[2.0, 0.0], [1.0, 0.0]])
@@ -191,6 +191,11 @@ def test_sinkhorn_of_two_by_two():
     # Half the temperature is twice the logits.
     logits = torch.randn(30, 4)
     torch.testing.assert_close(sinkhorn(logits, None, 5, 0.5), sinkhorn(2 * logits, None, 5))
+    x = torch.tensor([0.3, 0.5, 0.2]).log()[None, None]
+    gates = {k: built(Sinkhorn(top_k=k), 3)(x).gates_N.tolist() for k in (1, 2)}
+    assert gates[1] == pytest.approx([1 / 3])  # 0.5 / 1.5
+    assert gates[2] == pytest.approx([0.5, 0.3])
+    assert built(Sinkhorn(score_func="softmax"), 3)(x).gates_N.tolist() == pytest.approx([0.5])
 
 
 def test_rows_sum_to_one_and_columns_to_equal_shares_of_the_real_tokens():
@@ -215,11 +220,3 @@ def test_skewed_tokens_are_spread_over_the_experts(top_k, size):
     router.eval()
     load = router(x).tokens_per_expert_E.double()
     assert load.max() / load.mean() > 3.5  # of at most 8 / top_k
-
-
-def test_the_score_function_is_sigmoid_for_one_expert_and_softmax_for_more():
-    x = torch.tensor([0.3, 0.5, 0.2]).log()[None, None]
-    gates = {k: built(Sinkhorn(top_k=k), 3)(x).gates_N.tolist() for k in (1, 2)}
-    assert gates[1] == pytest.approx([1 / 3])  # 0.5 / 1.5
-    assert gates[2] == pytest.approx([0.5, 0.3])
-    assert built(Sinkhorn(score_func="softmax"), 3)(x).gates_N.tolist() == pytest.approx([0.5])

@@ -1,4 +1,4 @@
-"""Dense gates, DSelect-k and dense-to-sparse annealing on typed logits and codes."""
+"""Dense gates, DSelect-k, dense-to-sparse annealing and SparseMixer on typed logits and codes."""
 
 import math
 
@@ -17,6 +17,7 @@ from core.routing.pairs.smooth import (
     selectors,
     smooth_step,
 )
+from core.routing.pairs.sparse_mixer import SparseMixer
 
 
 def coded(codes: list[list[float]], weights: list[float], num_experts: int, training: bool = False, **options):
@@ -222,14 +223,43 @@ def test_annealing_does_not_recompile():
     assert counter.frame_count == 1
 
 
-def test_one_temperature_and_no_threshold_are_gumbel_gates_of_all_experts():
-    # GG-MoE: softmax((l + gumbel) / tau). For tau = 1 and two experts the first gate is the sigmoid of a logistic
-    # variable around log(0.8 / 0.2), above 1/2 with probability 0.8; 4 sigma of 10000 draws is 0.016.
-    config, x = DenseToSparse(tau_start=1.0, tau_end=1.0, threshold=0.0), logits_of((0.8, 0.2))
-    routing = built(config, 2, training=True)(x.expand(1, 10_000, 2))
-    assert routing.tokens_per_expert_E.tolist() == [10_000, 10_000]
-    drawn = torch.tensor(gates(routing))
-    assert drawn.sum(-1).tolist() == pytest.approx([1.0] * 10_000)
-    first = torch.tensor(ids(routing))[:, 0] == 0
-    assert first.float().mean().item() == pytest.approx(0.8, abs=0.016)
-    assert gates(built(config, 2)(x)) == [pytest.approx([0.8, 0.2])]
+# Close to 2.0 up to 2 * 0.1: (2 - 1.8) / 2 = 0.1 is, (2 - 1.0) / 2 = 0.5 is not. Then 1.8 alone: 1.0 is 0.44 away.
+CLOSE = torch.tensor([[[2.0, 1.8, 1.0, -1.0]]])
+
+
+def test_each_gate_is_the_softmax_over_the_experts_close_to_the_best():
+    routing = built(SparseMixer(0.1), 4)(CLOSE)
+    assert (ids(routing), gates(routing)) == ([[0, 1]], [pytest.approx([1 / (1 + math.exp(-0.2)), 1.0])])
+    # With 2 * 0.3 expert 2 is close to both: softmax of 2, 1.8, 1; then of 1.8 and 1.
+    wide, total = built(SparseMixer(0.3), 4)(CLOSE), math.exp(2) + math.exp(1.8) + math.e
+    assert gates(wide) == [pytest.approx([math.exp(2) / total, 1 / (1 + math.exp(-0.8))])]
+    # Best -1.0 of (-1.0, -1.1): 0.1 / 1.1 = 0.09, close. (0, 0): equal, both close.
+    routing = built(SparseMixer(0.05), 2)(torch.tensor([[[-1.0, -1.1], [0.0, 0.0]]]))
+    assert ids(routing) == [[0, 1], [0, 1]]
+    assert gates(routing) == [pytest.approx([1 / (1 + math.exp(-0.1)), 1.0]), [0.5, 1.0]]
+
+
+def test_training_draws_by_the_softmax_and_thirds_the_gates_of_others_than_the_best():
+    torch.manual_seed(0)
+    router = built(SparseMixer(0.1), 4, training=True)
+    routing = router(CLOSE.expand(1, 10_000, 4))
+    first, gate = torch.tensor(ids(routing))[:, 0], torch.tensor(gates(routing))[:, 0]
+    p = 1 / (1 + math.exp(0.2))  # of expert 1: 0.450; 4 sigma of 10000 draws is 0.02
+    assert (set(first.tolist()), (first == 1).float().mean().item()) == ({0, 1}, pytest.approx(p, abs=0.02))
+    assert torch.allclose(gate[first == 0], torch.tensor(1 - p))
+    whole = torch.isclose(gate[first == 1], torch.tensor(p))
+    assert whole.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.allclose(gate[first == 1][~whole], torch.tensor(p / 3))
+
+
+def test_a_gate_that_counts_by_a_third_has_the_gradient_of_the_whole():
+    torch.manual_seed(0)
+    x = CLOSE.expand(1, 200, 4).clone().requires_grad_()
+    routing = built(SparseMixer(0.1), 4, training=True)(x)
+    routing.gates_N[::2].sum().backward()
+    # p (1 - p) for the drawn one of the two, minus it for the other, whichever was drawn and however it counts.
+    slope, drawn = math.exp(0.2) / (1 + math.exp(0.2)) ** 2, torch.tensor(ids(routing))[:, 0]
+    expected = torch.where(drawn == 0, slope, -slope)
+    assert torch.allclose(x.grad[0, :, 0], expected)
+    assert torch.allclose(x.grad[0, :, 1], -expected)
+    assert x.grad[0, :, 2:].abs().max() == 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from grids import pairwise
+from routed import recorded
 from softened import BACKENDS, EXPERTS, LORY, MERGES, ROUTERS, VALID, build
 from torch import Tensor
 
@@ -209,8 +210,7 @@ def test_a_users_own_experts_run_on_slots_and_are_refused_where_they_cannot_be_m
 
 def test_padding_has_share_zero_exactly_shares_sum_to_one_and_a_token_of_zeros_has_no_direction():
     layer = build(SoftSlots(2))
-    with record(layer) as tape:
-        layer(torch.randn(2, 7, 8), RoutingContext(valid_BS=VALID))
+    tape = recorded(layer, torch.randn(2, 7, 8), RoutingContext(valid_BS=VALID))
     routing = tape.entries[0].routing
     assert routing.dispatch_GSEP[~VALID].abs().max() == routing.combine_GSEP[~VALID].abs().max() == 0
     torch.testing.assert_close(routing.dispatch_GSEP.sum(1), torch.ones(2, 4, 2))
@@ -223,8 +223,7 @@ def test_padding_has_share_zero_exactly_shares_sum_to_one_and_a_token_of_zeros_h
 
 def test_lory_means_are_of_the_real_tokens_of_the_segment_before():
     layer, x = build(LORY), torch.randn(2, 7, 8)
-    with record(layer) as tape:
-        layer(x, RoutingContext(valid_BS=VALID))
+    tape = recorded(layer, x, RoutingContext(valid_BS=VALID))
     weights = tape.entries[0].routing.weights_GE.unflatten(0, (2, 3))
     gate = layer.router.gate.weight
     # Segments of VALID[1]: (1, 1, 0), (1, 0, 1), (0).
@@ -232,8 +231,7 @@ def test_lory_means_are_of_the_real_tokens_of_the_segment_before():
     torch.testing.assert_close(weights[1, 1], (gate @ x[1, :2].mean(0)).softmax(0))
     torch.testing.assert_close(weights[1, 2], (gate @ x[1, [3, 5]].mean(0)).softmax(0))
     nothing = torch.tensor([[False] * 3 + [True] * 4])
-    with record(layer) as tape:
-        layer(x[:1], RoutingContext(valid_BS=nothing))
+    tape = recorded(layer, x[:1], RoutingContext(valid_BS=nothing))
     # Nothing real before the second segment: uniform, as for the first.
     torch.testing.assert_close(tape.entries[0].routing.weights_GE[1], torch.full((4,), 0.25))
 
