@@ -68,7 +68,7 @@ class Lengths(SuiteData):
         return self.opened[split]
 
 
-def test_training_batches_hold_all_examples_and_resume_in_mid_epoch():
+def test_training_batches_hold_all_examples_and_evaluation_keeps_the_order():
     loader = Lengths().train_dataloader()
     epoch = [batch.tolist() for batch in loader]
     assert sorted(number for batch in epoch for number in batch) == list(range(2, 12))
@@ -77,12 +77,9 @@ def test_training_batches_hold_all_examples_and_resume_in_mid_epoch():
     resumed = Lengths().train_dataloader()
     resumed.load_state_dict({"epoch": 0, "served": 1, "seed": 0})
     assert [batch.tolist() for batch in resumed] == epoch[1:]
-
-
-def test_evaluation_keeps_the_order_and_a_split_without_examples_is_told():
     data = Lengths()
-    assert [batch.tolist() for batch in data.test_dataloader()] == [[2, 2]]
-    assert [batch.tolist() for batch in data.predict_dataloader()] == [[2, 2]]
+    for evaluated in (data.test_dataloader(), data.predict_dataloader()):
+        assert [batch.tolist() for batch in evaluated] == [[2, 2]]
     assert data.val_dataloader() == []  # a training does without
     trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     model = LightningModule()
