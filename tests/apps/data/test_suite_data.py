@@ -22,6 +22,10 @@ class Unit:
 
     length: int
 
+    @property
+    def digest(self):
+        return f"of {self.length}"
+
     def state(self):
         return asdict(self)
 
@@ -103,13 +107,13 @@ def test_the_files_are_read_when_they_are_first_needed_and_described_once(caplog
 
 def test_an_adopted_encoding_is_kept_and_read_by():
     data = Lengths()
-    assert data.encoding_state == {"length": 2}
+    assert (data.encoding_state, data.digest_of_given) == ({"length": 2}, None)
     data.adopt({"length": 2})  # as it would read by itself: nothing is read again
     data.setup("fit")
     assert data.reads == 1
     data.adopt({"length": 3})
     assert data.examples("test").numbers.tolist() == [3, 3]
-    assert data.encoding_state == {"length": 3}
+    assert (data.encoding_state, data.digest_of_given) == ({"length": 3}, "of 3")
     assert data.reads == 2
 
 

@@ -21,7 +21,7 @@ from apps.plan.formulas import (
     step_flops,
     step_seconds,
     tables_bytes,
-)  # fmt: skip
+)
 
 
 def test_a_group_lies_on_nodes():

@@ -17,10 +17,11 @@ from apps.report.routed import (
     experts_by_layer,
     experts_of_token,
     gate_weights,
+    gates_by_layer,
     layer_label,
     layer_names,
     words_by_layer,
-)  # fmt: skip
+)
 
 
 def routing(token, expert, gate, num_tokens, num_experts):
@@ -54,6 +55,7 @@ def test_without_pairs_the_experts_of_a_token_are_those_of_the_largest_shares():
     merged = core.contract.MergeRouting(weights, 2, 1, tokens, 4, valid_T=torch.tensor([True, True, True, False]))
     assert expert_of_token(merged).tolist() == [1, 1, 0, -1]
     assert experts_of_token(merged, 4).tolist() == [[1, 2, 0, -1], [1, 2, 0, -1], [0, 1, 2, -1], [-1, -1, -1, -1]]
+    torch.testing.assert_close(gate_weights(merged), weights[[0, 0, 1, 1]])
     assert expert_label_counts(merged, torch.tensor([0, 1, 1, 1]), 2).tolist() == [[0, 1, 0], [1, 1, 0]]
 
 
@@ -66,6 +68,15 @@ def test_counts_by_label_and_gate_weights_leave_dropped_pairs_out():
     # Token 0 takes expert 1 with 0.7 and expert 0 with 0.3; token 1 expert 1 with 0.6, its second pair is not computed.
     pairs = routing([0, 0, 1, 1], [1, 0, 1, 2], [0.7, 0.3, 0.6, 0.4], 2, 2)
     torch.testing.assert_close(gate_weights(pairs), torch.tensor([[0.3, 0.7], [0.0, 0.6]]))
+
+
+def test_gates_of_a_layer_stand_together_and_leave_out_experts_that_they_do_not_reach():
+    given = [("a", "click", ("0", "1"), np.array([0.3, 0.7])), ("a", "like", ("1", "own"), np.array([0.4, 0.6]))]
+    layers = gates_by_layer([*given, ("b", "click", ("0",), np.array([1.0]))], "Gates")
+    assert list(layers) == ["a", "b"]
+    (gates,) = layers["a"]
+    assert (gates.gates, gates.experts) == (("click", "like"), ("0", "1", "own"))
+    np.testing.assert_array_equal(gates.weights, [[0.3, 0.7, np.nan], [np.nan, 0.4, 0.6]])
 
 
 def test_layers_are_named_by_their_place_and_names_differ():

@@ -22,7 +22,7 @@ from apps.report.use import (
     row_names,
     shares,
     typical_labels,
-)  # fmt: skip
+)
 
 NAN = float("nan")
 

@@ -28,7 +28,7 @@ from apps.report.page import (
     save_sections,
     show_page,
     write_page,
-)  # fmt: skip
+)
 from apps.report.page.charts import BarChart
 from apps.report.page.writing import from_json, markdown, read_reports, to_json, write_index
 
