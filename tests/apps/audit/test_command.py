@@ -71,10 +71,7 @@ def audit(capsys, path, *argv):
 
 
 def change(name, value):
-    def plant(tensors):
-        tensors[name] = value(tensors[name]) if callable(value) else value
-
-    return plant
+    return lambda tensors: tensors.update({name: value(tensors[name]) if callable(value) else value})
 
 
 def rename(old, new):
@@ -82,21 +79,13 @@ def rename(old, new):
 
 
 def remove(start):
-    def plant(tensors):
-        for name in [name for name in tensors if name.startswith(start)]:
-            del tensors[name]
-
-    return plant
+    return lambda tensors: [tensors.pop(name) for name in [*tensors] if name.startswith(start)]
 
 
 def expert(new):
     """Exchange the matrices of expert 5 by what ``new`` makes of those of expert 2."""
-
-    def plant(tensors):
-        for name in ("w1", "w2", "w3"):
-            tensors[f"{MOE}experts.5.{name}.weight"] = new(tensors[f"{MOE}experts.2.{name}.weight"])
-
-    return plant
+    names = [f"{MOE}experts.{{}}.{matrix}.weight" for matrix in ("w1", "w2", "w3")]
+    return lambda tensors: tensors.update({n.format(5): new(tensors[n.format(2)]) for n in names})
 
 
 def row(e, value):
@@ -110,13 +99,14 @@ def entry(value):
     return lambda t: t.index_put((torch.tensor(3),), torch.tensor(value))
 
 
-def quantize(*left_out, scale=".weight_scale_inv"):
-    """Make the experts float8, with a scale each."""
+def quantize(*left_out, scale=".weight_scale_inv", lacks=None):
+    """Make the experts float8, with a scale each but for one that it ``lacks``."""
 
     def plant(tensors):
         for name in [name for name in tensors if ".experts." in name and name not in left_out]:
             tensors[name] = tensors[name].to(torch.float8_e4m3fn)
             tensors[name.replace(".weight", scale)] = torch.ones(1, 1)
+        tensors.pop(lacks, None)
 
     return plant
 
@@ -149,15 +139,11 @@ FAULTS = {
     "a bias that always wins": (change(BIAS, entry(1.5)), "pinned choice", f"{BIAS}[3]"),
     "a bias that never wins": (change(BIAS, entry(-1.5)), "pinned choice", f"{BIAS}[3]"),
     "an unquantized matrix": (quantize(W1), "mixed dtypes", W1),
-    "a scale that no file holds": (
-        lambda tensors: (quantize()(tensors), remove(f"{W1}_scale")(tensors)),
-        "missing tensor",
-        f"{W1}_scale_inv",
-    ),
+    "a scale that no file holds": (quantize(lacks=f"{W1}_scale_inv"), "missing tensor", f"{W1}_scale_inv"),
     "untied weights": (lambda t: t.update({"lm_head.weight": trained(50, D)}), "untied weights", "lm_head.weight"),
 }
 STACKED = "model.layers.1.mlp."
-DOWN = f"{STACKED}experts.down_proj"
+DOWN, ROUTER, DRAWN = f"{STACKED}experts.down_proj", f"{STACKED}router.weight", torch.randn(1, F, D) * 0.02
 OF_STACKED = {
     "fewer experts": (change(DOWN, lambda t: t[:-1]), "missing tensor", f"{DOWN}[7]"),
     "a matrix that no file holds": (remove(DOWN), "missing tensor", f"{DOWN}[0]"),
@@ -165,16 +151,8 @@ OF_STACKED = {
     "a shape": (change(DOWN, lambda t: t[:, :, 1:]), "wrong shape", f"{DOWN}[0]"),
     "NaN": (change(DOWN, entry(float("nan"))), "not finite", f"{DOWN}[3]"),
     "zeros": (change(f"{STACKED}experts.gate_up_proj", entry(0.0)), "constant", f"{STACKED}experts.gate_up_proj[3]"),
-    "rows of a router": (
-        change(f"{STACKED}router.weight", lambda t: t[:-1]),
-        "missing tensor",
-        f"{STACKED}router.weight[7]",
-    ),
-    "an untrained expert": (
-        change(DOWN, lambda t: torch.cat((t[:-1], torch.randn(1, F, D) * 0.02))),
-        "untrained",
-        f"{DOWN}[7]",
-    ),
+    "rows of a router": (change(ROUTER, lambda t: t[:-1]), "missing tensor", f"{ROUTER}[7]"),
+    "an untrained expert": (change(DOWN, lambda t: torch.cat((t[:-1], DRAWN))), "untrained", f"{DOWN}[7]"),
 }
 
 

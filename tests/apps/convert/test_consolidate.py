@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -146,11 +147,21 @@ def test_a_value_of_another_shape_is_refused(tmp_path):
         write_checkpoint(tmp_path / "x.ckpt", {}, {"a": torch.empty(2)}, iter([("a", torch.zeros(3))]))
 
 
-def anonymous_bytes() -> int:
-    """Return the memory of this process that is no file's."""
-    with open("/proc/self/status") as file:
-        (line,) = (line for line in file if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+class Peak:
+    """The most memory of this process that is no file's, as it is seen now and then."""
+
+    def __init__(self) -> None:
+        self.start = self.most = self.now()
+
+    @staticmethod
+    def now() -> int:
+        with open("/proc/self/status") as file:
+            (line,) = (line for line in file if line.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+
+    def seen(self, value: Any) -> Any:
+        self.most = max(self.most, self.now())
+        return value
 
 
 NUMEL, NAMES = 2 << 20, [f"w{i}" for i in range(4)]  # 8 MiB each
@@ -162,18 +173,10 @@ def test_a_sharded_checkpoint_takes_less_than_two_of_its_largest_tensors(one_ran
     sharded.write(tmp_path / "last.ckpt", {"state_dict": state}, {})
     del state
     write_whole(tmp_path / "first.ckpt", tmp_path / "last.ckpt")  # what the first call imports stays
-    peak = start = anonymous_bytes()
-    original = torch.load
-
-    def load(*args, **options):
-        nonlocal peak
-        loaded = original(*args, **options)
-        peak = max(peak, anonymous_bytes())
-        return loaded
-
-    with mock.patch.object(torch, "load", load):
+    peak, original = Peak(), torch.load
+    with mock.patch.object(torch, "load", lambda *args, **options: peak.seen(original(*args, **options))):
         write_whole(tmp_path / "new.ckpt", tmp_path / "last.ckpt")
-    assert peak - start < 2 * 4 * NUMEL  # a part is often read into memory that the call before has left
+    assert peak.most - peak.start < 2 * 4 * NUMEL  # a part is often read into memory that the call before has left
     written = read_checkpoint(tmp_path / "new.ckpt")["state_dict"]
     assert all(bool((written[name] == 1).all()) for name in NAMES)
 
@@ -182,18 +185,13 @@ def test_a_mean_takes_less_than_two_of_its_largest_tensors(tmp_path):
     for i in range(2):
         torch.save({"state_dict": {name: torch.full((NUMEL,), float(i)) for name in NAMES}}, tmp_path / f"{i}.ckpt")
     states = [read_checkpoint(tmp_path / f"{i}.ckpt")["state_dict"] for i in range(2)]
-    peak = start = anonymous_bytes()
+    peak = Peak()
 
     def means():
-        nonlocal peak
         for name in NAMES:
-            mean = core.average_states([{name: state[name]} for state in states])[name]
-            peak = max(peak, anonymous_bytes())
-            yield name, mean
-            del mean
+            yield name, peak.seen(core.average_states([{name: state[name]} for state in states])[name])
 
-    layout = {name: torch.empty(NUMEL) for name in NAMES}
-    write_checkpoint(tmp_path / "mean.ckpt", {}, layout, means())
-    assert peak - start < 2 * 4 * NUMEL
+    write_checkpoint(tmp_path / "mean.ckpt", {}, {name: torch.empty(NUMEL) for name in NAMES}, means())
+    assert peak.most - peak.start < 2 * 4 * NUMEL
     written = read_checkpoint(tmp_path / "mean.ckpt")["state_dict"]
     assert all(bool((written[name] == 0.5).all()) for name in NAMES)

@@ -58,16 +58,11 @@ def test_constants_are_experts_of_the_config_and_like_experts_are_merged(runs):
     assert dict(conversion.values(asked.run.state)).keys() == layout.keys()
     conversion = pruned(request(runs, keep=0.5, merge=True))
     assert conversion.arguments["moe"] == core.MoEConfig(2, MOE.router, EXPERT)
+    too_many, no_share = "keep=5 exceeds num_experts=4", "keep=1.5 is neither an integer nor a share between 0 and 1"
+    for keep, message in ((5, too_many), (1.5, no_share)):
+        with pytest.raises(ValueError, match=message):
+            pruned(request(runs, keep=keep))
     assert dict(conversion.values(asked.run.state))[f"{LAYER}.experts.w_in"].shape == (2, 8, 16)
-
-
-@pytest.mark.parametrize(
-    ("keep", "message"),
-    [(5, "keep=5 exceeds num_experts=4"), (1.5, "keep=1.5 is neither an integer nor a share between 0 and 1")],
-)
-def test_what_cannot_be_pruned_is_refused(runs, keep, message):
-    with pytest.raises(ValueError, match=message):
-        pruned(request(runs, keep=keep))
 
 
 def words(kind, folder):

@@ -31,22 +31,19 @@ def points() -> NoisyPoints:
     return NoisyPoints(n=10, num_classes=2)
 
 
-def test_an_epoch_repeats_whatever_was_drawn_before_and_with_any_number_of_workers(points):
+def test_an_epoch_depends_on_its_number_and_the_seed_alone_with_any_number_of_workers(points):
+    state = torch.get_rng_state()
     expected = batches(ResumableLoader(points, 4, seed=1), epoch=3)
-    torch.randn(7)
     assert [len(b) for b in expected] == [4, 4, 2]
+    assert torch.equal(state, torch.get_rng_state())  # the model's generator is left alone
+    torch.randn(7)
     assert same(expected, batches(ResumableLoader(points, 4, seed=1), epoch=3))
     assert same(expected, batches(ResumableLoader(points, 4, seed=1, num_workers=2), epoch=3))
-
-
-def test_epochs_and_seeds_differ_and_the_model_s_generator_is_left_alone(points):
-    state = torch.get_rng_state()
     loader = ResumableLoader(points, 4, seed=1)
     first, second = batches(loader, 0), batches(loader, 1)
     assert not same(first, second)
     # A seed of 0 in epoch 1 must not be a seed of 1 in epoch 0, as it is with DistributedSampler's seed + epoch.
     assert not same(first, batches(ResumableLoader(points, 4, seed=0), 1))
-    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -115,9 +112,6 @@ def test_the_sampler_s_order_is_that_of_distributed_sampler(size, processes, shu
             expected.set_epoch(epoch)
             ours.set_epoch(epoch)
             assert ours.order().tolist() == list(ours) == list(expected)
-
-
-def test_without_shuffling_the_order_is_the_dataset_s():
     loader = ResumableLoader(list(range(5)), 2, seed=0, shuffle=False, drop_last=True)
     assert [b.tolist() for b in loader] == [[0, 1], [2, 3]]
     assert len(loader) == 2

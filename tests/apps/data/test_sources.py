@@ -29,13 +29,16 @@ SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server:
-    """Files over HTTP on this machine, with the ways a server can fail."""
+    """Files over HTTP on this machine, with the ways a server can fail.
+
+    Attributes:
+        cut: after 100 bytes of a promised whole.
+        delay: seconds in the middle.
+    """
 
     def __init__(self) -> None:
-        self.files = {"/toy.csv": CONTENT}
+        self.files, self.cut, self.delay = {"/toy.csv": CONTENT}, False, 0.0
         self.requests: list[str] = []
-        self.cut = False  # after 100 bytes of a promised whole
-        self.delay = 0.0  # in the middle
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -95,20 +98,21 @@ def test_a_download_is_checked_and_cached(server: Server, tmp_path: Path) -> Non
     assert server.requests == ["/toy.csv"]
 
 
-def test_the_next_source_is_tried_and_an_incomplete_folder_is_replaced(server: Server, tmp_path: Path) -> None:
+def test_an_archive_is_unpacked_the_next_source_tried_and_an_incomplete_folder_replaced(
+    server: Server, tmp_path: Path
+) -> None:
+    body = server.files["/toy.tar.gz"] = archive_of("gz", {"toy/data.bin": b"abc"})
+    source = UrlSource(server.url + "toy.tar.gz", (File("toy.tar.gz", hashlib.sha256(body).hexdigest()),))
+    fetched(tmp_path / "a", source, layouts=(("toy/data.bin",),), name="packed")
+    assert left_behind(tmp_path / "a") == ["packed", "packed/toy", "packed/toy/data.bin"]
+    tmp_path = tmp_path / "b"
+    tmp_path.mkdir()
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy/other").write_text("left over")
     files = (File("toy.csv", "md5:" + hashlib.md5(CONTENT).hexdigest()),)
     folder = fetched(tmp_path, UrlSource(closed_port(), files), UrlSource(server.url, files))
     assert (folder / "toy.csv").read_bytes() == CONTENT
     assert left_behind(tmp_path) == ["toy", "toy/toy.csv"]
-
-
-def test_an_archive_is_unpacked(server: Server, tmp_path: Path) -> None:
-    body = server.files["/toy.tar.gz"] = archive_of("gz", {"toy/data.bin": b"abc"})
-    source = UrlSource(server.url + "toy.tar.gz", (File("toy.tar.gz", hashlib.sha256(body).hexdigest()),))
-    fetched(tmp_path, source, layouts=(("toy/data.bin",),))
-    assert left_behind(tmp_path) == ["toy", "toy/toy", "toy/toy/data.bin"]
 
 
 def test_one_line_tells_every_source_and_reason(server: Server, tmp_path: Path) -> None:

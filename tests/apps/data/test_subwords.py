@@ -53,18 +53,15 @@ def test_what_the_text_lacks_is_spelled_in_bytes_on_a_line_that_no_terminal_obey
         assert subwords.decode([ids, [first + 10]], "source") == ["dog  dog", ""]
 
 
-def test_separate_sides_have_models_of_their_own():
+def test_separate_sides_have_models_of_their_own_and_a_tag_is_no_text():
     subwords = train_subwords(SOURCE, TARGET, SubwordConfig(vocab_size=300, joint=False), ["de", "fr"])
     assert not subwords.is_joint
     # ß and z are in German words alone: English spells them in bytes
-    assert "ß" in "".join(subwords.pieces(subwords.encode(["weiße"], "target")[0], "target"))
-    assert "ß" not in "".join(subwords.pieces(subwords.encode(["weiße"], "source")[0], "source"))
+    for side, is_known in (("target", True), ("source", False)):
+        assert ("ß" in "".join(subwords.pieces(subwords.encode(["weiße"], side)[0], side))) == is_known
     assert [subwords.tag_id(language) for language in ("de", "fr")] == [4, 5]
     assert subwords.pieces([4], "source") == ["<2de>"]
     assert "<2de>" not in subwords.pieces(range(subwords.size("target")), "target")
-
-
-def test_a_tag_is_no_text_and_text_is_no_tag():
     subwords = train_subwords(SOURCE, TARGET, SMALL, ["de"])
     tag = subwords.tag_id("de")
     (ids,) = subwords.encode(["<2de> dog"], "source")
@@ -74,7 +71,7 @@ def test_a_tag_is_no_text_and_text_is_no_tag():
         subwords.tag_id("fr")
 
 
-def test_a_vocabulary_is_limited_by_its_characters_below_and_its_text_above():
+def test_a_vocabulary_is_limited_by_its_characters_below_and_its_text_above_and_others_are_refused():
     # 4 specials, 256 bytes and 21 characters: the 20 letters of SOURCE's words and the space
     letters = len(set("".join(SOURCE)))
     with pytest.raises(ValueError, match=rf"vocab_size=100 is too small: .* are {260 + letters}$"):
@@ -83,6 +80,11 @@ def test_a_vocabulary_is_limited_by_its_characters_below_and_its_text_above():
     assert 260 + letters < train_subwords(SOURCE, (), SubwordConfig(vocab_size=32_000)).size("source") < 400
     with pytest.raises(ValueError, match="there is no text to learn subwords from"):
         train_subwords(["", ""], (), SMALL)
+    three = r"^subwords.models=.* has length 3, which is not in \[1, 2\]: one for both sides, or one for each$"
+    with pytest.raises(ValueError, match=three):
+        Subwords(("a", "b", "c"))
+    with pytest.raises(ValueError, match="subwords: not a sentencepiece model"):
+        Subwords(("bm8gbW9kZWw=",)).size("source")
 
 
 def test_too_few_threads_are_an_error_before_sentencepiece_aborts(monkeypatch):
@@ -135,11 +137,3 @@ def test_of_a_large_corpus_so_many_sentences_are_drawn(monkeypatch):
     assert seen[0] == seen[1]
     assert len(seen[0]) == 30
     assert set(seen[0]) < set(lines)
-
-
-def test_what_is_no_model_is_refused():
-    three = r"^subwords.models=.* has length 3, which is not in \[1, 2\]: one for both sides, or one for each$"
-    with pytest.raises(ValueError, match=three):
-        Subwords(("a", "b", "c"))
-    with pytest.raises(ValueError, match="subwords: not a sentencepiece model"):
-        Subwords(("bm8gbW9kZWw=",)).size("source")

@@ -22,6 +22,10 @@ class Unit:
 
     length: int
 
+    @property
+    def digest(self):
+        return f"of {self.length}"
+
     def state(self):
         return asdict(self)
 
@@ -68,7 +72,7 @@ class Lengths(SuiteData):
         return self.opened[split]
 
 
-def test_training_batches_hold_all_examples_and_resume_in_mid_epoch():
+def test_training_batches_hold_all_examples_and_evaluation_keeps_the_order():
     loader = Lengths().train_dataloader()
     epoch = [batch.tolist() for batch in loader]
     assert sorted(number for batch in epoch for number in batch) == list(range(2, 12))
@@ -77,12 +81,9 @@ def test_training_batches_hold_all_examples_and_resume_in_mid_epoch():
     resumed = Lengths().train_dataloader()
     resumed.load_state_dict({"epoch": 0, "served": 1, "seed": 0})
     assert [batch.tolist() for batch in resumed] == epoch[1:]
-
-
-def test_evaluation_keeps_the_order_and_a_split_without_examples_is_told():
     data = Lengths()
-    assert [batch.tolist() for batch in data.test_dataloader()] == [[2, 2]]
-    assert [batch.tolist() for batch in data.predict_dataloader()] == [[2, 2]]
+    for evaluated in (data.test_dataloader(), data.predict_dataloader()):
+        assert [batch.tolist() for batch in evaluated] == [[2, 2]]
     assert data.val_dataloader() == []  # a training does without
     trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     model = LightningModule()
@@ -106,13 +107,13 @@ def test_the_files_are_read_when_they_are_first_needed_and_described_once(caplog
 
 def test_an_adopted_encoding_is_kept_and_read_by():
     data = Lengths()
-    assert data.encoding_state == {"length": 2}
+    assert (data.encoding_state, data.digest_of_given) == ({"length": 2}, None)
     data.adopt({"length": 2})  # as it would read by itself: nothing is read again
     data.setup("fit")
     assert data.reads == 1
     data.adopt({"length": 3})
     assert data.examples("test").numbers.tolist() == [3, 3]
-    assert data.encoding_state == {"length": 3}
+    assert (data.encoding_state, data.digest_of_given) == ({"length": 3}, "of 3")
     assert data.reads == 2
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import socket
 import threading
 import urllib.error
@@ -13,25 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browsing import browser as browser, needs_chromium, opened, serious
 from PIL import Image
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None
-    or any(importlib.util.find_spec(name) is None for name in ("gradio", "playwright", "axe_playwright_python")),
-    reason="needs chromium, gradio, playwright and axe-playwright-python",
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    local = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", local])
-        yield browser
-        browser.close()
+pytestmark = needs_chromium("gradio")
 
 
 @pytest.fixture(scope="module")
@@ -79,27 +62,10 @@ def served(tmp_path_factory, reached) -> Iterator[Callable[[str], str]]:
 
 
 class Tab:
-    """A tab with a page, and what went wrong in it.
-
-    Attributes:
-        notes: errors of its console, and every request to another address.
-    """
+    """A tab with a page, and what went wrong in it."""
 
     def __init__(self, browser: Any, url: str, width: int = 1280, scheme: str = "light") -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.notes: list[str] = []
-        self.page.on("console", self._note)
-        self.page.on("pageerror", lambda error: self.notes.append(str(error)))
-        own = (url, "data:", "blob:")
-        self.page.on("request", lambda r: None if r.url.startswith(own) else self.notes.append(r.url))
-        self.page.set_default_timeout(120_000)  # many tests share two cores
-        self.page.goto(url)
-        self.page.wait_for_selector("#answer .shown")
-
-    def _note(self, message: Any) -> None:
-        # Gradio 6.31 says so of its own where an image is removed or chosen; nothing is wrong then.
-        if message.type in ("error", "warning") and message.text != "Method not implemented.":
-            self.notes.append(message.text)
+        self.page, self.notes = opened(browser, url, "#answer .shown", width, scheme)
 
     def press(self, name: str) -> str:
         """Press a button whose answer is another than the last one, and return that as soon as it is whole."""
@@ -130,15 +96,6 @@ class Tab:
         assert self.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         assert self.notes == []
         self.page.close()
-
-
-def serious(page: Any) -> list[str]:
-    """Return what axe-core finds on a page that is serious or critical."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    page.wait_for_function("!document.querySelector('.generating, .pending')")  # what waits is shown pale
-    found = Axe().run(page).response["violations"]
-    return [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]
 
 
 @pytest.mark.slow
@@ -193,18 +150,6 @@ def test_a_sentence_its_translation_and_the_experts_of_its_words(browser, served
     assert tab.page.get_by_label("Sentence").input_value() == "red red black black"
     tab.end()
     assert reached == []
-
-
-@pytest.mark.slow  # as the others; without a browser it is tested in every run
-def test_a_text_and_what_follows_it(browser, served):
-    tab = Tab(browser, served("language"))
-    tab.page.get_by_label("Text").fill("the green fox")
-    tab.page.get_by_label("Subwords to write, at most").fill("4")
-    assert "the green fox" in tab.press("Continue")
-    assert tab.words()[0].split()[0] == "</s>"  # with which texts begin
-    tab.page.get_by_label("Subwords to write, at most").fill("four")
-    assert tab.problem("Continue") == "Subwords to write, at most='four' is not an integer"
-    tab.end()
 
 
 @pytest.mark.slow  # as the others; without a browser it is tested in every run

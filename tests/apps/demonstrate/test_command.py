@@ -20,8 +20,8 @@ from apps.data.cache import DataError
 from apps.demonstrate import options as library
 from apps.demonstrate.command import exhibit_of, with_examples
 from apps.demonstrate.drawing import draw_parts
-from apps.demonstrate.page import _answer, _growing
-from apps.report.exhibit import Answer, Exhibit, Said, TextField
+from apps.demonstrate.page import _component, _growing
+from apps.report.exhibit import Answer, Exhibit, ItemsField, NumberField, Said, TextField
 from apps.train.checkpoint.loading import load
 from apps.train.checkpoint.paths import find_checkpoint
 
@@ -54,6 +54,15 @@ def test_wrong_options_and_a_run_that_is_none(digits, tmp_path, capsys):
         port = taken.getsockname()[1]
         line = fails(capsys, 1, "demo", "--ckpt_path", str(digits), "--port", str(port))
         assert line == f"port={port} cannot be used (Address already in use): give another --port, or 0 for any"
+
+
+@needs_gradio
+def test_a_number_is_typed_and_items_are_chosen_by_their_names():
+    number = _component(NumberField("age"), "33")
+    assert (number.get_block_name(), number.label, number.value, number.max_lines) == ("textbox", "age", "33", 1)
+    items = _component(ItemsField("History", ("Alien", "Brazil"), ("7", "9"), most=2), ["Alien"])
+    assert (items.get_block_name(), items.multiselect, items.value) == ("dropdown", True, ["Alien"])
+    assert [name for name, _ in items.choices] == ["Alien", "Brazil"]
 
 
 @needs_gradio
@@ -114,7 +123,7 @@ def test_a_configuration_that_names_other_classes_makes_nothing(digits, tmp_path
 
 def test_a_dense_model_says_so_and_a_fault_of_ours_is_a_line_on_the_page_and_a_traceback_in_the_log(caplog):
     for answer, said in ((lambda values: Answer(()), "dense"), (lambda values: {}["missing"], "KeyError")):
-        html, layers = _answer(Exhibit("", "", (TextField("Text"),), answer), ["a"])
+        ((html, layers),) = _growing(Exhibit("", "", (TextField("Text"),), answer), ["a"])
         assert layers == {}
         assert said in html
     assert "Traceback" not in html

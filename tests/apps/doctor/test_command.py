@@ -43,11 +43,6 @@ def doctor(capsys, code, *argv):
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_healthy_run(runs, capsys):
-    (line,) = doctor(capsys, 0, "--ckpt_path", runs / "healthy")
-    assert line == f"healthy: 1 router on at most 8 validation batches of {runs}/healthy/checkpoints/best.ckpt"
-
-
 def test_loads_that_the_data_decide_are_no_fault_in_the_log_either(runs, tmp_path, capsys):
     write_run(tmp_path, classifier(replace(MOE, router=core.Random(1))), DIGITS)
     shutil.copy(runs / "log" / "metrics.csv", tmp_path)
@@ -66,14 +61,11 @@ def test_equal_experts_and_the_score_without_each(runs, capsys):
     assert ablated.count("expert ") == 4
 
 
-def test_a_log_alone(runs, capsys):
+def test_a_log_alone_or_that_of_a_run_without_its_configuration(runs, capsys, tmp_path):
     note, line = doctor(capsys, 1, "--ckpt_path", runs / "log")
     assert note == f"{runs}/log holds no checkpoint yet: metrics.csv alone was read"
     assert line.startswith(f"error: {LAYER}: collapsed load: the load's entropy is 10% of an even one's")
     assert doctor(capsys, 1, "--ckpt_path", runs / "log", "--batches", 0) == [line]
-
-
-def test_a_run_without_its_configuration_has_its_log(runs, tmp_path, capsys):
     run = shutil.copytree(runs / "healthy", tmp_path / "run")
     (run / "config.yaml").unlink()
     error = fails(capsys, 1, "doctor", "--ckpt_path", str(run))
@@ -103,6 +95,7 @@ def test_movement_is_from_the_seed_s_weights_unless_a_run_began_with_others(runs
         lines = doctor(capsys, pretrained is None, "--ckpt_path", tmp_path / "run", "--batches", 1)
         moved = [line.split(": the ")[1].split(" since")[0] for line in lines if "since the start" in line]
         assert moved == expected
+    assert lines == [f"healthy: 1 router on at most 1 validation batches of {tmp_path}/run/checkpoints/best.ckpt"]
 
 
 @pytest.mark.parametrize(

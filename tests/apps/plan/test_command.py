@@ -199,13 +199,10 @@ def planned(capsys, *argv):
     return shown, yaml.safe_load(shown[shown.index("trainer:") :])["trainer"]["strategy"]
 
 
-def test_a_model_without_moe_layers_is_planned_for_fsdp2_and_ddp(capsys):
+def test_models_without_moe_layers_and_a_billion_rows_are_planned(capsys):
     shown, strategy = planned(capsys, *DIGITS, "--gpus", "8", "--model.moe", "null")
     assert "no MoE layer: FSDP2 or DDP alone" in shown
     assert strategy["init_args"]["expert_parallel_size"] == 1
-
-
-def test_a_billion_rows_are_planned_with_torchrec(capsys):
     billion = ("--tables", "1000000000", "--model.embedding.dim", "64")
     shown, strategy = planned(capsys, *TABLE, "--gpus", "128", "--gpu", "h100", *billion)
     assert "memory does not fit at table_wise" in shown
@@ -213,16 +210,13 @@ def test_a_billion_rows_are_planned_with_torchrec(capsys):
     assert strategy["init_args"]["sharding"] in ("row_wise", "table_row_wise")
 
 
-def test_images_with_texts_are_planned():
+def test_images_with_texts_and_a_table_with_domains_are_planned(capsys):
     # 64 pairs of 16 patches and 20 pieces.
     shapes = ("--config", "configs/multimodal/shapes.yaml", "--gpu", "h100", "--gpus", "4")
     outline = outlined(options(*shapes, "--batch", "64", "--length", "20", "--data.tokenizer.vocab_size", "500"))
     assert outline.trial.examples == 64
     assert outline.trial.tokens == 64 * 36
     assert outlined(options(*shapes, "--tokens_per_gpu", "2304", "--length", "20")).trial.examples == 64
-
-
-def test_a_table_with_domains_is_planned(capsys):
     star = ("--config", "configs/recsys/movielens_1m_star.yaml", "--gpus", "8", "--gpu", "h100", "--tables", "60", "40")
     assert main(["plan", *star, "--tasks", "2", "--domains", "7"]) == 0
     assert "strategy" in capsys.readouterr().out
@@ -260,14 +254,11 @@ def test_a_table_of_the_command_is_whole_in_80_columns(capsys):
     assert max(len(line) for line in out.splitlines() if line.startswith(("│", "┃"))) <= 80
 
 
-def test_gates_before_blocks_leave_experts_divisible():
+def test_gates_before_blocks_leave_experts_divisible_and_a_captioner_goes_by_the_length_of_its_texts():
     histories = ("--config", "configs/recsys/movielens_1m_next_item.yaml", "--model.num_items", "3706")
     outline = outlined(options(*histories, "--gpu", "h100", "--gpus", "8"))
     assert outline.undivided is None
     assert [layer.num_experts for layer in outline.layers.values()] == [8, 8]
-
-
-def test_a_captioner_is_planned_by_the_length_of_its_texts():
     # Its data give the vocabulary; 64 images of the configuration, with 10 ids each.
     argv = ("--config", "configs/multimodal/shapes_captions.yaml", "--gpus", "2", "--gpu", "h100", "--length", "10")
     given = options(*argv, "--data.tokenizer.vocab_size", "629")

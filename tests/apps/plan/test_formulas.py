@@ -21,7 +21,7 @@ from apps.plan.formulas import (
     step_flops,
     step_seconds,
     tables_bytes,
-)  # fmt: skip
+)
 
 
 def test_a_group_lies_on_nodes():
@@ -36,7 +36,7 @@ def test_a_group_lies_on_nodes():
         assert group(ranks, stride, node) == Group(ranks, per_node)
 
 
-def test_sums_and_gathers_send_all_but_the_own_part():
+def test_sums_and_gathers_send_all_but_the_own_part_and_an_exchange_has_one_level_or_two():
     # 8 ranks on one node: 7/8 of 800 bytes.
     assert reduce_scatter(800, Group(8, 8)) == Traffic(700, 0, 7)
     assert all_gather(800, Group(8, 8)) == Traffic(700, 0, 7)
@@ -46,9 +46,6 @@ def test_sums_and_gathers_send_all_but_the_own_part():
     # One rank of each of 4 nodes: all of it between them.
     assert all_reduce(800, Group(4, 1)) == Traffic(0, 1200, 6)
     assert all_reduce(800, Group(1, 1)).total == 0
-
-
-def test_an_exchange_of_one_level_of_two_levels_and_to_parts_of_experts():
     # 16 ranks get 1/16 each: 7 neighbors, and 8 ranks of the other node.
     assert all_to_all(1600, experts=16, hidden=1, nodes=1, node=8) == Traffic(700, 800, 15)
     # By way of a neighbor: 7/8 to the neighbors, then half to the other node.

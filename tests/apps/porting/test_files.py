@@ -28,9 +28,13 @@ def test_a_full_disk_names_the_file_and_leaves_the_earlier_one(tmp_path):
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_shards_and_torch_files_are_read(tmp_path):
+def test_shards_torch_files_and_aliases_are_read(tmp_path):
     tensors = checkpoint(tmp_path)
-    whole = load_pretrained(tmp_path)
+    whole, shared = load_pretrained(tmp_path), tensors["shared.weight"]
+    left = {name: t for name, t in tensors.items() if name != "shared.weight"}
+    for names in (("lm_head",), ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head", "shared")):
+        save_file({**left, **{f"{n}.weight": shared.clone() for n in names}}, tmp_path / "model.safetensors")
+        assert same_weights(load_pretrained(tmp_path), whole)
     (tmp_path / "model.safetensors").unlink()
 
     torch.save(tensors, tmp_path / "pytorch_model.bin")
@@ -46,14 +50,6 @@ def test_shards_and_torch_files_are_read(tmp_path):
         (tmp_path / f"{kind}.{suffix}.index.json").write_text(json.dumps({"weight_map": index}))
         assert same_weights(load_pretrained(tmp_path), whole)
         (tmp_path / f"{kind}.{suffix}.index.json").unlink()
-
-
-def test_aliases_may_be_written_out(tmp_path):
-    tensors = checkpoint(tmp_path)
-    whole, shared = load_pretrained(tmp_path), tensors.pop("shared.weight")
-    for names in (("lm_head",), ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head", "shared")):
-        save_file({**tensors, **{f"{n}.weight": shared.clone() for n in names}}, tmp_path / "model.safetensors")
-        assert same_weights(load_pretrained(tmp_path), whole)
 
 
 def refusal(folder: Path, tensors: dict[str, Tensor] | None = None, config: dict[str, Any] | None = None) -> str:

@@ -66,16 +66,12 @@ def experts(**changes):
         ),
         (decoder, "a LanguageModel is not what F holds: switch_transformers"),
         (lambda: translation(source_vocab=VOCAB + 1, ffn=EXPERTS), "tie='inputs' of the model is, in F, 'all'"),
-        (
-            lambda: translation(replace(T5, tie="none"), target_vocab=31, ffn=EXPERTS),
-            "tie='none' of the model is, in F, 'all'",
-        ),
-        (
-            lambda: translation(replace(T5, tie="all", logits_scale=0.125), source_vocab=VOCAB + 1, ffn=EXPERTS),
-            "vocab_size=31 of the model is, in F, 30",
-        ),
+        (lambda: translation(replace(T5, tie="none"), target_vocab=31, ffn=EXPERTS),
+         "tie='none' of the model is, in F, 'all'"),
+        (lambda: translation(replace(T5, tie="all", logits_scale=0.125), source_vocab=VOCAB + 1, ffn=EXPERTS),
+         "vocab_size=31 of the model is, in F, 30"),
     ],
-)
+)  # fmt: skip
 def test_a_model_built_otherwise_is_refused_with_both_values(tmp_path, build, message):
     checkpoint(tmp_path)
     with pytest.raises(ValueError) as error:
@@ -90,68 +86,39 @@ SHARED = {"ffn": core.MoEConfig(4, expert=core.SwiGLU(8)), "share_experts": True
 @pytest.mark.parametrize(
     "build, message",
     [
-        (
-            lambda: translation(replace(T5, positions="rotary")),
-            "positions='rotary': no published encoder-decoder here has them",
-        ),
+        (lambda: translation(replace(T5, positions="rotary")),
+         "positions='rotary': no published encoder-decoder here has them"),
         (lambda: translation(replace(T5, norm="layer")), "norm='layer' cannot be said in t5, which has 'rms'"),
-        (
-            lambda: translation(replace(T5, tie="decoder")),
-            "tie='decoder': published models tie all embeddings, or not the output",
-        ),
-        (
-            lambda: translation(replace(NLLB, tie="none"), target_vocab=40),
-            "vocab_size=(30, 40) cannot be said in m2m_100, which has 40",
-        ),
+        (lambda: translation(replace(T5, tie="decoder")),
+         "tie='decoder': published models tie all embeddings, or not the output"),
+        (lambda: translation(replace(NLLB, tie="none"), target_vocab=40),
+         "vocab_size=(30, 40) cannot be said in m2m_100, which has 40"),
         (lambda: translation(NLLB, copies=True), "copy=True cannot be said in m2m_100, which has no weights for it"),
-        (
-            lambda: translation(ffn=core.DenseFFN(256)),
-            "encoder.layers.1.ffn.w_in.weight of shape (256, 64) is (128, 64) in t5",
-        ),
-        (
-            lambda: switch_model(replace(T5, encoder_layers=6), encoder_moe_blocks=[0, 1]),
-            "moe layers [0, 1] of 6 are not every n-th layer, as published models have them",
-        ),
-        (
-            lambda: switch_model(ffn=[EXPERTS] * 2),
-            "moe lists 2 layers: published models have one for all sparse blocks",
-        ),
-        (
-            lambda: experts(num_shared_experts=1),
-            "moe.num_shared_experts=1 cannot be said in switch_transformers, which has 0",
-        ),
-        (
-            lambda: experts(output_bias=True),
-            "moe.output_bias=True cannot be said in switch_transformers, which has False",
-        ),
-        (
-            lambda: experts(expert=core.ClampedSwiGLU(32)),
-            "expert ClampedSwiGLU cannot be said in switch_transformers, which has FFN or SwiGLU",
-        ),
-        (
-            lambda: experts(router=core.Hash(VOCAB)),
-            "router Hash cannot be said in switch_transformers, which has TokenChoice",
-        ),
-        (
-            lambda: decoder(attention_moe=TWO_ATTENTIONS),
-            "attention_moe cannot be said in mistral, whose heads are fixed",
-        ),
+        (lambda: translation(ffn=core.DenseFFN(256)),
+         "encoder.layers.1.ffn.w_in.weight of shape (256, 64) is (128, 64) in t5"),
+        (lambda: switch_model(replace(T5, encoder_layers=6), encoder_moe_blocks=[0, 1]),
+         "moe layers [0, 1] of 6 are not every n-th layer, as published models have them"),
+        (lambda: switch_model(ffn=[EXPERTS] * 2),
+         "moe lists 2 layers: published models have one for all sparse blocks"),
+        (lambda: experts(num_shared_experts=1),
+         "moe.num_shared_experts=1 cannot be said in switch_transformers, which has 0"),
+        (lambda: experts(output_bias=True),
+         "moe.output_bias=True cannot be said in switch_transformers, which has False"),
+        (lambda: experts(expert=core.ClampedSwiGLU(32)),
+         "expert ClampedSwiGLU cannot be said in switch_transformers, which has FFN or SwiGLU"),
+        (lambda: experts(router=core.Hash(VOCAB)),
+         "router Hash cannot be said in switch_transformers, which has TokenChoice"),
+        (lambda: decoder(attention_moe=TWO_ATTENTIONS),
+         "attention_moe cannot be said in mistral, whose heads are fixed"),
         (lambda: decoder(replace(MIXTRAL, norm="layer")), "norm='layer' cannot be said in mistral, which has 'rms'"),
-        (
-            lambda: decoder(replace(MIXTRAL, qk_norm="all")),
-            "qk_norm='all' cannot be said in mistral, which has 'none'",
-        ),
-        (
-            lambda: decoder(depths=MixtureOfDepths(0.5, predictor=True)),
-            "depths=MixtureOfDepths(...): every token enters every layer of a mistral...",
-        ),
-        (
-            lambda: decoder(universal=Universal()),
-            "universal=Universal(...): a mistral has a layer for each step of depth...",
-        ),
+        (lambda: decoder(replace(MIXTRAL, qk_norm="all")), "qk_norm='all' cannot be said in mistral, which has 'none'"),
+        (lambda: decoder(depths=MixtureOfDepths(0.5, predictor=True)),
+         "depths=MixtureOfDepths(...): every token enters every layer of a mistral..."),
+        (lambda: decoder(universal=Universal()),
+         "universal=Universal(...): a mistral has a layer for each step of depth..."),
         (lambda: decoder(**SHARED), "share_experts=True: every layer of a mixtral has experts of its own..."),
     ],
-)
+)  # fmt: skip
 def test_what_published_architectures_lack_is_named(build, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$".replace(r"\.\.\.", ".*")):
         to_published(build())

@@ -86,17 +86,11 @@ def test_sentencepiece_models_have_our_ids(kind, tmp_path):
 
     words = ["a dog runs", "a cat sleeps", "the dog sleeps", "the cat runs fast", "dogs and cats"]
     layouts: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
-        "t5": (
-            "spiece.model",
-            {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "model_type": "unigram"},
-            {"pad_token_id": 0, "eos_token_id": 1},
-        ),
-        "mistral": (
-            "tokenizer.model",
-            {"unk_id": 0, "bos_id": 1, "eos_id": 2, "model_type": "bpe"},
-            {"bos_token_id": 1, "eos_token_id": 2},
-        ),
-    }
+        "t5": ("spiece.model", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "model_type": "unigram"},
+               {"pad_token_id": 0, "eos_token_id": 1}),
+        "mistral": ("tokenizer.model", {"unk_id": 0, "bos_id": 1, "eos_id": 2, "model_type": "bpe"},
+                    {"bos_token_id": 1, "eos_token_id": 2}),
+    }  # fmt: skip
     name, options, specials = layouts[kind]
     options |= {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
     with (tmp_path / name).open("wb") as file:

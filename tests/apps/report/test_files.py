@@ -70,9 +70,7 @@ def test_nothing_is_written_without_files_or_by_another_process(tmp_path):
     for lines, rank in ((None, 0), ({}, 0), ({"a.csv": "1"}, 1)):
         run(lines, tmp_path, rank)
         assert not list(tmp_path.iterdir())
-
-
-def test_first_batches_end_with_the_batch_that_completes_them():
+    # The first batches of a report end with the one that completes them.
     batches = [[1, 2], [3, 4], [5, 6]]
     assert [list(first_batches(batches, most)) for most in (3, 2, 0, 100)] == [batches[:2], batches[:1], [], batches]
     assert list(first_batches(batches, 1, size=lambda batch: 0)) == batches
@@ -98,15 +96,11 @@ def test_errors_and_correlations_are_no_shares():
     assert not is_share("test/top1", [[0.25, 2.0]])
 
 
-def test_a_wide_table_is_shown_in_parts_that_fit():
+def test_a_wide_table_is_shown_in_parts_that_fit_without_rows_that_have_no_cells_there(monkeypatch, capsys):
     rows = [["", "sparse", "dense, equal FLOPs", "trees"], ["test top1, %", "94.00 ± 12.71", "92.00 ± 0.00", "–"]]
     # First column 4 + 12; then 3 + 13, 3 + 12, 3 + 5.
-    assert parts_that_fit(rows, 55) == [[0, 1, 2, 3]]
-    assert parts_that_fit(rows, 54) == [[0, 1, 2], [0, 3]]
-    assert parts_that_fit(rows, 10) == [[0, 1], [0, 2], [0, 3]]
-
-
-def test_a_row_without_cells_of_a_part_is_left_out_of_it(monkeypatch, capsys):
+    parts = {55: [[0, 1, 2, 3]], 54: [[0, 1, 2], [0, 3]], 10: [[0, 1], [0, 2], [0, 3]]}
+    assert {width: parts_that_fit(rows, width) for width in parts} == parts
     monkeypatch.setenv("COLUMNS", "26")
     print_in_parts(["layer", "load imbalance", "experts"], [["first", "1.250", "6.000"], ["second", "1.500", ""]])
     lines = [[cell.strip() for cell in line[1:-1].split("│")] for line in capsys.readouterr().out.splitlines()]
@@ -165,7 +159,7 @@ def test_a_training_logs_the_detailed_figures_and_draws_after_each_validation(tm
     assert (module.detailed_routing, module.on_routing) == (False, None)  # a later test is brief again
 
 
-def test_the_histogram_has_each_expert_s_load_over_the_mean(tmp_path):
+def test_the_histogram_has_each_expert_s_load_over_the_mean_and_the_map_its_share(tmp_path):
     logger = TensorBoardLogger(str(tmp_path), name="", version="")
     show_loads([logger], core.RoutingStats({"a": layer_stats(6, 1, 1, 0), "b": layer_stats(2, 2)}), step=7)
     logger.experiment.flush()
@@ -176,9 +170,6 @@ def test_the_histogram_has_each_expert_s_load_over_the_mean(tmp_path):
     assert of_a.histogram_value.sum_squares == pytest.approx(9.5)
     (of_b,) = events.Histograms("val/routing/b/load")
     assert (of_b.histogram_value.min, of_b.histogram_value.max) == (1.0, 1.0)
-
-
-def test_the_map_shows_shares_and_leaves_missing_experts_empty():
     chart = load_map({"a": np.array([3.0, 0.5, 0.5, 0.0]), "b": np.array([1.0, 1.0])})
     assert chart.rows == ("a", "b")
     np.testing.assert_allclose(chart.values, [[75.0, 12.5, 12.5, 0.0], [50.0, 50.0, np.nan, np.nan]])

@@ -17,10 +17,11 @@ from apps.report.routed import (
     experts_by_layer,
     experts_of_token,
     gate_weights,
+    gates_by_layer,
     layer_label,
     layer_names,
     words_by_layer,
-)  # fmt: skip
+)
 
 
 def routing(token, expert, gate, num_tokens, num_experts):
@@ -35,16 +36,13 @@ def routing(token, expert, gate, num_tokens, num_experts):
 PAIRS = routing([0, 0, 1, 1, 2, 2, 3, 3], [2, 0, 3, 1, 3, 3, 2, 1], [0.4, 0.6, 0.0, 0.3, 0.0, 0.0, 0.5, 0.5], 5, 3)
 
 
-def test_experts_of_a_token_come_by_falling_gate():
+def test_experts_of_a_token_come_by_falling_gate_and_one_without_has_none_on_a_page():
     assert expert_of_token(PAIRS).tolist() == [0, 1, -1, 1, -1]
     assert experts_of_token(PAIRS, 2).tolist() == [[0, 2], [1, -1], [-1, -1], [1, 2], [-1, -1]]
     assert experts_of_token(PAIRS, 3)[0].tolist() == [0, 2, -1]
     # The order of the pairs does not matter: an expert-choice router lists them by expert.
     by_expert = routing([1, 3, 3, 0, 0, 1], [1, 1, 2, 0, 2, 3], [0.3, 0.5, 0.5, 0.6, 0.4, 0.0], 5, 3)
     assert torch.equal(experts_of_token(by_expert, 2), experts_of_token(PAIRS, 2))
-
-
-def test_a_token_without_an_expert_has_none_on_a_page_of_layers_with_more_experts():
     entries = [SimpleNamespace(name=f"decoder.layers.{i}.ffn", routing=PAIRS) for i in (0, 1)]
     words = Words.of_pieces("A text", list("abcde"), experts_by_layer(entries), 8)
     assert words.labels == dict.fromkeys(("decoder 0", "decoder 1"), ("0 2", "1", "", "1 2", ""))
@@ -57,21 +55,28 @@ def test_without_pairs_the_experts_of_a_token_are_those_of_the_largest_shares():
     merged = core.contract.MergeRouting(weights, 2, 1, tokens, 4, valid_T=torch.tensor([True, True, True, False]))
     assert expert_of_token(merged).tolist() == [1, 1, 0, -1]
     assert experts_of_token(merged, 4).tolist() == [[1, 2, 0, -1], [1, 2, 0, -1], [0, 1, 2, -1], [-1, -1, -1, -1]]
+    torch.testing.assert_close(gate_weights(merged), weights[[0, 0, 1, 1]])
     assert expert_label_counts(merged, torch.tensor([0, 1, 1, 1]), 2).tolist() == [[0, 1, 0], [1, 1, 0]]
 
 
-def test_counts_by_label_leave_dropped_pairs_out():
+def test_counts_by_label_and_gate_weights_leave_dropped_pairs_out():
     # Token 0 has label 1 and experts 2 and 0, token 1 label 0 and expert 1, token 3 label 1 and experts 2 and 1.
     assert expert_label_counts(PAIRS, torch.tensor([1, 0, 0, 1, 1]), 2).tolist() == [[0, 1, 0], [1, 1, 2]]
     # Labels 1 and 0 of two whole sequences of two tokens. Expert 2 is none. Tokens 0 and 1 are the first sequence's.
     r = routing([0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 0, 2, 1, 2, 1, 0], [0.5] * 8, 4, 2)
     assert expert_label_counts(r, torch.tensor([1, 0]), 3).tolist() == [[1, 2], [2, 1], [0, 0]]
-
-
-def test_gate_weights_of_routed_pairs():
     # Token 0 takes expert 1 with 0.7 and expert 0 with 0.3; token 1 expert 1 with 0.6, its second pair is not computed.
     pairs = routing([0, 0, 1, 1], [1, 0, 1, 2], [0.7, 0.3, 0.6, 0.4], 2, 2)
     torch.testing.assert_close(gate_weights(pairs), torch.tensor([[0.3, 0.7], [0.0, 0.6]]))
+
+
+def test_gates_of_a_layer_stand_together_and_leave_out_experts_that_they_do_not_reach():
+    given = [("a", "click", ("0", "1"), np.array([0.3, 0.7])), ("a", "like", ("1", "own"), np.array([0.4, 0.6]))]
+    layers = gates_by_layer([*given, ("b", "click", ("0",), np.array([1.0]))], "Gates")
+    assert list(layers) == ["a", "b"]
+    (gates,) = layers["a"]
+    assert (gates.gates, gates.experts) == (("click", "like"), ("0", "1", "own"))
+    np.testing.assert_array_equal(gates.weights, [[0.3, 0.7, np.nan], [np.nan, 0.4, 0.6]])
 
 
 def test_layers_are_named_by_their_place_and_names_differ():

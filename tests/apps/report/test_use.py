@@ -22,7 +22,7 @@ from apps.report.use import (
     row_names,
     shares,
     typical_labels,
-)  # fmt: skip
+)
 
 NAN = float("nan")
 
@@ -67,14 +67,11 @@ def test_colors_of_experts_differ_and_what_is_written_on_them_is_clear():
     assert [color_of(label, colors) for label in ("3 1", "4", "", "x")] == [colors[3], None, None, None]
 
 
-def test_quarters_have_as_many_counts_each():
+def test_quarters_have_as_many_counts_ranges_hold_their_upper_bound_and_places_are_middles():
     # Of 16 counts 8 are of one thing, which begins in the first quarter; 4 begin at the third, and 1 each at the last.
     assert quarters(np.array([1, 8, 4, 1, 1, 1, 0])).tolist() == [3, 0, 2, 3, 3, 3, 3]
     assert quarters(np.array([2, 2, 2, 2])).tolist() == [0, 1, 2, 3]
     assert quarters(np.array([0, 0])).tolist() == [0, 0]
-
-
-def test_ranges_hold_their_upper_bound_and_places_are_the_middles_of_equal_parts():
     names, places = range_names((2, 5)), ranges_of(np.array([1, 2, 3, 5, 6]), (2, 5))
     assert [names[place] for place in places] == ["1-2", "1-2", "3-5", "3-5", "over 5"]
     assert range_names(()) == ("all",)
@@ -86,21 +83,15 @@ def test_ranges_hold_their_upper_bound_and_places_are_the_middles_of_equal_parts
     assert spread_places(5, 0) == spread_places(0, 5) == []
 
 
-def test_counts_become_shares_of_their_row():
+def test_maps_have_a_row_for_each_label_with_a_token_or_the_most_specialized_and_one_for_all():
     np.testing.assert_array_equal(shares(np.array([[1, 3], [0, 0]])), [[0.25, 0.75], [NAN, NAN]])
     assert row_names(("a", "b"), (0.996, 0.004)) == ("a (100 %)", "b (<1 %)", "all")
-
-
-def test_maps_have_a_row_for_each_label_with_a_token_and_one_for_all():
     # Of 8 tokens 4 are cats, none a dog, 4 owls.
     counts = {"block 1": np.array([[3, 1], [0, 0], [0, 4]])}
     (one,) = maps_by_label(counts, ("cat", "dog", "owl"), "Which", "class")
     assert (one.title, one.rows, one.columns) == ("Which, block 1", ("cat (50 %)", "owl (50 %)", "all"), ("0", "1"))
     assert one.values == ((75, 25), (0, 100), (37.5, 62.5))
     assert one.value_title == "share of the class's tokens, %"
-
-
-def test_of_many_labels_the_most_specialized_are_kept():
     counts = np.full((50, 2), 5)
     counts[[7, 30]] = [[10, 0], [0, 10]]
     names = [f"class {i}" for i in range(50)]
@@ -110,7 +101,7 @@ def test_of_many_labels_the_most_specialized_are_kept():
     assert one.values[-1] == pytest.approx((50, 50))
 
 
-def test_entropy_and_mutual_information_are_in_bits():
+def test_entropy_and_mutual_information_are_in_bits_and_typical_labels_tell_most_of_their_expert():
     assert [entropy(np.array(counts)) for counts in ([4, 4], [2, 1, 1, 0], [0, 0, 0])] == [1.0, 1.5, 0.0]
     for counts, bits in (
         ([[2, 0], [0, 2]], 1.0),
@@ -120,9 +111,6 @@ def test_entropy_and_mutual_information_are_in_bits():
         ([[0, 0], [0, 0]], 0.0),
     ):
         assert mutual_information(np.array(counts)) == pytest.approx(bits, abs=1e-12)
-
-
-def test_typical_labels_are_those_that_tell_most_of_their_expert():
     # Of 20 pairs, 10 each expert. "a" comes 10 times, 5 in each: as by chance. "b" 6 times, 4 of them in expert 0.
     counts = np.array([[5, 5], [4, 2], [1, 0], [0, 3]])
     # b: 0.2 log(0.2 / 0.15) = 0.058; c: 0.05 log(0.05 / 0.025) = 0.035; d: 0.15 log(0.15 / 0.075) = 0.104
@@ -130,14 +118,11 @@ def test_typical_labels_are_those_that_tell_most_of_their_expert():
     assert typical_labels(counts, ["a", "b", "c", "d"], most=1) == [["b"], ["d"]]
 
 
-@pytest.mark.parametrize(
-    "quality, cost, higher, on",
-    [
+def test_on_the_front_are_points_that_no_other_beats():
+    for quality, cost, higher, on in (
         ([0.9, 0.8, 0.7], [3, 2, 2], True, [1, 0]),
         ([0.9, 0.9, 0.9], [2, 1, 1], True, [1, 2]),  # equal points are both on it
         ([5.0, 4.0, 6.0], [1, 2, 3], False, [0, 1]),  # a loss
         ([], [], True, []),
-    ],
-)
-def test_on_the_front_are_points_that_no_other_beats(quality, cost, higher, on):
-    assert front(quality, cost, higher) == on
+    ):
+        assert front(quality, cost, higher) == on

@@ -24,6 +24,7 @@ from tests.support.overlays import (
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.slow
 
 QUANTIZED = [path for path in OVERLAYS if path.parent.name == "experts" and not path.stem.startswith("peer")]
 """Overlays of experts with matrices: those of PEER are tables."""
@@ -33,10 +34,9 @@ def name(path: Path) -> str:
     return str(path.relative_to(CONFIGS).with_suffix(""))
 
 
-def graph_of(paths: list[Path]) -> Graph:
+def graph_of(path: Path) -> Graph:
     torch.manual_seed(0)
-    graph = model_of(paths[0]) if len(paths) == 1 else None
-    graph = graph or graph_of_layers(Layers([layer for path in paths for layer in layers_of(path)]))
+    graph = model_of(path) or graph_of_layers(Layers(layers_of(path)))
     spread(graph.network)
     graph.network.eval()
     return graph
@@ -69,21 +69,14 @@ def check(graph: Graph, path: Path, form: Form = "standard") -> None:
             assert error < 1e-5, f"{float(error)} for {B} sequences of {S}"
 
 
-def test_routers_that_choose_tokens_or_mix_them_are_computed_as_in_eager_mode(tmp_path):
-    kinds = ("expert_choice", "soft_slots")
-    check(graph_of([CONFIGS / "routing" / f"{kind}.yaml" for kind in kinds]), tmp_path / "routers.onnx")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("path", OVERLAYS, ids=name)
 def test_an_overlay_is_computed_as_in_eager_mode(path, tmp_path):
-    check(graph_of([path]), tmp_path / "overlay.onnx")
+    check(graph_of(path), tmp_path / "overlay.onnx")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("path", QUANTIZED, ids=name)
 def test_quantized_experts_of_an_overlay_are_computed_as_in_eager_mode(path, bits, tmp_path):
-    graph = graph_of([path])
+    graph = graph_of(path)
     core.quantize_experts(graph.network, bits)
     check(graph, tmp_path / "overlay.onnx", "fastest")

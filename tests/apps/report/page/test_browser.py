@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from browsing import browser as browser, needs_chromium, opened, serious
 from made_page import MARKS, made_page
 
 from apps.report.page import FILE, write_page
 from apps.report.page.writing import write_index
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or any(importlib.util.find_spec(name) is None for name in ("playwright", "axe_playwright_python")),
-    reason="needs chromium, playwright and axe-playwright-python",
-)
-
+pytestmark = needs_chromium()
 _COUNT = """(id) => document.getElementById(id).querySelectorAll(
     '.mark-symbol path, .mark-rect path, .mark-line path, .mark-rule line').length"""
 
@@ -38,41 +30,13 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-def opened(browser: Any, path: Path, width: int, scheme: str) -> tuple[Any, list[str]]:
-    """Return a tab that has drawn a page, and a list to which its console and every request of the network go."""
-    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    notes: list[str] = []
-    tab.on("console", lambda message: notes.append(f"{message.type}: {message.text}"))
-    tab.on("pageerror", lambda error: notes.append(f"error: {error}"))
-    local = ("file:", "data:", "blob:")
-    tab.on("request", lambda request: None if request.url.startswith(local) else notes.append(request.url))
-    tab.set_default_timeout(120_000)  # many tests share two cores
-    tab.goto(path.as_uri())
-    tab.wait_for_selector("html[data-drawn]")
-    return tab, notes
-
-
-def serious(tab: Any) -> list[str]:
-    """Return what axe-core finds on a page that is serious or critical."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(tab).response["violations"]
-    return [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]
+def drawn(browser, path: Path, width: int = 1280, scheme: str = "light"):
+    return opened(browser, path.as_uri(), "html[data-drawn]", width, scheme)
 
 
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
 def test_a_report_draws_every_chart_without_an_error(runs, browser, width, scheme):
-    tab, notes = opened(browser, runs / "first" / FILE, width, scheme)
+    tab, notes = drawn(browser, runs / "first" / FILE, width, scheme)
     assert notes == []
     assert {name: tab.evaluate(_COUNT, name) >= least for name, least in MARKS.items()} == dict.fromkeys(MARKS, True)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -85,7 +49,7 @@ def test_a_report_draws_every_chart_without_an_error(runs, browser, width, schem
 
 
 def test_tables_sort_and_legends_choose(runs, browser):
-    tab, notes = opened(browser, runs / "first" / FILE, 1280, "light")
+    tab, notes = drawn(browser, runs / "first" / FILE)
     table = tab.locator("table.sortable")
     heading = table.get_by_role("button", name="share, %")
     heading.focus()
@@ -104,7 +68,7 @@ def test_tables_sort_and_legends_choose(runs, browser):
 
 
 def test_the_index_filters_chooses_and_draws(runs, browser):
-    tab, notes = opened(browser, runs / "index.html", 390, "light")
+    tab, notes = drawn(browser, runs / "index.html", 390)
     shown = "[...document.querySelectorAll('#list tbody tr')].filter((r) => !r.hidden).length"
     assert tab.evaluate(shown) == 4
     tab.get_by_label("Search").fill("second")

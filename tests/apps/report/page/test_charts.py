@@ -51,7 +51,7 @@ def test_the_library_of_charts_is_made_once_for_each_version_where_the_cache_can
     assert len(made) == 4
 
 
-def test_a_long_line_is_drawn_by_means_of_its_parts():
+def test_a_long_line_is_drawn_by_means_of_its_parts_and_a_table_has_a_row_for_each_x():
     line = Line("a", (0.0, 1.0, 2.0, 3.0, 4.0), (0.0, 10.0, 20.0, 30.0, 100.0))
     # 5 points in 2 parts: round(2.5) = 2, so the first two and the other three.
     assert line.thinned(2) == Line("a", (0.5, 3.0), (5.0, 50.0))
@@ -60,9 +60,6 @@ def test_a_long_line_is_drawn_by_means_of_its_parts():
     assert thinned_rows([("0",)], 5) == [("0",)]
     long = LineChart("t", "s", "x", "y", (Line("a", tuple(map(float, range(1000))), (1.0,) * 1000),))
     assert len(rows(vega_lite(long))) == MOST_POINTS
-
-
-def test_the_table_of_lines_has_a_row_for_each_x():
     lines = (Line("a", (1.0, 2.0), (5.0, math.nan)), Line("a", (2.0,), (7.5,), "seed 1"))
     chart = LineChart("t", "s", "step", "y", lines)
     assert chart.headings() == ("step", "a", "a, seed 1")
@@ -87,15 +84,12 @@ def test_points_without_an_interval_have_no_bar_and_those_of_equal_cost_are_both
     assert len(set(zip(color, shape, strict=True))) == 20  # each has a colour or a shape of its own
 
 
-def test_a_map_names_its_largest_share_and_leaves_gaps():
+def test_a_map_names_its_largest_share_and_leaves_gaps_and_loads_are_shares_beside_the_even_one():
     values = np.array([[0.25, 0.75], [math.nan, 0.5]])
     chart = HeatmapChart.of(values, ("cat", "dog"), title="Which", row_title="class")
     assert chart.summary == "share, % by class (2) and expert (2); the largest is 75 %, class cat and expert 1."
     assert chart.cells() == [("cat", "25.0", "75.0"), ("dog", "–", "50.0")]
     assert len({(r["row"], r["column"]) for r in rows(vega_lite(chart))}) == 3
-
-
-def test_loads_are_shares_beside_the_even_one():
     (chart,) = load_charts({"block 1": np.array([10, 30, 0, 40])}, {"block 1": 0.05})
     assert chart.series == {"block 1": (12.5, 37.5, 0.0, 50.0)}
     assert chart.line == 25
@@ -110,17 +104,14 @@ def test_long_names_of_bars_are_slanted_and_all_there():
         assert (axis["labelAngle"], axis["labelOverlap"]) == looks
 
 
-@pytest.mark.parametrize(
-    "make, message",
-    [
+def test_parts_that_do_not_fit_are_refused():
+    for make, message in (
         (lambda: Line("a", (1.0,), ()), "line 'a' has 1 x for 0 y"),
         (lambda: BarChart("t", "s", "x", "y", ("0",), {"a": (1.0, 2.0)}), "bars 'a': 2 values for 1 names"),
         (lambda: HeatmapChart("t", "s", "r", "c", ("a",), ("0", "1"), ((1.0,),)), "heat map 't': 1 rows of values"),
-    ],
-)
-def test_parts_that_do_not_fit_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 def drawn(spec: dict) -> list[dict]:

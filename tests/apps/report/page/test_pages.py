@@ -28,7 +28,7 @@ from apps.report.page import (
     save_sections,
     show_page,
     write_page,
-)  # fmt: skip
+)
 from apps.report.page.charts import BarChart
 from apps.report.page.writing import from_json, markdown, read_reports, to_json, write_index
 
@@ -144,7 +144,7 @@ def test_charts_without_addresses_for_them_are_an_error_and_no_abort(monkeypatch
     assert html.png_of([chart], "t").startswith(b"\x89PNG")
 
 
-def test_sections_come_back_with_pictures_by_their_paths(tmp_path):
+def test_sections_come_back_with_pictures_by_their_paths_and_a_damaged_file_is_named(tmp_path):
     page = made_page(tmp_path)
     save_sections(page.sections, tmp_path)
     kept = load_sections(tmp_path)
@@ -153,9 +153,6 @@ def test_sections_come_back_with_pictures_by_their_paths(tmp_path):
     assert load_sections(tmp_path / "none") == ()
     by_task = {"class": (1.0, 2.0), "price": (3.0,)}
     assert from_json(to_json(by_task)) == by_task
-
-
-def test_a_damaged_file_is_named(tmp_path):
     for text, reason in (("[", "Expecting"), ('{"class": "Popen"}', "'Popen' is no part of a page")):
         (tmp_path / SECTIONS).write_text(text)
         with pytest.raises(ValueError, match=f"sections.json holds no part of a report .*{reason}"):

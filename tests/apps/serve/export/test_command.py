@@ -77,6 +77,9 @@ def test_the_file_alone_makes_the_module_and_its_answers(run):
         assert own.top == pytest.approx(expected.top, abs=2e-6)
     assert not list(model.parameters())
     assert not model.training
+    assert "root" not in data_section(run)["init_args"]  # paths of the training do not travel
+    with pytest.raises(ValueError, match="a Linear has no export"):
+        registry.exported_task(torch.nn.Linear)
 
 
 @pytest.mark.parametrize("kind", ["turned, 16 bits", "side 49"])
@@ -104,32 +107,29 @@ def test_the_documented_scripts_read_images_alike(call):
     assert own == expected != ""
 
 
-def test_an_output_that_exists_stays_and_overwrite_replaces_it(run, copies, tmp_path, capsys):
-    path = tmp_path / "m.onnx"
+def test_an_output_that_exists_stays_and_overwrite_replaces_it_a_folder_too(run, copies, tmp_path, capsys):
+    path, folder, foreign = tmp_path / "m.onnx", tmp_path / "model", tmp_path / "foreign"
+
+    def names(of: Path) -> list[str]:
+        return sorted(p.name for p in of.iterdir())
+
+    export = ["export", "--ckpt_path", str(run), "--output"]
     path.write_text("mine")
-    argv = ["export", "--ckpt_path", str(run), "--output", str(path)]
-    assert "exists: --overwrite replaces it" in fails(capsys, 2, *argv)
+    assert "exists: --overwrite replaces it" in fails(capsys, 2, *export, str(path))
     assert path.read_text() == "mine"
-    assert main([*argv, "--overwrite"]) == 0
+    assert main([*export, str(path), "--overwrite"]) == 0
     assert ExportedModel.read(path).description.app == "vision"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]
-
-
-def test_a_folder_has_the_graph_and_what_it_says(run, copies, tmp_path, capsys):
-    folder = tmp_path / "model"
-    assert main(["export", "--ckpt_path", str(run), "--output", str(folder)]) == 0
-    assert sorted(p.name for p in folder.iterdir()) == ["export.json", "model.onnx"]
+    assert main([*export, str(folder)]) == 0
+    assert names(folder) == ["export.json", "model.onnx"]
     assert ExportedModel.read(folder).load().predict([torch.zeros(8, 8).byte().numpy()])
     assert "give the folder" in fails(capsys, 1, "predict", "--onnx", str(folder / "model.onnx"))
     (folder / "other").write_text("x")
-    assert main(["export", "--ckpt_path", str(run), "--output", str(folder), "--overwrite"]) == 0
-    assert sorted(p.name for p in folder.iterdir()) == ["export.json", "model.onnx"]
-    foreign = tmp_path / "foreign"
+    assert main([*export, str(folder), "--overwrite"]) == 0
+    assert names(folder) == ["export.json", "model.onnx"]
     foreign.mkdir()
     (foreign / "mine").write_text("x")
-    argv = ["export", "--ckpt_path", str(run), "--output", str(foreign), "--overwrite"]
-    assert "is a folder without export.json" in fails(capsys, 2, *argv)
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert "is a folder without export.json" in fails(capsys, 2, *export, str(foreign), "--overwrite")
+    assert names(tmp_path) == ["foreign", "m.onnx", "model"]
 
 
 def test_wrong_options_are_refused_in_a_line(run, tmp_path, capsys):
@@ -190,12 +190,6 @@ def test_a_graph_or_program_that_differs_is_no_export():
     ):
         with pytest.raises(ValueError, match="gives another y than the model"):
             compare(graph, differs)
-
-
-def test_paths_of_the_training_do_not_travel(run):
-    assert "root" not in data_section(run)["init_args"]
-    with pytest.raises(ValueError, match="a Linear has no export"):
-        registry.exported_task(torch.nn.Linear)
 
 
 def test_the_weights_of_an_earlier_export_go_with_it_and_no_others(tmp_path):

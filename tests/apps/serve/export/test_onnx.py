@@ -34,7 +34,7 @@ class SideBySide(nn.Module):
 
 
 def layer(expert: core.ExpertConfig, router: core.RouterConfig = core.TokenChoice(top_k=2), **options) -> core.MoE:
-    return core.MoEConfig(num_experts=4, router=router, expert=expert, **options).build(DIM)
+    return core.MoEConfig(num_experts=3, router=router, expert=expert, **options).build(DIM)
 
 
 def graph_of(network: nn.Module, length: int = 6, axis: str = "length") -> Graph:
@@ -48,7 +48,8 @@ def check(network: SideBySide, path: Path, form: str, axis: str = "length") -> C
     assert network.training  # as it was
     assert {part.backend for part in network.layers} == {"auto"}
     session = onnxruntime.InferenceSession(str(path))
-    said = {"app": "none", "moesaic.form": form, "moesaic.computes": "chosen"}
+    computes = "all" if any(isinstance(part, core.SoftMoE) for part in network.layers) else "chosen"
+    said = {"app": "none", "moesaic.form": form, "moesaic.computes": computes}
     assert session.get_modelmeta().custom_metadata_map == said
     assert session.get_inputs()[0].shape == session.get_outputs()[0].shape == ["batch", axis, DIM]
     for shape in ((1, 1), (2, 7), (1, 33)):
@@ -66,8 +67,10 @@ def test_the_standard_form_computes_as_eager_mode_quantized_experts_too(tmp_path
     # Of a shared expert as large as this the whole numbers are unpacked in the graph, not before.
     by_group = core.quantize_experts(layer(core.SwiGLU(hidden_dim=2048), num_shared_experts=1), 4, 4)
     by_channel = core.quantize_experts(layer(core.FFN(hidden_dim=16)), 8)
-    written = check(SideBySide(whole, by_group, by_channel), tmp_path / "standard.onnx", "standard")
-    assert (written["DequantizeLinear"], written["BitShift"]) == (4 * 3 + 4 * 2, 3)
+    # Routers whose experts choose their tokens, or mix them.
+    by_expert, mixed = (layer(core.FFN(hidden_dim=16), router) for router in (core.ExpertChoice(), core.SoftSlots()))
+    written = check(SideBySide(whole, by_group, by_channel, by_expert, mixed), tmp_path / "standard.onnx", "standard")
+    assert (written["DequantizeLinear"], written["BitShift"]) == (3 * 3 + 3 * 2, 3)
 
 
 def test_onnxruntimes_operator_computes_as_eager_mode_whatever_the_gate(tmp_path):
@@ -80,7 +83,7 @@ def test_onnxruntimes_operator_computes_as_eager_mode_whatever_the_gate(tmp_path
     int4 = core.quantize_experts(layer(core.FFN(hidden_dim=24, bias=True)), 4)  # a block of 16 and half of one
     layers = SideBySide(dropped, layer(clamped, sigmoid), kept, int8, int4)
     written = check(layers, tmp_path / "contrib.onnx", "contrib")
-    assert (written["MoE"], written["QMoE"], written["MatMulNBits"]) == (2, 1, 4 * 2)
+    assert (written["MoE"], written["QMoE"], written["MatMulNBits"]) == (2, 1, 3 * 2)
 
 
 def test_a_step_of_decoding_has_one_operator_a_layer_of_4_bits(tmp_path):
@@ -98,19 +101,15 @@ def test_a_step_of_decoding_has_one_operator_a_layer_of_4_bits(tmp_path):
         (layer(core.LoRA(rank=2)), "its experts are LoRAExperts"),
         (layer(core.SwiGLU(), core.SoftSlots()), "SoftMoE is no plain MoE layer"),
         (layer(core.SwiGLU(), core.TokenChoice(gates_on="input")), "its gates scale the experts' input"),
-        (
-            core.quantize_experts(layer(core.SwiGLU()), 8, 16),
-            "its experts have 8 bits and several scales a channel: onnxruntime would round the tokens too",
-        ),
-        (
-            core.quantize_experts(layer(core.SwiGLU(hidden_dim=16)), 4, 8),
-            "its experts share scales among 8 inputs, which is no multiple of 16",
-        ),
+        (core.quantize_experts(layer(core.SwiGLU()), 8, 16),
+         "its experts have 8 bits and several scales a channel: onnxruntime would round the tokens too"),
+        (core.quantize_experts(layer(core.SwiGLU(hidden_dim=16)), 4, 8),
+         "its experts share scales among 8 inputs, which is no multiple of 16"),
         (core.quantize_experts(layer(core.FFN()), 8), "onnxruntime has no activation 'gelu'"),
         (core.quantize_experts(layer(core.FFN()), 4), None),
         (layer(core.SwiGLU()), None),
     ],
-)
+)  # fmt: skip
 def test_a_layer_that_does_not_fit_onnxruntimes_operator_has_a_reason(made, reason):
     assert misfit(made) == reason
 

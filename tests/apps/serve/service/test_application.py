@@ -6,6 +6,7 @@ import gzip
 import html
 import json
 import math
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,12 +36,6 @@ def refusal(response, status):
     return response.json()["error"]
 
 
-def test_inputs_are_answered_in_their_order(client):
-    response = client.post("/predict", content=b'{"inputs": [2, 8.0, 0.4e1]}', headers=JSON)  # all of them whole
-    assert response.status_code == 200
-    assert response.json() == {"outputs": [4, 16, 8]}
-
-
 @pytest.mark.parametrize(
     "body, status, line",
     [
@@ -66,19 +61,16 @@ def test_what_is_wrong_with_a_body_is_one_line(client, body, status, line):
     assert refusal(client.post("/predict", content=body, headers=JSON), status) == line
 
 
-def test_json_that_is_too_deep_for_python_is_one_line():
-    with pytest.raises(Refused, match="the body is no JSON that can be read: it is too deep"):
-        parse(b"[" * 500_000)
-
-
 @pytest.mark.parametrize("depth", [300, 900])  # Python reads 990 levels, the schema's library 255
 @pytest.mark.parametrize("opens, closes", [(b"[", b"]"), (b'{"a":', b"}")])
-def test_json_that_is_too_deep_for_the_schema_is_one_line(depth, opens, closes):
+def test_json_that_is_too_deep_is_one_line(depth, opens, closes):
     app, _ = served_numbers(limits=Limits(body=10_000))
     body = b'{"inputs": ' + opens * depth + b"1" + closes * depth + b"}"
     with TestClient(app) as client:
         line = refusal(client.post("/predict", content=body, headers=JSON), 400)
     assert line == "the body is no JSON that can be read: it is too deep"
+    with pytest.raises(Refused, match=line):
+        parse(b"[" * 500_000)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +95,11 @@ def test_what_is_wrong_with_a_request_is_one_line(client, method, path, given, s
     assert status != 405 or response.headers["allow"] == "POST"
 
 
-def test_a_body_without_a_length_that_is_too_large(client):
-    in_pieces = client.post("/predict", content=iter([b" " * 600] * 3), headers=JSON)
+def test_inputs_are_answered_in_their_order_as_the_interface_says(client):
+    response = client.post("/predict", content=b'{"inputs": [2, 8.0, 0.4e1]}', headers=JSON)  # all of them whole
+    assert (response.status_code, response.json()) == (200, {"outputs": [4, 16, 8]})
+    in_pieces = client.post("/predict", content=iter([b" " * 600] * 3), headers=JSON)  # a body without a length
     assert "at most 1000 are read" in refusal(in_pieces, 413)
-
-
-def test_the_interface(client):
     document = client.get("/openapi.json").json()
     request = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
     assert request["schema"]["properties"]["inputs"]["maxItems"] == LIMITS.inputs
@@ -169,6 +160,7 @@ def test_a_request_too_many_is_503():
     [
         (KeyError("secret"), 500, "the model failed on an input (KeyError)"),
         (MemoryError(), 503, "the machine has too little memory for an input of this size"),
+        (SystemExit(), 503, "the model has broken down"),
         (math.nan, 500, "the service failed"),  # an answer that is no number is none
     ],
 )
@@ -178,22 +170,15 @@ def test_a_model_that_fails_shows_nothing_of_itself(wrong, status, line):
             raise wrong
         return [wrong for _ in inputs]
 
-    app, _ = served_numbers(fails)
+    app, batcher = served_numbers(fails)
+    is_broken = isinstance(wrong, SystemExit)
     with TestClient(app, raise_server_exceptions=wrong is not math.nan) as client:
         assert refusal(client.post("/predict", json={"inputs": [2]}), status) == line
-        assert client.get("/healthz").status_code == 200
-
-
-def test_a_model_that_has_broken_down_is_503():
-    def breaks(inputs):
-        raise SystemExit
-
-    app, batcher = served_numbers(breaks)
-    with TestClient(app) as client:
-        assert refusal(client.post("/predict", json={"inputs": [2]}), 503) == "the model has broken down"
-        assert client.get("/healthz").json() == {"status": "broken"}
-        assert refusal(client.post("/predict", json={"inputs": [2]}), 503) == "the model is not at work any more"
-    assert batcher.broken
+        health = client.get("/healthz")
+        assert (health.json() == {"status": "broken"}) == (health.status_code != 200) == batcher.broken == is_broken
+        if is_broken:
+            line = "the model is not at work any more"
+            assert refusal(client.post("/predict", json={"inputs": [2]}), 503) == line
 
 
 def test_the_counters():
@@ -239,39 +224,21 @@ def writing():
 def events(response):
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/event-stream")
-    found = []
-    for block in response.text.strip().split("\n\n"):
-        name, data = "", ""
-        for line in block.splitlines():
-            key, _, value = line.partition(": ")
-            name, data = (value, data) if key == "event" else (name, value)
-        found.append((name, json.loads(data)))
-    return found
+    blocks = [re.fullmatch(r"(?:event: (\w+)\n)?data: (.*)", block) for block in response.text.strip().split("\n\n")]
+    return [(block[1] or "", json.loads(block[2])) for block in blocks]
 
 
-def test_each_event_has_the_new_part_and_the_last_the_output(writing):
-    response = writing.post("/stream", content=b'{"inputs": [4]}', headers=JSON)
+def test_each_event_has_the_new_part_and_the_last_the_output_or_a_failure(writing):
     parts = [("", {"text": text}) for text in "1234"]
-    assert events(response) == [*parts, ("end", {"outputs": [8]})]
-
-
-def test_a_failure_is_an_event_and_what_was_written_is_not_repeated(writing):
-    assert events(writing.post("/stream", content=b'{"inputs": [100]}', headers=JSON)) == [
-        ("", {"text": "1"}),
-        ("error", {"error": "the model failed on an input (RuntimeError)"}),
-    ]
-
-
-def test_bad_input_is_answered_before_the_stream_begins(writing):
+    failed = ("error", {"error": "the model failed on an input (RuntimeError)"})
+    for body, expected in ((b"4", [*parts, ("end", {"outputs": [8]})]), (b"100", [parts[0], failed])):
+        response = writing.post("/stream", content=b'{"inputs": [' + body + b"]}", headers=JSON)
+        assert events(response) == expected
     for body, status in ((b'{"inputs": [2, 4]}', 422), (b'{"inputs": [3]}', 422), (b"", 400)):
-        response = writing.post("/stream", content=body, headers=JSON)
-        assert response.status_code == status
-        assert list(response.json()) == ["error"]
+        refusal(writing.post("/stream", content=body, headers=JSON), status)  # before the stream begins
 
 
-def test_only_services_with_growing_answers_have_a_stream(writing):
+def test_only_services_with_growing_answers_have_a_stream(client, writing):
     assert writing.get("/openapi.json").json()["paths"]["/stream"]["post"]["operationId"] == "stream"
-    app, _ = served_numbers()
-    with TestClient(app) as other:
-        assert other.post("/stream", content=b'{"inputs": [4]}', headers=JSON).status_code == 404
-        assert "/stream" not in other.get("/openapi.json").json()["paths"]
+    assert client.post("/stream", content=b'{"inputs": [4]}', headers=JSON).status_code == 404
+    assert "/stream" not in client.get("/openapi.json").json()["paths"]

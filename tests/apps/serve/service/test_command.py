@@ -39,15 +39,12 @@ def without_a_token(monkeypatch):
     monkeypatch.delenv("MOESAIC_TOKEN", raising=False)
 
 
-def test_help_names_the_options(capsys):
+def test_wrong_options_are_one_line(digits, tmp_path, capsys, monkeypatch):
     assert main(["serve", "--help"]) == 0
     out = capsys.readouterr().out
     names = ["ckpt_path RUN", "host", "port N", "token_file PATH", "max_batch N", "max_wait_ms X", "max_inputs N"]
     names += ["max_body N", "max_requests N", "device NAME", "quantize int8|int4[:GROUP]", "offload SIZE[:FILE]"]
     assert all(f"--{name}" in out for name in names)
-
-
-def test_wrong_options_are_one_line(digits, tmp_path, capsys):
     serve = ("serve", "--ckpt_path", str(digits), "--port")
     for code, argv, line in (
         (1, ("--max_batch", "0"), "max_batch=0 must be at least 1"),
@@ -65,12 +62,8 @@ def test_wrong_options_are_one_line(digits, tmp_path, capsys):
         port = taken.getsockname()[1]
         line = fails(capsys, 1, *serve, str(port))
         assert line == f"port={port} cannot be used (Address already in use): give another --port, or 0 for any"
-
-
-def test_a_library_that_is_missing(digits, capsys, monkeypatch):
     monkeypatch.setattr(options, "LIBRARIES", ("starlette_that_is_missing",))
-    line = fails(capsys, 1, "serve", "--ckpt_path", str(digits), "--port", "0")
-    assert line == (
+    assert fails(capsys, 1, *serve, "0") == (
         "moesaic serve needs starlette_that_is_missing, which is not installed: "
         'pip install -e ".[serve]" in the source tree of moesaic'
     )
@@ -92,7 +85,9 @@ def test_tokens_that_are_none_are_not_shown(digits, tmp_path, capsys, text, rule
     assert line == f"token_file={file} {rule}"
 
 
-def test_a_token_comes_from_a_file_or_the_environment(digits, tmp_path, monkeypatch):
+def test_a_token_comes_from_a_file_or_the_environment_and_devices_and_models_that_are_none_are_refused(
+    digits, tmp_path, monkeypatch
+):
     argv = ["--ckpt_path", str(digits), "--port", "0", "--host", "0.0.0.0"]
     monkeypatch.setenv("MOESAIC_TOKEN", TOKEN)
     assert Options.read(argv).token == TOKEN
@@ -100,6 +95,11 @@ def test_a_token_comes_from_a_file_or_the_environment(digits, tmp_path, monkeypa
     read = Options.read([*argv, "--token_file", str(tmp_path / "token")])
     assert read.token == f"{TOKEN}-of-the-file"
     assert TOKEN not in repr(read)
+    with pytest.raises(ValueError, match=r"^device=tpu is none of this machine$"):
+        device_of("tpu")
+    no_service = r"^there is no service of torch.nn.modules.linear.Linear: there is of VisionClassifier, "
+    with pytest.raises(ValueError, match=no_service):
+        service_of(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -123,14 +123,6 @@ def test_cheaper_forms_of_the_experts_answer_alike(digits, form, tmp_path, monke
     (bytes_before, resident), (bytes_after, cheaper) = answers(), answers(*form)
     assert (bytes_after < bytes_before) == ("--quantize" in form)
     assert cheaper["top"] == pytest.approx(resident["top"], abs=0 if "--quantize" not in form else 0.05)
-
-
-def test_a_device_or_a_model_that_is_none():
-    with pytest.raises(ValueError, match=r"^device=tpu is none of this machine$"):
-        device_of("tpu")
-    no_service = r"^there is no service of torch.nn.modules.linear.Linear: there is of VisionClassifier, "
-    with pytest.raises(ValueError, match=no_service):
-        service_of(torch.nn.Linear(1, 1))
 
 
 def run_command(argv, lines):

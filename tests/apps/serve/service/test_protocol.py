@@ -110,7 +110,11 @@ def test_of_too_many_connections_the_one_that_has_waited_longest_is_closed():
             assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
-def test_strangers_lock_nobody_out():
+def test_strangers_and_bodies_that_are_refused_and_still_come_lock_nobody_out():
+    with listening(served_numbers(limits=PATIENT)[0], PATIENT) as port, contextlib.ExitStack() as stack:
+        for _ in range(2 * (PATIENT.requests + PATIENT.waiting)):
+            stack.enter_context(connect(port)).sendall(POST + b"Content-Length: 900\r\n\r\n{")
+        assert ask(port, GET + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
     app, _ = served_numbers(token=TOKEN, limits=PATIENT)
     with listening(app, PATIENT) as port, contextlib.ExitStack() as stack:
         for path in [b"/predict", b"/healthz"] * PATIENT.requests:
@@ -150,13 +154,6 @@ def test_slow_bodies_lock_nobody_out(monkeypatch):
             time.sleep(0.01)
         assert answer.endswith(b'{"outputs":[4]}')
         assert slow[0].recv(65536).endswith(b'{"error":"the body did not arrive while others waited"}')
-
-
-def test_bodies_that_are_refused_and_still_come_lock_nobody_out():
-    with listening(served_numbers(limits=PATIENT)[0], PATIENT) as port, contextlib.ExitStack() as stack:
-        for _ in range(2 * (PATIENT.requests + PATIENT.waiting)):
-            stack.enter_context(connect(port)).sendall(POST + b"Content-Length: 900\r\n\r\n{")
-        assert ask(port, GET + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("keeps", [False, True])
