@@ -55,6 +55,7 @@ def test_a_scheduler_has_the_given_interval_and_keeps_the_groups_rates_apart(con
         build("fit", ["--config", config, *SGD, *plateau]).model.configure_optimizers()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_unbroken_one_and_its_folder_says_how_it_trains(config, capsys):
     for run, *words in (["whole", "2"], ["cut", "1"]):
         assert main(["fit", "--config", config, "--run_dir", run, "--trainer.max_epochs", *words, *SGD, *COSINE]) == 0

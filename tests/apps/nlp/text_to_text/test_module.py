@@ -124,6 +124,7 @@ def config_of(folder: Path, path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_two_tasks_are_learned_tested_and_used_by_the_command_line(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, run = config_of(folder, tmp_path / "tasks.yaml"), ["--run_dir", "run"]

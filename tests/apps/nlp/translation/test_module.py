@@ -314,6 +314,7 @@ trainer: {{accelerator: cpu, max_epochs: 2}}
 """
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_exactly_and_its_signature_stands_beside_the_score(data, folder, tmp_path, capsys):
     (tmp_path / "copies.yaml").write_text(CONFIG.format(folder=folder))
     asked = ["--config", str(tmp_path / "copies.yaml"), "--run_dir"]

@@ -259,6 +259,7 @@ def test_baselines_cost_what_they_say(name, full):
         assert systems[f"{kind}_equal_params"].params_ratio == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.slow
 def test_other_routers_at_equal_flops():
     sparse = build()
     systems = {s.name: s for s in find_systems(sparse, TRAIN, [], ["switch", "hash", "expert_choice", "task"])}

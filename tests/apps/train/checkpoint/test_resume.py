@@ -61,7 +61,11 @@ WITHIN = ("--trainer.val_check_interval", "3", "--trainer.limit_train_batches", 
     ("stops", "flags"),
     [
         ((4, 6), WITHIN),
-        ((16,), ("--trainer.max_epochs", "-1", "--trainer.max_steps", "20", "--trainer.log_every_n_steps", "1")),
+        pytest.param(
+            (16,),
+            ("--trainer.max_epochs", "-1", "--trainer.max_steps", "20", "--trainer.log_every_n_steps", "1"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param((17, 3), ("--trainer.accumulate_grad_batches", "2"), marks=pytest.mark.slow),
         pytest.param((4, 7), ("--data.num_workers", "1", "--model.ema_decay", "null"), marks=pytest.mark.slow),
     ],
@@ -78,6 +82,7 @@ OF_THE_USER = """    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
 """
 
 
+@pytest.mark.slow
 def test_a_run_with_a_model_checkpoint_of_the_user_s_resumes_exactly_again_and_again(tmp_path, unbroken):
     config = written(tmp_path, CONFIG + OF_THE_USER)
     fit(config, tmp_path / "whole")

@@ -111,6 +111,7 @@ def test_a_run_killed_after_its_last_epoch_writes_it_when_it_is_resumed(config, 
     assert_alike(run, made / "run")
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_the_trained_weights_with_the_epochs_beside_them(config, made, tmp_path, caplog):
     last, average = (made / "short" / "checkpoints" / f"{name}.ckpt" for name in ("last", "average"))
     for start in (last, average):
