@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from made_encoder import PIECES
+from refusals import refused
 
 from apps.porting import FAMILIES, Vocabulary, subwords_of
 from apps.porting.byte_pairs import FILE, BytePairs
@@ -110,10 +111,6 @@ def test_sentencepiece_models_have_our_ids(kind, tmp_path):
 
 
 def test_files_and_ids_that_cannot_be_are_refused(tmp_path):
-    def refused(match, call, *arguments):
-        with pytest.raises(ValueError, match=match):
-            call(*arguments)
-
     refused(r"bpe_simple_vocab_16e6.txt.gz is missing: it is CLIP's vocabulary", BytePairs.of, tmp_path)
     (tmp_path / FILE).write_bytes(b"no gzip")
     refused(r"bpe_simple_vocab_16e6.txt.gz cannot be read", BytePairs.of, tmp_path)
