@@ -24,6 +24,7 @@ from apps.task.outputs import likeliest
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.distilling import ClassLogits, check_one_start
 from apps.train.step.module import SparseModule, TaskOutput
+from apps.vision.conv import ConvConfig, ConvNet
 from apps.vision.encoding import ImageEncoding
 from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import scaled
@@ -76,10 +77,10 @@ class ClassifiedImage:
 
 
 class VisionClassifier(SparseModule, Comparable):
-    """A vision transformer, sparse or dense, as an image classifier.
+    """A vision transformer or a convolutional network, sparse or dense, as an image classifier.
 
     Args:
-        vit: the transformer.
+        vit: the transformer; None: the one of ``ViTConfig()``, if there is no ``conv``.
         moe: the MoE layer that replaces the FFN of some blocks, or a list with one for each of them; None: a dense
             model.
         moe_blocks: which blocks: "lastN" (V-MoE's Last-N: the last N of every second block), "everyN", "all", or
@@ -96,6 +97,9 @@ class VisionClassifier(SparseModule, Comparable):
             own: a timm model name, or a safetensors or torch file.
         grad_checkpointing: recompute the blocks in the backward, to save memory.
         report: the report that a test adds to the accuracy; None: nothing.
+        conv: a convolutional network in place of ``vit``, which learns small images several times as fast. Its blocks
+            are its groups of convolutions, of which ``moe_blocks`` end in an FFN a position; without ``moe`` and
+            ``dense_ffn`` none does.
         kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
@@ -109,7 +113,8 @@ class VisionClassifier(SparseModule, Comparable):
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super().defaults_of_none(arguments), "vit": ViTConfig()}
+        of_vit = {} if arguments.get("conv") is not None else {"vit": ViTConfig()}
+        return {**super().defaults_of_none(arguments), **of_vit}
 
     monitor: str = "val/top1"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
@@ -130,6 +135,7 @@ class VisionClassifier(SparseModule, Comparable):
         pretrained: str | None = None,
         grad_checkpointing: bool = False,
         report: VisionReportConfig | None = _REPORT,
+        conv: ConvConfig | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -138,21 +144,21 @@ class VisionClassifier(SparseModule, Comparable):
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes} must be at least 2 for a classifier")
-        self.vit, self.moe, self.moe_blocks = vit or ViTConfig(), moe, moe_blocks
+        self.vit, self.conv, self.moe, self.moe_blocks = vit, conv, moe, moe_blocks
         self.image_size, self.in_chans, self.num_classes = image_size, in_chans, num_classes
         self.label_smoothing, self.pretrained, self.report = label_smoothing, pretrained, report
         self.grad_checkpointing = grad_checkpointing
-        self.model = VMoE(
-            self.vit,
-            image_size=image_size,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            ffn=one_ffn(moe, dense_ffn),
-            moe_blocks=moe_blocks,
-            depths=depths,
-            depth_blocks=depth_blocks,
-            share_experts=share_experts,
-        )
+        shared: dict[str, Any] = {
+            **{"image_size": image_size, "in_chans": in_chans, "num_classes": num_classes},
+            **{"ffn": one_ffn(moe, dense_ffn), "moe_blocks": moe_blocks, "share_experts": share_experts},
+        }
+        self.model: VMoE | ConvNet
+        if conv is not None:
+            _check_conv(vit=vit, depths=depths, pretrained=pretrained)
+            self.model = ConvNet(conv, **shared)
+        else:
+            self.vit = vit or ViTConfig()
+            self.model = VMoE(self.vit, **shared, depths=depths, depth_blocks=depth_blocks)
         self.model.set_grad_checkpointing(grad_checkpointing)
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
@@ -245,6 +251,7 @@ class VisionClassifier(SparseModule, Comparable):
         super().setup(stage)
         # Not in the constructor: a trained model does not need the file any more.
         if self.pretrained is not None and self.starts_afresh:
+            assert isinstance(self.model, VMoE)  # it was checked that a convolutional network has none
             load_pretrained_weights(self.model, self.pretrained)
         self.starts_afresh = False
 
@@ -252,20 +259,33 @@ class VisionClassifier(SparseModule, Comparable):
 
     @property
     def tokens_per_image(self) -> int:
-        """Number of patches, class and register tokens."""
+        """Number of patches, class and register tokens; the positions of the last sparse group."""
+        if isinstance(self.model, ConvNet):
+            return self.model.conv.grid(self.image_size, (self.model.moe_blocks or (-1,))[-1]) ** 2
         return self.model.patch_embed.num_patches + self.model.num_prefix_tokens
+
+    @property
+    def _around(self) -> ViTConfig | ConvConfig:
+        return self.conv or self.vit or ViTConfig()
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Return dense models of equal active FLOPs and of equal parameters, whose FFNs replace the experts."""
-        return dense_twins(self, self.vit.dense_ffn)
+        return dense_twins(self, self._around.dense_ffn)
 
     def routed_layers(self) -> RoutedLayers | None:
         arguments = {"tokens_per_sequence": self.tokens_per_image}
         place = Place(type(self).__name__, ("token_ids_BS",))
         sharing = len(self.model.moe_blocks) if self.model.shares_experts else 1
-        return None if self.moe is None else RoutedLayers(self.moe, self.vit.dim, place, arguments, sharing)
+        return None if self.moe is None else RoutedLayers(self.moe, self._around.dim, place, arguments, sharing)
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
         """Return the top-1 accuracy: 1 for an image whose likeliest class is its own, else 0."""
         right = [(out.outputs.argmax(-1) == out.targets).double() for out in outs]
         return ExampleValues("top1", torch.cat(right).cpu())
+
+
+def _check_conv(**options: Any) -> None:
+    """Reject options of a vision transformer beside ``conv``."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is of a vision transformer: leave it out, or conv")

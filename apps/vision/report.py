@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,12 +123,19 @@ def patch_experts(model: Any, entry: Any, num_images: int, most: int = 1) -> Ten
         The experts; None if the layer's tokens are not the image's.
     """
     ids_BSK = experts_of_token(entry.routing, most).unflatten(0, (num_images, -1))
-    layer, size = model.get_submodule(entry.name), model.patch_embed.grid_size
+    layer, size = model.get_submodule(entry.name), grid_size(model, ids_BSK.shape[1])
     if isinstance(layer, core.PatchMoE):  # the router chose for several patches at once
         return torch.stack([layer.grid.spread(ids_BS, *size) for ids_BS in ids_BSK.unbind(-1)], -1)
-    if ids_BSK.shape[1] != model.num_prefix_tokens + model.patch_embed.num_patches:
+    if ids_BSK.shape[1] != model.num_prefix_tokens + math.prod(size):
         return None
     return ids_BSK[:, model.num_prefix_tokens :].unflatten(1, size)
+
+
+def grid_size(model: Any, num_tokens: int) -> tuple[int, int]:
+    """Return height and width of the grid of an image's tokens: of its patches, else of the positions of a layer."""
+    patches = getattr(model, "patch_embed", None)
+    side = math.isqrt(num_tokens)
+    return patches.grid_size if patches is not None else (side, side)
 
 
 def _first_of_each_class(label_B: Tensor, taken: Sequence[int], wanted: int, num_classes: int) -> list[int]:

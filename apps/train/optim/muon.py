@@ -39,7 +39,8 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
 class MuonAdamW(torch.optim.AdamW):
     """AdamW whose groups with ``"muon": True`` are updated by the orthogonalized momentum of their matrices.
 
-    A matrix W (m, n), or each of a stack (E, m, n), moves by ``-lr * 0.2 sqrt(max(m, n)) * orthogonalized(update)``,
+    A matrix W (m, n), or each of a stack (E, m, n), or a convolution's weight (m, c, h, w) as (m, c h w) in a group
+    with ``"flattened": True``, moves by ``-lr * 0.2 sqrt(max(m, n)) * orthogonalized(update)``,
     whose root mean square is about the same as an AdamW step's (arXiv 2502.16982, equation 4): both kinds of groups
     share one learning rate. Weight decay is decoupled.
 
@@ -60,6 +61,7 @@ class MuonAdamW(torch.optim.AdamW):
         self.defaults["momentum"] = momentum
         for group in self.param_groups:
             group.setdefault("muon", False)
+            group.setdefault("flattened", False)
             group.setdefault("momentum", momentum)
             for p in group["params"]:
                 if group["muon"] and p.ndim < 2:
@@ -82,7 +84,8 @@ class MuonAdamW(torch.optim.AdamW):
         alike: dict[tuple[Any, ...], list[Tensor]] = {}
         for p in group["params"]:
             if p.grad is not None:
-                alike.setdefault((p.shape[-2:], p.dtype, p.device), []).append(p)
+                shape = (len(p), p[0].numel()) if group["flattened"] else p.shape[-2:]
+                alike.setdefault((shape, p.dtype, p.device), []).append(p)
         for (shape, *_), ps in alike.items():
             updates = []
             for p in ps:

@@ -45,7 +45,7 @@ class OptimizerConfig(Checked):
         warmup_steps: steps of linear warm-up; a fraction of all steps where it is below 1.
         schedule: decay after the warm-up: "cosine" to ``min_lr_ratio``; "inverse_sqrt", ``sqrt(warmup / n)`` at the
             n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run where
-            ``warmup_steps`` is 1 or more; or "constant".
+            ``warmup_steps`` is 1 or more; "linear" to ``min_lr_ratio``, whose last steps are smaller; or "constant".
         min_lr_ratio: least learning rate, as a part of the peak.
         lr_scales: factors on the learning rate of parts of the model, by prefix of their parameters' names:
             ``{"text_tower": 0.05}`` lets a pretrained tower train slowly next to a randomly initialized one. Of several
@@ -71,7 +71,7 @@ class OptimizerConfig(Checked):
     expert_lr_scale: NotNegative = 1.0
     expert_weight_decay_scale: NotNegative = 1.0
     warmup_steps: NotNegative = 0.05
-    schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
+    schedule: Literal["cosine", "inverse_sqrt", "linear", "constant"] = "cosine"
     min_lr_ratio: Share = 0.0
     lr_scales: dict[str, NotNegative] = field(default_factory=dict)
     adamw_parts: tuple[str, ...] = ()
@@ -99,7 +99,8 @@ class OptimizerConfig(Checked):
         if self.schedule == "constant" or not math.isfinite(total_steps):
             return 1.0
         progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        left = 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * left
 
 
 def build_optimizer(
@@ -148,8 +149,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     1-d parameters, biases and norms (also the experts', which are (E, F)) have no decay, nor have parameters that a
     submodule names in ``no_weight_decay()`` as timm's models do. Muon's matrices have groups of their own: the weights
-    of experts, shared ones too, and of ``nn.Linear`` outside the modules that ``model.readout`` names. A group has the
-    keys ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.
+    of experts, shared ones too, and of ``nn.Linear`` outside the modules that ``model.readout`` names; and those of
+    ``nn.Conv2d``, flattened to (channels out, rest), but not of depthwise ones or of patches. A group has the keys
+    ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon`` and ``flattened``; empty ones are left out.
 
     Raises:
         ValueError: no trainable parameter has a name with a prefix of ``config.lr_scales`` or ``adamw_parts``.
@@ -160,7 +162,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         for experts in (layer.experts, getattr(layer, "shared_experts", None)):
             kind |= dict.fromkeys(map(id, experts.parameters() if experts is not None else ()), "experts")
     exempt = set(_no_weight_decay(model))
-    linear = {id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear) and not _reads(model, name)}
+    inside = [module for name, module in model.named_modules() if not _reads(model, name)]
+    linear = {id(m.weight) for m in inside if isinstance(m, nn.Linear)}
+    flat = {id(m.weight) for m in inside if isinstance(m, nn.Conv2d) and _mixes(m)}
     scales = {
         "router": (config.router_lr_scale, config.router_weight_decay_scale),
         "experts": (config.expert_lr_scale, config.expert_weight_decay_scale),
@@ -175,7 +179,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         which = kind.get(id(parameter), "rest")
         leaf = name.rpartition(".")[2]
         decays = parameter.ndim > 1 and not (name in exempt or "bias" in leaf or leaf.startswith(("b_", "norm_")))
-        matrix = decays and (which == "experts" or (which == "rest" and id(parameter) in linear))
+        matrix = decays and (which == "experts" or (which == "rest" and id(parameter) in linear | flat))
         key = which if decays else f"{which}_no_decay"
         lr_scale, decay_scale = scales[which]
         by_adamw = _fitting(name, config.adamw_parts)
@@ -192,7 +196,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         }
         if config.name == "muon":
             matrix = matrix and not by_adamw
-            group |= {"name": f"{key}_matrices" if matrix else key, "muon": matrix}
+            flattened = matrix and id(parameter) in flat
+            kinds = "_convolutions" if flattened else "_matrices" if matrix else ""
+            group |= {"name": f"{key}{kinds}", "muon": matrix, "flattened": flattened}
         groups.setdefault(group["name"], group)["params"].append(parameter)
     if unused:
         own = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
@@ -228,6 +234,12 @@ def _fitting(name: str, parts: Sequence[str]) -> list[str]:
 def _reads(model: nn.Module, name: str) -> bool:
     """Return whether the module ``name`` is the read-out, or in it."""
     return any(name == own or name.startswith(f"{own}.") for own in getattr(model, "readout", ()))
+
+
+def _mixes(conv: nn.Conv2d) -> bool:
+    """Return whether a convolution mixes channels of positions that others see too: patches are embedded, not mixed."""
+    is_patch = conv.stride == conv.kernel_size != (1, 1)
+    return conv.groups == 1 and not is_patch
 
 
 def _no_weight_decay(model: nn.Module) -> Iterator[str]:

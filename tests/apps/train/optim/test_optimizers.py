@@ -28,6 +28,10 @@ def test_warm_up_then_cosine_by_hand():
     assert OptimizerConfig(warmup_steps=0.25).num_warmup_steps(40) == 10
     assert OptimizerConfig(warmup_steps=0.25).factor(5, math.inf) == 1.0
     assert OptimizerConfig(warmup_steps=0, schedule="constant").factor(9, 10) == 1.0
+    # Of 8 steps down, 2 are a quarter of the way from 1 to 0.1, and all end there.
+    linear = OptimizerConfig(warmup_steps=2, schedule="linear", min_lr_ratio=0.1)
+    assert [linear.factor(s, 10) for s in (0, 2, 4, 10)] == pytest.approx([0.5, 1.0, 0.775, 0.1])
+    assert linear.factor(5, math.inf) == 1.0
 
 
 def test_warm_up_then_inverse_root_by_hand():
@@ -248,6 +252,23 @@ def test_matrices_of_experts_and_linear_layers_are_muons_and_the_read_out_is_not
     }
     assert sum(len(g["params"]) for g in groups) == len(names)
     assert not any("muon" in g for g in parameter_groups(net, OptimizerConfig()))
+
+
+def test_convolutions_are_flattened_for_muon_but_for_those_of_patches_and_of_single_channels():
+    torch.manual_seed(0)
+    patches, mixes, depthwise = nn.Conv2d(1, 4, 2, 2), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 3, groups=6)
+    net = nn.Sequential(patches, mixes, depthwise, nn.Conv2d(6, 5, 1))
+    groups = parameter_groups(net, OptimizerConfig(name="muon"))
+    flattened = [p for g in groups if g["flattened"] for p in g["params"]]
+    assert {id(p) for p in flattened} == {id(mixes.weight), id(net[3].weight)}
+    assert [g["name"] for g in groups if g["muon"]] == ["rest_convolutions"]
+    # A step is that of the matrix of the same numbers.
+    matrix = nn.Parameter(mixes.weight.detach().flatten(1).clone())
+    mixes.weight.grad = torch.randn_like(mixes.weight)
+    matrix.grad = mixes.weight.grad.flatten(1)
+    for parameter, options in ((mixes.weight, {"flattened": True}), (matrix, {})):
+        MuonAdamW([{"params": [parameter], "muon": True, **options}], lr=0.1).step()
+    assert torch.equal(mixes.weight.flatten(1), matrix)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
