@@ -49,13 +49,15 @@ class GivenData:
 
 @dataclass(frozen=True)
 class GivenConfig:
-    """The configuration of a small sparse model of given data.
+    """The configuration of a small model of given data: the best a minute for a person who reads it (``in_place``), a
+    sparse one to compare for others.
 
     Attributes:
         config: sections ``model``, ``data`` and ``trainer``, in plain values.
         notes: sentences on how the data were read.
         comments: remarks by the keys that lead to a value; those of a key in ``above`` are lines of their own.
         warnings: what is wrong with the data, a line each.
+        dense: the model has no experts, so that a verdict is asked of the data and not of this configuration.
     """
 
     config: Mapping[str, Any]
@@ -63,6 +65,7 @@ class GivenConfig:
     comments: Mapping[tuple[str, ...], str] = field(default_factory=dict)
     above: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    dense: bool = False
 
     @classmethod
     def of(

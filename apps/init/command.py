@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,16 +58,17 @@ def run(options: Options) -> int:
         raise
     written = f"{options.file}, {options.folder} (links)" if options.folder.is_dir() else options.file
     said = [*made.notes, *(f"check: {warning}" for warning in made.warnings), f"written: {written}; next:"]
-    print("\n".join([*said, *(f"  {line}" for line in next_commands(options))]))
+    print("\n".join([*said, *(f"  {line}" for line in next_commands(made, options))]))
     return 0
 
 
-def next_commands(options: Options) -> tuple[str, str, str]:
-    """Return the commands to train, to test, and to compare with a dense model."""
+def next_commands(made: GivenConfig, options: Options) -> tuple[str, str, str]:
+    """Return the commands to train, to test, and to compare sparse and dense models."""
+    compared = shlex.quote(str(options.data[0])) if made.dense else options.file
     return (
         f"moesaic fit --config {options.file}",
         f"moesaic test --ckpt_path runs/{options.file.stem}",
-        f"moesaic verdict {options.file} --minutes 30",
+        f"moesaic verdict {compared} --minutes 30",
     )
 
 
@@ -75,7 +77,7 @@ def text_of(made: GivenConfig, options: Options) -> str:
     head = [
         "A first configuration, written by moesaic init.",
         "",
-        *(f"  {line}" for line in next_commands(options)),
+        *(f"  {line}" for line in next_commands(made, options)),
         "",
     ]
     head += made.notes

@@ -122,6 +122,8 @@ def test_images_of_two_classes(capsys):
     assert len(list(Path("photos_split/images/test").glob("*/*"))) == 4  # a quarter of 8 images of each class
     data = build("fit", ["--config", "photos.yaml", "--run_dir", "run"]).datamodule
     assert [len(data.examples(split)) for split in ("train", "val", "test")] == [11, 1, 4]
+    assert "# moesaic verdict photos --minutes 30\n" in Path("photos.yaml").read_text().replace("#   ", "# ")
+    assert is_trained_a_step("photos.yaml")
     write_images("split/train")
     write_images("split/test", 2)
     assert main(["init", "split"]) == 0

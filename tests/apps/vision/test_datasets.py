@@ -1,5 +1,6 @@
 """The datasets that have a name, in every layout; folders of images, of a user's too; splits."""
 
+import dataclasses
 import gzip
 import pickle
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from made_images import indices, pixels, ready, write_images, write_mnist
 from PIL import Image
 from refusals import refused
@@ -163,7 +165,14 @@ def test_a_quarter_of_each_class_is_held_out_or_a_test_split_of_its_own_taken(tm
     made = config_for(given(tmp_path / "photos", tmp_path))
     assert made.notes == ("A quarter of the images of each of the 2 classes is held out for the test.",)
     arguments = made.config["data"]["init_args"]
-    assert (arguments["image_size"], made.config["model"]["init_args"]["vit"]["patch_size"]) == (32, 4)
+    assert (arguments["image_size"], arguments["batch_size"], made.config["trainer"]["max_epochs"]) == (32, 32, 60)
+    # A comparison gets experts, and a person a dense network with the experts in a comment.
+    shown = config_for(dataclasses.replace(given(tmp_path / "photos", tmp_path), in_place=True))
+    sparse, dense = (one.config["model"]["init_args"] for one in (made, shown))
+    assert (made.dense, shown.dense) == (False, True)
+    comment = yaml.safe_load("\n".join(shown.above["model", "init_args", "label_smoothing"][1:]))
+    assert {**dense, **comment} == sparse
+    assert list(comment) == ["moe", "moe_blocks"]
     data = VisionData(**arguments)
     # 12 / 4 + 8 / 4 test; a tenth of the other 15, rounded, validates.
     assert data.sizes() == {"train": 13, "val": 2, "test": 5}
@@ -174,6 +183,7 @@ def test_a_quarter_of_each_class_is_held_out_or_a_test_split_of_its_own_taken(tm
     made = config_for(given(tmp_path / "split", tmp_path))
     assert (made.notes, made.config["data"]["init_args"]["root"]) == ((), str(tmp_path / "split"))
     assert made.config["data"]["init_args"]["image_size"] == 64
+    assert made.config["model"]["init_args"]["conv"]["widths"] == [24, 48, 96, 192]
 
 
 @pytest.mark.parametrize("splits", [("Test", "Train"), ("test", "train", "validation"), ("test", "val")])
