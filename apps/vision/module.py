@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,12 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers, dense_twins
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers, dense_twins, heading_of
 from apps.nets.blocks import one_ffn
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
@@ -24,6 +25,7 @@ from apps.task.outputs import likeliest
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.distilling import ClassLogits, check_one_start
 from apps.train.step.module import SparseModule, TaskOutput
+from apps.vision.backbone import TimmConfig, build_backbone
 from apps.vision.conv import ConvConfig, ConvNet
 from apps.vision.encoding import ImageEncoding
 from apps.vision.few_shot import hard_labels
@@ -31,6 +33,7 @@ from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig, VMoE
 from apps.vision.pretrained import load_pretrained_weights
 from apps.vision.report import VisionReport, VisionReportConfig
+from core.convert import SparseFFN, twin_widths
 
 _REPORT = VisionReportConfig()
 
@@ -100,6 +103,7 @@ class VisionClassifier(SparseModule, Comparable):
         conv: a convolutional network in place of ``vit``, which learns small images several times as fast. Its blocks
             are its groups of convolutions, of which ``moe_blocks`` end in an FFN a position; without ``moe`` and
             ``dense_ffn`` none does.
+        backbone: any classifier of timm in place of ``vit``. Its blocks are its MLPs, in its order.
         kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
@@ -113,7 +117,8 @@ class VisionClassifier(SparseModule, Comparable):
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        of_vit = {} if arguments.get("conv") is not None else {"vit": ViTConfig()}
+        other = arguments.get("conv") is not None or arguments.get("backbone") is not None
+        of_vit = {} if other else {"vit": ViTConfig()}
         return {**super().defaults_of_none(arguments), **of_vit}
 
     monitor: str = "val/top1"
@@ -136,6 +141,7 @@ class VisionClassifier(SparseModule, Comparable):
         grad_checkpointing: bool = False,
         report: VisionReportConfig | None = _REPORT,
         conv: ConvConfig | None = None,
+        backbone: TimmConfig | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -144,7 +150,7 @@ class VisionClassifier(SparseModule, Comparable):
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes} must be at least 2 for a classifier")
-        self.vit, self.conv, self.moe, self.moe_blocks = vit, conv, moe, moe_blocks
+        self.vit, self.conv, self.backbone, self.moe, self.moe_blocks = vit, conv, backbone, moe, moe_blocks
         self.image_size, self.in_chans, self.num_classes = image_size, in_chans, num_classes
         self.label_smoothing, self.pretrained, self.report = label_smoothing, pretrained, report
         self.grad_checkpointing = grad_checkpointing
@@ -152,18 +158,34 @@ class VisionClassifier(SparseModule, Comparable):
             **{"image_size": image_size, "in_chans": in_chans, "num_classes": num_classes},
             **{"ffn": one_ffn(moe, dense_ffn), "moe_blocks": moe_blocks, "share_experts": share_experts},
         }
-        self.model: VMoE | ConvNet
+        self.model: Any
         if conv is not None:
-            _check_conv(vit=vit, depths=depths, pretrained=pretrained)
+            _check_others("conv", vit=vit, backbone=backbone, depths=depths, pretrained=pretrained)
             self.model = ConvNet(conv, **shared)
+        elif backbone is not None:
+            shares = share_experts or None
+            _check_others(
+                "backbone", vit=vit, depths=depths, pretrained=pretrained, dense_ffn=dense_ffn, share_experts=shares
+            )
+            self.model = self._of_timm()
+            head = f"model.{self.model.pretrained_cfg['classifier']}"
+            self.readout = (head,)  # type: ignore[misc]  # its name depends on the network
         else:
             self.vit = vit or ViTConfig()
             self.model = VMoE(self.vit, **shared, depths=depths, depth_blocks=depth_blocks)
-        self.model.set_grad_checkpointing(grad_checkpointing)
+        if grad_checkpointing:
+            self.model.set_grad_checkpointing()
+
+    def _of_timm(self, pretrained: bool = False) -> nn.Module:
+        assert self.backbone is not None
+        shapes = {"image_size": self.image_size, "in_chans": self.in_chans, "num_classes": self.num_classes}
+        return build_backbone(self.backbone, self.moe, self.moe_blocks, **shapes, pretrained=pretrained)
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
-        """Map (B, C, H, W) normalized images to (B, num_classes) logits; routers read ``context``."""
-        return self.model(image, context=context)
+        """Map (B, C, H, W) normalized images to (B, num_classes) logits; routers read ``context``, but not those of a
+        backbone, whose layers are called with images alone."""
+        logits: Tensor = self.model(image) if self.backbone is not None else self.model(image, context=context)
+        return logits
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the cross-entropy against class numbers or, under mixup and cutmix, shares of classes."""
@@ -251,8 +273,9 @@ class VisionClassifier(SparseModule, Comparable):
         super().setup(stage)
         # Not in the constructor: a trained model does not need the file any more.
         if self.pretrained is not None and self.starts_afresh:
-            assert isinstance(self.model, VMoE)  # it was checked that a convolutional network has none
             load_pretrained_weights(self.model, self.pretrained)
+        if self.backbone is not None and self.backbone.pretrained and self.starts_afresh:
+            self.model.load_state_dict(self._of_timm(pretrained=True).state_dict())
         self.starts_afresh = False
 
     # ---- comparisons
@@ -270,13 +293,42 @@ class VisionClassifier(SparseModule, Comparable):
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Return dense models of equal active FLOPs and of equal parameters, whose FFNs replace the experts."""
+        if self.backbone is not None:
+            return self._twins_of_timm() if core.moe_layers(self) else {}
         return dense_twins(self, self._around.dense_ffn)
 
+    def _twins_of_timm(self) -> dict[str, Baseline]:
+        assert self.backbone is not None
+        dense, twins = self.twin(moe=None).model, dict[str, Baseline]()
+        for cost in ("flops", "params"):
+            try:
+                solved = twin_widths(dense, self.model, cost).values()
+            except ValueError as error:
+                twins[f"dense_equal_{cost}"] = Baseline(None, str(error))
+                continue
+            changes = ", ".join(dict.fromkeys(f"{width.before} to {width.width}" for width in solved))
+            build = partial(self.twin, backbone=replace(self.backbone, twin=cost))
+            twins[f"dense_equal_{cost}"] = Baseline(build, f"hidden dim {changes} in place of experts")
+        return twins
+
+    @property
+    def heading(self) -> str:
+        if self.backbone is None:
+            return super().heading
+        return heading_of((m.config, m.dim) for m in self.modules() if isinstance(m, SparseFFN))
+
+    @property
+    def moe_block_names(self) -> tuple[str, ...]:
+        # The layer of a backbone lies in the place of its MLP, which a twin has there.
+        return tuple(name.removesuffix(".moe") for name in super().moe_block_names)
+
     def routed_layers(self) -> RoutedLayers | None:
+        if self.moe is None or self.backbone is not None:  # whose layers may differ in width
+            return None
         arguments = {"tokens_per_sequence": self.tokens_per_image}
         place = Place(type(self).__name__, ("token_ids_BS",))
         sharing = len(self.model.moe_blocks) if self.model.shares_experts else 1
-        return None if self.moe is None else RoutedLayers(self.moe, self._around.dim, place, arguments, sharing)
+        return RoutedLayers(self.moe, self._around.dim, place, arguments, sharing)
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
         """Return the top-1 accuracy: 1 for an image whose likeliest class is its own, else 0."""
@@ -284,8 +336,8 @@ class VisionClassifier(SparseModule, Comparable):
         return ExampleValues("top1", torch.cat(right).cpu())
 
 
-def _check_conv(**options: Any) -> None:
-    """Reject options of a vision transformer beside ``conv``."""
+def _check_others(network: str, **options: Any) -> None:
+    """Reject options that are not of this network."""
     for name, value in options.items():
         if value is not None:
-            raise ValueError(f"{name} is of a vision transformer: leave it out, or conv")
+            raise ValueError(f"{name} does not go with {network}: leave one of them out")

@@ -21,6 +21,7 @@ LEAST_IMAGES = 8
 """Least number of images of a class: a quarter of them are two to test on, and one of the rest validates."""
 
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+Keys = tuple[str, ...]
 _LOOKED_AT = 20
 _SEEN = 120_000
 """Images that a training shows the model, within these limits of epochs: a minute or two of one core."""
@@ -142,8 +143,10 @@ def _config(given: GivenData, root: Path, size: int, num_images: int, notes: Seq
     epochs = min(max(_SEEN // num_images, _EPOCHS[0]), _EPOCHS[1])
     made = GivenConfig.of(notes, {"max_epochs": epochs}, model=("VisionClassifier", model), data=("VisionData", data))
     model_keys, data_keys = ("model", "init_args"), ("data", "init_args")
-    comments = {(*data_keys, "horizontal_flip"): "true where left and right mean the same: photos, not signs"}
-    above = {}
+    comments: dict[Keys, str] = {
+        (*data_keys, "horizontal_flip"): "true where left and right mean the same: photos, not signs"
+    }
+    above: dict[Keys, tuple[str, ...]] = {}
     if given.in_place:
         as_yaml = (f"  {line}" for line in yaml.safe_dump(sparse, sort_keys=False).splitlines())
         above[(*model_keys, "label_smoothing")] = ("With 8 experts a position, of which each takes 2:", *as_yaml)

@@ -27,6 +27,7 @@ from apps.report.routed import choosing, experts_of_token, layer_label
 from apps.report.tables import write_csv
 from apps.report.use import ExpertUse, Labels, load_parts, map_parts, tokens_of
 from apps.vision.few_shot import extract_features, few_shot, hard_labels
+from apps.vision.model import VMoE
 from core.fields import Count, CountOrZero
 
 _logger = logging.getLogger(__name__)
@@ -126,16 +127,18 @@ def patch_experts(model: Any, entry: Any, num_images: int, most: int = 1) -> Ten
     layer, size = model.get_submodule(entry.name), grid_size(model, ids_BSK.shape[1])
     if isinstance(layer, core.PatchMoE):  # the router chose for several patches at once
         return torch.stack([layer.grid.spread(ids_BS, *size) for ids_BS in ids_BSK.unbind(-1)], -1)
-    if ids_BSK.shape[1] != model.num_prefix_tokens + math.prod(size):
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    if ids_BSK.shape[1] != prefix + math.prod(size):
         return None
-    return ids_BSK[:, model.num_prefix_tokens :].unflatten(1, size)
+    return ids_BSK[:, prefix:].unflatten(1, size)
 
 
 def grid_size(model: Any, num_tokens: int) -> tuple[int, int]:
     """Return height and width of the grid of an image's tokens: of its patches, else of the positions of a layer."""
-    patches = getattr(model, "patch_embed", None)
-    side = math.isqrt(num_tokens)
-    return patches.grid_size if patches is not None else (side, side)
+    if isinstance(model, VMoE):
+        return model.patch_embed.grid_size
+    side = math.isqrt(num_tokens - getattr(model, "num_prefix_tokens", 0))
+    return side, side
 
 
 def _first_of_each_class(label_B: Tensor, taken: Sequence[int], wanted: int, num_classes: int) -> list[int]:
