@@ -49,10 +49,18 @@ OTHERS = [p for p in FILES if p not in ROUTING]
 OVERLAYS = [p for p in OTHERS if "class_path" not in (yaml.safe_load(p.read_text()).get("model") or {})]
 WHOLE = [p for p in OTHERS if p not in OVERLAYS]
 BASE = ROOT / "configs" / "vision" / "digits.yaml"
+DEEP_BASE = BASE.with_stem("digits_vmoe")  # for overlays with options of several blocks
 TEXT_BASE = ROOT / "configs" / "nlp" / "text_mixtral_like.yaml"  # for overlays with options of a text model
 TABLE_BASE = ROOT / "configs" / "recsys" / "synthetic.yaml"  # for overlays with options of a recommender
 PAIR_BASE = ROOT / "configs" / "multimodal" / "shapes.yaml"  # for overlays with options of images and texts
-SPECIAL_BASES = {"embedding:": TABLE_BASE, "attention_moe:": TEXT_BASE, "num_modalities:": PAIR_BASE}
+SPECIAL_BASES = {
+    "share_experts:": DEEP_BASE,
+    "depths:": DEEP_BASE,
+    "      - num": DEEP_BASE,
+    "embedding:": TABLE_BASE,
+    "attention_moe:": TEXT_BASE,
+    "num_modalities:": PAIR_BASE,
+}
 
 
 def name(path: Path) -> str:
