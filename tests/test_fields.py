@@ -52,6 +52,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "Stable": {"vocab_size": 7},
     "Task": {"num_tasks": 3},
     "TaskConfig": {"column": "bought"},
+    "TimmConfig": {"name": "convnext_atto"},
 }
 ABSTRACT = {"MultiGateConfig", "ImagePart", "TextPart", "Start"}
 
