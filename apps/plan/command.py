@@ -104,7 +104,7 @@ def header(outline: Outline, options: Options) -> list[str]:
     experts = ""
     if layers:
         sizes = sorted({layer.num_experts for layer in layers})
-        experts = f", {len(layers)} MoE layers of {' and '.join(map(str, sizes))} experts"
+        experts = f", {counted(len(layers), 'MoE layer')} of {' and '.join(map(str, sizes))} experts"
         units = sorted({hidden_units(layer) for layer in layers})
         experts += f" with {' and '.join(map(str, units))} hidden units" if units[0] > 1 else ""
     lines = [

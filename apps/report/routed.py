@@ -105,18 +105,20 @@ def layer_label(layer: str) -> str:
     Example::
 
         layer_label("blocks.3.mlp")                           # "block 3"
+        layer_label("groups.1.ffn.mlp")                       # "group 1"
         layer_label("decoder.layers.3.ffn")                   # "decoder 3"
         layer_label("decoder.layers.3.mixing.heads")          # "decoder 3 attention"
         layer_label("decoder.layers.3.depth_gate")            # "decoder 3 depth gate"
         layer_label("model.towers.image.blocks.1.mlp")        # "image block 1"
     """
-    match = re.search(r"(?:^|\.)(?:(encoder|decoder)\.layers|blocks|towers\.[\w.]+?\.layers)\.(\d+)\.", layer)
+    match = re.search(r"(?:^|\.)(?:(encoder|decoder)\.layers|blocks|groups|towers\.[\w.]+?\.layers)\.(\d+)\.", layer)
     if match is None:
         return layer.removeprefix("model.")
     words = re.split(r"[._]", layer[: match.start(2)])
     tower = "".join(f"{name} " for name in _TOWERS if name in words)
     part = next((f" {part}" for end, part in _PARTS.items() if layer.endswith(end)), "")
-    return f"{match[1] or f'{tower}block'} {match[2]}{part}"
+    stack = match[1] or f"{tower}{'group' if words[-2] == 'groups' else 'block'}"
+    return f"{stack} {match[2]}{part}"
 
 
 def words_by_layer(

@@ -39,7 +39,7 @@ def test_demo_ends_with_the_path_of_one_report_and_is_quick_again(tmp_path, monk
         assert words in page.text, words
     (seen,) = page.attributes("alt")
     assert seen.startswith("6 test images (")
-    assert "), and each again with its patches in the color of their expert, in block " in seen
+    assert "), and each again with its patches in the color of their expert, in group " in seen
     routing = tmp_path / "digits" / "report" / "routing.png"
     before = routing.stat().st_mtime_ns
 

@@ -23,7 +23,7 @@ from apps.plan.outline import outlined
 from apps.train.sharded.expert_parallel import ExpertParallelStrategy
 from core.parallel import AllToAllDispatcher, routes
 
-DIGITS = ("--config", "configs/vision/digits.yaml", "--gpu", "h100")
+DIGITS = ("--config", "configs/vision/digits_vmoe.yaml", "--gpu", "h100")
 TEXT = ("--config", "configs/nlp/text_mixtral_like.yaml", "--gpu", "h100")
 TABLE = ("--config", "configs/recsys/ten_million_rows.yaml", "--config", "configs/parallel/torchrec.yaml")
 

@@ -170,7 +170,7 @@ def test_wrong_columns_and_values_are_one_line(code, argv, line, capsys):
 
 
 def test_layers_that_share_experts_have_rows_and_activations_of_their_own():
-    digits = ("--config", "configs/vision/digits.yaml", "--gpu", "h100", "--gpus", "8", "--batch", "64")
+    digits = ("--config", "configs/vision/digits_vmoe.yaml", "--gpu", "h100", "--gpus", "8", "--batch", "64")
     own, shared = (outlined(Options.read([*digits, "--model.share_experts", on])) for on in ("false", "true"))
     facts = [[(x.rows, x.dim, x.out_dim, x.kept) for x in outline.layers.values()] for outline in (own, shared)]
     assert facts[0] == facts[1]

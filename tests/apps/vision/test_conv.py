@@ -113,7 +113,7 @@ def test_it_learns_survives_a_checkpoint_and_recomputes(tmp_path):
 
 def test_what_does_not_fit_is_refused_by_name():
     refused("vit does not go with conv: leave one of them out", build, vit=ViTConfig())
-    refused("pretrained is of a vision transformer", build, pretrained="vit_tiny_patch16_224")
+    refused("pretrained does not go with conv: leave one of them out", build, pretrained="vit_tiny_patch16_224")
     refused(
         "image_size=2 is too small for conv, whose groups need 4 pixels", build, conv=ConvConfig((4, 6)), image_size=2
     )
