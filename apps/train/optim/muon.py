@@ -23,8 +23,8 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
         steps: number of iterations.
 
     Returns:
-        (..., m, n) in bfloat16, or in float32 on a CPU without AMX, where it is faster, or in float64 if ``matrices`` are;
-        a matrix of zeros stays zero.
+        (..., m, n) in bfloat16; in float32 on a CPU without AMX, where it is faster; in float64 if ``matrices`` are. A
+        matrix of zeros stays zero.
     """
     x = matrices.reshape(-1, *matrices.shape[-2:]).to(_precision_of(matrices))
     wide = x.shape[-2] <= x.shape[-1]
