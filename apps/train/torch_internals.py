@@ -18,6 +18,11 @@ def assert_on_device(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
+def has_amx() -> bool:
+    """Return whether the CPU multiplies bfloat16 in tiles (AMX). torch says in public only which kernels it has."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def checkpoint_activations(module: nn.Module) -> None:
     """Make a module compute its activations again in the backward. The public function is for a call, not a module."""
     from torch.distributed._composable import checkpoint

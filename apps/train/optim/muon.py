@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from apps.train.torch_internals import has_amx
 from core.parallel import local_part, part_of, whole_of
 
 # X <- a X + b (X X^T) X + c (X X^T)^2 X drives singular values in (0, 1] between 0.7 and 1.2 in few steps.
@@ -40,7 +41,7 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
 def _precision_of(matrices: Tensor) -> torch.dtype:
     if matrices.dtype == torch.float64:
         return torch.float64
-    on_plain_cpu = matrices.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+    on_plain_cpu = matrices.device.type == "cpu" and not has_amx()
     return torch.float32 if on_plain_cpu else torch.bfloat16
 
 
