@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NUMBERS, PICTURE = ROOT / "docs" / "runs" / "time_to_accuracy.json", ROOT / "docs" / "img" / "report"
 PACE_STEPS, WARM_STEPS = 40, 10
 RESNET = {"model.conv": None, "model.moe": None, "model.backbone.name": "resnet18", "model.optimizer.lr": 2e-3}
-SMALL = {"model.conv.widths": [24, 48, 96], "model.moe.expert.hidden_dim": 192}
-DENSE = {"model.moe": None}
+WIDTHS, DENSE = {"model.conv.widths": [24, 48, 96]}, {"model.moe": None}
+SMALL = {**WIDTHS, "model.moe.expert.hidden_dim": 192}
 SYSTEMS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "digits": {
         "conv": ("digits", DENSE),
@@ -44,7 +44,7 @@ SYSTEMS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "ResNet-18 of timm": ("digits", RESNET),
     },
     "fashion_mnist": {
-        "conv 24-48-96": ("fashion_mnist", {**SMALL, **DENSE}),
+        "conv 24-48-96": ("fashion_mnist", {**WIDTHS, **DENSE}),
         "conv 24-48-96 with experts": ("fashion_mnist", SMALL),
         "conv 32-64-128": ("fashion_mnist", DENSE),
         "conv 32-64-128 with experts": ("fashion_mnist", {}),
