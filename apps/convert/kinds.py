@@ -422,10 +422,13 @@ def _sparse(
     names = [name for name in core.moe_layers(request.run.outline(arguments)) if name not in present]
     if arguments.get("share_experts"):
         raise ValueError("share_experts=True has one set of experts for networks that differ")
+    modules = dict(request.module.named_modules())
     for name in names:
-        part = read_ffn(request.module.get_submodule(name))
+        if name not in modules:
+            raise ValueError(f"the run has no module {name!r} that could become experts")
+        part = read_ffn(modules[name])
         if part is None:
-            kind = type(request.module.get_submodule(name)).__name__
+            kind = type(modules[name]).__name__
             raise ValueError(f"module {name!r} is a {kind}, and no feed-forward network that becomes experts")
         configs.append(config(part))
     alike = all(one == configs[0] for one in configs)

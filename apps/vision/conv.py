@@ -83,7 +83,7 @@ class PositionFFN(nn.Module):
     def forward(self, x: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Map (B, C, H, W) to the same. Token ids are the positions, row by row."""
         tokens_BSD = x.permute(0, 2, 3, 1).flatten(1, 2)
-        ids_BS = torch.arange(tokens_BSD.shape[1], device=x.device).expand(len(x), -1)
+        ids_BS = torch.arange(tokens_BSD.shape[1], device=x.device).expand(x.shape[0], -1)
         context = replace(context or core.RoutingContext(), token_ids_BS=ids_BS)
         y_BSD = feed(self.mlp, self.norm(tokens_BSD), context)
         return x + y_BSD.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)

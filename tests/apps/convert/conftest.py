@@ -1,4 +1,4 @@
-"""A sparse run and two dense ones of other weights."""
+"""A sparse run, two dense ones of other weights, and one without a feed-forward network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 from converted import DIGITS, MOE, classifier, write_run
+
+from apps.vision.conv import ConvConfig
+from apps.vision.module import VisionClassifier
 
 LORA = {"class_path": "core.LoRA", "init_args": {"rank": 2}}
 
@@ -19,7 +22,7 @@ def overlay(num_experts: int, **more: object) -> str:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs ``sparse``, ``dense`` and ``other``, and the overlays ``moe.yaml``, ``lora.yaml`` and
+    """A folder with the runs ``sparse``, ``dense``, ``other`` and ``conv``, and the overlays ``moe.yaml``, ``lora.yaml`` and
     ``one_update.yaml``."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "moe.yaml").write_text(overlay(2))
@@ -28,4 +31,5 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(folder / "sparse", classifier(MOE), DIGITS)
     write_run(folder / "dense", classifier(None), DIGITS)
     write_run(folder / "other", classifier(None, seed=1), DIGITS)
+    write_run(folder / "conv", VisionClassifier(conv=ConvConfig((4,)), image_size=8, report=None), DIGITS)
     return folder

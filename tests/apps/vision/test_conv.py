@@ -11,6 +11,8 @@ from refusals import refused
 from torch.testing import assert_close
 
 import core
+from apps.serve.export.programs import capture
+from apps.train.publish.exporting import Graph
 from apps.vision.conv import ConvConfig, ConvNet
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
@@ -109,6 +111,12 @@ def test_it_learns_survives_a_checkpoint_and_recomputes(tmp_path):
         twin(images()).square().sum().backward()
     for one, other in zip(*(twin.parameters() for twin in twins), strict=True):
         assert_close(one.grad, other.grad)
+
+
+def test_it_is_exported_for_batches_of_any_size():
+    net = build().eval().model
+    program = capture(Graph("model", net, {"x": images(3)}, ("logits",), {"x": {0: "batch"}}))
+    assert_close(program.module()(images(5)), net(images(5)))
 
 
 def test_what_does_not_fit_is_refused_by_name():
