@@ -22,8 +22,8 @@ def overlay(num_experts: int, **more: object) -> str:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs ``sparse``, ``dense``, ``other`` and ``conv``, and the overlays ``moe.yaml``, ``lora.yaml`` and
-    ``one_update.yaml``."""
+    """A folder with the runs ``sparse``, ``dense``, ``other`` and ``conv``, and the overlays ``moe.yaml``,
+    ``lora.yaml`` and ``one_update.yaml``."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "moe.yaml").write_text(overlay(2))
     (folder / "lora.yaml").write_text(overlay(2, expert=LORA))
@@ -31,5 +31,5 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(folder / "sparse", classifier(MOE), DIGITS)
     write_run(folder / "dense", classifier(None), DIGITS)
     write_run(folder / "other", classifier(None, seed=1), DIGITS)
-    write_run(folder / "conv", VisionClassifier(conv=ConvConfig((4,)), image_size=8, report=None), DIGITS)
+    write_run(folder / "conv", VisionClassifier(conv=ConvConfig((4, 8)), image_size=8, report=None), DIGITS)
     return folder
