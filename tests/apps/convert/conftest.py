@@ -11,6 +11,7 @@ from converted import DIGITS, MOE, classifier, write_run
 from apps.vision.conv import ConvConfig
 from apps.vision.module import VisionClassifier
 
+CONV = ConvConfig(widths=(4, 8))
 LORA = {"class_path": "core.LoRA", "init_args": {"rank": 2}}
 
 
@@ -31,5 +32,5 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(folder / "sparse", classifier(MOE), DIGITS)
     write_run(folder / "dense", classifier(None), DIGITS)
     write_run(folder / "other", classifier(None, seed=1), DIGITS)
-    write_run(folder / "conv", VisionClassifier(conv=ConvConfig((4, 8)), image_size=8, report=None), DIGITS)
+    write_run(folder / "conv", VisionClassifier(conv=CONV, moe_blocks=[1], image_size=8, report=None), DIGITS)
     return folder

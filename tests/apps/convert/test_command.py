@@ -219,7 +219,7 @@ def test_what_no_run_with_updates_becomes_is_one_line(runs, tmp_path, adapted, c
         (["densify", "--how", "use"], 1, "--batches 0 leaves out the loads that --how use needs"),
         (["upcycle", "--moe", "moe.yaml"], 1, "is sparse already"),
         (["adapt", "--moe", "moe.yaml", "--modules", "*.qkv"], 1, "moe.yaml has no model.moe.expert, which is an upd"),
-        (["upcycle", "--ckpt_path", "conv", "--moe", "moe.yaml"], 1, "no module 'model.groups.0.ffn.mlp' that could"),
+        (["upcycle", "--ckpt_path", "conv", "--moe", "moe.yaml"], 1, "no module 'model.groups.1.ffn.mlp' that could"),
         (["upcycle", "--moe", "missing.yaml"], 2, "no configuration missing.yaml"),
         (["specialize"], 1, "one of --task, --domain, --expert, --pair and --keep"),
         (["specialize", "--task", "0"], 1, "does not decide by the task alone"),
