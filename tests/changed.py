@@ -1,6 +1,7 @@
-"""Which tests a change concerns: those that import a changed module, directly or through others.
+"""Which tests a change concerns: those of the changed modules' rooms and of the rooms above that import them.
 
-``python tests/changed.py`` prints them for the working tree, and ``--since REVISION`` for all changes since then.
+``python tests/changed.py`` prints them for the working tree, and ``--since REVISION`` for all changes since then. Tests
+of other rooms that take a changed module as an example are left out; ``--wide`` prints those as well.
 """
 
 from __future__ import annotations
@@ -41,6 +42,20 @@ def importers() -> dict[str, set[str]]:
     return found
 
 
+def rooms_tests(changed: list[str]) -> list[str]:
+    """Return those of ``tests_of`` that lie in the rooms of what imports the changed files, or import these directly."""
+    above, todo = set[str](), [file for file in changed if not file.startswith("tests/")]
+    while todo:
+        if (file := todo.pop()) not in above:
+            above.add(file)
+            todo += [other for other in importers()[file] if not other.startswith("tests/")]
+    rooms = {str(PurePosixPath("tests", file).parent) for file in above}
+    direct = set[str]().union(*(importers()[file] for file in changed if not file.endswith("__init__.py")))
+    others = tests_of([file for file in changed if not file.startswith(("apps/", "core/", "moesaic/"))])
+    near = {test for test in tests_of(changed) if str(PurePosixPath(test).parent) in rooms or test in direct}
+    return sorted(near.union(others))
+
+
 def tests_of(changed: list[str]) -> list[str]:
     """Return the files of tests that a change of files concerns."""
     reached, todo = set[str](), list(changed)
@@ -75,9 +90,10 @@ def listed(*arguments: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--since", default="HEAD", help="compare the working tree with this revision (HEAD)")
-    since = parser.parse_args().since
-    changed = listed("diff", "--name-only", since) + listed("ls-files", "--others", "--exclude-standard")
-    print("\n".join(tests_of(changed)))
+    parser.add_argument("--wide", action="store_true", help="all tests that import a changed module through others")
+    options = parser.parse_args()
+    changed = listed("diff", "--name-only", options.since) + listed("ls-files", "--others", "--exclude-standard")
+    print("\n".join(tests_of(changed) if options.wide else rooms_tests(changed)))
 
 
 if __name__ == "__main__":
