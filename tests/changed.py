@@ -43,7 +43,7 @@ def importers() -> dict[str, set[str]]:
 
 
 def rooms_tests(changed: list[str]) -> list[str]:
-    """Return those of ``tests_of`` that lie in the rooms of what imports the changed files, or import these directly."""
+    """Return those of ``tests_of`` that lie in the rooms of what imports the changed files, or import them."""
     above, todo = set[str](), [file for file in changed if not file.startswith("tests/")]
     while todo:
         if (file := todo.pop()) not in above:
