@@ -33,9 +33,12 @@ def with_stand_ins(part: str, flags: list[str], config: Mapping[str, Any]) -> di
     arguments = written.get("init_args") or {} if {"class_path", "init_args"} & written.keys() else written
     options = ((name.removeprefix(f"{part}."), value) for name, value in given(flags))
     by_flag = {name: None if value in NULLS else value for name, value in options}
+    # "backbone.name" gives a backbone, whatever the file says.
+    parts = {name.partition(".")[0] for name in by_flag if "." in name}
+    begun: dict[str, Any] = {name: {} for name in parts if arguments.get(name) is None}
     filled = {
         name: to_plain(value, type(value))
-        for name, value in stand_ins({**arguments, **by_flag}).items()
+        for name, value in stand_ins({**arguments, **by_flag, **begun}).items()
         # A flag that names a class, or the whole, starts from nothing: it would keep the stand-in's arguments.
         if arguments.get(name) is None and not {name, f"{name}.class_path"} & by_flag.keys()
     }

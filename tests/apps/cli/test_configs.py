@@ -81,6 +81,13 @@ def change(**options: object) -> None:
     Path("run/config.yaml").write_text(yaml.safe_dump({**config, "trainer": {**config["trainer"], **options}}))
 
 
+def test_an_option_inside_a_null_part_stands_in_for_the_default_part():
+    flags = ["--model.conv", "null", "--model.moe", "null", "--model.backbone.name", "resnet18"]
+    model = build("fit", ["--config", "configs/vision/digits.yaml", *flags]).model
+    assert model.vit is None
+    assert model.backbone.name == "resnet18"
+
+
 def test_a_run_of_gpus_is_tested_where_there_is_none(run):
     change(**GPU)  # as in one from elsewhere
     for words in (["--ckpt_path", "run"], ["--run_dir", "run"], ["--run_dir", "run", "--ckpt_path", "last"]):
