@@ -202,6 +202,7 @@ class VisionData(ImageData):
                 self._file_transform(train=True),
                 self._file_transform(train=False),
                 of_checkpoint=self._adopted is not None,
+                kept=(self.in_chans, self.image_size, self.image_size) if self._reads_alike else None,
             )
         return self._spec.read(root)
 
@@ -308,7 +309,14 @@ class VisionData(ImageData):
         return Collate(encoding.image_size, self.num_classes, encoding.mean, encoding.std, augment)
 
     def _eval_reader(self, read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return FromFiles(read.paths, self._file_transform(train=False)) if isinstance(read, FromFiles) else read
+        if self._reads_alike or not isinstance(read, FromFiles):
+            return read
+        return FromFiles(read.paths, self._file_transform(train=False))
+
+    @property
+    def _reads_alike(self) -> bool:
+        """Whether files are cut the same way in training as in evaluation."""
+        return self._augment.random_resized_crop is None and self.eval_crop == 1
 
     def _file_transform(self, train: bool) -> v2.Compose:
         size = self.image_size

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import io
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ ENDINGS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe")
 """Endings of image files."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Pillow's names of the formats that are read from a request; bytes from a stranger are not tried as any other."""
+
+_MOST_KEPT = 2 << 30
+"""Bytes of decoded pixels that are kept of a split: 170,000 images of 64 x 64 pixels."""
 
 
 class BadImage(ValueError):
@@ -155,18 +160,68 @@ def _upper_bits(image: Image.Image, file_format: str | None, path: str) -> Tenso
     return torch.from_numpy((np.array(image) >> 8).astype(np.uint8))[None]
 
 
+class KeptPixels:
+    """Pixels of images, uint8 (N, C, S, S), each kept once it has been decoded, in a map of a file without a name,
+    which forked workers of a loader share.
+
+    Args:
+        pixels_N: the map.
+        is_kept_N: uint8 (N,), 1 for those that are there.
+    """
+
+    def __init__(self, pixels_N: Tensor, is_kept_N: Tensor) -> None:
+        self._pixels_N, self._is_kept_N = pixels_N, is_kept_N
+
+    @classmethod
+    def of(cls, count: int, shape: Sequence[int]) -> KeptPixels | None:
+        """Return the room for ``count`` images of a shape, with none in it; None if they are too many, or no disk is
+        free for them."""
+        size = count * (math.prod(shape) + 1)
+        if not 0 < size <= _MOST_KEPT or not hasattr(os, "posix_fallocate"):
+            return None
+        try:
+            with tempfile.NamedTemporaryFile() as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk would end the process later
+                whole = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+        except OSError:
+            return None
+        return cls(whole[count:].view(count, *shape), whole[:count])
+
+    def read(self, index_B: Tensor, decode: Callable[[int], Tensor]) -> Tensor:
+        """Return the images at ``index_B``, uint8 (B, C, S, S); ``decode`` returns one, (C, S, S)."""
+        for i in index_B[self._is_kept_N[index_B] == 0].tolist():
+            self._pixels_N[i] = decode(i)
+            self._is_kept_N[i] = 1
+        return self._pixels_N[index_B]
+
+
 @dataclass(frozen=True)
 class FromFiles:
-    """Image files, each decoded, cut and scaled by ``transform`` to uint8 (3, H, W)."""
+    """Image files, each decoded, cut and scaled by ``transform`` to uint8 (3, H, W).
+
+    Attributes:
+        paths: the files.
+        transform: of a decoded image.
+        kept: where pixels are kept, so that each file is decoded once; None: it is decoded each time.
+    """
 
     paths: tuple[str, ...]
     transform: Callable[[Tensor], Tensor]
+    kept: KeptPixels | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
 
     def __call__(self, index: Tensor) -> Tensor:
         try:
-            return torch.stack([self.transform(read_image(self.paths[i])) for i in index.tolist()])
+            if self.kept is not None:
+                return self.kept.read(index, self._decoded)
+            return torch.stack([self._decoded(i) for i in index.tolist()])
         except BadImage as error:
             raise BadImage(f"{error}; data.on_bad_image=skip leaves such images out") from error
+
+    def _decoded(self, i: int) -> Tensor:
+        return self.transform(read_image(self.paths[i]))
 
 
 def without_bad_images(images: ImageSet, num_threads: int) -> tuple[ImageSet, list[str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apps.base.messages import some
 from apps.base.progress import each
-from apps.vision.image_files import ENDINGS, FromFiles, read_image
+from apps.vision.image_files import ENDINGS, FromFiles, KeptPixels, read_image
 from apps.vision.image_set import ImageSet, Splits, in_memory
 
 
@@ -22,6 +22,7 @@ def read_image_folder(
     train: Callable[..., Tensor],
     evaluate: Callable[..., Tensor],
     of_checkpoint: bool = False,
+    kept: Sequence[int] | None = None,
 ) -> Splits:
     """Read ``root/{train,val,test}/CLASS/``; without ``test``, ``val`` is the test split, as ImageNet is used.
 
@@ -31,6 +32,7 @@ def read_image_folder(
         train, evaluate: transforms of a decoded image in training and in evaluation.
         of_checkpoint: whether the classes are a checkpoint's. Then a split need not have images of all of them, and
             there may be no ``train``. Else they are those of ``train``, and every split has the same.
+        kept: shape of a training or validation image that is decoded once, uint8 (C, S, S); None: at each reading.
 
     Raises:
         ValueError: a split has another class, or no image; or a file is in two classes or splits.
@@ -48,7 +50,8 @@ def read_image_folder(
 
     def split(name: str, transform: Callable[..., Tensor]) -> ImageSet:
         paths, labels = zip(*samples[name], strict=True)
-        return ImageSet(FromFiles(paths, transform), torch.tensor(labels))
+        pixels = None if kept is None or name == test else KeptPixels.of(len(paths), kept)
+        return ImageSet(FromFiles(paths, transform, pixels), torch.tensor(labels))
 
     test = "test" if "test" in samples else "val"
     val = split("val", evaluate) if test != "val" and "val" in samples else None

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from refusals import refused
 from torchvision.transforms import v2
 
+from apps.vision import image_files
 from apps.vision.data import VisionData
 from apps.vision.image_files import image_of, read_image, to_pixels
 from apps.vision.readers import read_idx
@@ -190,3 +191,28 @@ def test_a_pickle_may_hold_arrays_only(tmp_path: Path) -> None:
         (folder / file).write_bytes(pickle.dumps(Evil()))
     refused(r"data_batch_1 is corrupt: .*it holds a posix.mkdir", ready, "cifar10", tmp_path)
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_file_is_decoded_once_if_it_is_cut_alike_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, "train", per_class=3)
+    write_images(tmp_path, "test", per_class=1)
+    decoded: list[str] = []
+    monkeypatch.setattr(image_files, "read_image", lambda path: decoded.append(path) or read_image(path))
+
+    def read_twice(**options: Any) -> tuple[torch.Tensor, int]:
+        decoded.clear()
+        data = ready("image_folder", tmp_path, image_size=8, val_size=1, **options)
+        first, again = (torch.cat([b.image for b in data.train_eval_dataloader()]) for _ in range(2))
+        assert torch.equal(first, again)
+        list(data.val_dataloader())
+        return first, len(decoded)
+
+    kept, times = read_twice()
+    assert (len(kept), times) == (5, 6)
+    # By forked workers too; not where each reading draws anew, or no disk is free.
+    assert torch.equal(read_twice(num_workers=2)[0], kept)
+    assert read_twice(random_resized_crop=0.5)[1] == 11
+    monkeypatch.setattr(image_files, "_MOST_KEPT", 100)
+    once, times = read_twice()
+    assert torch.equal(once, kept)
+    assert times == 11
