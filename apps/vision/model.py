@@ -13,10 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from timm.layers import Mlp, get_act_layer
+from timm.layers import HybridEmbed, Mlp, PatchEmbed, get_act_layer
 from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
 import core
@@ -82,6 +83,9 @@ class ViTConfig(VariantSizes):
     """Size: embed_dim / depth / num_heads of 96/6/3, 192/12/3, 384/12/6, 768/12/12, 1024/24/16."""
     patch_size: Count = 4
     """Height and width of a patch in pixels; must divide the image's."""
+    stem: Literal["patches", "convolutions"] = "patches"
+    """How pixels become tokens: one linear map of each patch, or a convolution for each halving of the image, which
+    learns small images sooner (arXiv 2106.14881)."""
     embed_dim: Count | None = None
     """Model dim D."""
     depth: Depth | None = None
@@ -131,6 +135,16 @@ class ViTConfig(VariantSizes):
             raise ValueError(f"embed_dim={self.dim} is not divisible by num_heads={self.heads}")
         if self.pool == "token" and self.class_token is False:
             raise ValueError("pool='token' needs class_token=True")
+        if self.stem == "convolutions" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(f"patch_size={self.patch_size} with stem='convolutions', which halve: a power of 2 fits")
+
+    def embed_layer(self, img_size: int, in_chans: int, **options: Any) -> nn.Module:
+        """Return timm's layer that turns images into tokens; ``options`` as timm hands them over."""
+        if self.stem == "patches":
+            return PatchEmbed(img_size, in_chans=in_chans, **options)
+        halvings = self.patch_size.bit_length() - 1
+        stem = ConvStem(in_chans, halvings, self.dim, stride=(2,) * halvings)
+        return HybridEmbed(stem, img_size, in_chans=in_chans, proj=False, **{**options, "patch_size": 1})
 
     @property
     def dense_ffn(self) -> core.DenseFFN:
@@ -289,6 +303,7 @@ class VMoE(VisionTransformer):
             attn_drop_rate=vit.attn_drop,
             drop_path_rate=vit.drop_path,
             weight_init=vit.weight_init,
+            embed_layer=vit.embed_layer,
             block_fn=block_fn,
         )
         if vit.fused_attn is not None:

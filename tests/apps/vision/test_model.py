@@ -168,9 +168,22 @@ def test_experts_start_like_the_dense_ffn_and_positions_at_the_given_scale():
     assert model.pos_embed.std().item() == pytest.approx(0.5, rel=0.05)
 
 
+def test_a_convolutional_stem_has_a_token_for_each_patch_that_its_halvings_leave():
+    model = build(dataclasses.replace(TINY, patch_size=4, stem="convolutions"), image_size=16).eval()
+    first, second = (layer.conv for layer in model.patch_embed.backbone)
+    norm = model.patch_embed.backbone[0].bn
+    torch.nn.init.normal_(norm.running_mean)
+    x = images(size=16)
+    h = nn.functional.conv2d(x, first.weight, None, 2, 1) - norm.running_mean[:, None, None]
+    h = nn.functional.conv2d(torch.relu(h / (1 + norm.eps) ** 0.5), second.weight, second.bias, 2, 1)
+    assert model.patch_embed.grid_size == h.shape[-2:] == (4, 4)
+    assert_close(model.patch_embed(x), h.flatten(2).transpose(1, 2))
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: ViTConfig(embed_dim=10, num_heads=3), "embed_dim=10 is not divisible by num_heads=3"),
     (lambda: ViTConfig(pool="token", class_token=False), "pool='token' needs class_token=True"),
+    (lambda: ViTConfig(patch_size=6, stem="convolutions"), "patch_size=6 with stem='convolutions', which halve"),
     (lambda: build(ViTConfig(patch_size=3)), "image_size=8 is not divisible by patch_size=3"),
     (lambda: build(in_chans=0), "in_chans=0 must be at least 1"),
     (lambda: VMoE(TINY, image_size=8, in_chans=1, num_classes=2, ffn=core.DenseFFN(gated=True)),
