@@ -125,11 +125,12 @@ def _config(given: GivenData, root: Path, size: int, num_images: int, notes: Seq
     widths = [24, 48, 96] if size <= 32 else [24, 48, 96, 192]
     experts = {**EXPERTS, "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 2 * widths[-1]}}}
     sparse = {"moe": experts, "moe_blocks": [-1]}
+    of_experts = {"adamw_parts": ["experts"], "expert_lr_scale": 0.3}  # as good as by Muon, and quicker
     model = {
         "conv": {"widths": widths},
         **({} if given.in_place else sparse),
         "label_smoothing": 0.1,
-        "optimizer": {"name": "muon", "lr": 1.0e-2, "schedule": "linear", "warmup_steps": 0.1},
+        "optimizer": {"name": "muon", "lr": 1.0e-2, **of_experts, "schedule": "linear", "warmup_steps": 0.1},
     }
     data = {
         "dataset": "image_folder",

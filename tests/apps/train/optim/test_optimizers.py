@@ -93,6 +93,9 @@ def test_parts_of_a_model_have_rates_and_optimizers_of_their_own():
         "experts": False,  # without adamw_parts experts_matrices, True
         "experts_no_decay": False,
     }
+    for_experts = parameter_groups(TinyModule(3, moe=MOE), OptimizerConfig("muon", adamw_parts=["experts"]))
+    assert {g["name"] for g in for_experts if g["muon"]} == {"rest_matrices"}
+    assert parameter_groups(TinyModule(3), OptimizerConfig("muon", adamw_parts=["experts"]))  # a dense one has none
 
 
 def groups_of(**options):
