@@ -333,6 +333,7 @@ def _dense(request: Request, one: OneLayer, **changed: Any) -> Conversion:
     arguments, layers = request.run.arguments(), sparse_layers(request)
     dropout = max(float(getattr(config.expert, "dropout", 0.0)) for config in moe_configs(arguments["moe"]))
     ffns: dict[core.DenseFFN, str] = {}
+    places = {name: _place(request.module, name) for name in layers}
     for name, layer in layers.items():
         made: Any = one(name, layer).feed_forward()
         gated, bias = made.w_gate is not None, made.w_in.bias is not None
@@ -341,14 +342,22 @@ def _dense(request: Request, one: OneLayer, **changed: Any) -> Conversion:
     if len(ffns) > 1:
         (a, first), (b, second), *_ = ffns.items()
         raise ValueError(f"{first!r} becomes {a} and {second!r} {b}: one dense_ffn stands for layers that are alike")
-    arguments |= {"moe": None, "dense_ffn": next(iter(ffns)), **changed}
+    # A network of another library has its own again, which is not the suite's to choose.
+    own = {"dense_ffn": next(iter(ffns))} if places.keys() == {*places.values()} else {}
+    arguments |= {"moe": None, **own, **changed}
     outline = request.run.outline(arguments)
 
     def network(name: str) -> Tensors:
         made = one(name, layers[name]).feed_forward()
-        return _filled(outline.get_submodule(name), made.w_in.weight.dtype, name, made)
+        return _filled(outline.get_submodule(places[name]), made.w_in.weight.dtype, places[name], made)
 
-    return Conversion(arguments, {name: partial(network, name) for name in layers})
+    return Conversion(arguments, {places[name]: partial(network, name) for name in layers})
+
+
+def _place(module: nn.Module, name: str) -> str:
+    """Return the name of the network in whose place an MoE layer is: that of the ``SparseFFN`` around it, if any."""
+    around = name.rpartition(".")[0]
+    return around if isinstance(module.get_submodule(around), SparseFFN) else name
 
 
 @torch.no_grad()
@@ -412,14 +421,15 @@ def _sparse(
         request: of a dense run.
         arguments: of the sparse model, whose experts are not the network's yet.
         config: returns the layer for a network.
-        tensors: returns the layer's tensors, by the network's name and a seed.
+        tensors: returns the layer's tensors, by the name of the dense network and a seed.
 
     Raises:
         ValueError: the module there is not a feed-forward network, or two networks differ.
     """
     configs: list[core.MoEConfig] = []
     present = core.moe_layers(request.module)
-    names = [name for name in core.moe_layers(request.run.outline(arguments)) if name not in present]
+    outline = request.run.outline(arguments)
+    names = {_place(outline, name): name for name in core.moe_layers(outline) if name not in present}
     if arguments.get("share_experts"):
         raise ValueError("share_experts=True has one set of experts for networks that differ")
     modules = dict(request.module.named_modules())
@@ -434,7 +444,12 @@ def _sparse(
     alike = all(one == configs[0] for one in configs)
     arguments = {**arguments, "moe": configs[0] if alike else configs}
     seed = request.options.seed
-    return Conversion(arguments, {name: partial(tensors, name, seed + i) for i, name in enumerate(names)})
+
+    def layer(place: str, seed: int) -> Tensors:
+        inside = names[place].removeprefix(place).lstrip(".")
+        return {f"{inside}.{name}".lstrip("."): value for name, value in tensors(place, seed).items()}
+
+    return Conversion(arguments, {place: partial(layer, place, seed + i) for i, place in enumerate(names)})
 
 
 def _check_alike(first: Run, other: Run) -> None:

@@ -98,11 +98,11 @@ def build_backbone(
     sparse, copies = dense, config.pretrained is not False
     for i, name in enumerate(chosen):
         # Seeded by torch's own state, as any new layer is.
-        seed = int(torch.randint(2**31, ()))
+        seed = int(torch.randint(2**31, (), device="cpu"))
         sparse = core.sparsify(sparse, layers[i % len(layers)], name, "copy" if copies else "random", seed=seed)
     if config.twin is None:
         return sparse
-    return core.dense_twin(dense, like=sparse, cost=config.twin, seed=int(torch.randint(2**31, ())))
+    return core.dense_twin(dense, like=sparse, cost=config.twin, seed=int(torch.randint(2**31, (), device="cpu")))
 
 
 def _create(config: TimmConfig, image_size: int, in_chans: int, num_classes: int, pretrained: bool) -> nn.Module:

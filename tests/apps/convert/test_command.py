@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from commands import fails, full_disk
-from converted import IMAGES, TRAINER
+from converted import DIGITS, IMAGES, TRAINER, write_run
 from torch.testing import assert_close
 
 import apps
@@ -19,6 +19,8 @@ from apps.cli import main
 from apps.cli.request import Request
 from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.cost.quantizing import quantize_model
+from apps.vision.backbone import TimmConfig
+from apps.vision.module import VisionClassifier
 
 LAYER = "model.blocks.1.mlp"
 
@@ -207,6 +209,17 @@ def test_what_no_run_with_updates_becomes_is_one_line(runs, tmp_path, adapted, c
     ):
         assert message in fails(capsys, 1, "convert", argv[0], "--ckpt_path", run, *argv[1:], *end)
     assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+def test_a_backbone_is_made_dense_and_sparse_again_in_the_place_of_its_own_networks(runs, tmp_path):
+    moe = core.MoEConfig(4, core.TokenChoice(top_k=2))
+    module = VisionClassifier(backbone=TimmConfig("test_vit"), moe=moe, moe_blocks=[-1], image_size=16, report=None)
+    write_run(tmp_path / "run", module, DIGITS)
+    dense, _ = convert("densify", tmp_path / "run", output=tmp_path / "dense")
+    again, _ = convert("upcycle", tmp_path / "dense", output=tmp_path / "again", moe=runs / "moe.yaml")
+    x = torch.randn(2, 1, 16, 16)
+    assert (len(core.moe_layers(dense)), len(core.moe_layers(again))) == (0, 1)
+    assert_close(again(x), dense(x))
 
 
 @pytest.mark.parametrize(
