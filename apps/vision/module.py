@@ -323,12 +323,25 @@ class VisionClassifier(SparseModule, Comparable):
         return tuple(name.removesuffix(".moe") for name in super().moe_block_names)
 
     def routed_layers(self) -> RoutedLayers | None:
-        if self.moe is None or self.backbone is not None:  # whose layers may differ in width
+        if self.moe is None:
             return None
+        if self.backbone is not None:
+            return self._routed_layers_of_timm()
         arguments = {"tokens_per_sequence": self.tokens_per_image}
         place = Place(type(self).__name__, ("token_ids_BS",))
         sharing = len(self.model.moe_blocks) if self.model.shares_experts else 1
         return RoutedLayers(self.moe, self._around.dim, place, arguments, sharing)
+
+    def _routed_layers_of_timm(self) -> RoutedLayers | None:
+        layers = [module for module in self.modules() if isinstance(module, SparseFFN)]
+        if not layers or any((layer.config, layer.dim) != (layers[0].config, layers[0].dim) for layer in layers):
+            return None
+        lengths, trains = list[int](), self.training
+        with layers[0].moe.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1])), torch.no_grad():
+            self.eval()(torch.zeros(1, self.in_chans, self.image_size, self.image_size, device=self.device))
+        self.train(trains)
+        place = Place(type(self).__name__, ())  # timm's networks hand their MLPs no context
+        return RoutedLayers(layers[0].config, layers[0].dim, place, {"tokens_per_sequence": lengths[0]})
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
         """Return the top-1 accuracy: 1 for an image whose likeliest class is its own, else 0."""

@@ -1,5 +1,6 @@
 """Classifiers of timm: their MLPs are MoE layers, their twins cost as much, and weights begin as published."""
 
+import dataclasses
 import pickle
 
 import pytest
@@ -75,6 +76,15 @@ def test_a_dense_one_is_timms_own():
     assert_close(ours.model.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     assert_close(ours(images()), theirs(images()), rtol=0, atol=0)
     assert ours.readout == ("model.head",)
+
+
+def test_routers_are_compared_where_the_layers_are_alike():
+    layers = build(moe_blocks="all").routed_layers()
+    assert layers.dim == SMALL["embed_dim"]
+    assert layers.config == dataclasses.replace(MOE, expert=core.FFN(64, bias=True))  # as wide as the MLP was
+    assert layers.flops_arguments == {"tokens_per_sequence": (8 // SMALL["patch_size"]) ** 2 + 1}
+    assert build(SWIN, moe_blocks="all").routed_layers() is None  # its second stage is twice as wide
+    assert build(moe=None).routed_layers() is None
 
 
 def test_published_weights_are_where_it_begins_and_experts_are_copies(tmp_path):
