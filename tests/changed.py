@@ -17,7 +17,7 @@ from test_imports import ROOT, imports, module_name
 
 TOPS = ("core", "apps", "moesaic", "tests")
 PAGES = {
-    "configs": ["tests/test_configs.py", "tests/test_typed_commands.py"],
+    "configs": ["tests/test_configs.py", "tests/test_site.py", "tests/test_typed_commands.py"],
     "docs": ["tests/test_docs.py", "tests/test_figures.py", "tests/test_site.py", "tests/test_typed_commands.py"],
     "README.md": ["tests/test_readme.py", "tests/test_figures.py", "tests/test_typed_commands.py"],
     "pyproject.toml": ["tests/test_packaging.py"],
