@@ -33,7 +33,8 @@ from apps.vision.data import VisionData
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS, PICTURE = ROOT / "docs" / "runs" / "time_to_accuracy.json", ROOT / "docs" / "img" / "report"
 PACE_STEPS, WARM_STEPS = 40, 10
-RESNET = {"model.conv": None, "model.moe": None, "model.backbone.name": "resnet18", "model.optimizer.lr": 2e-3}
+ADAMW = {"model.optimizer.name": "adamw", "model.optimizer.adamw_parts": [], "model.optimizer.lr": 2e-3}
+RESNET = {"model.conv": None, "model.moe": None, "model.backbone.name": "resnet18", **ADAMW}
 WIDTHS, DENSE = {"model.conv.widths": [24, 48, 96]}, {"model.moe": None}
 SMALL = {**WIDTHS, "model.moe.expert.hidden_dim": 192}
 SYSTEMS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
