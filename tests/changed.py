@@ -51,14 +51,22 @@ def importers() -> dict[str, set[str]]:
     return found
 
 
+def reached_from(changed: list[str], tests: bool) -> set[str]:
+    """Return the changed files and those that import them, through others too; through tests, and tests, if asked."""
+    reached, todo = set[str](), list(changed)
+    while todo:
+        file = todo.pop()
+        if file not in reached and (tests or not file.startswith("tests/")):
+            reached.add(file)
+            todo += importers()[file]
+            if PurePosixPath(file).name == "conftest.py":  # fixtures are not imported
+                todo += [path.relative_to(ROOT).as_posix() for path in (ROOT / file).parent.rglob("test_*.py")]
+    return reached
+
+
 def rooms_tests(changed: list[str]) -> list[str]:
     """Return those of ``tests_of`` that lie in the rooms of what imports the changed files, or import them."""
-    above, todo = set[str](), [file for file in changed if not file.startswith("tests/")]
-    while todo:
-        if (file := todo.pop()) not in above:
-            above.add(file)
-            todo += [other for other in importers()[file] if not other.startswith("tests/")]
-    rooms = {str(PurePosixPath("tests", file).parent) for file in above}
+    rooms = {str(PurePosixPath("tests", file).parent) for file in reached_from(changed, tests=False)}
     direct = set[str]().union(*(importers()[file] for file in changed if not file.endswith("__init__.py")))
     others = tests_of([file for file in changed if not file.startswith(("apps/", "core/", "moesaic/"))])
     near = {test for test in tests_of(changed) if str(PurePosixPath(test).parent) in rooms or test in direct}
@@ -67,14 +75,7 @@ def rooms_tests(changed: list[str]) -> list[str]:
 
 def tests_of(changed: list[str]) -> list[str]:
     """Return the files of tests that a change of files concerns."""
-    reached, todo = set[str](), list(changed)
-    while todo:
-        file = todo.pop()
-        if file not in reached:
-            reached.add(file)
-            todo += importers()[file]
-            if PurePosixPath(file).name == "conftest.py":  # fixtures are not imported
-                todo += [path.relative_to(ROOT).as_posix() for path in (ROOT / file).parent.rglob("test_*.py")]
+    reached = reached_from(changed, tests=True)
     found = {file for file in reached if PurePosixPath(file).name.startswith("test_") and (ROOT / file).is_file()}
     for file in changed:
         found |= {test for start, tests in PAGES.items() if f"{file}/".startswith(f"{start}/") for test in tests}
