@@ -82,7 +82,7 @@ PARTS = (
         title="Sparse and dense on digits",
         arguments="--seeds 3 --search_share 0.3 --rounds 1",
         scaled=("--trainer.max_epochs", 7, 2),
-        seconds=(22.0, 50.0),
+        seconds=(16.0, 30.0),
     ),
     Part(
         name="fashion_mnist",
@@ -93,8 +93,8 @@ PARTS = (
         title="Sparse and dense on a part of Fashion-MNIST",
         arguments="--data.val_size 0.15 --data.batch_size 64 --model.conv.widths [24,48,96] --trainer.max_epochs 3 "
         "--seeds 3 --rounds 1 --baselines dense_equal_flops --learning_rates 0.01",
-        scaled=("--data.subset", 4000, 400),
-        seconds=(19.0, 17.0),
+        scaled=("--data.subset", 2500, 400),
+        seconds=(30.0, 22.0),
     ),
     Part(
         name="census_income",

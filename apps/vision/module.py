@@ -104,6 +104,8 @@ class VisionClassifier(SparseModule, Comparable):
             are its groups of convolutions, of which ``moe_blocks`` end in an FFN a position; without ``moe`` and
             ``dense_ffn`` none does.
         backbone: any classifier of timm in place of ``vit``. Its blocks are its MLPs, in its order.
+        flip_at_test: outside training, give the mean of the logits of an image and of its mirror image, which takes
+            twice the time: for what ``horizontal_flip`` of the data is for.
         kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
@@ -142,6 +144,7 @@ class VisionClassifier(SparseModule, Comparable):
         report: VisionReportConfig | None = _REPORT,
         conv: ConvConfig | None = None,
         backbone: TimmConfig | None = None,
+        flip_at_test: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -153,7 +156,7 @@ class VisionClassifier(SparseModule, Comparable):
         self.vit, self.conv, self.backbone, self.moe, self.moe_blocks = vit, conv, backbone, moe, moe_blocks
         self.image_size, self.in_chans, self.num_classes = image_size, in_chans, num_classes
         self.label_smoothing, self.pretrained, self.report = label_smoothing, pretrained, report
-        self.grad_checkpointing = grad_checkpointing
+        self.grad_checkpointing, self.flip_at_test = grad_checkpointing, flip_at_test
         shared: dict[str, Any] = {
             **{"image_size": image_size, "in_chans": in_chans, "num_classes": num_classes},
             **{"ffn": one_ffn(moe, dense_ffn), "moe_blocks": moe_blocks, "share_experts": share_experts},
@@ -184,8 +187,10 @@ class VisionClassifier(SparseModule, Comparable):
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Map (B, C, H, W) normalized images to (B, num_classes) logits; routers read ``context``, but not those of a
         backbone, whose layers are called with images alone."""
-        logits: Tensor = self.model(image) if self.backbone is not None else self.model(image, context=context)
-        return logits
+        options = {} if self.backbone is not None else {"context": context}
+        mirrored = self.model(image.flip(-1), **options) if self.flip_at_test and not self.training else None
+        logits: Tensor = self.model(image, **options)  # last: a report reads the routing of the image as it is
+        return logits if mirrored is None else (logits + mirrored) / 2
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the cross-entropy against class numbers or, under mixup and cutmix, shares of classes."""

@@ -19,6 +19,7 @@ from apps.equal_cost import routers
 from apps.train.optim.optimizers import OptimizerConfig, parameter_groups
 from apps.train.step.distilling import DistilConfig
 from apps.vision.batch import ImageBatch
+from apps.vision.conv import ConvConfig
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
@@ -262,3 +263,16 @@ def test_it_learns_and_its_checkpoint_loads_with_plain_values(tmp_path):
     assert (again.moe, again.vit, again.optimizer_config.lr) == (MOE, TINY, 1e-2)
     x = batch().image
     assert_close(again.eval()(x), module.eval()(x))
+
+
+def test_flip_at_test_is_the_mean_over_an_image_and_its_mirror_image_outside_training() -> None:
+    plain = VisionClassifier(conv=ConvConfig((4, 8), 1), image_size=8, num_classes=3)
+    flipped = VisionClassifier(conv=ConvConfig((4, 8), 1), image_size=8, num_classes=3, flip_at_test=True)
+    flipped.load_state_dict(plain.state_dict())
+    x = torch.randn(5, 1, 8, 8)
+    for module in (plain, flipped):
+        module.eval()
+    assert_close(flipped(x), (plain(x) + plain(x.flip(3))) / 2)
+    for module in (plain, flipped):
+        module.train()
+    assert_close(flipped(x), plain(x))
