@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -191,6 +192,15 @@ class VisionClassifier(SparseModule, Comparable):
         mirrored = self.model(image.flip(-1), **options) if self.flip_at_test and not self.training else None
         logits: Tensor = self.model(image, **options)  # last: a report reads the routing of the image as it is
         return logits if mirrored is None else (logits + mirrored) / 2
+
+    @contextlib.contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Inside, no mirror image is classified: to count the FLOPs of training."""
+        flips, self.flip_at_test = self.flip_at_test, False
+        try:
+            yield
+        finally:
+            self.flip_at_test = flips
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the cross-entropy against class numbers or, under mixup and cutmix, shares of classes."""

@@ -47,7 +47,8 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
 
     Args:
         module: ``SparseModule``, or another callable with ``cost_inputs``, ``cost_unit`` and the ``module`` that it
-            runs; it and the generators are left as they were.
+            runs; it and the generators are left as they were. In the context ``as_trained()`` of one that has it, an
+            evaluation computes no more than training does.
         batch: batch of the data module, on the module's device.
         replaced: dotted names of the blocks that a baseline replaces: the MoE layers, or the blocks around them.
         as_evaluated: count the matmuls under the module's evaluation capacity. Else count as in training, by the rule
@@ -87,6 +88,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
             if not as_evaluated:
                 as_trained.enter_context(core.set_capacity_factor(module, None))
                 as_trained.enter_context(by_capacity(module))
+                as_trained.enter_context(getattr(forward, "as_trained", contextlib.nullcontext)())
             total: float = core.count_flops(forward, *inputs)
             for hook in hooks:
                 hook.remove()

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import core
 from apps.cli import main
 from apps.equal_cost import routers
+from apps.train.cost.flops import measure_cost
 from apps.train.optim.optimizers import OptimizerConfig, parameter_groups
 from apps.train.step.distilling import DistilConfig
 from apps.vision.batch import ImageBatch
@@ -265,7 +266,7 @@ def test_it_learns_and_its_checkpoint_loads_with_plain_values(tmp_path):
     assert_close(again.eval()(x), module.eval()(x))
 
 
-def test_flip_at_test_is_the_mean_over_an_image_and_its_mirror_image_outside_training() -> None:
+def test_flip_at_test_is_the_mean_over_an_image_and_its_mirror_image_outside_training():
     plain = VisionClassifier(conv=ConvConfig((4, 8), 1), image_size=8, num_classes=3)
     flipped = VisionClassifier(conv=ConvConfig((4, 8), 1), image_size=8, num_classes=3, flip_at_test=True)
     flipped.load_state_dict(plain.state_dict())
@@ -276,3 +277,13 @@ def test_flip_at_test_is_the_mean_over_an_image_and_its_mirror_image_outside_tra
     for module in (plain, flipped):
         module.train()
     assert_close(flipped(x), plain(x))
+
+
+def test_the_flops_of_training_have_no_mirror_image_and_those_of_an_evaluation_do():
+    own = {"conv": ConvConfig((4, 8), 1), "image_size": 8, "num_classes": 3}
+    images = ImageBatch(torch.randn(5, 1, 8, 8), torch.zeros(5, dtype=torch.int64), torch.arange(5))
+    plain, flipped = VisionClassifier(**own), VisionClassifier(**own, flip_at_test=True)
+    once = measure_cost(plain, images).flops_per_example
+    assert measure_cost(flipped, images).flops_per_example == once
+    assert measure_cost(flipped, images, as_evaluated=True).flops_per_example == 2 * once
+    assert flipped.flip_at_test
