@@ -118,29 +118,29 @@ def _rows(images: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return a table of the means, with half the width of their 95 % intervals: a row a system and seconds."""
-    lines = ["| dataset | system | seconds | top-1, % | seeds |", "|---|---|---:|---:|---:|"]
-    for (dataset, system, seconds), values in grouped(results).items():
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        lines.append(f"| {dataset} | {system} | {seconds:g} | {statistics.mean(values):.2f}{spread} | {len(values)} |")
+    """Return a table of the means, with the deviation of several seeds: a row a system and seconds."""
+    lines = ["| dataset | seconds | system | top-1, % | seeds |", "|---|---:|---|---:|---:|"]
+    for (dataset, seconds, system), values in grouped(results).items():
+        spread = f" (deviation {statistics.stdev(values):.2f})" if len(values) > 1 else ""
+        lines.append(f"| {dataset} | {seconds:g} | {system} | {statistics.mean(values):.2f}{spread} | {len(values)} |")
     return "\n".join(lines)
 
 
-def grouped(results: list[dict[str, Any]]) -> dict[tuple[str, str, float], list[float]]:
-    found: dict[tuple[str, str, float], list[float]] = {}
+def grouped(results: list[dict[str, Any]]) -> dict[tuple[str, float, str], list[float]]:
+    found: dict[tuple[str, float, str], list[float]] = {}
     for one in results:
-        found.setdefault((one["dataset"], one["system"], one["budget"]), []).append(one["top1"])
+        found.setdefault((one["dataset"], one["budget"], one["system"]), []).append(one["top1"])
     return dict(sorted(found.items(), key=lambda item: item[0]))
 
 
 def draw(results: list[dict[str, Any]], dataset: str) -> None:
     means = {key[1:]: statistics.mean(values) for key, values in grouped(results).items() if key[0] == dataset}
-    points = tuple(Point(system, seconds, mean) for (system, seconds), mean in means.items())
-    lines = {system: [(p.x, p.y) for p in points if p.label == system] for system, _ in means}
+    points = tuple(Point(system, seconds, mean) for (seconds, system), mean in means.items())
+    lines = {system: [(p.x, p.y) for p in points if p.label == system] for _, system in means}
     curves = tuple(Line(system, *zip(*places, strict=True)) for system, places in lines.items())
     summary = f"Top-1 of {dataset} over processor seconds of training, {len(lines)} systems"
     axes = ("Processor seconds of training", "Top-1 of the test, %")
-    chart = ScatterChart(dataset, summary, *axes, points, log_x=True, curves=curves)
+    chart = ScatterChart("Top-1 after seconds of training", summary, *axes, points, log_x=True, curves=curves)
     save_charts([chart], PICTURE / f"time_to_accuracy_{dataset}.png", f"What a minute buys: {dataset}")
 
 
