@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from core.layers import *
     from core.offload import *
     from moesaic.commands import Predictions, Result, compare, fit, load, predict, test, verdict
+    from moesaic.tables import TableClassifier, TableRegressor
 
     __all__ = ["Predictions", "Result", "compare", "fit", "load", "predict", "test", "verdict"]
+    __all__ += ["TableClassifier", "TableRegressor"]
     __all__ += core.__all__
 
 _COMMANDS = ("Predictions", "Result", "compare", "fit", "load", "predict", "test", "verdict")
+_TABLES = ("TableClassifier", "TableRegressor")
 
 
 def __getattr__(name: str) -> object:
@@ -32,9 +35,10 @@ def __getattr__(name: str) -> object:
     file = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "apps", "base", "packages.py")
     if line := runpy.run_path(file)["shadowed"]():  # by its path, for the package apps may be another one
         raise ImportError(line)
-    source = importlib.import_module("moesaic.commands" if name in _COMMANDS else "core")
+    rooms = {**dict.fromkeys(_COMMANDS, "moesaic.commands"), **dict.fromkeys(_TABLES, "moesaic.tables")}
+    source = importlib.import_module(rooms.get(name, "core"))
     if name == "__all__":
-        return [*_COMMANDS, *source.__all__]
+        return [*rooms, *source.__all__]
     if name not in source.__all__ and name not in getattr(source, "OLD_NAMES", ()):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(source, name)
@@ -42,4 +46,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return [*_COMMANDS, *importlib.import_module("core").__all__]
+    return [*_COMMANDS, *_TABLES, *importlib.import_module("core").__all__]

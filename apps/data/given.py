@@ -34,6 +34,9 @@ class GivenData:
         in_place: whether a person reads the configuration next: it reads texts from the user's own files, which are
             else linked below ``folder``, and a table may have no ``target``.
         more_targets: further columns to predict with the same model.
+        categorical: columns of a table that are categories, whatever they look like.
+        is_chosen: whether a program has chosen the columns: none is left out as a likely leak, label or number of rows,
+            and a target may have few rows.
     """
 
     paths: tuple[Path, ...]
@@ -45,6 +48,8 @@ class GivenData:
     user: str | None = None
     in_place: bool = False
     more_targets: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
+    is_chosen: bool = False
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ class Label:
         return self.kind not in ("binary", "multiclass")
 
 
-def label_of(name: str, column: pa.ChunkedArray, kind: TargetKind | None = None) -> Label:
+def label_of(
+    name: str, column: pa.ChunkedArray, kind: TargetKind | None = None, least_rows: int = LEAST_ROWS
+) -> Label:
     """Return what is to be known of a target.
 
     Args:
@@ -61,6 +63,7 @@ def label_of(name: str, column: pa.ChunkedArray, kind: TargetKind | None = None)
         column: its values.
         kind: kind of label. None: two values are "binary", more texts "multiclass", integers of few values "ordinal",
             and other numbers as ``number_kind`` says.
+        least_rows: least number of rows of each of two classes, and half of that of numbers.
 
     Raises:
         ValueError: there is nothing to learn, or the values are not of the kind.
@@ -82,19 +85,19 @@ def label_of(name: str, column: pa.ChunkedArray, kind: TargetKind | None = None)
         raise ValueError(f"--target {name!r} holds {column.type}, and not numbers, text or truth values")
     missing = f", {column.null_count:,} rows without" if column.null_count else ""
     if kind == "binary" or (kind is None and len(counts) == 2):
-        return _binary(name, column, counts, is_number, missing)
+        return _binary(name, column, counts, is_number, missing, least_rows)
     most = max(counts, key=lambda value: counts[value])
     if kind == "multiclass" or (kind is None and not is_number):
-        if (enough := sum(count >= LEAST_ROWS for count in counts.values())) < 2:
-            found = f"{enough} of {len(counts):,} classes have {LEAST_ROWS} rows"
+        if (enough := sum(count >= least_rows for count in counts.values())) < 2:
+            found = f"{enough} of {len(counts):,} classes have {least_rows} rows"
             raise ValueError(f"--target {name!r}: {found}, and two are needed")
         values_N = floats_of(pc.equal(column, pa.scalar(most, column.type)))
         meaning = f"multiclass, {len(counts):,} classes, most often {excerpt(most)}{missing}"
         return Label({"column": name, "kind": "multiclass"}, meaning, values_N)
     if not is_number:
         raise ValueError(f"--target {name!r} holds {column.type}, and kind {kind!r} takes numbers")
-    if (count := len(column) - column.null_count) < 2 * LEAST_ROWS:
-        raise ValueError(f"--target {name!r} has a number in {count} rows, and {2 * LEAST_ROWS} are needed")
+    if (count := len(column) - column.null_count) < 2 * least_rows:
+        raise ValueError(f"--target {name!r} has a number in {count} rows, and {2 * least_rows} are needed")
     values_N = floats_of(column)
     known = values_N[~np.isnan(values_N)]
     if kind is None:
@@ -104,7 +107,9 @@ def label_of(name: str, column: pa.ChunkedArray, kind: TargetKind | None = None)
     return Label({"column": name, "kind": kind}, meaning, values_N)
 
 
-def _binary(name: str, column: pa.ChunkedArray, counts: Mapping[Any, int], is_number: bool, missing: str) -> Label:
+def _binary(
+    name: str, column: pa.ChunkedArray, counts: Mapping[Any, int], is_number: bool, missing: str, least_rows: int
+) -> Label:
     """Return a target of yes and no: of two values the larger is yes, of more numbers those from the median on, of more
     texts the most frequent one."""
     config: dict[str, Any] = {"column": name}
@@ -123,8 +128,8 @@ def _binary(name: str, column: pa.ChunkedArray, counts: Mapping[Any, int], is_nu
             config |= {"at_least": high} if is_number else {"positive": [high]}
     num_positive, num_rows = int(pc.sum(positive).as_py()), sum(counts.values())
     for count, which in ((num_positive, "are"), (num_rows - num_positive, "are not")):
-        if count < LEAST_ROWS:
-            rule = f"each class needs {LEAST_ROWS}"
+        if count < least_rows:
+            rule = f"each class needs {least_rows}"
             raise ValueError(f"--target {name!r}: {count} rows {which} positive ({what}), and {rule}")
     return Label(config, f"binary, {what} in {num_positive / num_rows:.1%}{missing}", floats_of(positive))
 

@@ -22,15 +22,17 @@ from apps.recsys.encoding.texts import encoder_folder
 from apps.recsys.encoding.timestamps import to_seconds
 from apps.recsys.guesses import TABLE_ROLES, Guess, Role, guess
 from apps.recsys.own_files import check_columns, read_tables, table_files
-from apps.recsys.own_labels import Label, floats_of, is_outcome, label_of, likeliest
+from apps.recsys.own_labels import LEAST_ROWS, Label, floats_of, is_outcome, label_of, likeliest
 from apps.recsys.readers.user_tables import joined
 from apps.recsys.schema import TextConfig, plain_name, timestamp_columns
+from apps.recsys.tables.encode.ids import ids_among_numbers
 from apps.recsys.tables.encode.leaks import Column, Copies, groups_of, later_dates, leak, made_of_labels
 
 _LOOKED_AT = 20_000
 _KNOWN_BEFORE = "put it back if it is known before the label"
 _STEPS = 1500
 _SHARES = {"val": 0.15, "test": 0.25}
+_NUMBERS = ("number", "count")
 _DATA = ("data", "init_args")
 _TABLE = (*_DATA, "table")
 
@@ -65,18 +67,22 @@ def config_for(given: GivenData) -> GivenConfig | None:
         notes.append(f"target: {targets[0]}, {why}; --target names another one")
     asked = [("time", given.time), ("user", given.user), *(("exclude", column) for column in given.exclude)]
     check_columns([*(("target", target) for target in targets), *asked], table, files[0], name)
-    labels = {plain_name(target): label_of(target, table.column(target), given.kind) for target in targets}
+    least = 1 if given.is_chosen else LEAST_ROWS
+    labels = {plain_name(target): label_of(target, table.column(target), given.kind, least) for target in targets}
     if given.time is not None:
         to_order([("the table", table.column(given.time))], given.time)
     given, table = _with_plain_names(given, table.drop_columns(targets), targets)
     found = {column: guess(column, table.column(column)) for column in table.column_names}
     found |= dict.fromkeys(given.exclude, Guess("unused", "excluded"))
+    found |= dict.fromkeys(given.categorical, Guess("category", "named"))
     lengths = {file.name: len(own) for file, own in tables.items()}
     dates = (column for column, own in found.items() if own.role == "date")
     warnings = [line for column in dates for line in _odd_dates(column, table, lengths)]
     found = {column: _used(column, own, given, table) for column, own in found.items()}
-    found, copies = _without_leaks(found, given, table, labels)
-    warnings += copies
+    found |= _ids(found, table, labels)
+    if not given.is_chosen:
+        found, copies = _without_leaks(found, given, table, labels)
+        warnings += copies
     separators = Counter(own.separator for own in found.values() if own.separator)
     separator = max(separators, key=separators.__getitem__, default="|")
     for column, own in found.items():
@@ -138,8 +144,17 @@ def _day(seconds: float) -> str:
     return str(np.datetime64(int(seconds), "s").astype("M8[D]"))
 
 
+def _ids(found: Mapping[str, Guess], table: pa.Table, labels: Mapping[str, Label]) -> dict[str, Guess]:
+    """Return new guesses for columns of integers that turn out to be ids: each value says more than their order."""
+    numbers = {column: floats_of(plain(table.column(column))) for column, own in found.items() if own.role in _NUMBERS}
+    ids = ids_among_numbers(numbers, [label.values_N for label in labels.values()])
+    return {column: Guess("category", f"{found[column].reason}, {why}") for column, why in ids.items()}
+
+
 def _used(column: str, own: Guess, given: GivenData, table: pa.Table) -> Guess:
     """Return a guess, or why a column is not used after all."""
+    if own.role == "id" and given.is_chosen and not is_text(plain(table.column(column)).type):
+        return Guess("number", own.reason)
     if own.role not in TABLE_ROLES:
         return own
     if column == given.time and own.role != "date":
@@ -155,7 +170,7 @@ def _used(column: str, own: Guess, given: GivenData, table: pa.Table) -> Guess:
             encoder_folder(TextConfig(), column)
         except ValueError as error:
             return Guess("unused", f"text of {own.reason}", advice=str(error).partition(": ")[2])
-    if own.role == "category" and is_outcome(column, len(pc.unique(plain(table.column(column)).drop_null()))):
+    if own.role == "category" and not given.is_chosen and is_outcome(column, len(pc.unique(plain(table.column(column)).drop_null()))):
         return Guess("unused", "likely another label", advice=f"--target {column} makes it one; else {_KNOWN_BEFORE}")
     return own
 

@@ -84,7 +84,12 @@ class TablePrediction(RowTask):
             return pa.table(self.scores([self.row.table(examples)], len(examples))).to_pylist()
 
     def scores(self, tables: Sequence[pa.Table] | Iterator[pa.Table], batch_size: int) -> dict[str, Any]:
-        """Return the predictions of the rows of tables by column, as numpy arrays or lists.
+        """Return the predictions of the rows of tables by column, as numpy arrays or lists; see ``logits``."""
+        columns = self.model.outputs.columns(self.tasks, self.logits(tables, batch_size))
+        return {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in columns.items()}
+
+    def logits(self, tables: Sequence[pa.Table] | Iterator[pa.Table], batch_size: int) -> Tensor:
+        """Return the tasks' outputs for the rows of tables, (N, Z).
 
         Args:
             tables: chunks of one table, with the columns of the encoding.
@@ -93,8 +98,7 @@ class TablePrediction(RowTask):
         parts = [torch.empty(0, self.model.outputs.width)]
         for _, batch in encoded(tables, self.encoding, batch_size):
             parts.append(self.model(batch.to(self.model.device)).float().cpu())
-        columns = self.model.outputs.columns(self.tasks, torch.cat(parts))
-        return {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in columns.items()}
+        return torch.cat(parts)
 
     def layers(self, tape: core.Tape, example: Any, answer: Any) -> Mapping[str, tuple[LayerPart, ...]]:
         reader = GateReader(self.model)
