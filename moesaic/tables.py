@@ -95,14 +95,14 @@ class _TableModel(BaseEstimator):
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction} must be in [0, 1)")
         columns = self._columns(X, reset=True)
-        labels = self._labels(self._targets(y, len(X)))
+        labels = self._labels(self._targets(y, len(columns[0])))
         if sample_weight is not None:
             sample_weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
         own = getattr(self, "feature_names_in_", [f"x{place}" for place in range(len(columns))])
         names = _distinct([*own, *labels, "sample_weight"])
         self._names, targets, weight = names[: len(own)], names[len(own) : -1], names[-1]
         self._tasks = targets
-        (table,) = pieces(dict(zip(self._names, columns, strict=True)), dict.fromkeys(self._names, ""), (), len(X))
+        (table,) = pieces(dict(zip(self._names, columns, strict=True)), dict.fromkeys(self._names, ""), (), len(columns[0]))
         for target, label_N in zip(targets, labels.values(), strict=True):
             table = table.append_column(target, pa.array(label_N))
         if sample_weight is not None:
@@ -166,7 +166,6 @@ class _TableModel(BaseEstimator):
 
     def _outputs(self, X: Any) -> list[tuple[Any, torch.Tensor]]:
         """Return each task's kind and its outputs for the rows, (N, width)."""
-        check_is_fitted(self)
         columns = dict(zip(self._names, self._columns(X, reset=False), strict=True))
         task = self._model.task
         roles = task.encoding.roles
@@ -179,12 +178,13 @@ class _TableModel(BaseEstimator):
 
     def _columns(self, X: Any, reset: bool) -> list[Any]:
         """Return the columns of a table, checked; ``reset``: they are those of the training."""
+        least = 2 if reset else 1
         if not is_frame(X):
-            X = validate_data(self, X, reset=reset, dtype=None, ensure_all_finite="allow-nan")
+            X = validate_data(self, X, reset=reset, dtype=None, ensure_all_finite="allow-nan", ensure_min_samples=least)
             return list(X.T)
         validate_data(self, X, reset=reset, skip_check_array=True)
-        if not (len(X) and X.shape[1]):
-            raise ValueError(f"X has {len(X)} rows (n_samples) and {X.shape[1]} columns: there is nothing to read")
+        if len(X) < least or not X.shape[1]:
+            raise ValueError(f"X has {len(X)} rows and {X.shape[1]} columns: {least} and 1 are needed")
         columns = [X.iloc[:, place] for place in range(X.shape[1])]
         for name, column in zip(X.columns, columns, strict=True):
             if column.dtype.kind == "f" and (bad := np.isinf(column.to_numpy(float, na_value=np.nan))).any():
@@ -248,6 +248,7 @@ class TableClassifier(ClassifierMixin, _TableModel):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the likeliest class of each row, (N,), or of each row and task, (N, t)."""
+        check_is_fitted(self)
         shares, classes = self.predict_proba(X), self.classes_
         if self._is_single:
             shares, classes = [shares], [classes]
@@ -256,6 +257,7 @@ class TableClassifier(ClassifierMixin, _TableModel):
 
     def predict_proba(self, X: Any) -> Any:
         """Return the probability of each class of ``classes_``, (N, C); of several tasks a list of these."""
+        check_is_fitted(self)
         classes = [self.classes_] if self._is_single else self.classes_
         found = [_shares(*own, len(names)) for own, names in zip(self._outputs(X), classes, strict=True)]
         return found[0] if self._is_single else found
@@ -287,6 +289,7 @@ class TableRegressor(RegressorMixin, _TableModel):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the expected label of each row, float64 (N,), or of each row and task, (N, t)."""
+        check_is_fitted(self)
         found = [kind.value(z).double().numpy() for kind, z in self._outputs(X)]
         return found[0] if self._is_single else np.stack(found, axis=-1)
 
@@ -294,12 +297,13 @@ class TableRegressor(RegressorMixin, _TableModel):
         labels = {}
         for name, label_N in targets.items():
             try:
-                label_N = label_N if label_N.dtype.kind in "iu" else label_N.astype(np.float64)
+                label_N = label_N.astype(np.float64)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name} holds no numbers: {error}") from None
             if len(np.unique(label_N)) < 2:
                 raise ValueError(f"{name} is {label_N[0]:g} in every row: there is nothing to learn")
-            labels[name] = label_N
+            is_whole = (np.floor(label_N) == label_N).all() and np.abs(label_N).max() < 2**53
+            labels[name] = label_N.astype(np.int64) if is_whole else label_N  # 5 and 5.0 are one level
         return labels
 
     def _kind(self, labels: Mapping[str, np.ndarray]) -> Any:

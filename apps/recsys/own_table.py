@@ -20,7 +20,7 @@ from apps.data.given import EXPERTS, NUMBERS, GivenConfig, GivenData
 from apps.recsys.encoding.numbers import is_text, plain, to_order
 from apps.recsys.encoding.texts import encoder_folder
 from apps.recsys.encoding.timestamps import to_seconds
-from apps.recsys.guesses import TABLE_ROLES, Guess, Role, guess
+from apps.recsys.guesses import FEW_VALUES, TABLE_ROLES, Guess, Role, guess
 from apps.recsys.own_files import check_columns, read_tables, table_files
 from apps.recsys.own_labels import LEAST_ROWS, Label, floats_of, is_outcome, label_of, likeliest
 from apps.recsys.readers.user_tables import joined
@@ -103,7 +103,8 @@ def config_for(given: GivenData) -> GivenConfig | None:
         notes.append(f"columns: {'; '.join(used)}")
     comments[*_DATA, "train_file"] = f"{counted(len(table), 'row')}; file names start from the folder you are in"
     comments["model", "init_args", "dense", "kind"] = "also: piecewise_linear, quantile, normalize"
-    has_ids = any(100 * len(pc.unique(plain(table.column(c)))) > num_rows for c in columns.get("categorical", ()))
+    sizes = [len(pc.unique(plain(table.column(column)))) for column in columns.get("categorical", ())]
+    has_ids = any(size > max(num_rows / 100, FEW_VALUES) for size in sizes)
     made = _sparse_config({"train_file": path, "table": columns}, num_rows, has_ids, notes)
     return replace(made, comments=comments, above=above, warnings=tuple(warnings))
 
@@ -291,7 +292,7 @@ def _sparse_config(data: Mapping[str, Any], num_rows: int, has_ids: bool, notes:
     Args:
         data: arguments of ``TableData`` that name files and columns.
         num_rows: rows with a label.
-        has_ids: whether a category has a value for at most a hundred rows.
+        has_ids: whether a category has more than 20 values, and one for at most a hundred rows.
         notes: sentences on how the data were read.
     """
     num_train = round(num_rows * 0.75 * 0.85)
