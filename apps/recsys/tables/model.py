@@ -147,7 +147,7 @@ class TableColumns(nn.Module):
         super().__init__()
         self.dropout, self.copies = dropout, copies
         self.num_continuous = len(features.continuous)
-        self.dense = DenseArch(features.continuous, dense, copies)
+        self.dense = DenseArch(features.continuous, dense, copies, features.numbers)
         attended = tuple(s for s in features.sequences if history.pooling == "din" and s.items is not None)
         if history.pooling == "din" and features.sequences and not attended:
             names = ", ".join(s.name for s in features.sequences)

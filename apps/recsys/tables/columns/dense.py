@@ -20,6 +20,9 @@ from core.fields import Bounds, Checked, Count
 _KNEE = 3.0
 """Standard deviations from which on "quantile_normal" takes the logarithm."""
 
+_DIM = 16
+"""Width of a column's encoding by "by_label" and "linear", where none is given."""
+
 _CLIP = 100.0
 """Standard deviations beyond which a value is taken as this far off: a slip of the decimal point must not blow up."""
 
@@ -41,14 +44,17 @@ class DenseConfig(Checked):
       tells large ones apart. A value outside the training split's range is taken as the end of it, as trees do.
       Missing values as with "normalize". With ``num_bins`` the bins are embedded too, as with "quantile": single values
       of a column may mean something of their own.
+    - "by_label": bins between the thresholds that the encoding learned from labels, given ``table.numbers``, which also
+      says how they are used: "bins" as with "quantile", "linear" as with "piecewise_linear" and a ``dim``, from the
+      column's smallest value to its largest.
 
     Attributes:
-        kind: "normalize", "quantile", "piecewise_linear" or "quantile_normal".
+        kind: "normalize", "quantile", "piecewise_linear", "quantile_normal" or "by_label".
         log1p: whether "normalize" takes the logarithm.
         num_bins: largest number of bins of a column, taken evenly from its quantiles; None: all of them, and none that
             are embedded with "quantile_normal".
         dim: width to which a linear map and ReLU take each column's encoding, with "piecewise_linear"; None: the
-            encoding itself.
+            encoding itself. With "by_label" that of "linear", None: 16; bins are as wide as other embeddings.
 
     Raises:
         ValueError: a value out of its range, or one that the kind does not use.
@@ -56,7 +62,7 @@ class DenseConfig(Checked):
 
     prefix = "dense."
 
-    kind: Literal["normalize", "quantile", "piecewise_linear", "quantile_normal"] = "normalize"
+    kind: Literal["normalize", "quantile", "piecewise_linear", "quantile_normal", "by_label"] = "normalize"
     log1p: bool = False
     num_bins: Annotated[int, Bounds(2)] | None = None
     dim: Count | None = None
@@ -67,8 +73,10 @@ class DenseConfig(Checked):
             raise ValueError(f"dense.log1p=True has no meaning with dense.kind={self.kind!r}")
         if self.num_bins is not None and self.kind == "normalize":
             raise ValueError(f"dense.num_bins={self.num_bins} has a meaning with bins only")
-        if self.dim is not None and self.kind != "piecewise_linear":
-            raise ValueError(f"dense.dim={self.dim} needs dense.kind='piecewise_linear'")
+        if self.num_bins is not None and self.kind == "by_label":
+            raise ValueError(f"dense.num_bins={self.num_bins}: dense.kind='by_label' takes all thresholds")
+        if self.dim is not None and self.kind not in ("piecewise_linear", "by_label"):
+            raise ValueError(f"dense.dim={self.dim} needs dense.kind='piecewise_linear' or 'by_label'")
 
 
 class DenseArch(nn.Module):
@@ -78,16 +86,24 @@ class DenseArch(nn.Module):
         features: the C columns.
         config: how they are encoded.
         copies: number of separate weights, for models that share nothing.
+        numbers: ``Features.numbers``, which "by_label" reads.
 
     Attributes:
         out_dim: width of the output; 0 if there is none.
         bin_features: columns that ``bins`` gives to the embeddings, with "quantile" and "quantile_normal".
+
+    Raises:
+        ValueError: "by_label", and no thresholds were learned.
     """
 
     _edges_CM: Tensor
 
     def __init__(
-        self, features: Sequence[ContinuousFeature], config: DenseConfig = DenseConfig(), copies: int = 1
+        self,
+        features: Sequence[ContinuousFeature],
+        config: DenseConfig = DenseConfig(),
+        copies: int = 1,
+        numbers: str = "",
     ) -> None:
         super().__init__()
         self.config, self.copies = config, copies
@@ -96,8 +112,11 @@ class DenseArch(nn.Module):
         self.encode: nn.Module | None = None
         if not features:
             return
+        kind, dim = config.kind, config.dim
         edges = [thin(f.quantiles, config.num_bins) for f in features]
-        if config.kind == "quantile" or (config.kind == "quantile_normal" and config.num_bins is not None):
+        if kind == "by_label":
+            kind, dim, edges = _by_label(features, numbers, dim)
+        if kind == "quantile" or (config.kind == "quantile_normal" and config.num_bins is not None):
             self.bin_features = tuple(
                 CategoricalFeature(f.name, num_rows=len(e) + 2) for f, e in zip(features, edges, strict=True)
             )
@@ -106,11 +125,11 @@ class DenseArch(nn.Module):
             self.encode = Normalize(features, config.log1p)
         elif config.kind == "quantile_normal":
             self.encode = QuantileNormal(features, [thin(f.quantiles, None) for f in features])
-        elif config.kind == "piecewise_linear" and config.dim is None:
+        elif kind == "piecewise_linear" and dim is None:
             self.encode = PiecewiseLinear(features, edges)
-        elif config.dim is not None:
-            self.encode = PiecewiseLinearEmbedding(features, edges, copies * config.dim)
-            self.out_dim = len(features) * config.dim
+        elif dim is not None:
+            self.encode = PiecewiseLinearEmbedding(features, edges, copies * dim)
+            self.out_dim = len(features) * dim
         if isinstance(self.encode, Normalize | PiecewiseLinear):
             self.out_dim = self.encode.out_dim
 
@@ -318,6 +337,22 @@ class PiecewiseLinearEmbedding(_Bins):
         tails_BC3 = torch.stack(self.tails(dense_BC), dim=-1)
         tails = torch.bmm(tails_BC3.transpose(0, 1), self.tails_weight.transpose(0, 1)).transpose(0, 1)
         return F.relu(torch.lerp(low, high, share_BC1) + tails + self.bias)
+
+
+def _by_label(
+    features: Sequence[ContinuousFeature], numbers: str, dim: int | None
+) -> tuple[str, int | None, list[tuple[float, ...]]]:
+    """Return the kind that "by_label" is the same as given other boundaries, its width, and these boundaries.
+
+    Raises:
+        ValueError: no thresholds were learned.
+    """
+    if not numbers:
+        raise ValueError("dense.kind='by_label' needs thresholds: give table.numbers (auto, bins or linear)")
+    if numbers == "bins":
+        return "quantile", None, [thin(f.thresholds, None) for f in features]
+    ends = [() if f.least is None or f.most is None else (f.least, *f.thresholds, f.most) for f in features]
+    return "piecewise_linear", dim or _DIM, [thin(own, None) for own in ends]
 
 
 def thin(quantiles: Sequence[float], num_bins: int | None) -> tuple[float, ...]:
