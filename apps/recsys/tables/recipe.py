@@ -6,7 +6,7 @@ Each line was compared with LightGBM on public tables (docs/results/tables.md):
 - dropout 0.3 with ids (a category that has a value for a hundred rows or fewer), 0.05 without categories, else 0.1;
 - AdamW at 0.002, at 0.004 if every task is a number; 5 % warm-up, then a cosine to zero; norms clipped at 1;
 - batches of a sixteenth of the rows, from 32 to 256, and to 512 from 200,000 rows on;
-- 7 epochs with ids; else as many as show 400,000 rows, from 8 to 40, fewer if validation is worse five times in a row;
+- 7 epochs with ids; else 40 below 20,000 rows, 15 below 30,000, then 8; fewer if validation is worse five times;
 - boosted trees beside it, weighted on validation.
 """
 
@@ -21,8 +21,6 @@ from apps.data.given import EXPERTS
 _WIDTH = 192
 _EXPERT_WIDTH = 112
 """Of 2 experts a row, which cost about as much as two layers of ``_WIDTH``."""
-
-_ROWS_SHOWN = 400_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,9 @@ class Size:
 
     @property
     def epochs(self) -> int:
-        return 7 if self.has_ids else min(max(round(_ROWS_SHOWN / max(self.num_rows, 1)), 8), 40)
+        if self.has_ids:
+            return 7
+        return 40 if self.num_rows < 20_000 else 15 if self.num_rows < 30_000 else 8
 
     @property
     def dropout(self) -> float:

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[4]
 @pytest.mark.parametrize(("num_rows", "batch_size", "epochs"), [
     (20, 32, 40),  # no batch is smaller
     (1_000, 32, 40),  # 1000 / 16 = 62.5: the power of two below it
-    (13_158, 256, 30),  # 400,000 / 13,158 = 30.4
-    (31_000, 256, 13),
+    (13_158, 256, 40),
+    (25_000, 256, 15),
+    (31_000, 256, 8),
     (500_000, 512, 8),
 ])  # fmt: skip
 def test_batches_and_epochs_follow_the_rows(num_rows, batch_size, epochs):
