@@ -255,7 +255,7 @@ def _columns(
         comments |= {(*_TABLE, "left_out", part): why for part, why in parts.items()}
     if "continuous" in section or "timestamps" in section:
         section["numbers"] = "auto"
-        comments[*_TABLE, "numbers"] = "bins or linear, as a short training is better on the validation rows"
+        comments[*_TABLE, "numbers"] = "bins or linear: by a short training, on validation rows"
     if separator != "|":
         section["separator"] = separator
         comments[*_TABLE, "separator"] = "between the values of a list"

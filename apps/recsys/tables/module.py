@@ -24,7 +24,7 @@ from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.columns.dense import DenseConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are_stepped
 from apps.recsys.tables.columns.history import HistoryConfig
-from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
+from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel, SharedMembers
 from apps.recsys.tables.negatives.weighting import WeightingConfig
 from apps.recsys.tables.outputs import TaskOutputs, difference, labeled_mean, values_by_task
 from apps.recsys.tables.report.importance import importances
@@ -64,6 +64,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         weighting: weighting of the tasks' losses in their sum.
         dropout: dropout of the shared layer's input, in training.
         num_members: networks trained side by side; the prediction is the mean of their probabilities.
+        share_members: whether they share columns and weights, each with scales and biases of its own (TabM, arXiv
+            2410.24210): several for little more than one. For a ``SharedBottom`` and a plain head.
         score_bins: number of bins of the scores whose counts the metrics keep instead of every prediction; there is no
             AUC by user then. None: exact metrics.
         report: options of the report that a test adds to the metrics; None: nothing.
@@ -109,6 +111,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         weighting: WeightingConfig | None = None,
         dropout: float = 0.0,
         num_members: int = 1,
+        share_members: bool = False,
         score_bins: int | None = None,
         report: RecommenderReportConfig | None = _REPORT,
         history: HistoryConfig | None = None,
@@ -153,8 +156,13 @@ class MultiTaskRecommender(SparseModule, Comparable):
             "embedding": self.embedding, "dense": self.dense, "interaction": self.interaction, "head": self.head,
             "dropout": dropout, "history": self.history, "gate_embeddings": gate_embeddings,
         }  # fmt: skip
-        members = [MultiTaskModel(features, self.shared_config, **parts) for _ in range(num_members)]
-        self.model = members[0] if num_members == 1 else Ensemble(members)
+        self.model: MultiTaskModel | Ensemble
+        if share_members:
+            self.model = SharedMembers(features, self.shared_config, num_members=num_members, **parts)
+        elif num_members == 1:
+            self.model = MultiTaskModel(features, self.shared_config, **parts)
+        else:
+            self.model = Ensemble([MultiTaskModel(features, self.shared_config, **parts) for _ in range(num_members)])
         shares = features.positives or (0.5,) * len(features.tasks)
         initial = [kind.initial_loss(share) for kind, share in zip(self.outputs.kinds, shares, strict=True)]
         self.weighting = self.weighting_config.build(features.tasks, initial)
@@ -162,7 +170,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     @property
     def members(self) -> list[MultiTaskModel]:
-        """The networks, one if there is no ensemble."""
+        """The networks, one if there is no ensemble or it is one network."""
         if isinstance(self.model, MultiTaskModel):
             return [self.model]
         return [m for m in self.model.members if isinstance(m, MultiTaskModel)]
@@ -222,7 +230,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return TaskOutputs(self.outputs, self.model(batch).float(), labels, batch.weight_Bt)
 
     def _head_losses(self, z: Tensor) -> Mapping[str, Tensor]:
-        if z.ndim == 2:
+        if z.ndim == 2 or len(self.members) == 1:
             return self.members[0].head.losses(z)
         by_member = [m.head.losses(z_BZ) for m, z_BZ in zip(self.members, z, strict=True)]
         return {name: torch.stack([losses[name] for losses in by_member]).mean() for name in by_member[0]}
