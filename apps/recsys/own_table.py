@@ -96,7 +96,7 @@ def config_for(given: GivenData) -> GivenConfig | None:
         used = [f"{', '.join(own)} ({role})" for role, own in columns.items() if role in TABLE_ROLES.values()]
         notes.append(f"columns: {'; '.join(used)}")
     comments[*_DATA, "train_file"] = f"{counted(len(table), 'row')}; file names start from the folder you are in"
-    comments["model", "init_args", "dense", "kind"] = "also: piecewise_linear, quantile, normalize"
+    comments["model", "init_args", "dense", "kind"] = "also: quantile_normal, piecewise_linear, quantile, normalize"
     has_ids = any(100 * len(pc.unique(plain(table.column(c)))) > num_rows for c in columns.get("categorical", ()))
     made = _sparse_config({"train_file": path, "table": columns}, num_rows, has_ids, notes)
     return replace(made, comments=comments, above=above, warnings=tuple(warnings))
@@ -246,6 +246,8 @@ def _columns(
     if separator != "|":
         section["separator"] = separator
         comments[*_TABLE, "separator"] = "between the values of a list"
+    section["numbers"] = "auto"
+    comments[*_TABLE, "numbers"] = "as validation says; also: bins, linear"
     section["tasks"] = {task: dict(label.config) for task, label in labels.items()}
     comments |= {(*_TABLE, "tasks", task): label.meaning for task, label in labels.items()}
     if unused := [f"  {c}: {_words(own)}" for c, own in found.items() if own.role not in TABLE_ROLES]:
@@ -288,7 +290,7 @@ def _sparse_config(data: Mapping[str, Any], num_rows: int, has_ids: bool, notes:
         "shared": {"class_path": "core.MMoE", "init_args": gates},
         # A rare value starts near 0, where it says nothing.
         "embedding": {"dim": 16, "init_std": 0.001},
-        "dense": {"kind": "quantile_normal", "num_bins": 32},
+        "dense": {"kind": "by_label"},
         "head": {"hidden_dims": [8], "activation": "silu"},
         "dropout": 0.3 if has_ids else 0.1,
         "optimizer": {"lr": 3.0e-3, "weight_decay": 0.01, "warmup_steps": 0.05, "fused": True},

@@ -95,7 +95,8 @@ def test_every_role_has_its_place_and_its_reason(tmp_path):
         "same is left out: 'x' in every row",
         "none is left out: no value in any row",
     )
-    assert made.config["model"]["init_args"]["dense"] == {"kind": "quantile_normal", "num_bins": 32}
+    assert made.config["model"]["init_args"]["dense"] == {"kind": "by_label"}
+    assert table["numbers"] == "auto"
     data = data_of(made, tmp_path)
     assert data.sizes() == {"train": 128, "val": 22, "test": 50}  # 15 % of 150 is 22.5
 
