@@ -45,8 +45,8 @@ class DenseConfig(Checked):
       Missing values as with "normalize". With ``num_bins`` the bins are embedded too, as with "quantile": single values
       of a column may mean something of their own.
     - "by_label": bins between the thresholds that the encoding learned from labels, given ``table.numbers``, which also
-      says how they are used: "bins" as with "quantile", "linear" as with "piecewise_linear" and a ``dim``, from the
-      column's smallest value to its largest.
+      says how they are used: "bins" as with "quantile_normal" and ``num_bins``, "linear" as with "piecewise_linear" and
+      a ``dim``, from the column's smallest value to its largest.
 
     Attributes:
         kind: "normalize", "quantile", "piecewise_linear", "quantile_normal" or "by_label".
@@ -112,18 +112,20 @@ class DenseArch(nn.Module):
         self.encode: nn.Module | None = None
         if not features:
             return
-        kind, dim = config.kind, config.dim
-        edges = [thin(f.quantiles, config.num_bins) for f in features]
+        kind: str = config.kind
+        dim, edges = config.dim, [thin(f.quantiles, config.num_bins) for f in features]
+        has_bins = kind == "quantile" or (kind == "quantile_normal" and config.num_bins is not None)
         if kind == "by_label":
+            has_bins = numbers == "bins"
             kind, dim, edges = _by_label(features, numbers, dim)
-        if kind == "quantile" or (config.kind == "quantile_normal" and config.num_bins is not None):
+        if has_bins:
             self.bin_features = tuple(
                 CategoricalFeature(f.name, num_rows=len(e) + 2) for f, e in zip(features, edges, strict=True)
             )
             self.register_buffer("_edges_CM", _padded(edges), persistent=False)
-        if config.kind == "normalize":
+        if kind == "normalize":
             self.encode = Normalize(features, config.log1p)
-        elif config.kind == "quantile_normal":
+        elif kind == "quantile_normal":
             self.encode = QuantileNormal(features, [thin(f.quantiles, None) for f in features])
         elif kind == "piecewise_linear" and dim is None:
             self.encode = PiecewiseLinear(features, edges)
@@ -350,7 +352,7 @@ def _by_label(
     if not numbers:
         raise ValueError("dense.kind='by_label' needs thresholds: give table.numbers (auto, bins or linear)")
     if numbers == "bins":
-        return "quantile", None, [thin(f.thresholds, None) for f in features]
+        return "quantile_normal", None, [thin(f.thresholds, None) for f in features]
     ends = [() if f.least is None or f.most is None else (f.least, *f.thresholds, f.most) for f in features]
     return "piecewise_linear", dim or _DIM, [thin(own, None) for own in ends]
 

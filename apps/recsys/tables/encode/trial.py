@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import core
-from apps.data.array_files import ArrayWriter
+from apps.data.array_files import ArraysInMemory, ArrayWriter
 from apps.data.given import NUMBERS
 from apps.recsys.encoding.features import CategoricalFeature, Features
 from apps.recsys.tables.columns.bottoms import SharedBottom
@@ -33,7 +33,9 @@ _MOST_ROWS = 1_000
 """Rows of a category's table, which its values share: a step must not take as long as a table is large."""
 
 
-def better_kind(features: Features, columns: ArrayWriter, train_N: NDArray[np.bool_], val_N: NDArray[np.bool_]) -> Kind:
+def better_kind(
+    features: Features, columns: ArrayWriter | ArraysInMemory, train_N: NDArray[np.bool_], val_N: NDArray[np.bool_]
+) -> Kind:
     """Return the encoding of numbers whose network has the lower loss in validation, within 300 steps of 256 rows.
 
     The network is an MLP of two layers of 192 over numbers, vectors and categories of one value. Without rows to

@@ -98,23 +98,19 @@ def test_the_piecewise_linear_encoding_of_the_paper_its_tails_and_columns_withou
 def test_by_label_is_the_bins_or_the_interpolation_of_the_thresholds():
     # Thresholds 30 and 45 of values from 10 to 80: the bins' boundaries, or the inner ones of the interpolation.
     own = replace(AGE, thresholds=(30.0, 45.0), least=10.0, most=80.0)
-    ends = {"bins": (30.0, 45.0), "linear": (10.0, 30.0, 45.0, 80.0)}
     values = torch.tensor([[9.0, 3.0], [30.0, 3.0], [31.0, NAN], [60.0, 4.0], [NAN, 3.0], [INF, 3.0]])
-    configs = {"bins": DenseConfig("quantile"), "linear": DenseConfig("piecewise_linear", dim=16)}
-    for numbers, config in configs.items():
-        archs = []
-        for arch_of in (
-            lambda: DenseArch((own, FLAT), DenseConfig("by_label"), numbers=numbers),
-            lambda: DenseArch((replace(own, quantiles=ends[numbers]), FLAT), config),
-        ):
-            torch.manual_seed(0)
-            archs.append(arch_of())
-        got, same = archs
-        assert (got.bin_features, got.out_dim) == (same.bin_features, same.out_dim)
-        if numbers == "bins":
-            assert got.bins(values).tolist() == same.bins(values).tolist() == [[1, 1, 2, 3, 0, 0], [1, 1, 0, 1, 1, 1]]
-        else:
-            assert torch.equal(got(values), same(values))
+    got = DenseArch((own, FLAT), DenseConfig("by_label"), numbers="bins")
+    assert got.bins(values).tolist() == [[1, 1, 2, 3, 0, 0], [1, 1, 0, 1, 1, 1]]
+    assert [(f.name, f.num_rows) for f in got.bin_features] == [("age", 4), ("flat", 2)]
+    normal = DenseConfig("quantile_normal")
+    assert torch.equal(got(values), DenseArch((own, FLAT), normal)(values))
+    assert DenseArch((own,), normal, numbers="bins").bins(values) is None  # other kinds do not read them
+    torch.manual_seed(0)
+    got = DenseArch((own, FLAT), DenseConfig("by_label"), numbers="linear")
+    torch.manual_seed(0)
+    same = DenseArch((replace(own, quantiles=(10.0, 30.0, 45.0, 80.0)), FLAT), DenseConfig("piecewise_linear", dim=16))
+    assert (got.bins(values), got.out_dim) == (None, 32)
+    assert torch.equal(got(values), same(values))
     assert DenseArch((own,), DenseConfig("by_label", dim=4), numbers="linear").out_dim == 4
     with pytest.raises(ValueError, match=r"^dense.kind='by_label' needs thresholds: give table.numbers"):
         DenseArch((own,), DenseConfig("by_label"))
