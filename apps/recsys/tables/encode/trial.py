@@ -27,7 +27,7 @@ from apps.recsys.tables.rows.rows import TableRows
 log = logging.getLogger(__name__)
 
 Kind = Literal["bins", "linear"]
-_STEPS, _BATCH, _LR = 300, 256, 2e-3
+_STEPS, _BATCH, _LR = 300, 256, 4e-3
 _MOST_TRAIN, _MOST_VAL = 50_000, 20_000
 _MOST_ROWS = 1_000
 """Rows of a category's table, which its values share: a step must not take as long as a table is large."""

@@ -16,6 +16,7 @@ HOURS = ContinuousFeature("hours", mean=5.0, std=2.0, quantiles=(5.0,))
 ALL = [DenseConfig(), DenseConfig(log1p=True), DenseConfig("quantile"), DenseConfig("piecewise_linear")]
 ALL += [
     DenseConfig("piecewise_linear", dim=3), DenseConfig("quantile_normal"), DenseConfig("quantile_normal", num_bins=3),
+    DenseConfig("by_label", dim=2),
 ]  # fmt: skip
 
 
@@ -109,9 +110,9 @@ def test_by_label_is_the_bins_or_the_interpolation_of_the_thresholds():
     got = DenseArch((own, FLAT), DenseConfig("by_label"), numbers="linear")
     torch.manual_seed(0)
     same = DenseArch((replace(own, quantiles=(10.0, 30.0, 45.0, 80.0)), FLAT), DenseConfig("piecewise_linear", dim=16))
-    assert (got.bins(values), got.out_dim) == (None, 32)
-    assert torch.equal(got(values), same(values))
-    assert DenseArch((own,), DenseConfig("by_label", dim=4), numbers="linear").out_dim == 4
+    assert (got.bins(values), got.out_dim) == (None, 5 + 32)
+    assert torch.equal(got(values), torch.cat((DenseArch((own, FLAT), normal)(values), same(values)), dim=1))
+    assert DenseArch((own,), DenseConfig("by_label", dim=4), numbers="linear").out_dim == 3 + 4
     with pytest.raises(ValueError, match=r"^dense.kind='by_label' needs thresholds: give table.numbers"):
         DenseArch((own,), DenseConfig("by_label"))
     assert DenseArch((), DenseConfig("by_label")).out_dim == 0  # a table without numbers needs none
@@ -141,7 +142,7 @@ def test_the_interpolation_equals_the_encoding_times_the_weights():
 @pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.kind}-{c.log1p}-{c.dim}")
 @pytest.mark.parametrize("copies", [1, 2])
 def test_any_number_gives_finite_outputs_and_gradients(config, copies):
-    arch = DenseArch((AGE, FLAT), config, copies)
+    arch = DenseArch((AGE, FLAT), config, copies, "linear")
     big = 3.4e38
     dense_BC = torch.tensor([[NAN, NAN], [INF, -INF], [-INF, INF], [big, -big], [-big, big], [0.0, -0.0]])
     y = arch(dense_BC)

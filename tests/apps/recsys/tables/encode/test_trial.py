@@ -46,7 +46,7 @@ def steps(num=1500):
 def slopes(num=1500):
     """Return a label that is a sum of smooth functions of four columns."""
     x = np.random.default_rng(0).normal(size=(4, num))
-    return {**{f"x{i}": own for i, own in enumerate(x)}, "y": x.sum(0) + x[0] * x[1]}
+    return {**{f"x{i}": own for i, own in enumerate(x)}, "y": np.sin(3 * x).sum(0)}
 
 
 def test_validation_decides_between_the_two_encodings_and_no_generator_moves(table, caplog):
