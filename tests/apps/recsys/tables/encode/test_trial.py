@@ -73,6 +73,15 @@ def test_without_validation_the_kind_of_the_tasks_decides(table):
     refused("numbers='tree' is not one of auto, bins, linear", lambda: config_of(numbers="tree"))
 
 
+def test_rows_without_labels_of_two_kinds_are_not_tried(own, caplog):
+    roles = {"continuous": ("age",), "split": SplitConfig("random", val=0.3, test=0.3), "numbers": "auto"}
+    drawn = {"kind": "items", "column": "city", "per_positive": 1}
+    with caplog.at_level(logging.INFO):
+        features = own(config_of(**roles, tasks={}), test_file=None, negatives=drawn).features
+    assert (features.numbers, features.continuous[0].name) == ("bins", "age")
+    assert not [line for line in caplog.messages if line.startswith("numbers: ")]
+
+
 def test_thresholds_are_learned_from_training_rows_alone(table):
     # By time 60 rows train. The label jumps at 29, and in later rows, whose numbers are larger, at 129.
     x = np.arange(200)
