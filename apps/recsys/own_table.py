@@ -246,10 +246,10 @@ def _columns(
     if separator != "|":
         section["separator"] = separator
         comments[*_TABLE, "separator"] = "between the values of a list"
-    section["numbers"] = "auto"
-    comments[*_TABLE, "numbers"] = "as validation says; also: bins, linear"
     section["tasks"] = {task: dict(label.config) for task, label in labels.items()}
     comments |= {(*_TABLE, "tasks", task): label.meaning for task, label in labels.items()}
+    section["numbers"] = "auto"
+    comments[*_TABLE, "numbers"] = "as validation says; also: bins, linear"
     if unused := [f"  {c}: {_words(own)}" for c, own in found.items() if own.role not in TABLE_ROLES]:
         above[*_TABLE, "tasks"] = ("Left out; a column that is wanted goes into a list above:", *unused)
     section |= {"user": given.user} if given.user else {}
