@@ -44,7 +44,7 @@ def _splits(place_n: NDArray[np.int64], target: Target, label_n: NDArray[np.floa
     from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
     known_n = ~np.isnan(label_n)
-    y_n: NDArray[np.float64] = (target.numbers_of(label_n) if target.kind == "ordinal" else label_n)[known_n]
+    y_n = (target.numbers_of(label_n) if target.kind == "ordinal" else label_n.astype(np.float64))[known_n]
     least = max(_LEAST_ROWS, len(y_n) // 4_000)
     if len(y_n) < 2 * least or np.ptp(y_n) == 0:
         return np.empty(0, np.int64)

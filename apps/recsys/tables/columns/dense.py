@@ -44,9 +44,9 @@ class DenseConfig(Checked):
       tells large ones apart. A value outside the training split's range is taken as the end of it, as trees do.
       Missing values as with "normalize". With ``num_bins`` the bins are embedded too, as with "quantile": single values
       of a column may mean something of their own.
-    - "by_label": bins between the thresholds that the encoding learned from labels, given ``table.numbers``, which also
-      says how they are used: "bins" as with "quantile", "linear" as with "piecewise_linear" and a ``dim``, from the
-      column's smallest value to its largest.
+    - "by_label": the two numbers of "quantile_normal", and what ``table.numbers`` makes of the thresholds that the
+      encoding learned from labels: "bins" embeds the bins between them; "linear" is "piecewise_linear" with a ``dim``,
+      from the column's smallest value to its largest.
 
     Attributes:
         kind: "normalize", "quantile", "piecewise_linear", "quantile_normal" or "by_label".
@@ -90,7 +90,7 @@ class DenseArch(nn.Module):
 
     Attributes:
         out_dim: width of the output; 0 if there is none.
-        bin_features: columns that ``bins`` gives to the embeddings, with "quantile" and "quantile_normal".
+        bin_features: columns that ``bins`` gives to the embeddings, with "quantile", "quantile_normal" and "by_label".
 
     Raises:
         ValueError: "by_label", and no thresholds were learned.
@@ -109,29 +109,31 @@ class DenseArch(nn.Module):
         self.config, self.copies = config, copies
         self.bin_features: tuple[CategoricalFeature, ...] = ()
         self.out_dim = 0
-        self.encode: nn.Module | None = None
+        self.numbers: Normalize | PiecewiseLinear | None = None
+        self.encode: PiecewiseLinearEmbedding | None = None
         if not features:
             return
-        kind, dim = config.kind, config.dim
-        edges = [thin(f.quantiles, config.num_bins) for f in features]
-        if kind == "by_label":
-            kind, dim, edges = _by_label(features, numbers, dim)
-        if kind == "quantile" or (config.kind == "quantile_normal" and config.num_bins is not None):
+        dim, edges = config.dim, [thin(f.quantiles, config.num_bins) for f in features]
+        embeds = config.kind == "quantile" or (config.kind == "quantile_normal" and config.num_bins is not None)
+        if config.kind == "by_label":
+            embeds, dim = numbers == "bins", None if numbers == "bins" else dim or _DIM
+            edges = _by_label(features, numbers)
+        if embeds:
             self.bin_features = tuple(
                 CategoricalFeature(f.name, num_rows=len(e) + 2) for f, e in zip(features, edges, strict=True)
             )
             self.register_buffer("_edges_CM", _padded(edges), persistent=False)
         if config.kind == "normalize":
-            self.encode = Normalize(features, config.log1p)
-        elif config.kind == "quantile_normal":
-            self.encode = QuantileNormal(features, [thin(f.quantiles, None) for f in features])
-        elif kind == "piecewise_linear" and dim is None:
-            self.encode = PiecewiseLinear(features, edges)
-        elif dim is not None:
+            self.numbers = Normalize(features, config.log1p)
+        elif config.kind in ("quantile_normal", "by_label"):
+            self.numbers = QuantileNormal(features, [thin(f.quantiles, None) for f in features])
+        elif config.kind == "piecewise_linear" and dim is None:
+            self.numbers = PiecewiseLinear(features, edges)
+        if self.numbers is not None:
+            self.out_dim = self.numbers.out_dim
+        if dim is not None:
             self.encode = PiecewiseLinearEmbedding(features, edges, copies * dim)
-            self.out_dim = len(features) * dim
-        if isinstance(self.encode, Normalize | PiecewiseLinear):
-            self.out_dim = self.encode.out_dim
+            self.out_dim += len(features) * dim
 
     def bins(self, dense_BC: Tensor) -> Tensor | None:
         """Return the rows int64 (C, B) of the columns' tables, 0 if missing, else 1 + the bin; None without bins."""
@@ -143,15 +145,14 @@ class DenseArch(nn.Module):
 
     def forward(self, dense_BC: Tensor) -> Tensor | None:
         """Map (B, C) to (B, ``out_dim``), or (copies, B, ``out_dim``); None if the columns give no numbers."""
-        if self.encode is None:
+        parts = [] if self.numbers is None else [self.numbers(dense_BC).expand(self.copies, -1, -1)]
+        if self.encode is not None:
+            x_BCd = self.encode(dense_BC).unflatten(2, (self.copies, -1))
+            parts.append(x_BCd.permute(2, 0, 1, 3).flatten(2))
+        if not parts:
             return None
-        x = self.encode(dense_BC)
-        if self.copies == 1:
-            return x.flatten(1)
-        if isinstance(self.encode, PiecewiseLinearEmbedding):
-            B, C, _ = x.shape
-            return x.view(B, C, self.copies, -1).permute(2, 0, 1, 3).reshape(self.copies, B, -1)
-        return x.expand(self.copies, -1, -1)
+        x = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        return x[0] if self.copies == 1 else x
 
 
 class Normalize(nn.Module):
@@ -339,10 +340,8 @@ class PiecewiseLinearEmbedding(_Bins):
         return F.relu(torch.lerp(low, high, share_BC1) + tails + self.bias)
 
 
-def _by_label(
-    features: Sequence[ContinuousFeature], numbers: str, dim: int | None
-) -> tuple[str, int | None, list[tuple[float, ...]]]:
-    """Return the kind that "by_label" is the same as given other boundaries, its width, and these boundaries.
+def _by_label(features: Sequence[ContinuousFeature], numbers: str) -> list[tuple[float, ...]]:
+    """Return the boundaries of "by_label": the thresholds, for "linear" between the smallest and the largest value.
 
     Raises:
         ValueError: no thresholds were learned.
@@ -350,9 +349,9 @@ def _by_label(
     if not numbers:
         raise ValueError("dense.kind='by_label' needs thresholds: give table.numbers (auto, bins or linear)")
     if numbers == "bins":
-        return "quantile", None, [thin(f.thresholds, None) for f in features]
+        return [thin(f.thresholds, None) for f in features]
     ends = [() if f.least is None or f.most is None else (f.least, *f.thresholds, f.most) for f in features]
-    return "piecewise_linear", dim or _DIM, [thin(own, None) for own in ends]
+    return [thin(own, None) for own in ends]
 
 
 def thin(quantiles: Sequence[float], num_bins: int | None) -> tuple[float, ...]:

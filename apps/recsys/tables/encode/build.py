@@ -400,8 +400,8 @@ class _Build(ColumnWriter):
             return numbers.replace("auto", "bins")
         from apps.recsys.tables.encode.trial import better_kind  # TorchRec is not everywhere, and slow to import
 
-        # Sampled negatives come later: before, all labels are positive.
-        val_N = self.masks["val"] if self.drawn is None else np.zeros(self.num_rows, dtype=bool)
+        # Sampled negatives come later: before, all labels are positive. A retriever's table may have none.
+        val_N = self.masks["val"] & (self.drawn is None and bool(self.targets))
         return better_kind(features, self.writer, self.masks["train"], val_N)
 
     def _write_vectors(self) -> Iterator[VectorFeature]:
