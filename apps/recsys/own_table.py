@@ -97,8 +97,9 @@ def config_for(given: GivenData) -> GivenConfig | None:
         notes.append(f"columns: {'; '.join(used)}")
     comments[*_DATA, "train_file"] = f"{counted(len(table), 'row')}; file names start from the folder you are in"
     comments["model", "init_args", "dense", "kind"] = "also: piecewise_linear, quantile, normalize"
+    comments["model", "init_args", "blend"] = "boosted trees, mixed with the network; null: the network by itself"
     has_ids = any(100 * len(pc.unique(plain(table.column(c)))) > num_rows for c in columns.get("categorical", ()))
-    made = _sparse_config({"train_file": path, "table": columns}, num_rows, has_ids, notes)
+    made = _sparse_config({"train_file": path, "table": columns}, num_rows, has_ids, notes, given.in_place)
     return replace(made, comments=comments, above=above, warnings=tuple(warnings))
 
 
@@ -267,7 +268,9 @@ def _columns(
     return section, comments, above
 
 
-def _sparse_config(data: Mapping[str, Any], num_rows: int, has_ids: bool, notes: Sequence[str]) -> GivenConfig:
+def _sparse_config(
+    data: Mapping[str, Any], num_rows: int, has_ids: bool, notes: Sequence[str], in_place: bool
+) -> GivenConfig:
     """Return 8 experts of width 64, of which a row takes 2.
 
     Ids of users and items are learned by heart in a few epochs: tables with such columns train 7, others as many as
@@ -278,6 +281,7 @@ def _sparse_config(data: Mapping[str, Any], num_rows: int, has_ids: bool, notes:
         num_rows: rows with a label.
         has_ids: whether a category has a value for at most a hundred rows.
         notes: sentences on how the data were read.
+        in_place: whether boosted trees are blended in: a verdict compares networks.
     """
     num_train = round(num_rows * 0.75 * 0.85)
     batch_size = 2 ** min(max(math.floor(math.log2(max(num_train / 16, 1))), 5), 9)
@@ -286,6 +290,7 @@ def _sparse_config(data: Mapping[str, Any], num_rows: int, has_ids: bool, notes:
     gates = {**EXPERTS, "expert": expert, "balance": {"load_balancing_loss": 0.01, "router_z_loss": 0.001}}
     model = {
         "shared": {"class_path": "core.MMoE", "init_args": gates},
+        **({"blend": "lightgbm"} if in_place else {}),
         # A rare value starts near 0, where it says nothing.
         "embedding": {"dim": 16, "init_std": 0.001},
         "dense": {"kind": "quantile_normal", "num_bins": 32},

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from apps.base.files import replacing
-from apps.base.messages import first_line
 from apps.recsys.encoding.features import Features
 from apps.recsys.kinds import Outputs, kind_of
+from apps.recsys.tables.blend.text import booster_of
 from apps.recsys.tables.estimators.boosting import FrequentValues
-from apps.recsys.tables.estimators.libraries import Boosted, LibraryColumns
+from apps.recsys.tables.estimators.libraries import Boosted, LibraryColumns, LightGBM
 from apps.recsys.tables.rows.arrays import TableArrays, join
 from apps.recsys.tables.rows.batch import TableBatch
 
@@ -57,18 +57,16 @@ class Blend:
         """The trees by task.
 
         Raises:
-            ValueError: a text is not that of trees for these columns and this task.
+            ValueError: a text is none of trees for these columns and this task.
         """
-        import lightgbm
-
-        made = {}
+        width, library, made = self.columns.width(self.features), LightGBM(), {}
         for task, target in zip(self.features.tasks, self.features.target_of_task, strict=True):
             if task in self.texts:
+                kind = kind_of(target)
                 try:
-                    booster = lightgbm.Booster(model_str=self.texts[task])
-                except Exception as error:  # LightGBM's own, or of Python
-                    raise ValueError(f"LightGBM cannot read the trees of task {task!r}: {first_line(error)}") from error
-                made[task] = Boosted(kind_of(target), booster, -1)
+                    made[task] = Boosted(kind, booster_of(self.texts[task], width, library.trees_per_round(kind)), -1)
+                except ValueError as error:
+                    raise ValueError(f"{self.file(task)} is none of the model's trees: {error}") from error
         return made
 
     def mixed(self, outputs: Outputs, z_BZ: Tensor, batch: TableBatch) -> Tensor:
@@ -130,15 +128,8 @@ class Blend:
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         texts = {task: _text(folder / blend.file(task), *known, checkpoint) for task, known in sizes.items()}
         blend = dataclasses.replace(blend, texts=texts)
-        blend.check(folder)
+        blend.trees  # noqa: B018 - a damaged file is found here
         return blend
-
-    def check(self, folder: Path) -> None:
-        """Raise a ``ValueError`` if trees read other columns than the table's."""
-        width = self.columns.width(self.features)
-        for task, trees in self.trees.items():
-            if (given := trees.model.num_feature()) != width:
-                raise ValueError(f"{folder / self.file(task)} has trees of {given} columns, and the table has {width}")
 
 
 def in_order(batch: TableBatch, features: Features) -> TableArrays:
