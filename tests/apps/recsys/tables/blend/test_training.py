@@ -5,6 +5,8 @@ import shutil
 
 import lightgbm
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from every_kind import every_kind
@@ -14,9 +16,12 @@ from refusals import refused
 
 import apps
 from apps.recsys.kinds import Ordinal
+from apps.recsys.schema import TableConfig, TaskConfig
 from apps.recsys.tables.blend import trees as trees_module
-from apps.recsys.tables.blend.blend import KEY
+from apps.recsys.tables.blend.blend import KEY, Blend
 from apps.recsys.tables.blend.text import booster_of
+from apps.recsys.tables.blend.training import blended
+from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.train.checkpoint.checkpoints import BestAndLast
 
@@ -117,6 +122,37 @@ def test_the_trees_stay_with_their_checkpoint(run, tmp_path):
     refused("model.ckpt is damaged: its entry 'blend'", apps.load, alone)
     torch.save({name: value for name, value in contents.items() if name != KEY}, alone)
     assert apps.load(alone).trees is None
+
+
+def test_lists_domains_and_missing_values_are_read_as_in_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(trees_module, "WORK", 3e6)
+    rng = np.random.default_rng(0)
+    tags, age, shop = rng.integers(0, 4, (200, 2)), rng.normal(40, 10, 200), rng.integers(0, 2, 200)
+    columns = {
+        "tags": [f"t{a}|t{b}" for a, b in tags], "age": np.where(shop == 1, age, np.nan), "shop": shop,
+        "click": (tags == 1).any(1) ^ (rng.random(200) < 0.1),
+        "stars": np.where(rng.random(200) < 0.5, 1.0 + tags[:, 0], np.nan),
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+    tasks = {"click": TaskConfig("click"), "stars": TaskConfig("stars", kind="ordinal")}
+    config = TableConfig(multi_valued=("tags",), continuous=("age",), tasks=tasks, domain="shop")
+    data = TableData("table", str(tmp_path), str(tmp_path), train_file="table.parquet", table=config)
+    model = MultiTaskRecommender(data.features, **SMALL)
+    blend = blended(model, data, "model")
+    assert blend.weights["click"] < 1  # an untrained network
+    assert blend.several.by_column["tags"].tolist() == [0, 1, 2, 3, 4]  # row 0 is of unseen ones
+    blend.write(tmp_path)
+    again = Blend.read(blend.record(), tmp_path / "model.ckpt", data.features)
+    batch = data.rows("test")[:]
+    with torch.no_grad():
+        z = model(batch)
+    assert torch.equal(again.mixed(model.outputs, z, batch), blend.mixed(model.outputs, z, batch))
+    # A row alone, and rows in another order, are predicted as among the others.
+    order = torch.tensor([3, 0, 2])
+    some = data.rows("test").__getitems__(order)
+    np.testing.assert_array_equal(
+        blend.mixed(model.outputs, z[order], some), blend.mixed(model.outputs, z, batch)[order]
+    )
 
 
 def test_a_text_that_is_no_sound_trees_is_not_given_to_lightgbm(run):
