@@ -108,6 +108,7 @@ def config_for(given: GivenData) -> GivenConfig | None:
     )
     made = _config({"train_file": path, "table": columns}, size, notes, given.in_place)
     if given.in_place:
+        comments["model", "init_args", "blend"] = "boosted trees, mixed with the network; null: the network by itself"
         made = replace(made, verdict=verdict)
     return replace(made, comments=comments, above={**made.above, **above}, warnings=tuple(warnings))
 
