@@ -296,7 +296,7 @@ def _config(data: Mapping[str, Any], size: Size, notes: Sequence[str], in_place:
     if not in_place:
         return made
     lines = yaml.safe_dump({"shared": experts()}, sort_keys=False).splitlines()
-    above = {
+    above: dict[tuple[str, ...], tuple[str, ...]] = {
         ("model", "init_args", "shared"): ("With 8 experts, of which a row takes 2:", *(f"  {own}" for own in lines))
     }
     return replace(made, above=above)

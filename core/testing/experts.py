@@ -60,12 +60,12 @@ def _(case: ExpertCase) -> None:
         pairs.append(("the gates", gates.grad, gates_alone.grad))
         for e, expert in enumerate(alone):
             grads = gradients_of(experts, e)
-            own = [(n, p) for n, p in expert.named_parameters() if n in grads]
-            pairs += [(f"{n} of expert {e}", grads[n], _first(p.grad)) for n, p in own]
+            theirs = [(n, p) for n, p in expert.named_parameters() if n in grads]
+            pairs += [(f"{n} of expert {e}", grads[n], _first(p.grad)) for n, p in theirs]
         for name, p in experts.named_parameters():
             if is_common(name):  # each expert adds to its gradient
-                grads = [g for g in (dict(expert.named_parameters())[name].grad for expert in alone) if g is not None]
-                pairs.append((name, p.grad, sum(grads) if grads else None))
+                each = [g for g in (expert.get_parameter(name).grad for expert in alone) if g is not None]
+                pairs.append((name, p.grad, torch.stack(each).sum(0) if each else None))
         for name, actual, wanted in pairs:
             if actual is None or wanted is None:  # no row, no gradient, which is as good as zero
                 given = wanted if actual is None else actual

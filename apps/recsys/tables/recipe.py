@@ -1,6 +1,6 @@
 """The network and the training of a table by default, chosen from its size and its columns.
 
-Each line was compared with LightGBM on public tables (docs/results/tables.md):
+Each line was compared with LightGBM on public tables:
 
 - two layers of 192, shared by all tasks, over numbers encoded by the label and embedded categories;
 - dropout of the input 0.3 with ids (a category that has a value for a hundred rows or fewer), 0.05 without categories,

@@ -90,7 +90,6 @@ def test_a_table_becomes_a_configuration_that_trains(shop, capsys):
         "(put it back if it is known before the label)",
         "      tasks:",
         "        bought: {column: bought}         # binary, 1 in 50.0%",
-        "      numbers: auto                      # as validation says; also: bins, linear",
         "      # To test on the last rows: moesaic init shop.csv --time day",
         "      split:",
         "        kind: random                     # also: time, user",
