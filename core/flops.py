@@ -17,19 +17,17 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu, grouped, triton_ops  # noqa: F401  their custom ops are registered on import
-from .torch_internals import FakeTensor, fused_attention, fused_recurrent, onednn
+from .torch_internals import FakeTensor, flop_counter, fused_attention, fused_recurrent, onednn
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Return the FLOPs of one call of ``fn``: matmuls only, two per multiply-add."""
     register_formulas()
-    from torch.utils.flop_counter import FlopCounterMode
-
     fused = torch.backends.mha.get_fastpath_enabled()  # torch's fused encoder layers count no FLOPs
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # Under a counter compiled code would run op by op, each compiled by itself.
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
             fn(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

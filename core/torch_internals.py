@@ -7,6 +7,7 @@ fails if a new version changes one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +54,21 @@ def check_not_mapped(ids: Tensor) -> None:
 
 is_profiled: Callable[[], bool] = torch.autograd._profiler_enabled
 """Return whether a profiler is running, which the public profilers do not say."""
+
+
+def flop_counter() -> Any:
+    """Return a FLOP counter of a whole call.
+
+    torch's tells modules apart, and fails at one that takes a view of a parameter or empty rows without a gradient.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    class Whole(nullcontext[None]):
+        parents = frozenset({"Global"})
+
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = Whole()  # type: ignore[assignment]
+    return counter
 
 
 def in_backward() -> bool:

@@ -1,4 +1,4 @@
-"""Models of tables with scikit-learn's methods: what ``moesaic init`` and ``moesaic fit`` make of a table, in memory."""
+"""Models of tables with scikit-learn's methods, which train as ``moesaic init`` and ``moesaic fit`` do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import DataConversionWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    _check_y,
+    check_consistent_length,
+    check_is_fitted,
+    validate_data,
+)
 
 from apps import load
 from apps.base.checks import check_at_least
@@ -28,6 +34,7 @@ from apps.data.given import GivenData
 from apps.recsys.own_labels import LEAST_ROWS
 from apps.recsys.own_table import config_for
 from apps.recsys.schema import nearest, plain_name
+from apps.recsys.tables.blend.blend import ENDING
 from apps.recsys.tables.rows.scoring import is_frame, pieces
 from apps.train.checkpoint.contents import read_checkpoint
 from core.convert.read.calls import evaluating
@@ -61,12 +68,12 @@ class _TableModel(BaseEstimator):
         """Keep the parameters; ``fit`` checks them.
 
         Args:
-            categorical_features: columns that are categories, whatever they look like: names, places, or a mask. Columns of
-                pandas' type "category" are categories in any case.
-            max_epochs: passes over the training rows at most; None: as many as ``moesaic init`` would write. Training ends
-                early when the loss of the validation rows rises.
-            validation_fraction: share of the rows that choose the best epoch and are not trained on. If they are fewer than
-                20, all rows train, and choose.
+            categorical_features: columns that are categories, whatever they look like: names, places, or a mask.
+                Columns of pandas' type "category" are categories in any case.
+            max_epochs: passes over the training rows at most; None: as many as ``moesaic init`` would write. Training
+                ends early when the loss of the validation rows rises.
+            validation_fraction: share of the rows that choose the best epoch and are not trained on. If they are fewer
+                than 20, all rows train, and choose.
             config: values by dotted option over the configuration, as in ``moesaic.fit``, such as
                 ``{"model.optimizer.lr": 1e-3}``.
             random_state: seed.
@@ -102,7 +109,9 @@ class _TableModel(BaseEstimator):
         names = _distinct([*own, *labels, "sample_weight"])
         self._names, targets, weight = names[: len(own)], names[len(own) : -1], names[-1]
         self._tasks = targets
-        (table,) = pieces(dict(zip(self._names, columns, strict=True)), dict.fromkeys(self._names, ""), (), len(columns[0]))
+        (table,) = pieces(
+            dict(zip(self._names, columns, strict=True)), dict.fromkeys(self._names, ""), (), len(columns[0])
+        )
         for target, label_N in zip(targets, labels.values(), strict=True):
             table = table.append_column(target, pa.array(label_N))
         if sample_weight is not None:
@@ -124,16 +133,17 @@ class _TableModel(BaseEstimator):
             if round(self.validation_fraction * len(table)) < LEAST_ROWS:
                 data["val_file"] = data["train_file"]
                 split |= {"val": 0.0}
-            trainer = {"logger": False, "enable_progress_bar": False}
+            trainer: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
             trainer |= {} if self.max_epochs is None else {"max_epochs": self.max_epochs}
             self.config_ = {**made.config, "seed_everything": seed, "trainer": {**made.config["trainer"], **trainer}}
             kept = {"data.cache_dir": str(Path(folder, "cache")), **(self.config or {})}
             run = fit(self.config_, kept, run_dir=Path(folder, "run")).run_dir
             checkpoint = read_checkpoint(run / "checkpoints" / "best.ckpt")
-            file = io.BytesIO()
-            torch.save({name: value for name, value in checkpoint.items() if name not in _FOR_TRAINING}, file)
-        self.checkpoint_ = file.getvalue()
-        self._model = _loaded(self.checkpoint_)
+            content = io.BytesIO()
+            torch.save({name: value for name, value in checkpoint.items() if name not in _FOR_TRAINING}, content)
+            self.trees_ = {path.name: path.read_text() for path in run.glob(f"checkpoints/best.*{ENDING}")}
+        self.checkpoint_ = content.getvalue()
+        self._model = _loaded(self.checkpoint_, self.trees_)
         return self
 
     # ---- for subclasses
@@ -160,7 +170,7 @@ class _TableModel(BaseEstimator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "checkpoint_" in state:
-            self._model = _loaded(state["checkpoint_"])
+            self._model = _loaded(state["checkpoint_"], state["trees_"])
 
     # ---- values
 
@@ -198,7 +208,7 @@ class _TableModel(BaseEstimator):
         names = [str(name) for name in y.columns] if is_frame(y) else []
         if hasattr(y, "name") or is_frame(y):
             y = y.to_numpy()
-        y = validate_data(self, y=y, multi_output=True)
+        y = _check_y(y, multi_output=True, estimator=self)
         if not isinstance(y, np.ndarray):
             raise ValueError("y is sparse: give an array")
         check_consistent_length(range(num_rows), y)
@@ -222,7 +232,9 @@ class _TableModel(BaseEstimator):
         given = np.asarray([] if self.categorical_features is None else self.categorical_features)
         if given.dtype.kind == "b":
             if given.shape != (len(self._names),):
-                raise ValueError(f"categorical_features is a mask of {given.size}, and X has {len(self._names)} columns")
+                raise ValueError(
+                    f"categorical_features is a mask of {given.size}, and X has {len(self._names)} columns"
+                )
             given = np.flatnonzero(given)
         own_names = [str(name) for name in getattr(self, "feature_names_in_", ())]
         for one in given.tolist():
@@ -239,8 +251,9 @@ class TableClassifier(ClassifierMixin, _TableModel):
     """A classifier of a table's rows with scikit-learn's methods, trained as ``moesaic init`` and ``fit`` do.
 
     Attributes:
-        checkpoint_: the trained model as bytes of a checkpoint. In a file, ``apps.load`` and ``moesaic serve`` take it.
-            A pickle holds these bytes, and reads them without running code of theirs.
+        checkpoint_, trees_: the trained model as bytes of a checkpoint, and the files of the blend's trees beside it by
+            name. In a folder, ``apps.load`` and ``moesaic serve`` take them. A pickle holds these bytes and texts, and
+            reads them without running code of theirs.
         config_: the configuration that was trained.
         n_features_in_, feature_names_in_: number of the columns, and their names if they are texts.
         classes_: the classes, sorted; of several tasks a list of them.
@@ -249,7 +262,8 @@ class TableClassifier(ClassifierMixin, _TableModel):
     def predict(self, X: Any) -> np.ndarray:
         """Return the likeliest class of each row, (N,), or of each row and task, (N, t)."""
         check_is_fitted(self)
-        shares, classes = self.predict_proba(X), self.classes_
+        shares: Any = self.predict_proba(X)
+        classes: Any = self.classes_
         if self._is_single:
             shares, classes = [shares], [classes]
         found = [own[share.argmax(-1)] for own, share in zip(classes, shares, strict=True)]
@@ -268,7 +282,7 @@ class TableClassifier(ClassifierMixin, _TableModel):
             check_classification_targets(label_N)
             own, place_N = np.unique(label_N, return_inverse=True)
             if len(own) < 2:
-                raise ValueError(f"{name} has one class, {own[0]!r}, in every row: there is nothing to learn")
+                raise ValueError(f"{name} has one class, {own.tolist()[0]!r}, in every row: there is nothing to learn")
             classes.append(own)
             labels[name] = place_N if len(own) == 2 else place_N.astype(str)  # integers would be levels in order
         self.classes_ = classes[0] if self._is_single else classes
@@ -281,8 +295,9 @@ class TableRegressor(RegressorMixin, _TableModel):
     The loss follows from the labels: integers of up to 20 values are levels in order, counts have Poisson's.
 
     Attributes:
-        checkpoint_: the trained model as bytes of a checkpoint. In a file, ``apps.load`` and ``moesaic serve`` take it.
-            A pickle holds these bytes, and reads them without running code of theirs.
+        checkpoint_, trees_: the trained model as bytes of a checkpoint, and the files of the blend's trees beside it by
+            name. In a folder, ``apps.load`` and ``moesaic serve`` take them. A pickle holds these bytes and texts, and
+            reads them without running code of theirs.
         config_: the configuration that was trained.
         n_features_in_, feature_names_in_: number of the columns, and their names if they are texts.
     """
@@ -333,11 +348,13 @@ def _distinct(names: Iterable[Any]) -> list[str]:
     return list(found)
 
 
-def _loaded(checkpoint: bytes) -> Any:
-    """Return the model of a checkpoint's bytes."""
+def _loaded(checkpoint: bytes, trees: Mapping[str, str]) -> Any:
+    """Return the model of a checkpoint's bytes and of the files of trees beside it, by their names."""
     with tempfile.TemporaryDirectory(prefix="moesaic-") as folder:
         file = Path(folder, "best.ckpt")
         file.write_bytes(checkpoint)
+        for name, text in trees.items():
+            Path(folder, Path(name).name).write_text(text)
         return load(file)
 
 
@@ -346,9 +363,13 @@ def _undisturbed() -> Iterator[None]:
     """Print nothing, warn of nothing, and leave the generators of random numbers as they are."""
     plain, numbers = random.getstate(), np.random.get_state()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            with warnings.catch_warnings(action="ignore"), torch.random.fork_rng():
-                yield
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(action="ignore"),
+            torch.random.fork_rng(),
+        ):
+            yield
     finally:
         random.setstate(plain)
         np.random.set_state(numbers)

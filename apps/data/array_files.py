@@ -80,7 +80,7 @@ class ArrayWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: list[np.memmap[Any, Any]] = []
+        self._open: dict[str, np.memmap[Any, Any]] = {}
         self._info: Any = None
 
     def create(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -91,12 +91,19 @@ class ArrayWriter:
         if hasattr(os, "posix_fallocate"):
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        self._open.append(array)
+        self._open[name] = array
         return array
 
     def save(self, name: str, array: NDArray[Any]) -> None:
         """Write a whole array."""
         self.create(name, array.shape, array.dtype)[...] = array
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._open
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return an array as it is so far; it shares memory with the file."""
+        return torch.from_numpy(self._open[name])
 
     def finish(self, info: Any) -> None:
         """Take plain values to keep with the arrays, which are complete."""
@@ -105,7 +112,7 @@ class ArrayWriter:
     def close(self) -> None:
         """Write the arrays and the manifest to the disk."""
         assert self._info is not None, "finish() comes first"
-        for array in self._open:
+        for array in self._open.values():
             array.flush()
         self._open.clear()
         sizes = {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}

@@ -62,7 +62,7 @@ class GivenConfig:
         notes: sentences on how the data were read.
         comments: remarks by the keys that lead to a value; those of a key in ``above`` are lines of their own.
         warnings: what is wrong with the data, a line each.
-        dense: the model has no experts, so that a verdict is asked of the data and not of this configuration.
+        verdict: options of a verdict on the data, of a model without experts; None: a verdict takes the configuration.
     """
 
     config: Mapping[str, Any]
@@ -70,7 +70,7 @@ class GivenConfig:
     comments: Mapping[tuple[str, ...], str] = field(default_factory=dict)
     above: Mapping[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    dense: bool = False
+    verdict: tuple[str, ...] | None = None
 
     @classmethod
     def of(

@@ -64,7 +64,7 @@ def run(options: Options) -> int:
 
 def next_commands(made: GivenConfig, options: Options) -> tuple[str, str, str]:
     """Return the commands to train, to test, and to compare sparse and dense models."""
-    compared = shlex.quote(str(options.data[0])) if made.dense else options.file
+    compared = options.file if made.verdict is None else shlex.join((str(options.data[0]), *made.verdict))
     return (
         f"moesaic fit --config {options.file}",
         f"moesaic test --ckpt_path runs/{options.file.stem}",

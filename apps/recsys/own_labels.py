@@ -53,9 +53,7 @@ class Label:
         return self.kind not in ("binary", "multiclass")
 
 
-def label_of(
-    name: str, column: pa.ChunkedArray, kind: TargetKind | None = None, least_rows: int = LEAST_ROWS
-) -> Label:
+def label_of(name: str, column: pa.ChunkedArray, kind: TargetKind | None = None, least_rows: int = LEAST_ROWS) -> Label:
     """Return what is to be known of a target.
 
     Args:

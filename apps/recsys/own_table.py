@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import yaml
 
 from apps.base.messages import counted, some
-from apps.data.given import EXPERTS, NUMBERS, GivenConfig, GivenData
+from apps.data.given import NUMBERS, GivenConfig, GivenData
 from apps.recsys.encoding.numbers import is_text, plain, to_order
 from apps.recsys.encoding.texts import encoder_folder
 from apps.recsys.encoding.timestamps import to_seconds
@@ -27,10 +27,10 @@ from apps.recsys.readers.user_tables import joined
 from apps.recsys.schema import TextConfig, plain_name, timestamp_columns
 from apps.recsys.tables.encode.ids import ids_among_numbers
 from apps.recsys.tables.encode.leaks import Column, Copies, groups_of, later_dates, leak, made_of_labels
+from apps.recsys.tables.recipe import Size, experts, network, trainer
 
 _LOOKED_AT = 20_000
 _KNOWN_BEFORE = "put it back if it is known before the label"
-_STEPS = 1500
 _SHARES = {"val": 0.15, "test": 0.25}
 _NUMBERS = ("number", "count")
 _DATA = ("data", "init_args")
@@ -38,7 +38,7 @@ _TABLE = (*_DATA, "table")
 
 
 def config_for(given: GivenData) -> GivenConfig | None:
-    """Return a commented configuration of a small MMoE with routers for a table; None: another kind of data.
+    """Return a commented configuration of a small network for a table; None: another kind of data.
 
     The table is a CSV, TSV or Parquet file, or a folder of files of one of these kinds with the same columns, and is
     read where it is. Several targets become tasks of one model. A person who reads the configuration may name none:
@@ -71,6 +71,8 @@ def config_for(given: GivenData) -> GivenConfig | None:
     labels = {plain_name(target): label_of(target, table.column(target), given.kind, least) for target in targets}
     if given.time is not None:
         to_order([("the table", table.column(given.time))], given.time)
+    words = (*(("--target", target) for target in targets), ("--time", given.time), ("--user", given.user))
+    verdict = tuple(word for option, value in words if value is not None for word in (option, value))
     given, table = _with_plain_names(given, table.drop_columns(targets), targets)
     found = {column: guess(column, table.column(column)) for column in table.column_names}
     found |= dict.fromkeys(given.exclude, Guess("unused", "excluded"))
@@ -102,11 +104,20 @@ def config_for(given: GivenData) -> GivenConfig | None:
         used = [f"{', '.join(own)} ({role})" for role, own in columns.items() if role in TABLE_ROLES.values()]
         notes.append(f"columns: {'; '.join(used)}")
     comments[*_DATA, "train_file"] = f"{counted(len(table), 'row')}; file names start from the folder you are in"
-    comments["model", "init_args", "dense", "kind"] = "also: piecewise_linear, quantile, normalize"
+    comments["model", "init_args", "dense", "kind"] = "also: quantile_normal, piecewise_linear, quantile, normalize"
     sizes = [len(pc.unique(plain(table.column(column)))) for column in columns.get("categorical", ())]
-    has_ids = any(size > max(num_rows / 100, FEW_VALUES) for size in sizes)
-    made = _sparse_config({"train_file": path, "table": columns}, num_rows, has_ids, notes)
-    return replace(made, comments=comments, above=above, warnings=tuple(warnings))
+    size = Size(
+        num_rows=round(num_rows * (1 - _SHARES["val"]) * (1 - _SHARES["test"])),
+        has_ids=any(own > max(num_rows / 100, FEW_VALUES) for own in sizes),
+        has_numbers="numbers" in columns,
+        has_categories=any(role in columns for role in ("categorical", "multi_valued", "texts")),
+        are_numbers=all(label.kind in NUMBERS for label in labels.values()),
+    )
+    made = _config({"train_file": path, "table": columns}, size, notes, given.in_place)
+    if given.in_place:
+        comments["model", "init_args", "blend"] = "boosted trees, mixed with the network; null: the network by itself"
+        made = replace(made, verdict=verdict)
+    return replace(made, comments=comments, above={**made.above, **above}, warnings=tuple(warnings))
 
 
 def _with_plain_names(given: GivenData, table: pa.Table, targets: Sequence[str]) -> tuple[GivenData, pa.Table]:
@@ -171,7 +182,8 @@ def _used(column: str, own: Guess, given: GivenData, table: pa.Table) -> Guess:
             encoder_folder(TextConfig(), column)
         except ValueError as error:
             return Guess("unused", f"text of {own.reason}", advice=str(error).partition(": ")[2])
-    if own.role == "category" and not given.is_chosen and is_outcome(column, len(pc.unique(plain(table.column(column)).drop_null()))):
+    num_values = len(pc.unique(plain(table.column(column)).drop_null())) if own.role == "category" else 0
+    if num_values and not given.is_chosen and is_outcome(column, num_values):
         return Guess("unused", "likely another label", advice=f"--target {column} makes it one; else {_KNOWN_BEFORE}")
     return own
 
@@ -259,6 +271,9 @@ def _columns(
     if parts:
         section["left_out"] = list(parts)
         comments |= {(*_TABLE, "left_out", part): why for part, why in parts.items()}
+    if "continuous" in section or "timestamps" in section:
+        section["numbers"] = "auto"
+        comments[*_TABLE, "numbers"] = "bins or linear: by a short training, on validation rows"
     if separator != "|":
         section["separator"] = separator
         comments[*_TABLE, "separator"] = "between the values of a list"
@@ -283,36 +298,22 @@ def _columns(
     return section, comments, above
 
 
-def _sparse_config(data: Mapping[str, Any], num_rows: int, has_ids: bool, notes: Sequence[str]) -> GivenConfig:
-    """Return 8 experts of width 64, of which a row takes 2.
-
-    Ids of users and items are learned by heart in a few epochs: tables with such columns train 7, others as many as
-    give 1,500 steps, from 7 to 40, and stop when the loss of validation rises.
+def _config(data: Mapping[str, Any], size: Size, notes: Sequence[str], in_place: bool) -> GivenConfig:
+    """Return two dense layers for a person who reads the configuration, with experts as a comment; else experts.
 
     Args:
         data: arguments of ``TableData`` that name files and columns.
-        num_rows: rows with a label.
-        has_ids: whether a category has more than 20 values, and one for at most a hundred rows.
+        size: what the recipe depends on.
         notes: sentences on how the data were read.
+        in_place: as in ``GivenData``.
     """
-    num_train = round(num_rows * 0.75 * 0.85)
-    batch_size = 2 ** min(max(math.floor(math.log2(max(num_train / 16, 1))), 5), 9)
-    steps = math.ceil(num_train / batch_size)
-    expert = {"class_path": "core.MLP", "init_args": {"hidden_dims": [64]}}
-    gates = {**EXPERTS, "expert": expert, "balance": {"load_balancing_loss": 0.01, "router_z_loss": 0.001}}
-    model = {
-        "shared": {"class_path": "core.MMoE", "init_args": gates},
-        # A rare value starts near 0, where it says nothing.
-        "embedding": {"dim": 16, "init_std": 0.001},
-        "dense": {"kind": "quantile_normal", "num_bins": 32},
-        "head": {"hidden_dims": [8], "activation": "silu"},
-        "dropout": 0.3 if has_ids else 0.1,
-        "optimizer": {"lr": 3.0e-3, "weight_decay": 0.01, "warmup_steps": 0.05, "fused": True},
+    named = {"dataset": "table", **data, "batch_size": size.batch_size}
+    model = ("MultiTaskRecommender", network(size, sparse=not in_place))
+    made = GivenConfig.of(notes, trainer(size), model=model, data=("TableData", named))
+    if not in_place:
+        return made
+    lines = yaml.safe_dump({"shared": experts()}, sort_keys=False).splitlines()
+    above: dict[tuple[str, ...], tuple[str, ...]] = {
+        ("model", "init_args", "shared"): ("With 8 experts, of which a row takes 2:", *(f"  {own}" for own in lines))
     }
-    named = {"dataset": "table", **data, "batch_size": batch_size}
-    stops = {"monitor": "val/loss", "mode": "min", "patience": 5, "check_on_train_epoch_end": False}
-    trainer = {
-        "max_epochs": 7 if has_ids else min(max(math.ceil(_STEPS / steps), 7), 40),
-        "callbacks": [{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stops}],
-    }
-    return GivenConfig.of(notes, trainer, model=("MultiTaskRecommender", model), data=("TableData", named))
+    return replace(made, above=above)

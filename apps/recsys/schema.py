@@ -210,6 +210,8 @@ class TableConfig(Checked):
         left_out: parts of timestamps that are not given to a model, such as "time_days".
         item: column of the items. A test reports the rows of items without a training row separately.
         texts: columns of text, by name, which become vectors.
+        numbers: encoding of the continuous columns by thresholds, for ``dense.kind='by_label'``: "bins", "linear", or
+            "auto", by a short training with each, judged in validation. None: no thresholds are learned.
 
     Raises:
         ValueError: no feature, a label among the features, a column with two of the roles of a feature, an option for a
@@ -235,6 +237,7 @@ class TableConfig(Checked):
     left_out: tuple[str, ...] = ()
     item: str | None = None
     texts: Mapping[str, TextConfig] = field(default_factory=dict)
+    numbers: Literal["auto", "bins", "linear"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -105,20 +105,23 @@ def layer_label(layer: str) -> str:
     Example::
 
         layer_label("blocks.3.mlp")                           # "block 3"
+        layer_label("stages.2.blocks.5.mlp")                  # "block 2.5"
         layer_label("groups.1.ffn.mlp")                       # "group 1"
         layer_label("decoder.layers.3.ffn")                   # "decoder 3"
         layer_label("decoder.layers.3.mixing.heads")          # "decoder 3 attention"
         layer_label("decoder.layers.3.depth_gate")            # "decoder 3 depth gate"
         layer_label("model.towers.image.blocks.1.mlp")        # "image block 1"
     """
-    match = re.search(r"(?:^|\.)(?:(encoder|decoder)\.layers|blocks|groups|towers\.[\w.]+?\.layers)\.(\d+)\.", layer)
+    # Blocks of a stage are counted within it, so that all numbers are needed to tell them apart.
+    stacks = r"(encoder|decoder)\.layers|blocks|groups|towers\.[\w.]+?\.layers"
+    match = re.match(rf"(?:.*\.)?(?:{stacks})\.(?:\d+\.)+", layer)
     if match is None:
         return layer.removeprefix("model.")
-    words = re.split(r"[._]", layer[: match.start(2)])
+    words = re.split(r"[._]", match[0])
     tower = "".join(f"{name} " for name in _TOWERS if name in words)
     part = next((f" {part}" for end, part in _PARTS.items() if layer.endswith(end)), "")
-    stack = match[1] or f"{tower}{'group' if words[-2] == 'groups' else 'block'}"
-    return f"{stack} {match[2]}{part}"
+    stack = match[1] or f"{tower}{'group' if 'groups' in words else 'block'}"
+    return f"{stack} {'.'.join(word for word in words if word.isdecimal())}{part}"
 
 
 def words_by_layer(

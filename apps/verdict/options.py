@@ -37,7 +37,8 @@ class Options(CommandLine):
         kind: kind of the target, if there is one (default: as its values are)
         exclude: columns of the table to leave out
         time: split the rows by this column: the last ones test
-        user: split the rows by this column: each of its values is in one split
+        user: without --time, each value of this column is in one split; with it, the rows of a value count as one in
+            the intervals
         open: open the page in the end
 
     Raises:
@@ -65,8 +66,6 @@ class Options(CommandLine):
         check_at_least(0, seed=self.seed)
         if len(self.data) > 2:
             raise ValueError(f"DATA is one path, or two text files: got {len(self.data)}")
-        if self.time is not None and self.user is not None:
-            raise ValueError(f"--time {self.time} and --user {self.user}: rows are split by one of the two")
         for option, column in (("exclude", next(iter(self.exclude), None)), ("time", self.time), ("user", self.user)):
             if column is not None and not self.target:
                 raise ValueError(f"--{option} {column} names a column of a table: name its target with --target")

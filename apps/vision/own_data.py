@@ -151,4 +151,4 @@ def _config(given: GivenData, root: Path, size: int, num_images: int, notes: Seq
     if given.in_place:
         as_yaml = (f"  {line}" for line in yaml.safe_dump(sparse, sort_keys=False).splitlines())
         above[(*model_keys, "label_smoothing")] = ("With 8 experts a position, of which each takes 2:", *as_yaml)
-    return replace(made, comments=comments, above=above, dense=given.in_place)
+    return replace(made, comments=comments, above=above, verdict=() if given.in_place else None)

@@ -3,6 +3,7 @@ module."""
 
 from .attention import AttentionExperts
 from .base import ExpertConfig, Experts, check_merges, num_params
+from .batch_ensemble import BatchEnsemble, BatchEnsembleExperts
 from .clamped import ClampedSwiGLU
 from .convolution import Convolution, ConvolutionExperts
 from .costless import Constant, Identity, Zero
@@ -17,6 +18,8 @@ from .star import StarExperts
 
 __all__ = [
     "AttentionExperts",
+    "BatchEnsemble",
+    "BatchEnsembleExperts",
     "ClampedSwiGLU",
     "Constant",
     "Convolution",

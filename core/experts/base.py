@@ -19,6 +19,8 @@ HIDDEN = "hidden"
 """Name of the axis of a mesh along which the hidden units of each expert are sharded."""
 CHILD = "lora"
 """The name under which a module has its low-rank adapters."""
+COMMON = "common"
+"""The name under which experts have parameters that all of them share, the one kind that is not stacked."""
 Way = Literal["rows", "dense", "each", "merged", "queries", "outputs"]
 
 
@@ -48,7 +50,8 @@ class Experts(nn.Module):
     rows, which a subclass may do better, and cannot do "merged" for it. See ``FFNExperts``. A class that overrides
     ``forward`` is a ``ValueError``.
 
-    Every parameter and buffer is *stacked*: its first axis counts the experts. One that is split over ranks is a
+    Every parameter and buffer is *stacked*: its first axis counts the experts; those below ``common`` are of all of
+    them, and such experts are not split over ranks. One that is split over ranks is a
     ``DTensor`` sharded along that axis; its local experts are the rows that this process holds, numbered from 0. Who
     starts, converts or stores experts uses ``init_each``, ``weights_of`` and ``num_local_experts``, and no parameter's
     name.

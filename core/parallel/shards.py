@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..experts import Experts
 from ..experts.adapters import LowRankUpdate
-from ..experts.base import HIDDEN
+from ..experts.base import COMMON, HIDDEN
 from ..layers import MoELayer, moe_layers
 from ..torch_internals import local_place
 from .all_to_all import AllToAllDispatcher
@@ -116,6 +116,8 @@ def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
             raise ValueError(f"{where} has experts of several kinds ({kind}), which are not sharded over ranks")
         if next(part.parameters(recurse=False), None) is None:
             raise ValueError(f"{where} has {kind}, without parameters of their own: there is nothing to shard")
+        if COMMON in part._modules:
+            raise ValueError(f"{where} has {kind}, whose matrices all experts share: they stay on one rank")
         if part.reads_context:
             raise ValueError(f"{where} has {kind}, which read the context of each token: it does not go to other ranks")
         if any(True for _ in part.buffers(recurse=False)):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..convert.reduce.merge import can_join, joined
 from ..dispatch import LocalDispatcher
 from ..experts import Experts
+from ..experts.base import COMMON
 from ..flops import count_flops
 from ..routing.pairs.token_choice import TokenChoice
 from .check import Checks, close, hold, step
@@ -59,7 +60,12 @@ def _(case: ExpertCase) -> None:
         pairs.append(("the gates", gates.grad, gates_alone.grad))
         for e, expert in enumerate(alone):
             grads = gradients_of(experts, e)
-            pairs += [(f"{n} of expert {e}", grads[n], _first(p.grad)) for n, p in expert.named_parameters()]
+            theirs = [(n, p) for n, p in expert.named_parameters() if n in grads]
+            pairs += [(f"{n} of expert {e}", grads[n], _first(p.grad)) for n, p in theirs]
+        for name, p in experts.named_parameters():
+            if is_common(name):  # each expert adds to its gradient
+                each = [g for g in (expert.get_parameter(name).grad for expert in alone) if g is not None]
+                pairs.append((name, p.grad, torch.stack(each).sum(0) if each else None))
         for name, actual, wanted in pairs:
             if actual is None or wanted is None:  # no row, no gradient, which is as good as zero
                 given = wanted if actual is None else actual
@@ -69,14 +75,21 @@ def _(case: ExpertCase) -> None:
 
 
 def gradients_of(experts: Experts, e: int) -> dict[str, Tensor | None]:
-    """Return the gradients of expert ``e``'s parameters by the names that ``weights_of`` gives them."""
+    """Return the gradients of the parameters that expert ``e`` has alone, by the names that ``weights_of`` gives."""
     grads: dict[str, Tensor | None] = {}
     stacked = {p.data_ptr(): p for p in experts.parameters()}
     for name, view in experts.weights_of(e).items():
+        if is_common(name):
+            continue
         owner = next((p for p in stacked.values() if _holds(p, view)), None)
         row = None if owner is None else (view.data_ptr() - owner.data_ptr()) // (owner[0].numel() * owner.itemsize)
         grads[name] = None if owner is None or row is None or owner.grad is None else owner.grad[row]
     return grads
+
+
+def is_common(name: str) -> bool:
+    """Return whether all experts share the parameter of this name."""
+    return name.startswith(f"{COMMON}.")
 
 
 def _holds(parameter: Tensor, view: Tensor) -> bool:
@@ -185,7 +198,7 @@ def _(case: ExpertCase) -> None:
     hold(experts.num_local_experts == case.num_experts, f"num_local_experts is {experts.num_local_experts}")
     before = experts(x_TD, "each").detach()
     own = experts.weights_of(0)
-    parameters = {n for n, _ in case.one(0, experts).named_parameters()}
+    parameters = {n for n, _ in case.one(0, experts).named_parameters() if not is_common(n)}
     with torch.no_grad():
         for name in parameters:
             own[name].add_(1.0)
@@ -214,7 +227,7 @@ def _(case: ExpertCase) -> None:
     layer = config.build(case.dim)
     counted = sum(p.numel() for p in layer.parameters())
     hold(config.num_params(case.dim) == counted, f"num_params is {config.num_params(case.dim)}, counted {counted}")
-    routed = sum(p.numel() for p in layer.experts.parameters())
+    routed = sum(p.numel() for name, p in layer.experts.named_parameters() if not is_common(name))
     active = counted - routed + round(routed * config.router.pairs_per_token(case.num_experts) / case.num_experts)
     stated = config.active_params(case.dim)
     hold(abs(stated - active) <= 1, f"active_params is {stated}, counted {active}")

@@ -70,6 +70,13 @@ def test_a_flop_counter_is_a_mode_and_fake_tensors_and_storages_are_known():
     assert internals.storage_id(x) != internals.storage_id(y)
 
 
+def test_a_view_of_a_parameter_is_counted_without_gradients():
+    token, linear = nn.Parameter(torch.ones(1, 1, 4)), nn.Linear(4, 3)
+    with torch.no_grad(), internals.flop_counter() as counter:
+        linear(token.expand(5, 1, 4))
+    assert counter.get_total_flops() == 2 * 5 * 4 * 3
+
+
 def test_feed_forward_and_onednn_multiply_as_torch_does():
     layer, x = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), torch.randn(3, 4)
     torch.testing.assert_close(internals.feed_forward(layer, x), layer.linear2(torch.relu(layer.linear1(x))))

@@ -42,6 +42,7 @@ class ContinuousFeature(Checked):
             Empty where the column is constant.
         missing: share of the training split that is missing.
         least, most: smallest and largest value; None: they were not kept.
+        thresholds: boundaries chosen by the labels too, read like ``quantiles``; empty unless ``table.numbers`` asks.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ContinuousFeature(Checked):
     missing: float = 0.0
     least: float | None = None
     most: float | None = None
+    thresholds: tuple[float, ...] = ()
 
 
 @core.register_config
@@ -136,6 +138,7 @@ class Features(Checked):
         targets: the target of each task; empty if all are binary.
         vectors: columns of vectors, in the order of the batches' columns.
         sequences: columns of sequences, in the order of the batches' columns.
+        numbers: encoding of the numbers by their thresholds, "bins" or "linear"; empty: no thresholds were learned.
     """
 
     categorical: tuple[CategoricalFeature, ...] = ()
@@ -146,6 +149,7 @@ class Features(Checked):
     targets: tuple[Target, ...] = ()
     vectors: tuple[VectorFeature, ...] = ()
     sequences: tuple[SequenceFeature, ...] = ()
+    numbers: str = ""
 
     @property
     def target_of_task(self) -> tuple[Target, ...]:

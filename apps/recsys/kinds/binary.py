@@ -68,6 +68,17 @@ class Kind:
         """Return the outputs (B, width) that represent the mean over M of the predictions."""
         return F.logsigmoid(z_MBw).logsumexp(0) - F.logsigmoid(-z_MBw).logsumexp(0)
 
+    def blended(self, z_Bw: Tensor, other_Bw: Tensor, weight: float) -> Tensor:
+        """Return the outputs whose prediction is ``weight`` times that of ``z_Bw`` plus ``1 - weight`` times the
+        other's: probabilities are mixed, and the values of numbers.
+
+        Args:
+            z_Bw, other_Bw: outputs, float64 on the CPU.
+            weight: a number in [0, 1].
+        """
+        p = weight * z_Bw.sigmoid() + (1 - weight) * other_Bw.sigmoid()
+        return p.clamp(1e-15, 1 - 1e-15).logit()
+
     def value(self, z_Bw: Tensor) -> Tensor:
         """Return the prediction as a number, (B,): the probability of a positive label, or the label expected."""
         return z_Bw.squeeze(-1).sigmoid()

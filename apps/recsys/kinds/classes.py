@@ -58,6 +58,10 @@ class Ordinal(Kind):
     def mean(self, z_MBw: Tensor) -> Tensor:
         return self.outputs_of((self.log_probabilities(z_MBw).logsumexp(0) - math.log(len(z_MBw))).exp())
 
+    def blended(self, z_Bw: Tensor, other_Bw: Tensor, weight: float) -> Tensor:
+        own, other = (self.log_probabilities(z).exp() for z in (z_Bw, other_Bw))
+        return self.outputs_of(weight * own + (1 - weight) * other)
+
     def outputs_of(self, p_BL: Tensor) -> Tensor:
         """Return the outputs (B, L - 1) whose probabilities of the levels are ``p_BL``."""
         above_BW = p_BL.flip(-1).cumsum(-1).flip(-1)[:, 1:]
@@ -102,6 +106,9 @@ class Multiclass(Kind):
 
     def mean(self, z_MBw: Tensor) -> Tensor:
         return F.log_softmax(z_MBw, dim=-1).logsumexp(0) - math.log(len(z_MBw))
+
+    def blended(self, z_Bw: Tensor, other_Bw: Tensor, weight: float) -> Tensor:
+        return (weight * z_Bw.softmax(-1) + (1 - weight) * other_Bw.softmax(-1)).clamp_min(1e-30).log()
 
     def value(self, z_Bw: Tensor) -> Tensor:
         """Return the place of the likeliest class."""

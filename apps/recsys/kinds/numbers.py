@@ -58,6 +58,20 @@ class Regression(Kind):
     def value(self, z_Bw: Tensor) -> Tensor:
         return self._at_least(self.target.mean + self.target.std * z_Bw.squeeze(-1))
 
+    def blended(self, z_Bw: Tensor, other_Bw: Tensor, weight: float) -> Tensor:
+        value_B = weight * self.value(z_Bw) + (1 - weight) * self.value(other_Bw)
+        return self.moved(z_Bw, torch.from_numpy(self.outputs_of(value_B.numpy())).reshape(z_Bw.shape), value_B)
+
+    def moved(self, z_Bw: Tensor, of_value_Bw: Tensor, value_B: Tensor) -> Tensor:
+        """Return the outputs ``z_Bw`` with another value and their own spread, if they have one.
+
+        Args:
+            z_Bw: outputs.
+            of_value_Bw: ``outputs_of`` the value.
+            value_B: the value.
+        """
+        return of_value_Bw
+
     def outputs_of(self, value_N: np.ndarray) -> np.ndarray:
         """Return outputs (N,) or (N, width) whose ``value`` is ``value_N``, as trees predict it."""
         return (value_N - self.target.mean) / self.target.std
@@ -219,6 +233,16 @@ class Revenue(Regression):
         raw = math.log(math.expm1(spread)) - self._SHIFT
         return np.column_stack((np.log(share_N / (1 - share_N)), mean_N, np.full(len(mean_N), raw)))
 
+    def moved(self, z_Bw: Tensor, of_value_Bw: Tensor, value_B: Tensor) -> Tensor:
+        """Return ``z_Bw`` with the mean of the logarithm that gives the value, and a greater chance of an amount where
+        no amount up to the largest would give it."""
+        value_B, (chance, _, spread) = value_B.clamp_min(1e-9), self._parts(z_Bw)
+        least_B = value_B / (math.inf if self.target.most is None else self.target.most)
+        chance_B = torch.maximum(chance.sigmoid(), least_B).clamp(1e-9, 1 - 1e-9)
+        scale = self.target.log_std
+        mean_B = ((value_B / chance_B).log() - (scale * spread).square() / 2 - self.target.log_mean) / scale
+        return torch.stack((chance_B.logit(), mean_B, z_Bw[..., 2]), -1)
+
     def metrics(self, z_Nw: np.ndarray, label_N: np.ndarray, groups_N: np.ndarray | None = None) -> Metrics:
         value_N = self.value(torch.from_numpy(z_Nw)).numpy()
         return number_metrics(value_N, label_N, further=self.further, chance_N=z_Nw[:, 0])
@@ -274,6 +298,10 @@ class Quantile(Regression):
     def outputs_of(self, value_N: np.ndarray) -> np.ndarray:
         middle_N = super().outputs_of(value_N)
         return np.column_stack((middle_N, *(np.full(len(middle_N), z) for z in self.start(0.5)[1:])))
+
+    def moved(self, z_Bw: Tensor, of_value_Bw: Tensor, value_B: Tensor) -> Tensor:
+        """Return ``z_Bw`` with the middle quantile at the value, and the outer ones as far away as they were."""
+        return torch.cat((of_value_Bw[..., :1], z_Bw[..., 1:]), -1)
 
     def metrics(self, z_Nw: np.ndarray, label_N: np.ndarray, groups_N: np.ndarray | None = None) -> Metrics:
         quantile_N3 = self.quantiles(torch.from_numpy(z_Nw)).numpy()

@@ -39,6 +39,7 @@ def part_of(features: Features, columns: Collection[str]) -> Features:
         sequences=tuple(
             f if f.items in columns else replace(f, items=None) for f in features.sequences if f.name in columns
         ),
+        numbers=features.numbers,
     )
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_STORE = EncodedStore("tables", version=1)
+_STORE = EncodedStore("tables", version=2)
 _FILE_OPTIONS = ("train_file", "val_file", "test_file")
 
 
@@ -161,7 +161,7 @@ class TableData(SuiteData):
     def extend(self, encoding_state: Mapping[str, Any]) -> None:
         """Use a checkpoint's encoding, with further rows for the values and domains that the training rows add to it.
 
-        Means, bins, levels and classes stay the checkpoint's.
+        Means, bins, the encoding of numbers, levels and classes stay the checkpoint's.
         """
         self._extend(encoding_state)
 

@@ -42,7 +42,8 @@ class PlainTables(nn.Module):
         """Return the outputs (B, Z), one logit per task if all are binary."""
         batch = batch_of(dict(zip(self.names, tensors, strict=True)), self.features)
         z = [member(batch, plain=True) for member in self.members]
-        return (z[0] if len(z) == 1 else self.outputs.mean(torch.stack(z))).float()
+        outputs = z[0] if len(z) == 1 else torch.stack(z)
+        return (outputs if outputs.ndim == 2 else self.outputs.mean(outputs)).float()
 
 
 # ---- the encoding as JSON

@@ -13,7 +13,7 @@ from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
 
 import core
 from apps.recsys.encoding.features import Features
-from apps.recsys.tables.columns.bottoms import SingleTask
+from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.columns.dense import DenseArch, DenseConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.columns.history import HistoryArch, HistoryConfig
@@ -147,7 +147,7 @@ class TableColumns(nn.Module):
         super().__init__()
         self.dropout, self.copies = dropout, copies
         self.num_continuous = len(features.continuous)
-        self.dense = DenseArch(features.continuous, dense, copies)
+        self.dense = DenseArch(features.continuous, dense, copies, features.numbers)
         attended = tuple(s for s in features.sequences if history.pooling == "din" and s.items is not None)
         if history.pooling == "din" and features.sequences and not attended:
             names = ", ".join(s.name for s in features.sequences)
@@ -339,6 +339,49 @@ def _check_gates(features: Features, shared: core.MultiGateConfig, head: HeadCon
             raise ValueError(f"{name}={value} joins tasks that SingleTask keeps apart: leave it out")
         if value and name != "head.personal" and not features.num_domains:
             raise ValueError(f"{name}={value} goes by the domain, and the table names none: table.domain")
+
+
+class SharedMembers(MultiTaskModel):
+    """M networks in one, which share columns and weights (TabM, arXiv 2410.24210): the bottom is a
+    ``core.BatchEnsemble``, and each member has a logit layer of its own. All are computed at once.
+
+    Args:
+        features, shared, embedding, head, columns: as for ``MultiTaskModel``.
+        num_members: M.
+
+    Raises:
+        ValueError: a shared layer other than a ``SharedBottom`` of an ``MLP`` without norms, or a head that is not
+            plain.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        shared: core.MultiGateConfig,
+        embedding: EmbeddingConfig = _EMBEDDING,
+        head: HeadConfig = _HEAD,
+        num_members: int = 1,
+        **columns: Any,
+    ) -> None:
+        expert = shared.expert
+        if type(shared) is not SharedBottom or not isinstance(expert, core.MLP) or expert.norm is not None:
+            kind = f"{type(shared).__name__} of {type(expert).__name__}"
+            raise ValueError(f"share_members=True needs a SharedBottom of an MLP without norms, not {kind}")
+        if head.kind != "plain" or head.personal or head.domain_dim:
+            raise ValueError("share_members=True needs head.kind='plain', without personal columns and domain_dim")
+        super().__init__(features, shared, embedding, head, **columns)
+        bottom = core.BatchEnsemble(expert.hidden_dims, expert.activation, expert.dropout)
+        self.shared = bottom.build(num_members, self.input_dim)  # type: ignore[assignment]
+        # The head sees the members' tasks as tasks side by side.
+        parts = (shared.out_dim(self.input_dim), num_members * len(features.tasks))
+        self.head = head.build(*parts, features.positives * num_members, features.targets * num_members)
+        self.num_members, self.num_tasks = num_members, len(features.tasks)
+
+    def compute(self, dense: Tensor | None, sparse: Tensor | None, domain_B: Tensor | None) -> Tensor:
+        """Return the members' outputs (M, B, Z) of encoded columns."""
+        h_MBH = self.shared(self.join(dense, sparse), "each").transpose(0, 1)
+        z_BZ = self.head(h_MBH.repeat_interleave(self.num_tasks, 0))
+        return z_BZ.unflatten(1, (self.num_members, -1)).transpose(0, 1)
 
 
 class Ensemble(nn.Module):

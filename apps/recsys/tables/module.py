@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import core
+from apps.base.checks import check_name
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.nets.place import Place
 from apps.recsys.encoding.features import Features
@@ -20,11 +23,13 @@ from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.kinds import Outputs
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables.baselines import baselines
+from apps.recsys.tables.blend.blend import KEY as BLEND, Blend
+from apps.recsys.tables.blend.training import TrainsBlend
 from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.columns.dense import DenseConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are_stepped
 from apps.recsys.tables.columns.history import HistoryConfig
-from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
+from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel, SharedMembers
 from apps.recsys.tables.negatives.weighting import WeightingConfig
 from apps.recsys.tables.outputs import TaskOutputs, difference, labeled_mean, values_by_task
 from apps.recsys.tables.report.importance import importances
@@ -40,6 +45,8 @@ from apps.train.step.balanced import Stage
 from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.convert.read.calls import evaluating
+
+_logger = logging.getLogger(__name__)
 
 _REPORT = RecommenderReportConfig()
 
@@ -64,12 +71,16 @@ class MultiTaskRecommender(SparseModule, Comparable):
         weighting: weighting of the tasks' losses in their sum.
         dropout: dropout of the shared layer's input, in training.
         num_members: networks trained side by side; the prediction is the mean of their probabilities.
+        share_members: whether they share columns and weights, each with scales and biases of its own (TabM, arXiv
+            2410.24210): several for little more than one. For a ``SharedBottom`` and a plain head.
         score_bins: number of bins of the scores whose counts the metrics keep instead of every prediction; there is no
             AUC by user then. None: exact metrics.
         report: options of the report that a test adds to the metrics; None: nothing.
         history: how the columns of sequences become one vector each.
         gate_embeddings: width of the hidden layer of a gate that scales the columns by domain (EPNet, arXiv
             2302.01115); 0: none.
+        blend: "lightgbm": boosted trees are trained on the same rows when the training ends, and a prediction is the
+            weighted mean of both, with the weight of the least validation loss; None: the network by itself.
         kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
@@ -84,6 +95,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     _read: tuple[Mapping[str, Any], Encoding] | None = None
     """The last state of ``encoding_state`` that was read, and what it says."""
+    trees: Blend | None = None
+    """The trees of a checkpoint's blend and their weights; None: predictions are the network's."""
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,10 +122,12 @@ class MultiTaskRecommender(SparseModule, Comparable):
         weighting: WeightingConfig | None = None,
         dropout: float = 0.0,
         num_members: int = 1,
+        share_members: bool = False,
         score_bins: int | None = None,
         report: RecommenderReportConfig | None = _REPORT,
         history: HistoryConfig | None = None,
         gate_embeddings: int = 0,
+        blend: Literal["lightgbm"] | None = None,
         **kwargs: Any,
     ) -> None:
         features = from_plain(features, Features, "features")
@@ -125,6 +140,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
         report = from_plain(report, RecommenderReportConfig, "report")
         history = from_plain(history, HistoryConfig, "history")
         super().__init__(**kwargs)
+        if blend is not None:
+            check_name("blend", blend, ["lightgbm"])
+        self.blend = blend
         if features is None:
             return self.wait_for_data("features")
         if not features.tasks:
@@ -153,8 +171,13 @@ class MultiTaskRecommender(SparseModule, Comparable):
             "embedding": self.embedding, "dense": self.dense, "interaction": self.interaction, "head": self.head,
             "dropout": dropout, "history": self.history, "gate_embeddings": gate_embeddings,
         }  # fmt: skip
-        members = [MultiTaskModel(features, self.shared_config, **parts) for _ in range(num_members)]
-        self.model = members[0] if num_members == 1 else Ensemble(members)
+        self.model: MultiTaskModel | Ensemble
+        if share_members:
+            self.model = SharedMembers(features, self.shared_config, num_members=num_members, **parts)
+        elif num_members == 1:
+            self.model = MultiTaskModel(features, self.shared_config, **parts)
+        else:
+            self.model = Ensemble([MultiTaskModel(features, self.shared_config, **parts) for _ in range(num_members)])
         shares = features.positives or (0.5,) * len(features.tasks)
         initial = [kind.initial_loss(share) for kind, share in zip(self.outputs.kinds, shares, strict=True)]
         self.weighting = self.weighting_config.build(features.tasks, initial)
@@ -162,7 +185,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     @property
     def members(self) -> list[MultiTaskModel]:
-        """The networks, one if there is no ensemble."""
+        """The networks, one if there is no ensemble or it is one network."""
         if isinstance(self.model, MultiTaskModel):
             return [self.model]
         return [m for m in self.model.members if isinstance(m, MultiTaskModel)]
@@ -177,8 +200,12 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
         An ensemble's represent the mean of the members' predictions.
         """
-        z = self.model(batch)
-        return z if z.ndim == 2 else self.outputs.mean(z)
+        return self._blended(self.model(batch), batch)
+
+    def _blended(self, z: Tensor, batch: TableBatch) -> Tensor:
+        """Return the outputs (B, Z) of networks' (B, Z) or (M, B, Z)."""
+        z = z if z.ndim == 2 else self.outputs.mean(z)
+        return z if self.trees is None else self.trees.mixed(self.outputs, z, batch)
 
     def task_loss(self, batch: TableBatch) -> TaskOutput:
         """Return the weighted sum of each task's mean loss over its labeled examples.
@@ -219,10 +246,11 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def distribution(self, batch: TableBatch) -> TaskOutputs:
         """Return the tasks' outputs, and the labels, which say where a task counts."""
         labels = self.members[0].head.labels(batch.label_Bt)
-        return TaskOutputs(self.outputs, self.model(batch).float(), labels, batch.weight_Bt)
+        z = self.model(batch).float()
+        return TaskOutputs(self.outputs, z if self.trees is None else self._blended(z, batch), labels, batch.weight_Bt)
 
     def _head_losses(self, z: Tensor) -> Mapping[str, Tensor]:
-        if z.ndim == 2:
+        if z.ndim == 2 or len(self.members) == 1:
             return self.members[0].head.losses(z)
         by_member = [m.head.losses(z_BZ) for m, z_BZ in zip(self.members, z, strict=True)]
         return {name: torch.stack([losses[name] for losses in by_member]).mean() for name in by_member[0]}
@@ -252,6 +280,12 @@ class MultiTaskRecommender(SparseModule, Comparable):
     @property
     def task_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.shown_metrics if len(self.features.tasks) > 1 else ()
+
+    @property
+    def metric_signatures(self) -> Mapping[str, str]:
+        """Return the shares of network and trees in a blend's predictions, by each task's metric."""
+        pairs = zip(self.features.tasks, self.shown_metrics, strict=True)
+        return {} if self.trees is None else {metric: self.trees.signature(task) for task, metric in pairs}
 
     def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
         """Return the rows' numbers in the table, the data's ``predict_columns`` and each task's prediction.
@@ -325,6 +359,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage == "fit":
+            self.trees = None
         if self.embedding.deferred and not getattr(self.trainer.strategy, "shards_tables", False):
             raise ValueError(
                 "embedding.deferred=True leaves the tables to trainer.strategy=TorchRecStrategy; "
@@ -365,6 +401,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         super().on_save_checkpoint(checkpoint)
         if self.embedding.kind == "fused":
             checkpoint["fused_embeddings"] = [member.sparse.fused_state() for member in self.members]
+        if self.trees is not None:
+            checkpoint[BLEND] = self.trees.record()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -378,6 +416,31 @@ class MultiTaskRecommender(SparseModule, Comparable):
         if fitting or self.embedding.kind == "fused":  # a test takes only the weights, whatever the kind
             for member, state in zip(self.members, checkpoint.get("fused_embeddings", []), strict=False):
                 member.sparse.load_fused_state(state)
+
+        if trainer is not None and not fitting:
+            self._take_trees(checkpoint, Path(str(trainer.ckpt_path)))
+
+    @classmethod
+    def restored(cls, checkpoint: dict[str, Any], path: str, **changed: Any) -> Self:
+        module = super().restored(checkpoint, path, **changed)
+        module._take_trees(checkpoint, Path(path))
+        return module
+
+    def _take_trees(self, checkpoint: Mapping[str, Any], path: Path) -> None:
+        """Read the trees that a checkpoint names, if the model is a blend."""
+        self.trees = None
+        if self.blend is not None and BLEND in checkpoint:
+            self.trees = Blend.read(checkpoint[BLEND], path, self.features)
+        elif self.blend is not None and self.reports:
+            _logger.warning("%s has no trees, which a training's end adds: its network predicts by itself", path)
+
+    def save_beside(self, folder: Path) -> None:
+        if self.trees is not None:
+            self.trees.write(folder)
+
+    def configure_callbacks(self) -> list[Callback]:
+        callbacks = super().configure_callbacks()
+        return [*callbacks, TrainsBlend()] if self.blend is not None and self.reports else callbacks
 
     def widened(self, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
         return growing.widened(self, checkpoint, encoding_state)
@@ -425,6 +488,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
         arguments = {"num_tasks": len(self.features.tasks), "num_domains": self.features.num_domains}
         place = Place(type(self).__name__, ("domain_ids_B",))
         return RoutedLayers(self.shared_config, self.input_dim, place, arguments)
+
+    def twin(self, **changed: Any) -> Self:
+        return super().twin(**{"blend": None, **changed})  # a comparison is one of networks
 
     def with_moe(self, moe: core.MultiGateConfig) -> MultiTaskRecommender:
         return self.twin(shared=moe)

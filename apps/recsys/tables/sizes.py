@@ -38,6 +38,7 @@ def columns_of(sizes: Sizes, tables: str, numbers: str, histories: Sequence[int]
             SequenceFeature(f"history {i}", rows_of[i], length, f"column {i}", hashed=True)
             for i, length in enumerate(histories)
         ),
+        numbers="bins",
     )
 
 

@@ -126,7 +126,8 @@ class TablePrediction(RowTask):
         network = PlainTables(model.members, model.outputs, model.features, tuple(inputs)).train(model.training)
         graph = Graph("model", network, inputs, ("logits",), dynamic_axes(inputs))
         described = {**described_columns(self.encoding), "tasks": described_tasks(model)}
-        return Exported(self.app, (graph,), described)
+        note = "" if model.trees is None else "only the network is exported: predictions are without the blend's trees"
+        return Exported(self.app, (graph,), described, note=note)
 
     # ---- without a trained model
 

@@ -87,8 +87,8 @@ def write(output: Path, exported: Exported, description: Description, write_grap
 
 TOLERANCE = 1e-4
 """Largest difference of a graph's outputs from the model's, relative to the largest of them."""
-_FOR_TRAINING = (*FOR_TRAINING, "pretrained")
-"""Arguments of a model that a prediction does not need, or that name files of the training's machine."""
+_FOR_TRAINING = (*FOR_TRAINING, "pretrained", "blend")
+"""Arguments of a model that a graph does not need, or that name files of the training's machine."""
 _PATHS = ("root", "cache_dir", "file", "images", "index", "predict_folder", "rank", "table")
 """Options of the apps' data that are paths, beside those that end in _file and _files."""
 
@@ -109,6 +109,8 @@ def run(options: Options) -> int:
     for graph in exported.graphs:
         inputs = [f"{name} {_shape(value, graph.dynamic.get(name, {}))}" for name, value in graph.inputs.items()]
         print(f"{graph.name}: {some(inputs)} -> {some(graph.outputs)}")
+    if exported.note:
+        print(exported.note)
     if options.format == "onnx" and exported.app != "own":
         print(f"moesaic predict --onnx {options.output} runs it, docs/reference/onnx_scripts.md without this suite")
     return 0

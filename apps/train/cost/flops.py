@@ -81,10 +81,8 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
         for name, layer in core.moe_layers(module).items()
     ]
     try:
-        # A table on other ranks leaves an empty weight, whose empty rows need a gradient for the counter.
-        empty = any(p.numel() == 0 for p in module.parameters())
         generators = torch.random.fork_rng(devices=cuda_devices(module))
-        with contextlib.ExitStack() as as_trained, evaluating(module), torch.set_grad_enabled(empty), generators:
+        with contextlib.ExitStack() as as_trained, evaluating(module), torch.no_grad(), generators:
             if not as_evaluated:
                 as_trained.enter_context(core.set_capacity_factor(module, None))
                 as_trained.enter_context(by_capacity(module))

@@ -49,9 +49,11 @@ class Exported:
         preprocessing: plain values that JSON takes: normalization, class names, vocabularies, special ids. They are
             written into the file's metadata, so that a program without this suite computes the same answers.
         files: larger parts by file name, such as a subword model; they are written next to the graph.
+        note: what of the model the graphs leave out, in a sentence; "": nothing.
     """
 
     app: str
     graphs: tuple[Graph, ...]
     preprocessing: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
+    note: str = ""

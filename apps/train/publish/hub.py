@@ -17,7 +17,7 @@ from apps.train.checkpoint.paths import is_pretrained
 from apps.train.publish import pretrained
 from apps.train.publish.model_card import ModelKind, card, measured
 
-_FILES = (pretrained.PRETRAINED, pretrained.WEIGHTS, pretrained.ENCODING, "README.md")
+_FILES = (pretrained.PRETRAINED, pretrained.WEIGHTS, pretrained.ENCODING, "*.trees.txt", "README.md")
 
 
 class HubModule(LinkedModule):
@@ -68,12 +68,16 @@ class HubModule(LinkedModule):
         state = self.state_dict()
         with pretrained.new_folder(folder, overwrite) as temporary:
             pretrained.write(temporary, {"hyper_parameters": dict(self.hparams), **contents, "state_dict": state})
+            self.save_beside(temporary)
             figures = measured(self._run if run is None else Path(run), state)
             name = (model_card_kwargs or {}).get("name", folder.resolve().name)
             (temporary / "README.md").write_text(card(name, self, figures), encoding="utf-8")
         if push_to_hub:
             return self.push_to_hub(repo_id or folder.resolve().name, **push)
         return None
+
+    def save_beside(self, folder: Path) -> None:
+        """Write files that belong to the model into a pretrained folder: by default none."""
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model to a hub, as one commit, and return the commit's address.

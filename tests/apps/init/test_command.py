@@ -68,7 +68,7 @@ def test_a_table_becomes_a_configuration_that_trains(shop, capsys):
         "written: shop.yaml; next:",
         "  moesaic fit --config shop.yaml",
         "  moesaic test --ckpt_path runs/shop",
-        "  moesaic verdict shop.yaml --minutes 30",
+        "  moesaic verdict shop.csv --target bought --minutes 30",
     ]
     text = Path("shop.yaml").read_text()
     assert text.startswith("# A first configuration, written by moesaic init.\n#\n#   moesaic fit --config shop.yaml\n")
@@ -83,6 +83,7 @@ def test_a_table_becomes_a_configuration_that_trains(shop, capsys):
         "        - day                            # date, 2024-01-01 to 2024-01-28",
         "      left_out:",
         "        - day_hour                       # the dates have no time",
+        "      numbers: auto                      # bins or linear: by a short training, on validation rows",
         "      # Left out; a column that is wanted goes into a list above:",
         "      #   order: id, it counts the rows",
         "      #   copy: a leak? It alone predicts bought with AUC 1.0000 "

@@ -95,7 +95,8 @@ def test_every_role_has_its_place_and_its_reason(tmp_path):
         "same is left out: 'x' in every row",
         "none is left out: no value in any row",
     )
-    assert made.config["model"]["init_args"]["dense"] == {"kind": "quantile_normal", "num_bins": 32}
+    assert made.config["model"]["init_args"]["dense"] == {"kind": "by_label"}
+    assert table["numbers"] == "auto"
     data = data_of(made, tmp_path)
     assert data.sizes() == {"train": 128, "val": 22, "test": 50}  # 15 % of 150 is 22.5
 
@@ -142,6 +143,7 @@ def test_several_targets_and_a_split_by_time(tmp_path):
     assert table["left_out"] == ["day_hour", "day_days"]
     assert made.above[*TABLE, "split", "val"][0].startswith("gap: 90d")
     assert "who" in table["categorical"]
+    assert made.verdict == ("--target", "bought", "--target", "spent", "--time", "day", "--user", "who")
     by_user = table_of(described(tmp_path, user="who", who=[*"abcdefgh"] * 25))
     assert (by_user["split"]["kind"], by_user["categorical"]) == ("user", ["town"])
 
@@ -307,6 +309,7 @@ def test_a_configuration_names_its_columns_and_rows_without_a_target(tmp_path):
         "200 rows; bought: binary, 'yes' in 50.0%",
         "columns: town (categorical); heat, visits (continuous)",
     )
+    assert made.config["model"]["init_args"]["shared"]["class_path"] == "core.MMoE"  # what a verdict asks about
     assert made.warnings == ("order is left out: id, it counts the rows",)
 
 
@@ -314,7 +317,7 @@ def test_a_file_of_utf_16_is_read_and_no_folder_of_other_files_or_damaged_file(t
     config = described(tmp_path).config
     file = tmp_path / "t.csv"
     file.write_bytes(file.read_text().encode("utf-16"))
-    made = config_for(GivenData((file,), "bought", tmp_path / "x"))
+    made = config_for(GivenData((file,), "bought", tmp_path / "x", in_place=True))
     assert (made.config, sum(data_of(made, tmp_path).sizes().values())) == (config, N)
     folder = tmp_path / "parts [2024]"  # brackets are no pattern
     folder.mkdir()

@@ -82,6 +82,8 @@ def test_gates_of_a_layer_stand_together_and_leave_out_experts_that_they_do_not_
 def test_layers_are_named_by_their_place_and_names_differ():
     labels = {
         "blocks.3.mlp": "block 3",
+        "model.stages.2.blocks.1.mlp": "block 2.1",
+        "model.blocks.2.blocks.0.1.mlp": "block 2.0.1",
         "model.groups.1.ffn.mlp": "group 1",
         "model.blocks.11.mlp": "block 11",
         "model.blocks.11.depth_gate": "block 11 depth gate",

@@ -80,6 +80,20 @@ def test_a_whole_verdict_and_the_same_again(tmp_path, monkeypatch):
         give_verdict(asked(tmp_path, CONFIG, minutes=9.0), "", clock=Ticks())
 
 
+def test_rows_are_split_by_time_and_counted_by_user(tmp_path):
+    path = tmp_path / "visits.csv"
+    path.write_text(
+        "day,user,x,y\n" + "".join(f"{i},u{i % 10},{(i * 7) % 13},{(i * 7) % 13 > i % 7}\n" for i in range(200))
+    )
+    options = Options((path,), tmp_path / "out", target=("y",), time="day", user="user")
+    written, _, _ = command.configuration(options)
+    experiment = command.Experiment(command.arguments(written, [], ()))
+    _, data = experiment.build("sparse")
+    rows = data.rows("test")[:]
+    assert rows.index_B.tolist() == [*range(150, 200)]  # the last quarter
+    assert len(set(rows.group_B.tolist())) == 10
+
+
 @pytest.mark.slow
 def test_a_second_label_among_the_columns_is_left_out_and_named_before_the_training_and_in_the_end(tmp_path, capsys):
     rng = np.random.default_rng(0)
@@ -150,7 +164,6 @@ def test_a_budget_that_fits_no_run(tmp_path, monkeypatch):
     (["t.csv", "--target", "b", "--output", "photos"], "photos holds cat and no verdict: give another --output"),
     (["t.csv", "--target", "b", "--output", "half"], "half holds another verdict"),
     (["t.csv", "--target", "b", "--exclude", "a", "c"], "--exclude 'c' is not a column of t.csv"),
-    (["t.csv", "--target", "b", "--time", "a", "--user", "same"], "--time a and --user same: rows are split by one"),
     (["photos", "--user", "a"], "--user a names a column of a table: name its target with --target"),
     (["photos"], "photos holds images in 1 folders of classes"),
     (["a", "b", "c"], "DATA is one path, or two text files: got 3"),

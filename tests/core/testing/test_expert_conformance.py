@@ -25,6 +25,7 @@ CASES: dict[str, ExpertConfig] = {
     "MLP": MLP((12, 10), dropout=0.1),
     "MLP, layer norm": MLP((12,), norm="layer"),
     "MLP, batch norm": MLP((12,), norm="batch"),
+    "BatchEnsemble": core.BatchEnsemble((12, 10), dropout=0.1),
     "LoRA": LoRA(4, alpha=6.0),
     "LoRA, dropout": LoRA(3, dropout=0.2),
     "IA3": IA3(),

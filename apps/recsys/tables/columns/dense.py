@@ -20,6 +20,9 @@ from core.fields import Bounds, Checked, Count
 _KNEE = 3.0
 """Standard deviations from which on "quantile_normal" takes the logarithm."""
 
+_DIM = 16
+"""Width of a column's encoding by "by_label" and "linear", where none is given."""
+
 _CLIP = 100.0
 """Standard deviations beyond which a value is taken as this far off: a slip of the decimal point must not blow up."""
 
@@ -41,14 +44,17 @@ class DenseConfig(Checked):
       tells large ones apart. A value outside the training split's range is taken as the end of it, as trees do.
       Missing values as with "normalize". With ``num_bins`` the bins are embedded too, as with "quantile": single values
       of a column may mean something of their own.
+    - "by_label": the two numbers of "quantile_normal", and what ``table.numbers`` makes of the thresholds that the
+      encoding learned from labels: "bins" embeds the bins between them; "linear" is "piecewise_linear" with a ``dim``,
+      from the column's smallest value to its largest.
 
     Attributes:
-        kind: "normalize", "quantile", "piecewise_linear" or "quantile_normal".
+        kind: "normalize", "quantile", "piecewise_linear", "quantile_normal" or "by_label".
         log1p: whether "normalize" takes the logarithm.
         num_bins: largest number of bins of a column, taken evenly from its quantiles; None: all of them, and none that
             are embedded with "quantile_normal".
         dim: width to which a linear map and ReLU take each column's encoding, with "piecewise_linear"; None: the
-            encoding itself.
+            encoding itself. With "by_label" that of "linear", None: 16; bins are as wide as other embeddings.
 
     Raises:
         ValueError: a value out of its range, or one that the kind does not use.
@@ -56,7 +62,7 @@ class DenseConfig(Checked):
 
     prefix = "dense."
 
-    kind: Literal["normalize", "quantile", "piecewise_linear", "quantile_normal"] = "normalize"
+    kind: Literal["normalize", "quantile", "piecewise_linear", "quantile_normal", "by_label"] = "normalize"
     log1p: bool = False
     num_bins: Annotated[int, Bounds(2)] | None = None
     dim: Count | None = None
@@ -67,8 +73,10 @@ class DenseConfig(Checked):
             raise ValueError(f"dense.log1p=True has no meaning with dense.kind={self.kind!r}")
         if self.num_bins is not None and self.kind == "normalize":
             raise ValueError(f"dense.num_bins={self.num_bins} has a meaning with bins only")
-        if self.dim is not None and self.kind != "piecewise_linear":
-            raise ValueError(f"dense.dim={self.dim} needs dense.kind='piecewise_linear'")
+        if self.num_bins is not None and self.kind == "by_label":
+            raise ValueError(f"dense.num_bins={self.num_bins}: dense.kind='by_label' takes all thresholds")
+        if self.dim is not None and self.kind not in ("piecewise_linear", "by_label"):
+            raise ValueError(f"dense.dim={self.dim} needs dense.kind='piecewise_linear' or 'by_label'")
 
 
 class DenseArch(nn.Module):
@@ -78,41 +86,54 @@ class DenseArch(nn.Module):
         features: the C columns.
         config: how they are encoded.
         copies: number of separate weights, for models that share nothing.
+        numbers: ``Features.numbers``, which "by_label" reads.
 
     Attributes:
         out_dim: width of the output; 0 if there is none.
-        bin_features: columns that ``bins`` gives to the embeddings, with "quantile" and "quantile_normal".
+        bin_features: columns that ``bins`` gives to the embeddings, with "quantile", "quantile_normal" and "by_label".
+
+    Raises:
+        ValueError: "by_label", and no thresholds were learned.
     """
 
     _edges_CM: Tensor
 
     def __init__(
-        self, features: Sequence[ContinuousFeature], config: DenseConfig = DenseConfig(), copies: int = 1
+        self,
+        features: Sequence[ContinuousFeature],
+        config: DenseConfig = DenseConfig(),
+        copies: int = 1,
+        numbers: str = "",
     ) -> None:
         super().__init__()
         self.config, self.copies = config, copies
         self.bin_features: tuple[CategoricalFeature, ...] = ()
         self.out_dim = 0
-        self.encode: nn.Module | None = None
+        self.numbers: Normalize | PiecewiseLinear | None = None
+        self.encode: PiecewiseLinearEmbedding | None = None
         if not features:
             return
-        edges = [thin(f.quantiles, config.num_bins) for f in features]
-        if config.kind == "quantile" or (config.kind == "quantile_normal" and config.num_bins is not None):
+        dim, edges = config.dim, [thin(f.quantiles, config.num_bins) for f in features]
+        embeds = config.kind == "quantile" or (config.kind == "quantile_normal" and config.num_bins is not None)
+        if config.kind == "by_label":
+            embeds, dim = numbers == "bins", None if numbers == "bins" else dim or _DIM
+            edges = _by_label(features, numbers)
+        if embeds:
             self.bin_features = tuple(
                 CategoricalFeature(f.name, num_rows=len(e) + 2) for f, e in zip(features, edges, strict=True)
             )
             self.register_buffer("_edges_CM", _padded(edges), persistent=False)
         if config.kind == "normalize":
-            self.encode = Normalize(features, config.log1p)
-        elif config.kind == "quantile_normal":
-            self.encode = QuantileNormal(features, [thin(f.quantiles, None) for f in features])
-        elif config.kind == "piecewise_linear" and config.dim is None:
-            self.encode = PiecewiseLinear(features, edges)
-        elif config.dim is not None:
-            self.encode = PiecewiseLinearEmbedding(features, edges, copies * config.dim)
-            self.out_dim = len(features) * config.dim
-        if isinstance(self.encode, Normalize | PiecewiseLinear):
-            self.out_dim = self.encode.out_dim
+            self.numbers = Normalize(features, config.log1p)
+        elif config.kind in ("quantile_normal", "by_label"):
+            self.numbers = QuantileNormal(features, [thin(f.quantiles, None) for f in features])
+        elif config.kind == "piecewise_linear" and dim is None:
+            self.numbers = PiecewiseLinear(features, edges)
+        if self.numbers is not None:
+            self.out_dim = self.numbers.out_dim
+        if dim is not None:
+            self.encode = PiecewiseLinearEmbedding(features, edges, copies * dim)
+            self.out_dim += len(features) * dim
 
     def bins(self, dense_BC: Tensor) -> Tensor | None:
         """Return the rows int64 (C, B) of the columns' tables, 0 if missing, else 1 + the bin; None without bins."""
@@ -124,15 +145,14 @@ class DenseArch(nn.Module):
 
     def forward(self, dense_BC: Tensor) -> Tensor | None:
         """Map (B, C) to (B, ``out_dim``), or (copies, B, ``out_dim``); None if the columns give no numbers."""
-        if self.encode is None:
+        parts = [] if self.numbers is None else [self.numbers(dense_BC).expand(self.copies, -1, -1)]
+        if self.encode is not None:
+            x_BCd = self.encode(dense_BC).unflatten(2, (self.copies, -1))
+            parts.append(x_BCd.permute(2, 0, 1, 3).flatten(2))
+        if not parts:
             return None
-        x = self.encode(dense_BC)
-        if self.copies == 1:
-            return x.flatten(1)
-        if isinstance(self.encode, PiecewiseLinearEmbedding):
-            B, C, _ = x.shape
-            return x.view(B, C, self.copies, -1).permute(2, 0, 1, 3).reshape(self.copies, B, -1)
-        return x.expand(self.copies, -1, -1)
+        x = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        return x[0] if self.copies == 1 else x
 
 
 class Normalize(nn.Module):
@@ -318,6 +338,20 @@ class PiecewiseLinearEmbedding(_Bins):
         tails_BC3 = torch.stack(self.tails(dense_BC), dim=-1)
         tails = torch.bmm(tails_BC3.transpose(0, 1), self.tails_weight.transpose(0, 1)).transpose(0, 1)
         return F.relu(torch.lerp(low, high, share_BC1) + tails + self.bias)
+
+
+def _by_label(features: Sequence[ContinuousFeature], numbers: str) -> list[tuple[float, ...]]:
+    """Return the boundaries of "by_label": the thresholds, for "linear" between the smallest and the largest value.
+
+    Raises:
+        ValueError: no thresholds were learned.
+    """
+    if not numbers:
+        raise ValueError("dense.kind='by_label' needs thresholds: give table.numbers (auto, bins or linear)")
+    if numbers == "bins":
+        return [thin(f.thresholds, None) for f in features]
+    ends = [() if f.least is None or f.most is None else (f.least, *f.thresholds, f.most) for f in features]
+    return [thin(own, None) for own in ends]
 
 
 def thin(quantiles: Sequence[float], num_bins: int | None) -> tuple[float, ...]:

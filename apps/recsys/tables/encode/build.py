@@ -42,6 +42,7 @@ from apps.recsys.encoding.profiles import Profile
 from apps.recsys.encoding.table_encoding import Encoding, TimeRange
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
 from apps.recsys.encoding.texts import text_encodings, with_vectors
+from apps.recsys.encoding.thresholds import thresholds
 from apps.recsys.encoding.timestamps import HOURS, WEEKDAYS, with_parts
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.readers.raw import RawTables
@@ -181,6 +182,8 @@ class _Build(ColumnWriter):
             targets=() if all(target.kind == "binary" for target in targets) else targets,
         )
         self.notes.repeated()
+        if self.given is None and config.numbers is not None:
+            features = replace(features, numbers=self._encoding_of_numbers(config.numbers, features))
         if self.given is not None:
             own, features = features, self.given.features
             if self.extends:
@@ -383,8 +386,23 @@ class _Build(ColumnWriter):
         for column, values in self.write_numbers(self.config.continuous):
             self.notes.number(column, values)
             self._shown.advance()
-            self.profiles[column] = Profile.of_numbers(values[self.masks["train"]])
-            yield statistics(column, values[self.masks["train"]])
+            train_N = self.masks["train"]
+            self.profiles[column] = Profile.of_numbers(values[train_N])
+            feature = statistics(column, values[train_N])
+            if self.given is None and self.config.numbers is not None:
+                labels = ((target, self.labels[name][train_N]) for name, target in self.targets.items())
+                feature = replace(feature, thresholds=thresholds(values[train_N], labels))
+            yield feature
+
+    def _encoding_of_numbers(self, numbers: str, features: Features) -> str:
+        """Return what ``Features.numbers`` is for what ``TableConfig.numbers`` asks."""
+        if numbers != "auto" or not features.continuous:
+            return numbers.replace("auto", "bins")
+        from apps.recsys.tables.encode.trial import better_kind  # TorchRec is not everywhere, and slow to import
+
+        # Sampled negatives come later: before, all labels are positive. A retriever's table may have none.
+        val_N = self.masks["val"] & (self.drawn is None and bool(self.targets))
+        return better_kind(features, self.writer, self.masks["train"], val_N)
 
     def _write_vectors(self) -> Iterator[VectorFeature]:
         known = {} if self.given is None else {f.name: f.size for f in self.given.features.vectors}

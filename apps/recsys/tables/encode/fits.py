@@ -55,5 +55,7 @@ def differences(config: TableConfig, given: Encoding, parts: Mapping[str, tuple[
         for what, a, b in (("kind", target.kind, task.kind), ("loss", target.loss, task.loss or "squared")):
             if a != b:
                 yield f"{what} of task {name!r} is {a!r} there and {b!r} here"
+    if config.numbers in ("bins", "linear") and config.numbers != features.numbers:
+        yield f"table.numbers is {features.numbers!r} there and {config.numbers!r} here"
     if given.domain != config.domain:
         yield f"table.domain is {given.domain!r} there and {config.domain!r} here"

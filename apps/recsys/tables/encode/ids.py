@@ -50,9 +50,7 @@ def ids_among_numbers(
     return found
 
 
-def _scores(
-    number_N: NDArray[np.float64], label_N: NDArray[np.float64], seed: int
-) -> tuple[float, float, float]:
+def _scores(number_N: NDArray[np.float64], label_N: NDArray[np.float64], seed: int) -> tuple[float, float, float]:
     """Return the R^2 of means by value and of the best tree on held-out rows, and their difference's standard error."""
     from sklearn.tree import DecisionTreeRegressor
 

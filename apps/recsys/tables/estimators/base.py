@@ -123,7 +123,7 @@ class PerTask:
         """
         search = search or Search()
         settings: dict[str, dict[str, Any]] = {}
-        with self._threads():
+        with self.threads():
             tasks = self._tasks(data, seed)
             search.total = sum(self.num_settings(task) for task in tasks.values() if isinstance(task, Task))
             for t, (name, task) in enumerate(tasks.items()):
@@ -143,7 +143,7 @@ class PerTask:
             ValueError: a split without rows.
         """
         settings = self.tune(data, seed) if settings is None else settings
-        with self._threads():
+        with self.threads():
             for name, task in self._tasks(data, seed).items():
                 if isinstance(task, Constant):
                     self.models[name], self.chosen[name] = task, {"constant": task.rate}
@@ -153,23 +153,23 @@ class PerTask:
 
     def evaluate(self, data: Any, split: Literal["val", "test"]) -> Mapping[str, float]:
         """Return the metrics of ``MultiTaskMetrics``, as the module logs them, without the split."""
-        with self._threads():
+        with self.threads():
             arrays = gather(data, split)
             z_Nt = self.logits(arrays)
         outputs = Outputs(arrays.features.target_of_task)
         metrics = MultiTaskMetrics(arrays.features.tasks, grouped=arrays.group_N is not None, outputs=outputs)
         groups = None if arrays.group_N is None else torch.from_numpy(arrays.group_N)
         cold = None if arrays.cold_N is None or split != "test" else torch.from_numpy(arrays.cold_N)
-        metrics.update(torch.from_numpy(z_Nt), self._labels(arrays), groups, cold)
+        metrics.update(torch.from_numpy(z_Nt), self.labels(arrays), groups, cold)
         return {name: float(value) for name, value in metrics.compute().items()}
 
     def task_values(self, data: Any, split: Literal["val", "test"]) -> dict[str, tuple[str, np.ndarray]]:
         """Return, by task, the name of its main metric and values by row whose mean it is, in the table's order."""
         arrays = gather(data, split)
-        with self._threads():
+        with self.threads():
             z_NZ = torch.from_numpy(self.logits(arrays)).double()
         outputs = Outputs(arrays.features.target_of_task)
-        return values_by_task(arrays.features.tasks, outputs, z_NZ, self._labels(arrays).double().numpy())
+        return values_by_task(arrays.features.tasks, outputs, z_NZ, self.labels(arrays).double().numpy())
 
     def logits(self, arrays: TableArrays) -> np.ndarray:
         """Return the tasks' outputs, float64 (N, Z), one logit per task if all are binary."""
@@ -181,8 +181,11 @@ class PerTask:
 
     def _tasks(self, data: Any, seed: int) -> dict[str, Task | Constant]:
         """Return the rows of each task, or the rate of one whose training labels have only one class."""
-        train, val = gather(data, "train"), gather(data, "val")
-        label_Nt, label_val_Nt = self._labels(train).numpy(), self._labels(val).numpy()
+        return self.tasks_of(gather(data, "train"), gather(data, "val"), seed)
+
+    def tasks_of(self, train: TableArrays, val: TableArrays, seed: int) -> dict[str, Task | Constant]:
+        """Return the tasks of some training and validation rows, as ``_tasks`` does."""
+        label_Nt, label_val_Nt = self.labels(train).numpy(), self.labels(val).numpy()
         tasks: dict[str, Task | Constant] = {}
         targets = zip(train.features.tasks, train.features.target_of_task, strict=True)
         for t, (name, target) in enumerate(targets):
@@ -196,11 +199,11 @@ class PerTask:
                 tasks[name] = Task(name, kind_of(target), train, kept_N, y_N, val, kept_V, yv_N, weight_N, seed)
         return tasks
 
-    def _labels(self, arrays: TableArrays) -> torch.Tensor:
+    def labels(self, arrays: TableArrays) -> torch.Tensor:
         label_Nt = torch.from_numpy(arrays.label_Nt)
         return step_labels(label_Nt) if self.steps else label_Nt
 
-    def _threads(self) -> Any:
+    def threads(self) -> Any:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         return threadpool_limits(self.n_threads or torch.get_num_threads())

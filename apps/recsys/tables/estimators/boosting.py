@@ -247,7 +247,7 @@ class Columns:
         self.num_continuous = len(features.continuous)
         has_domain = train.domain_N is not None and features.num_domains <= MAX_CATEGORIES
         self.num_categories = len(self.small) + has_domain
-        self.several = FrequentValues(train)
+        self.several = FrequentValues.counted(train)
         label = "binary" if kind is None else kind.target.kind
         self.is_stratified = label in ("binary", "multiclass")
         target_type = label if self.is_stratified else "continuous"
@@ -287,20 +287,23 @@ class Columns:
         return np.concatenate([p.astype(np.float32) for p in parts], axis=1)
 
 
+@dataclass(frozen=True)
 class FrequentValues:
     """Multi-valued columns as columns of one number: the number of values, and 1 or 0 for each of the most frequent.
 
-    Args:
-        train: the rows of training, in which values are counted.
-
     Attributes:
-        by_column: the values that have a column, ascending, by multi-valued column.
+        num_rows: number of different values, by multi-valued column.
+        by_column: the values that have a column, ascending, likewise.
     """
 
-    def __init__(self, train: TableArrays) -> None:
+    num_rows: Mapping[str, int]
+    by_column: Mapping[str, np.ndarray]
+
+    @classmethod
+    def counted(cls, train: TableArrays) -> FrequentValues:
+        """Return the most frequent values of the rows of training."""
         several = train.features.several
-        self.num_rows = {f.name: f.num_rows for f in several}
-        self.by_column = {f.name: _most_frequent(train, f) for f in several}
+        return cls({f.name: f.num_rows for f in several}, {f.name: _most_frequent(train, f) for f in several})
 
     def of(self, arrays: TableArrays) -> list[np.ndarray]:
         """Return the columns of all rows, (N, 1) and (N, at most 64) for each multi-valued column."""

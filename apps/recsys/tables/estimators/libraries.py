@@ -12,6 +12,7 @@ import torch
 
 from apps.data.given import NUMBERS
 from apps.equal_cost.comparable import Search
+from apps.recsys.encoding.features import Features
 from apps.recsys.kinds import Count, Kind, Regression, Revenue
 from apps.recsys.tables.estimators.base import PerTask, Rows, Task, best_of, outputs_of, quality_of
 from apps.recsys.tables.estimators.boosting import FrequentValues
@@ -58,7 +59,7 @@ class _Library(PerTask):
         return self.settings
 
     def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
-        rows = _rows(task)
+        rows = rows_of(task)
 
         def quality(options: dict[str, Any]) -> float:
             return quality_of(task.kind, self._train(rows, options).decision(rows.xv), task.yv_N)
@@ -66,7 +67,7 @@ class _Library(PerTask):
         return best_of(self.candidates(task), quality, search, task.name, part[1], one_at_least=True)[0]
 
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        rows = _rows(task)
+        rows = rows_of(task)
         fitted = self._train(rows, settings)
         quality = quality_of(task.kind, fitted.decision(rows.xv), task.yv_N)
         return (rows.columns, fitted), {**settings, "iterations": fitted.iterations, "val_quality": quality}
@@ -125,37 +126,40 @@ class LightGBM(_Library):
         losses: tuple[dict[str, str], ...] = ({}, {"objective": "regression", "metric": "l2"})
         return [{**options, **loss} for options in self.settings for loss in losses]
 
-    def _train(self, rows: Rows, settings: Mapping[str, Any]) -> _LightGBM:
+    def trees_per_round(self, kind: Kind) -> int:
+        """Return how many trees each round of boosting adds: one for each class, else one."""
+        return len(kind.target.shares) if self._loss(kind)[0] == "multiclass" else 1
+
+    def _train(self, rows: Rows, settings: Mapping[str, Any]) -> Boosted:
         import lightgbm
 
         task, (objective, metric) = rows.task, self._loss(rows.task.kind)
         options = {
-            "objective": objective, "metric": metric, **settings, "learning_rate": 0.05, "verbosity": -1,
-            "seed": task.seed, "deterministic": True, "num_threads": self._num_threads, "bagging_fraction": 0.8,
-            "bagging_freq": 1,
+            "objective": objective, "metric": metric, "learning_rate": 0.05, **settings, "verbosity": -1,
+            "seed": task.seed, "deterministic": True, "force_row_wise": True, "num_threads": self._num_threads,
+            "bagging_fraction": 0.8, "bagging_freq": 1, "num_class": self.trees_per_round(task.kind),
         }  # fmt: skip
-        if objective == "multiclass":
-            options["num_class"] = len(task.kind.target.shares)
         categories = list(range(rows.columns.num_continuous, rows.columns.end_of_categories))
         train = lightgbm.Dataset(rows.x, task.y_N, weight=task.weight_N, categorical_feature=categories)
         val = lightgbm.Dataset(rows.xv, task.yv_N, reference=train)
         stop = lightgbm.early_stopping(PATIENCE, verbose=False)
         model = lightgbm.train(options, train, self.max_iter, valid_sets=[val], callbacks=[stop])
-        return _LightGBM(task.kind, model, model.best_iteration or model.current_iteration())
+        return Boosted(task.kind, model, model.best_iteration or model.current_iteration())
 
 
 @dataclass(frozen=True)
-class _LightGBM:
-    """Trained trees, and how many of them are used."""
+class Boosted:
+    """LightGBM's trees of one task, and how many rounds of them are used."""
 
     kind: Kind
     model: Any
     iterations: int
 
     def decision(self, x: np.ndarray) -> np.ndarray:
+        options = {"num_iteration": self.iterations, "num_threads": torch.get_num_threads()}
         if self.kind.target.kind in NUMBERS:
-            return outputs_of(self.kind, np.asarray(self.model.predict(x, num_iteration=self.iterations)))
-        raw = np.asarray(self.model.predict(x, num_iteration=self.iterations, raw_score=True))
+            return outputs_of(self.kind, np.asarray(self.model.predict(x, **options)))
+        raw = np.asarray(self.model.predict(x, raw_score=True, **options))
         return outputs_of(self.kind, raw, np.arange(len(self.kind.target.shares)))
 
 
@@ -199,7 +203,7 @@ class _CatBoost:
     """Trained trees, and how many they are."""
 
     kind: Kind
-    columns: _Columns
+    columns: LibraryColumns
     model: Any
     iterations: int
 
@@ -215,7 +219,7 @@ class _CatBoost:
 
 
 @dataclass(frozen=True)
-class _Columns:
+class LibraryColumns:
     """The inputs of the libraries from a table: numbers, then categories, then multi-valued columns as numbers.
 
     Attributes:
@@ -226,6 +230,17 @@ class _Columns:
     several: FrequentValues
     num_continuous: int
     end_of_categories: int
+
+    @classmethod
+    def of_features(cls, features: Features, several: FrequentValues) -> LibraryColumns:
+        """Return the columns of a table."""
+        first = len(features.continuous)
+        return cls(several, first, first + len(features.single) + bool(features.num_domains))
+
+    def width(self, features: Features) -> int:
+        """Return the number D of all columns."""
+        several = sum(1 + len(values) for values in self.several.by_column.values())
+        return self.end_of_categories + several + sum(f.size for f in features.vectors)
 
     def of(self, arrays: TableArrays) -> np.ndarray:
         """Return the columns of all rows, float64 (N, D); places in a table are integers."""
@@ -248,11 +263,9 @@ class _Columns:
         return catboost.Pool(features, y_N, weight=weight_N)
 
 
-def _rows(task: Task) -> Rows:
+def rows_of(task: Task) -> Rows:
     """Return the labeled rows of a task."""
-    first = task.train.dense_NC.shape[1]
-    last = first + task.train.ids_NF.shape[1] + (task.train.domain_N is not None)
-    columns = _Columns(FrequentValues(task.train), first, last)
+    columns = LibraryColumns.of_features(task.train.features, FrequentValues.counted(task.train))
     return Rows(task, columns, columns.of(task.train)[task.kept_N], columns.of(task.val)[task.kept_V])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from apps.data.array_files import ArrayFiles, ArraysInMemory
+from apps.data.array_files import ArrayFiles, ArraysInMemory, ArrayWriter
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.rows.batch import Ragged, TableBatch
 
@@ -34,7 +34,7 @@ class TableRows(Dataset[TableBatch]):
 
     def __init__(
         self,
-        columns: ArrayFiles | ArraysInMemory,
+        columns: ArrayFiles | ArraysInMemory | ArrayWriter,
         features: Features,
         index: Tensor,
         moved: Collection[str] = (),
@@ -115,7 +115,7 @@ def arrays_of_lists(features: Features) -> dict[str, str]:
     return arrays | {f.name: f"sequence{i}" for i, f in enumerate(features.sequences)}
 
 
-def ragged(columns: ArrayFiles | ArraysInMemory, name: str, index_B: Tensor) -> Ragged:
+def ragged(columns: ArrayFiles | ArraysInMemory | ArrayWriter, name: str, index_B: Tensor) -> Ragged:
     """Return the values of some rows of a table, int32."""
     offsets = columns[f"{name}_offsets"]
     starts = offsets.index_select(0, index_B)

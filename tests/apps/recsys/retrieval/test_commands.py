@@ -132,7 +132,7 @@ def test_users_are_read_piece_by_piece(runs, monkeypatch, kind):
     for name in ("key", "user", "age", "film"):
         assert [value for batch in batches for value in batch[name]] == whole[name]
     for name in ("score", "probability_like"):
-        assert flat(value for batch in batches for value in batch[name]) == pytest.approx(flat(whole[name]))
+        assert flat(value for batch in batches for value in batch[name]) == pytest.approx(flat(whole[name]), abs=1e-7)
     assert whole["age"] == [str(age) if kind == "csv" else age for age in table["age"].to_pylist()]
     script = model.predict(table, top=3, rank=folder / "rank", candidates=4)
     assert flat(whole["film"]) == script["film"].to_pylist()

@@ -4,18 +4,15 @@ import pickle
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from every_column import EveryColumn
+from every_kind import every_kind
 from refusals import refused
 from sklearn.metrics import log_loss, roc_auc_score
 
 from apps.equal_cost.comparable import Estimator, Search
 from apps.recsys.encoding.features import Target
 from apps.recsys.kinds import kind_of
-from apps.recsys.schema import TableConfig, TaskConfig
-from apps.recsys.tables.data import TableData
 from apps.recsys.tables.estimators import (
     CatBoost,
     HistGradientBoosting,
@@ -177,34 +174,6 @@ def test_lightgbm_tries_the_squared_loss_on_amounts_too():
 
     assert losses("revenue") == losses("tweedie") == [None, "regression"] * 6
     assert losses("binary") == losses("regression") == [None] * 6
-
-
-def every_kind(tmp_path):
-    """A table with a task of each kind, whose labels the columns decide, with noise where it can be."""
-    rng = np.random.default_rng(0)
-    x, shop = rng.normal(size=(600, 2)), rng.integers(0, 3, 600)
-    strength = x[:, 0] + shop - 1
-    columns = {
-        "x": x[:, 0], "noise": x[:, 1], "shop": [f"shop{s}" for s in shop],
-        "price": 20 + 5 * strength + rng.normal(size=600), "watched": np.exp(strength + 0.3 * rng.normal(size=600)),
-        "visits": rng.poisson(np.exp(strength / 2)), "stars": np.digitize(strength, (-1, 0, 1)) + 1,
-        "colour": np.array(["red", "tan", "blue"])[shop], "weight": rng.integers(1, 3, 600), "bought": strength > 0,
-        "spent": np.where(strength > 0, np.exp(strength + 0.3 * rng.normal(size=600)), 0.0),
-    }  # fmt: skip
-    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
-    tasks = {
-        "bought": TaskConfig("bought"),
-        "price": TaskConfig("price", kind="regression"),
-        "watched": TaskConfig("watched", kind="regression", loss="weighted_logistic"),
-        "visits": TaskConfig("visits", kind="count"),
-        "stars": TaskConfig("stars", kind="ordinal"),
-        "colour": TaskConfig("colour", kind="multiclass"),
-        "spent": TaskConfig("spent", kind="revenue"),
-        "cost": TaskConfig("spent", kind="tweedie"),
-        "delay": TaskConfig("price", kind="quantile"),
-    }
-    config = TableConfig(("shop",), continuous=("x", "noise"), tasks=tasks, weight="weight")
-    return TableData("table", str(tmp_path), str(tmp_path), train_file="table.parquet", table=config)
 
 
 LEAST = {"auc_bought": 0.9, "r2_price": 0.8, "r2_watched": 0.3, "r2_visits": 0.1, "r2_stars": 0.6, "auc_colour": 0.99}

@@ -1,5 +1,6 @@
 """A trained table recommender outside of Python's tensors: on a page, as JSON, and as a graph with its script."""
 
+import dataclasses
 from functools import partial
 
 import jsonschema_rs
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from doc_scripts import script
+from own_table import CONFIG
 from quiet_trainer import quiet_trainer
 from reexported import assert_alike, reexported
 from refusals import refused
@@ -28,6 +30,7 @@ from apps.recsys.encoding.timestamps import to_seconds
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.row import Row
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.tables.columns.dense import DenseConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
@@ -217,6 +220,20 @@ def test_the_scores_of_a_script_and_of_the_model_are_those_of_the_weights(model,
         " ".join(f"{name}={values[i]:.6f}" for name, values in expected.items()) for i in range(len(ROWS["city"]))
     ]
     assert_alike(printed, expected_lines)
+
+
+@pytest.mark.parametrize("numbers", ["bins", "linear"])
+def test_an_export_cuts_numbers_at_the_thresholds_of_its_encoding(own, tmp_path, numbers):
+    data = own(dataclasses.replace(CONFIG, numbers=numbers))
+    torch.manual_seed(0)
+    options = {"embedding": EmbeddingConfig(dim=4, init_std=1.0), "dense": DenseConfig("by_label")}
+    module = MultiTaskRecommender(data.features, core.MMoE(2, core.MLP((4,))), report=None, **options)
+    module.adopt_encoding({"encoding": data.encoding_state})
+    exported, _ = reexported(module.eval(), tmp_path)
+    assert (exported.features.numbers, len(exported.features.continuous[0].thresholds) > 0) == (numbers, True)
+    scores = exported.predict(ROWS)
+    for name, values in module.predict(ROWS).items():
+        np.testing.assert_allclose(scores[name], values, rtol=1e-5)
 
 
 def test_the_script_reads_times_and_writes_numbers(tmp_path):

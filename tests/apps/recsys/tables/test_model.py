@@ -15,7 +15,7 @@ from apps.recsys.kinds import Outputs
 from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.columns.dense import DenseConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
-from apps.recsys.tables.model import Ensemble, InteractionArch, InteractionConfig, MultiTaskModel
+from apps.recsys.tables.model import Ensemble, InteractionArch, InteractionConfig, MultiTaskModel, SharedMembers
 from apps.recsys.tables.rows.batch import TableBatch
 from apps.recsys.tables.tasks import HeadConfig
 
@@ -206,3 +206,31 @@ def test_a_bottoms_costs_are_counted(kind, expert):
 )  # fmt: skip
 def test_what_has_no_meaning_is_refused(make, match):
     refused(match, make)
+
+
+def members(shared=BOTTOM, **options):
+    torch.manual_seed(0)
+    return SharedMembers(features(), shared, **{"num_members": 3, "head": HeadConfig(hidden_dims=(5,)), **options})
+
+
+def test_members_that_share_weights_are_networks_by_themselves():
+    together, of = members(), batch(6)
+    with torch.no_grad():
+        for p in together.shared.parameters():
+            p.add_(torch.randn_like(p) / 4)
+    z_MBZ = together(of)
+    assert z_MBZ.shape == (3, 6, 2)
+    x_BD = together.join(*together.read(of))
+    for m, z_BZ in enumerate(z_MBZ):
+        # One network of the member's own numbers: r scales the rows of w, s its columns.
+        own, w = together.shared, together.shared.common["w_0"][0]
+        h_BH = torch.relu(x_BD @ (own.r_0[m][:, None] * w * own.s_0[m]) + own.b_0[m])
+        for k in range(2):  # tasks
+            tower, place = together.head.towers, 2 * m + k
+            t_BH = torch.relu(h_BH @ tower.w_0[place] + tower.b_0[place])
+            assert_close(z_BZ[:, k], (t_BH @ together.head.weight[place] + together.head.bias[place])[:, 0])
+
+
+def test_members_share_a_bottom_and_a_plain_head_only():
+    refused("share_members=True needs a SharedBottom of an MLP without norms, not MMoE", members, shared=core.MMoE())
+    refused("share_members=True needs head.kind='plain'", members, head=HeadConfig(kind="esmm"))

@@ -211,6 +211,17 @@ def test_an_ensemble_is_its_members():
     assert module.moe_block_names == tuple(f"model.members.{i}.shared" for i in range(3))
 
 
+def test_members_that_share_weights_train_and_predict_as_their_mean(tmp_path):
+    module = build(SharedBottom(), num_members=3, share_members=True)
+    z_MBt, of = module.model(batch()), batch()
+    assert z_MBt.shape[0] == 3
+    assert_close(module(of).sigmoid(), z_MBt.sigmoid().mean(0))
+    out = module.task_loss(of)
+    assert_close(out.loss, losses(z_MBt, of.label_Bt).sum())
+    again = type(module).load_from_checkpoint(saved(module, tmp_path / "members.ckpt"))
+    assert torch.equal(again(of), module(of))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"features": Features(features().categorical)}, r"features.tasks=\(\) names no task"),

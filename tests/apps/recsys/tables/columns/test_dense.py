@@ -16,6 +16,7 @@ HOURS = ContinuousFeature("hours", mean=5.0, std=2.0, quantiles=(5.0,))
 ALL = [DenseConfig(), DenseConfig(log1p=True), DenseConfig("quantile"), DenseConfig("piecewise_linear")]
 ALL += [
     DenseConfig("piecewise_linear", dim=3), DenseConfig("quantile_normal"), DenseConfig("quantile_normal", num_bins=3),
+    DenseConfig("by_label", dim=2),
 ]  # fmt: skip
 
 
@@ -95,6 +96,28 @@ def test_the_piecewise_linear_encoding_of_the_paper_its_tails_and_columns_withou
     assert_close(got, torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]))
 
 
+def test_by_label_is_the_bins_or_the_interpolation_of_the_thresholds():
+    # Thresholds 30 and 45 of values from 10 to 80: the bins' boundaries, or the inner ones of the interpolation.
+    own = replace(AGE, thresholds=(30.0, 45.0), least=10.0, most=80.0)
+    values = torch.tensor([[9.0, 3.0], [30.0, 3.0], [31.0, NAN], [60.0, 4.0], [NAN, 3.0], [INF, 3.0]])
+    got = DenseArch((own, FLAT), DenseConfig("by_label"), numbers="bins")
+    assert got.bins(values).tolist() == [[1, 1, 2, 3, 0, 0], [1, 1, 0, 1, 1, 1]]
+    assert [(f.name, f.num_rows) for f in got.bin_features] == [("age", 4), ("flat", 2)]
+    normal = DenseConfig("quantile_normal")
+    assert torch.equal(got(values), DenseArch((own, FLAT), normal)(values))
+    assert DenseArch((own,), normal, numbers="bins").bins(values) is None  # other kinds do not read them
+    torch.manual_seed(0)
+    got = DenseArch((own, FLAT), DenseConfig("by_label"), numbers="linear")
+    torch.manual_seed(0)
+    same = DenseArch((replace(own, quantiles=(10.0, 30.0, 45.0, 80.0)), FLAT), DenseConfig("piecewise_linear", dim=16))
+    assert (got.bins(values), got.out_dim) == (None, 5 + 32)
+    assert torch.equal(got(values), torch.cat((DenseArch((own, FLAT), normal)(values), same(values)), dim=1))
+    assert DenseArch((own,), DenseConfig("by_label", dim=4), numbers="linear").out_dim == 3 + 4
+    with pytest.raises(ValueError, match=r"^dense.kind='by_label' needs thresholds: give table.numbers"):
+        DenseArch((own,), DenseConfig("by_label"))
+    assert DenseArch((), DenseConfig("by_label")).out_dim == 0  # a table without numbers needs none
+
+
 def test_the_interpolation_equals_the_encoding_times_the_weights():
     torch.manual_seed(0)
     columns = (AGE, HOURS, FLAT, ContinuousFeature("z", 0.0, 1.0, (-1.0, 0.0, 0.5, 2.0), 0.2))
@@ -119,7 +142,7 @@ def test_the_interpolation_equals_the_encoding_times_the_weights():
 @pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.kind}-{c.log1p}-{c.dim}")
 @pytest.mark.parametrize("copies", [1, 2])
 def test_any_number_gives_finite_outputs_and_gradients(config, copies):
-    arch = DenseArch((AGE, FLAT), config, copies)
+    arch = DenseArch((AGE, FLAT), config, copies, "linear")
     big = 3.4e38
     dense_BC = torch.tensor([[NAN, NAN], [INF, -INF], [-INF, INF], [big, -big], [-big, big], [0.0, -0.0]])
     y = arch(dense_BC)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from made_table import batch, features, ragged
+from made_table import AGE, FLAT, batch, features, ragged
 from torch import Tensor
 
 import core
@@ -78,6 +78,7 @@ NUMBERS = (
     DenseConfig(log1p=True), DenseConfig("quantile"), DenseConfig("piecewise_linear"),
     DenseConfig("piecewise_linear", dim=4),
 )  # fmt: skip
+BY_LABEL = dataclasses.replace(AGE, thresholds=(25.0, 40.0, 60.0), least=10.0, most=90.0)
 ALONE = {"shared": SingleTask(expert=core.MLP((4,)))}
 
 
@@ -85,6 +86,10 @@ ALONE = {"shared": SingleTask(expert=core.MLP((4,)))}
 def test_every_embedding_and_encoding_of_numbers_lists_and_vectors(kind):
     for dense in NUMBERS:
         model = recommender(features(), embedding=EmbeddingConfig(kind=kind, dim=4), dense=dense)
+        torch.testing.assert_close(*both(model, batch()))
+    for numbers in ("bins", "linear"):
+        own = dataclasses.replace(features(), continuous=(BY_LABEL, FLAT), numbers=numbers)
+        model = recommender(own, embedding=EmbeddingConfig(kind=kind, dim=4), dense=DenseConfig("by_label"))
         torch.testing.assert_close(*both(model, batch()))
     whole = [({}, pooling) for pooling in ("mean", "sum")]
     if kind != "fused":  # histories of padded rows
