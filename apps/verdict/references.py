@@ -1,4 +1,4 @@
-"""Boosted trees and a linear model beside the networks of a verdict on a table, and the best model of each task.
+"""Boosted trees, a linear model and a blend beside the networks of a verdict on a table, and each task's best model.
 
 Each has a search of its own, of settings on the validation split, within a share of the minutes. What was tried is
 kept, so that a killed verdict goes on with it.
@@ -30,10 +30,13 @@ TREES = ("lightgbm", "hist_gradient_boosting")
 
 LINEAR = "logistic_regression"
 
-SHARES = {"trees": 0.06, "linear": 0.03}
+BLEND = "default_blend"
+"""A dense network with trees beside it."""
+
+SHARES = {"trees": 0.06, LINEAR: 0.03, BLEND: 0.08}
 """Part of the minutes for the search of each."""
 
-RESERVED = 0.14
+RESERVED = 0.22
 """Part of the minutes that is kept for the references: their searches, and training with what was found."""
 
 ROOM = "references"
@@ -63,7 +66,7 @@ def reference_names(model: Any) -> list[str]:
     """Return the references that a model's baselines have; none where it is no model of a table."""
     offered = {name for name, own in model.baselines().items() if own.build is not None}
     trees = next((name for name in TREES if name in offered), None)
-    return [name for name in (trees, LINEAR) if name is not None and name in offered]
+    return [name for name in (trees, LINEAR, BLEND) if name is not None and name in offered]
 
 
 class References:
@@ -107,7 +110,7 @@ class References:
         model, data = self.experiment.build(name)
         data.prepare_data()
         data.setup("fit")
-        path, minutes = folder / "tried.json", self.minutes * SHARES["linear" if name == LINEAR else "trees"]
+        path, minutes = folder / "tried.json", self.minutes * SHARES.get(name, SHARES["trees"])
 
         def keep(tried: dict[str, dict[str, float]]) -> None:
             write_json(path, tried)

@@ -12,6 +12,7 @@ import core
 from apps.base.checks import INSTALL
 from apps.equal_cost.comparable import Baseline, baselines_of
 from apps.recsys.encoding.features import Features
+from apps.recsys.tables.blend.default import DefaultBlend
 from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.estimators import (
     CatBoost,
@@ -66,6 +67,10 @@ def baselines(recommender: Any) -> Mapping[str, Baseline]:
             by_name[name] = Baseline(build, f"{library.__name__}'s, one for each task; settings chosen on validation")
         else:
             by_name[name] = Baseline(None, f"{library.package} is not installed: {INSTALL.format('baselines')}")
+    by_name["default_blend"] = Baseline(
+        partial(DefaultBlend, type(recommender), steps=recommender.head.has_steps),
+        "what moesaic init writes: two dense layers and trees",
+    )
     return by_name
 
 

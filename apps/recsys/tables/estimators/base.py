@@ -155,7 +155,7 @@ class PerTask:
         """Return the metrics of ``MultiTaskMetrics``, as the module logs them, without the split."""
         with self.threads():
             arrays = gather(data, split)
-            z_Nt = self.logits(arrays)
+            z_Nt = self.predicted(data, split, arrays)
         outputs = Outputs(arrays.features.target_of_task)
         metrics = MultiTaskMetrics(arrays.features.tasks, grouped=arrays.group_N is not None, outputs=outputs)
         groups = None if arrays.group_N is None else torch.from_numpy(arrays.group_N)
@@ -167,9 +167,13 @@ class PerTask:
         """Return, by task, the name of its main metric and values by row whose mean it is, in the table's order."""
         arrays = gather(data, split)
         with self.threads():
-            z_NZ = torch.from_numpy(self.logits(arrays)).double()
+            z_NZ = torch.from_numpy(self.predicted(data, split, arrays)).double()
         outputs = Outputs(arrays.features.target_of_task)
         return values_by_task(arrays.features.tasks, outputs, z_NZ, self.labels(arrays).double().numpy())
+
+    def predicted(self, data: Any, split: Literal["val", "test"], arrays: TableArrays) -> np.ndarray:
+        """Return the tasks' outputs for a split, float64 (N, Z), whose rows ``arrays`` are."""
+        return self.logits(arrays)
 
     def logits(self, arrays: TableArrays) -> np.ndarray:
         """Return the tasks' outputs, float64 (N, Z), one logit per task if all are binary."""
