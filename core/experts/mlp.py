@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..contract import Rows
 from ..fields import Count, Length, OneOf, ShareBelowOne
-from ..kernels import ACTIVATIONS, expert_linear, expert_of_rows, outside_autocast
+from ..kernels import ACTIVATIONS, expert_linear, expert_of_rows, is_full, outside_autocast
 from .base import ExpertConfig, Experts, local_tensor
 from .products import autocast_together, first_linear, init_linear_, next_linear, weighted_sum
 
@@ -78,7 +78,9 @@ class MLPExperts(Experts):
             h_RF = expert_linear(h_RF, w, rows.offsets_E, b, backend=self.backend)
             h_RF = self._norm_rows(h_RF, i, expert_R)
             h_RF = F.dropout(ACTIVATIONS[self.activation](h_RF), self.dropout, self.training)
-        return rows.with_output(h_RF.masked_fill((expert_R == rows.offsets_E.shape[0])[:, None], 0))
+        if not is_full(h_RF, rows.offsets_E):
+            h_RF = h_RF.masked_fill((expert_R == rows.offsets_E.shape[0])[:, None], 0)
+        return rows.with_output(h_RF)
 
     def compute_each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
         counts = (self.num_experts,) if counts is None else counts

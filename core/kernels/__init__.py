@@ -45,6 +45,7 @@ from .eager import (
     accumulate_dtype,
     check_devices,
     count_experts,
+    is_full,
     outside_autocast,
 )
 from .fallback import warn_once
@@ -280,6 +281,7 @@ __all__ = [
     "expert_ffn",
     "expert_linear",
     "expert_of_rows",
+    "is_full",
     "linear",
     "neurons",
     "outside_autocast",

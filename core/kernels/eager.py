@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..torch_internals import check_not_mapped
+from ..torch_internals import check_not_mapped, is_watched
 from .quantized import Weight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -384,15 +384,28 @@ def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None =
     return torch.cat((*parts, x_RD.new_zeros(x_RD.shape[0] - start, w.shape[-1])))
 
 
+def is_full(rows_R: Tensor, offsets_E: Tensor) -> bool:
+    """Return whether the host sees, without waiting, that all rows are before the last offset: none is to be masked."""
+    return (
+        rows_R.device.type == "cpu"
+        and not is_watched(rows_R, offsets_E)
+        and len(offsets_E) > 0
+        and int(offsets_E[-1]) == rows_R.shape[0]
+    )
+
+
 def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: int) -> Tensor:
     """Sum the rows of each token, weighted by ``gates_R`` (R,) if given: (R, D) to (T, D).
 
     Rows past the last offset may hold anything.
     """
     assert rows.row_index_R is not None
-    live_R = torch.arange(rows.row_index_R.shape[0], device=y_RD.device) < rows.offsets_E[-1]
-    y_RD = torch.where(live_R[:, None], y_RD, 0).to(accumulate_dtype(y_RD.dtype))
+    y_RD = y_RD.to(accumulate_dtype(y_RD.dtype))
+    if not is_full(y_RD, rows.offsets_E):
+        live_R = torch.arange(rows.row_index_R.shape[0], device=y_RD.device) < rows.offsets_E[-1]
+        y_RD = torch.where(live_R[:, None], y_RD, 0)
+        gates_R = None if gates_R is None else torch.where(live_R, gates_R, 0)
     if gates_R is not None:
-        y_RD = y_RD * torch.where(live_R, gates_R, 0)[:, None]
+        y_RD = y_RD * gates_R[:, None]
     y = torch.zeros(num_tokens, y_RD.shape[-1], dtype=y_RD.dtype, device=y_RD.device)
     return y.index_add(0, rows.row_index_R, y_RD)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ from .eager import (
     check_shapes,
     check_width,
     combine,
+    is_full,
     queue_ranks,
     sort_pairs,
     topk_gate,
 )
 from .quantized import QuantizedWeight, Weight
+
+_FEW = 32
+"""Most experts whose biases are added block by block on a CPU."""
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -167,6 +172,20 @@ def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
     return torch.bucketize(torch.arange(rows.shape[0], device=rows.device), offsets_E, right=True)
 
 
+class _AddBias(torch.autograd.Function):
+    """Adds the bias of each expert to its rows, block by block: sums over a block are ten times as fast as adding up
+    its rows by their index."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RF: Tensor, b: Tensor, ends: list[int]) -> Tensor:
+        ctx.blocks = list(pairwise((0, *ends)))
+        return torch.cat([y_RF[start:end] + b[e] for e, (start, end) in enumerate(ctx.blocks)])
+
+    @staticmethod
+    def backward(ctx: Any, dy_RF: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return dy_RF, torch.stack([dy_RF[start:end].sum(0) for start, end in ctx.blocks]), None
+
+
 def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
     """Compute ``eager.expert_linear`` in one grouped matmul."""
     y_RF = product(x_RD, w, offsets_E)
@@ -175,6 +194,9 @@ def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None =
 
 def add_bias(y_RF: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
     """Add the bias (E, F) of its expert to each row; rows past the last offset are zero."""
+    if b.shape[0] <= _FEW and b.dtype == accumulate_dtype(b.dtype) and is_full(y_RF, offsets_E):
+        y: Tensor = _AddBias.apply(y_RF, b, offsets_E.tolist())
+        return y
     expert_R = expert_of_rows(y_RF, offsets_E)
     y_RF = y_RF + _bias_rows(b, expert_R.clamp_max(b.shape[0] - 1))
     return y_RF.masked_fill((expert_R == b.shape[0])[:, None], 0)

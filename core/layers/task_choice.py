@@ -60,6 +60,9 @@ class SparseMultiGateMoE(MultiGateLayer):
         for end, router in self.routers().items():
             routings.append(router(seen_BSD, examples.context))
             self.record_pass(routings[-1], examples.context, end=end, router=router)
+        if len(routings) == 1 and self.router[0].gates_on != "input":  # no choice is shared with another task
+            rows = self.dispatcher.dispatch(examples.x_TD, routings[0])
+            return self.dispatcher.combine(self.experts(rows)).unsqueeze(0)
         if self.router[0].gates_on == "input":
             rows = self.dispatcher.dispatch(examples.x_TD, join_tasks(routings)).weighted_input()
             return self.dispatcher.combine(self.experts(rows)).unflatten(0, (self.num_tasks, examples.x_TD.shape[0]))
