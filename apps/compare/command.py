@@ -210,7 +210,7 @@ def _facts(plan: Plan, numbers: Mapping[str, Any], num_windows: int) -> list[str
     rates, machine = ", ".join(f"{r:g}" for r in plan.rates), numbers["machine"]
     share = "" if plan.options.search_share == 1 else f" and {plan.options.search_share:g} of the training"
     searched = f"Learning rates tried for each system, with seed {plan.search_seed}{share}: {rates}."
-    windows = [f"The seeds test the {num_windows} windows of the split in turn: intervals are over both."]
+    windows = [f"The seeds take the {num_windows} windows or draws of the split in turn: intervals are over both."]
     return [
         searched if len(plan.rates) > 1 else f"One learning rate for all: {rates or 'that of the model'}.",
         f"Seeds {', '.join(map(str, plan.seeds))}.",

@@ -181,6 +181,8 @@ def _of_texts(name: str, known: pa.ChunkedArray, distinct: pa.Array) -> Guess:
     numbers = _share(texts, _NUMBER)
     if numbers > 0.9 and len(distinct) > FEW_VALUES:
         odd = next((own for own in texts.to_pylist() if not re.search(_NUMBER, own)), None)
+        if odd is not None and 10 * len(distinct) <= len(known):  # codes, of which some have letters
+            return Guess("category", f"{len(distinct):,} texts, such as {example} and {excerpt(odd, 30)}")
         if odd is not None:
             return Guess(
                 "unused", f"numbers, but also {excerpt(odd, 30)}", advice="leave fields without a number empty"

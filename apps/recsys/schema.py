@@ -90,13 +90,15 @@ class SplitConfig(Checked):
             "time": "90d", "12h", "30min" or "5s" if ``table.time`` holds dates, a number in its units if it holds
             numbers. A label that looks 90 days ahead needs a gap of 90 days, or it sees into the test.
         origins: number of test windows, with "time": the last ``origins * test`` of the rows are cut into that many
-            windows, one after the other. Later rows than the run's window are in no split.
-        origin: the window that this run tests, from 0; it trains on all rows before. None: the last.
+            windows, one after the other. Later rows than the run's window are in no split. With "random", "user" and
+            "group": number of draws, with seeds that count up from ``seed``.
+        origin: the window or draw that this run tests, from 0. It trains on all rows before its window. None: the last
+            window, or the first draw.
 
     Raises:
         ValueError: an unknown kind, a share outside [0, 1), ``stratify`` with a kind that draws no rows at random, a
-            ``column`` without "group" or the reverse, a gap or windows without "time", a gap that is no duration, or
-            windows that leave no row before them.
+            ``column`` without "group" or the reverse, a gap without "time", windows of a kind that has one split, a gap
+            that is no duration, or windows that leave no row before them.
     """
 
     prefix = "split."
@@ -113,14 +115,16 @@ class SplitConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, default in (("gap", None), ("origins", 1), ("origin", None)):
-            if (value := getattr(self, name)) != default and self.kind != "time":
-                raise ValueError(f"split.{name}={value!r} is for kind 'time', not {self.kind!r}")
+        if self.gap is not None and self.kind != "time":
+            raise ValueError(f"split.gap={self.gap!r} is for kind 'time', not {self.kind!r}")
+        for name, default in (("origins", 1), ("origin", None)):
+            if (value := getattr(self, name)) != default and self.kind in ("given", "leave_last_out"):
+                raise ValueError(f"split.{name}={value!r} is for splits by time and draws, not {self.kind!r}")
         if self.gap is not None:
             self._read_gap()
         if self.origin is not None and self.origin >= self.origins:
             raise ValueError(f"split.origin={self.origin} must be below split.origins={self.origins}")
-        if self.origins > 1 and not 0 < self.origins * self.test < 1:
+        if self.origins > 1 and self.kind == "time" and not 0 < self.origins * self.test < 1:
             raise ValueError(f"split.origins={self.origins} windows of test={self.test} leave no row before them")
         if self.stratify is not None and self.kind not in ("given", "random"):
             raise ValueError(f"split.stratify={self.stratify!r} is for kind 'given' or 'random', not {self.kind!r}")
@@ -128,6 +132,11 @@ class SplitConfig(Checked):
             raise ValueError(
                 f"split.column={self.column!r} names the groups of kind 'group', and kind is {self.kind!r}"
             )
+
+    @property
+    def drawn_by(self) -> int:
+        """Seed of the draw of the run's ``origin``."""
+        return self.seed + (self.origin or 0)
 
     def gap_in(self, is_time: bool, column: str) -> float:
         """Return the gap in microseconds for a column of times, or in the units of a column of numbers.

@@ -46,6 +46,7 @@ def of(values, name="column", kind=None):
         ("none", [None, ""], "unused", "no value in any row"),
         ("paid", [f"${i},000.00" for i in range(1, 30)], "unused", "numbers such as '$1,000.00'"),
         ("size", [*map(str, range(30)), "many"], "unused", "numbers, but also 'many'"),
+        ("zip", [*map(str, range(30)), "K1A"] * 10, "category", "31 texts, such as '0' and 'K1A'"),
         ("place", [f"[{i}.5, 1.5]" for i in range(9)], "unused", "vectors of 2 numbers in text"),
         ("raw", [b"\xe9", b"a"], "unused", "bytes that are no UTF-8 text"),
     ],
@@ -247,6 +248,12 @@ def test_a_leak_is_named_by_init_and_by_fit(kind, tmp_path):
         return
     role = ROLES.get(name, "categorical" if name in CATEGORIES else "continuous")
     assert any(f"column '{name}" in line for line in said_by_fit(made, tmp_path, [(name, role)])), "fit"
+
+
+def test_a_few_large_labels_are_no_sign_that_a_sum_includes_them(tmp_path):
+    shop = Shop(106)
+    spent = np.where(shop.clicked, shop.rng.lognormal(3, 2.5, N), 0).round(2)
+    assert read(tmp_path, shop.table | {"clicked": spent, "spent_before": shop.earlier(spent)}).warnings == ()
 
 
 def test_clean_tables_raise_no_alarm(tmp_path):

@@ -37,7 +37,7 @@ REFUSED = [
     (lambda: SplitConfig("time", stratify="click"), "is for kind 'given' or 'random', not 'time'"),
     (lambda: TaskConfig("y", positive=("a",), at_least=1), "'y': positive and at_least exclude each other"),
     (lambda: SplitConfig(kind="random", gap="90d"), "split.gap='90d' is for kind 'time', not 'random'"),
-    (lambda: SplitConfig(kind="user", origins=2), "split.origins=2 is for kind 'time', not 'user'"),
+    (lambda: SplitConfig(kind="given", origins=2), "split.origins=2 is for splits by time and draws, not 'given'"),
     (lambda: SplitConfig(kind="time", gap="90 moons"), "split.gap='90 moons' is no time above 0, such as 90d"),
     (lambda: SplitConfig(kind="time", gap=0), "split.gap=0 is no time above 0"),
     (lambda: SplitConfig(kind="time", gap=-1), "split.gap=-1 is no time above 0"),

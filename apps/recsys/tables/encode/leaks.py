@@ -210,7 +210,8 @@ def _includes_own(x: _Numbers, y: _Numbers, code: _Codes) -> bool:
 
     The residuals of a group have a sum of about the root of their squares' sum. If the number is the mean or the sum of
     these labels, smoothed or not, the sum is 0: over many groups that is a chi-squared statistic near 0. Labels that
-    add up without the number, such as one purchase for each session, are no fault of its.
+    add up without the number, such as one purchase for each session, are no fault of its; nor are residuals of which a
+    few are far larger than the others, whose statistic is as low in any other order.
     """
     from scipy.special import chdtr
 
@@ -228,9 +229,12 @@ def _includes_own(x: _Numbers, y: _Numbers, code: _Codes) -> bool:
 
     n = counts[place]
     facts = np.stack([np.ones(len(x)), x, 1 / n, x / n], 1)  # a smoothed mean is linear in these
-    sums = statistic(y - facts @ np.linalg.lstsq(facts, y, rcond=None)[0])
-    free = int(several.sum()) - facts.shape[1]
-    return sums < 0.65 * min(free, statistic(y - y.mean())) and float(chdtr(free, sums)) < _CHANCE
+    residual = y - facts @ np.linalg.lstsq(facts, y, rcond=None)[0]
+    shuffled, of_several = residual.copy(), several[place]
+    shuffled[of_several] = np.random.RandomState(0).permutation(residual[of_several])
+    sums, free = statistic(residual), int(several.sum()) - facts.shape[1]
+    least = min(free, statistic(y - y.mean()), statistic(shuffled))
+    return sums < 0.65 * least and float(chdtr(free, sums)) < _CHANCE
 
 
 class Copies:

@@ -130,7 +130,7 @@ def _by_time(config: SplitConfig, time: NDArray[Any], draw_val: bool, draw_test:
 def _at_random(
     config: SplitConfig, num: int, label: NDArray[np.float64] | None, draw_val: bool, draw_test: bool
 ) -> tuple[Rows, Rows, Rows]:
-    order = np.random.RandomState(config.seed).permutation(num)
+    order = np.random.RandomState(config.drawn_by).permutation(num)
     if label is not None:
         order = order[np.argsort(_even_places(label[order]), kind="stable")]
     # The test rows are the first on the line and validation the next, each an even sample where it is stratified.
@@ -168,7 +168,7 @@ def _by_group(
     config: SplitConfig, group: NDArray[np.int64], draw_val: bool, draw_test: bool
 ) -> tuple[Rows, Rows, Rows]:
     groups = np.unique(group)
-    order = np.random.RandomState(config.seed).permutation(len(groups))
+    order = np.random.RandomState(config.drawn_by).permutation(len(groups))
     parts = _cut(config, order, draw_val, draw_test)
     train, val, test = (np.flatnonzero(np.isin(group, groups[part])) for part in parts)
     return train, val, test

@@ -1,5 +1,7 @@
 """Splits of a table: worked by hand where the rule is fixed, laws where rows are drawn."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from refusals import refused
@@ -56,6 +58,10 @@ def test_a_drawn_split_shares_out_all_rows_and_hangs_on_its_seed_alone(kind):
     assert lists(splits) != lists(
         split_rows(SplitConfig(kind, val=0.1, test=0.2, seed=4, column=column), 1000, group=user)
     )
+    draws = [replace(config, origins=3, origin=origin) for origin in (None, 0, 1, 2)]
+    rows = [lists(split_rows(each, 1000, group=user)) for each in draws]
+    assert rows[0] == rows[1] == lists(splits)
+    assert rows[2] == lists(split_rows(replace(config, seed=4), 1000, group=user)) != rows[3]
     if kind != "random":
         sides = [set(user[s]) for s in (splits.train, splits.val, splits.test)]
         assert sum(map(len, sides)) == len(set.union(*sides))
