@@ -41,9 +41,10 @@ from apps.registry import full_path, renamed
 from apps.train.device import device_options
 
 ROOT = Path(__file__).parents[1]
-SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
+TABLES = ROOT / "configs" / "suites" / "tables.yaml"  # its configurations are written from tables
+SUITES = sorted({*(ROOT / "configs" / "suites").glob("*.yaml")} - {TABLES})
 HUB = sorted((ROOT / "configs" / "hub").glob("*.yaml"))  # need a folder of transformers: tests/peers has one
-FILES = sorted(set((ROOT / "configs").rglob("*.yaml")) - {*SUITES, *HUB})
+FILES = sorted(set((ROOT / "configs").rglob("*.yaml")) - {TABLES, *SUITES, *HUB})
 ROUTING = sorted((ROOT / "configs" / "routing").glob("*.yaml"))
 OTHERS = [p for p in FILES if p not in ROUTING]
 OVERLAYS = [p for p in OTHERS if "class_path" not in (yaml.safe_load(p.read_text()).get("model") or {})]
@@ -229,6 +230,25 @@ def test_a_row_of_a_suite_is_read_and_built(row, monkeypatch, tmp_path):
     with quiet():
         model = experiment_of(*row).module(SPARSE)
     assert ROWS[row] <= set(candidates(model))
+
+
+def test_the_rows_of_the_suite_of_tables_are_built_from_their_tables(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for board in yaml.safe_load(TABLES.read_text())["boards"]:
+        path = tmp_path / board["data"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = [board.get("time", "size"), "cost", *board["target"]]
+        days = [f"2024-01-{1 + i % 28:02}" if "time" in board else i * 37 % 101 / 7 for i in range(200)]
+        path.write_text(
+            "\n".join(map(",".join, [head, *([str(day), f"{i % 19}.5", str(i % 2)] for i, day in enumerate(days))]))
+        )
+    first, *others = Suite.read(TABLES).boards
+    assert len(others) == 12
+    with quiet():
+        sparse, members, before = (experiment_of(e.files, e.rest).module(SPARSE) for e in first.entries[:3])
+    assert set(first.baselines) <= set(candidates(sparse))
+    assert [model.num_members for model in (sparse, members, before)] == [1, 8, 1]
+    assert before.shared_config.expert.hidden_dims == (64,)
 
 
 def header(path: Path) -> list[str]:

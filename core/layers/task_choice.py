@@ -81,7 +81,7 @@ class SparseMultiGateMoE(MultiGateLayer):
     @property
     def share_computed(self) -> float | None:
         """Rows that the experts compute over pairs that are chosen, if tasks choose independently; None: all are."""
-        if self.router[0].gates_on == "input":
+        if self.num_tasks == 1 or self.router[0].gates_on == "input":
             return None
         return self._experts_of_an_example() / (self.pairs_per_token * self.num_tasks)
 

@@ -13,6 +13,7 @@
           - name: MMoE, dense gates
           - {name: MMoE, 4 experts, values: {model.shared.num_experts: 4}}
           - {name: PLE, config: configs/recsys/census_ple.yaml}
+      - {name: Orders, data: shop.csv, target: [spend90], time: ts, models: [{name: sparse}], baselines: [lightgbm]}
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
+import yaml
+
 from apps.base.checks import check_at_least
+from apps.base.files import write_text
 from apps.base.messages import excerpt, unknown_name
 from apps.cli.classes import with_long_names
 from apps.cli.configs import at, merge, read_config, shipped
 from apps.cli.errors import UsageError
 from apps.cli.parser import CommandLine, Folder, Shown
+from apps.data.given import GivenData
 from apps.registry import differences
 
 T = TypeVar("T")
@@ -151,8 +156,13 @@ class Board:
 
     Attributes:
         name: its heading.
-        config: the configuration that its models start with.
         models: the models.
+        config: the configuration that its models start with; empty: that of ``data``, which is written into the folder
+            of the runs, once. Each seed then has a split of its own.
+        data: a table, or other data that `moesaic verdict` takes.
+        target: columns of the table to predict; empty: the likeliest one.
+        time: column of the table by which it is split; None: not by time.
+        user: column of the table whose rows of a value are in one split; None: not by it.
         about: sentences on data and protocol, shown above the table.
         values: values over the configurations of all models, by dotted name.
         baselines: names of baselines of ``config`` that are rows too.
@@ -165,8 +175,12 @@ class Board:
     """
 
     name: str
-    config: str
     models: tuple[Model, ...]
+    config: str = ""
+    data: str | None = None
+    target: tuple[str, ...] = ()
+    time: str | None = None
+    user: str | None = None
     about: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
     baselines: tuple[str, ...] = ()
@@ -180,6 +194,10 @@ class Board:
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError(f"the board {self.name!r} has no models")
+        if not self.config and self.data is None:
+            raise ValueError(f"the board {self.name!r} has neither config nor data")
+        if self.config and self.data is not None:
+            raise ValueError(f"the board {self.name!r} has a config and data: leave out one")
         if not self.baseline_minutes > 0:
             raise ValueError(f"baseline_minutes={self.baseline_minutes} must be above 0")
         _check_once([entry.name for entry in self.entries], f"rows of the board {self.name!r}")
@@ -196,6 +214,32 @@ class Board:
             rows += [own, *(self._baseline(own, name, f"{model.name}: {name}") for name in model.baselines)]
         whole = Entry(self.name, "", (self.config,), self.values, None, self.baseline_minutes, self.minutes)
         return (*rows, *(self._baseline(whole, name, name) for name in self.baselines))
+
+    def of_data(self, folder: Path, seeds: int) -> Board:
+        """Return the board with the configuration of its ``data``, which is written to ``folder`` if it is not there.
+
+        Raises:
+            UsageError: the data are missing.
+            ValueError: no app knows the data.
+        """
+        if self.data is None:
+            return self
+        path = folder / "configs" / f"{slug(self.name)}.yaml"
+        if not path.exists():
+            from apps.task.task import config_of
+
+            if not Path(self.data).exists():
+                raise UsageError(f"the board {self.name!r}: no file or folder {self.data}")
+            first, *more = self.target or (None,)
+            links = path.with_suffix("")
+            given = GivenData(
+                (Path(self.data),), first, links, time=self.time, user=self.user, more_targets=tuple(more)
+            )
+            config = {"seed_everything": 0, **config_of(given).config}
+            if table := config["data"]["init_args"].get("table"):
+                table["split"]["origins"] = seeds
+            write_text(path, yaml.safe_dump(config, sort_keys=False))
+        return replace(self, config=path.as_posix(), data=None)
 
     @staticmethod
     def _baseline(entry: Entry, baseline: str, name: str) -> Entry:
@@ -268,6 +312,8 @@ class Suite:
         """
         try:
             suite = dataclasses.replace(_made(cls, read_config(shipped(path)), ""), path=path.as_posix())
+            boards = tuple(board.of_data(suite.runs_folder, suite.seeds) for board in suite.boards)
+            suite = dataclasses.replace(suite, boards=boards)
             for board in suite.boards:
                 board.check_protocol()
         except ValueError as error:  # a UsageError is one

@@ -311,6 +311,7 @@ def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str, brief
         verdict=tuple(f"{b.board.name}: {b.sentence()}" for b in boards if b.ranked) or ("Nothing has been run yet.",),
         sections=(
             Section("What it is", Text.if_any([suite.about.strip()])),
+            *overall(boards),
             *(_section(suite, board, brief) for board in boards),
             Section("How to read it", (Text(tuple(legend(suite, boards, brief))),)),
             Section(
@@ -326,6 +327,45 @@ def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str, brief
         date=date,
         entries=tuple(entry for board in boards for entry in _quality(board).entries(f"{board.board.name}: ")),
     )
+
+
+def overall(boards: Sequence[Standings]) -> list[Section]:
+    """Return ranks and gaps over the boards with figures of all rows; none for fewer than three, or of other rows.
+
+    A rank is that of the mean over seeds, equal means sharing theirs. The gap is the best row's score minus its own,
+    relative to the best row's distance to the worst: 0 is the best of a board and 1 the worst.
+    """
+    done = [board for board in boards if board.ranked and len(board.ranked) == len(board.rows)]
+    names = {tuple(sorted(row.title for row in board.rows)) for board in done}
+    if len(done) < 3 or len(names) > 1 or len(next(iter(names))) < 3:
+        return []
+    ranks: dict[str, list[float]] = {row.title: [] for row in done[0].rows}
+    gaps: dict[str, list[float]] = {name: [] for name in ranks}
+    for board in done:
+        scores = {row.title: _mean(row.tests[board.metrics[0]]) for row in board.rows}
+        best, worst = (pick(scores.values()) for pick in ((max, min) if board.higher_is_better else (min, max)))
+        for name, score in scores.items():
+            better = sum((other > score) == board.higher_is_better and other != score for other in scores.values())
+            equal = sum(other == score for other in scores.values())
+            ranks[name].append(better + (equal + 1) / 2)
+            gaps[name].append((best - score) / (best - worst) if best != worst else 0.0)
+    lines = [
+        (
+            name,
+            shown_interval(mean_interval(ranks[name]), False),
+            str(sum(rank < 2 for rank in ranks[name])),
+            shown_interval(mean_interval(gaps[name]), False),
+        )
+        for name in sorted(ranks, key=lambda name: statistics.fmean(ranks[name]))
+    ]
+    head = ("model", "mean rank", "boards led", "mean gap (0: best, 1: worst)")
+    text = f"Over {len(done)} boards; ± is the 95 % confidence interval over boards, which are no random draw."
+    return [Section("All boards", (Table("", head, tuple(lines), sortable=True), Text((text,))))]
+
+
+def _mean(interval: Interval | None) -> float:
+    assert interval is not None
+    return interval.mean
 
 
 def _section(suite: Suite, board: Standings, brief: bool) -> Section:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -44,6 +45,22 @@ def test_folders_depend_on_what_is_trained_and_seeds_count_up(tmp_path):
     assert [suite.seeds_of(entry) for entry in suite.boards[0].entries[:2]] == [(0, 1), (7, 8)]
 
 
+def test_a_board_of_data_has_what_init_writes_and_a_split_for_each_seed(tmp_path):
+    table = tmp_path / "shop.csv"
+    table.write_text("\n".join(["age,bought", *(f"{20 + i % 50}.5,{i % 3 % 2}" for i in range(300))]))
+    options = {"config": "", "values": {}, "baselines": [], "data": str(table), "target": ["bought"]}
+    models = [{"name": "sparse"}, {"name": "wide", "values": {"model.shared.num_experts": 16}}]
+    suite = Suite.read(small_suite(tmp_path, seeds=3, models=models, metrics=[], **options))
+    first, wide = suite.boards[0].entries
+    assert first.files == (str(tmp_path / "runs" / "configs" / "points.yaml"),)
+    written = yaml.safe_load(Path(first.files[0]).read_text())
+    assert at(written, ("data", "init_args", "train_file")) == str(table)
+    assert at(written, ("data", "init_args", "table", "split", "origins")) == 3
+    assert [at(e.written, ("model", "shared", "num_experts")) for e in (first, wide)] == [8, 16]
+    Path(first.files[0]).write_text(yaml.safe_dump(written | {"seed_everything": 5}))  # a person's change is kept
+    assert suite.seeds_of(Suite.read(tmp_path / "suite.yaml").boards[0].entries[0]) == (5, 6, 7)
+
+
 def test_places_are_those_of_the_command_line_or_a_folder_of_runs(tmp_path):
     words = ["--minutes", "3", "--output", str(tmp_path / "r"), "--figures", "f", "--boards", "Points"]
     command = read(small_suite(tmp_path), *words)
@@ -63,7 +80,7 @@ def test_places_are_those_of_the_command_line_or_a_folder_of_runs(tmp_path):
 A, B = {"name": "A"}, {"name": "B"}
 
 WRONG = {
-    "unknown key of a board": ({"modles": []}, "boards.0: key of a board='modles' is not one of name, config, models,"),
+    "unknown key of a board": ({"modles": []}, "boards.0: key of a board='modles' is not one of name, models, config,"),
     "unknown key of a model": ({"models": [{"name": "A", "epochs": 3}]}, "boards.0.models.0: key of a model='epochs'"),
     "no name": ({"models": [{"config": "x"}]}, "boards.0.models.0: a model needs 'name'"),
     "no models": ({"models": []}, "boards.0: the board 'Points' has no models"),
@@ -73,6 +90,9 @@ WRONG = {
     "two of one name": ({"models": [A, A]}, "boards.0: two rows of the board 'Points' are called 'A'"),
     "two of one baseline": ({"models": [A], "baselines": ["x", "x"]}, "two rows of the board 'Points' are called 'x'"),
     "minutes": ({"models": [{"name": "A", "minutes": 0}]}, "boards.0.models.0: minutes=0 must be above 0"),
+    "config and data": ({"data": "x.csv"}, "boards.0: the board 'Points' has a config and data: leave out one"),
+    "neither": ({"config": ""}, "boards.0: the board 'Points' has neither config nor data"),
+    "no file": ({"config": "", "data": "x.csv"}, "the board 'Points': no file or folder x.csv"),
     "missing config": ({"models": [A, {**B, "config": "nowhere.yaml"}]}, "no configuration nowhere.yaml"),
     "other data": (
         {"models": [A, {**B, "values": {"data.n": 48}}]},

@@ -10,7 +10,7 @@ from torch import nn
 import core
 from apps.compare.suite.command import kind_of
 from apps.compare.suite.file import Suite
-from apps.compare.suite.standings import Figures, leaderboard_page, standings
+from apps.compare.suite.standings import Figures, leaderboard_page, overall, standings
 from apps.report.page.writing import markdown
 
 COST = {"num_params": 2000, "active_params": 1000, "flops_per_example": 2.5e6, "unit": "a point"}
@@ -93,6 +93,22 @@ def test_the_page_has_every_board_and_the_leaders(tmp_path):
     assert "sparse: an example leaves experts out" in text.lower()
     assert "\nNot run: C." in text
     assert "- Runs: a machine, 2026-01-02." in text
+
+
+def test_ranks_and_gaps_over_the_boards_by_hand(tmp_path):
+    scores = [
+        {"A": [0.9], "B": [0.7], "C": [0.5]},
+        {"A": [0.8], "B": [0.8], "C": [0.4]},
+        {"A": [0.1], "B": [0.2], "C": [0.3]},
+    ]
+    boards = [board(tmp_path, runs, seeds=1)[1] for runs in scores]
+    assert overall(boards[:2]) == []  # two boards are no draw of boards
+    table = overall(boards)[0].parts[0]
+    # A's ranks are 1, 1.5 (equal to B) and 3; its gaps 0, 0 and 1, as the last of the third. B's are 2, 1.5 and 2.
+    means = {name: [own.split(" ±")[0] for own in more] for name, *more in table.rows}
+    assert means == {"A": ["1.8", "2", "0.3"], "B": ["1.83", "1", "0.33"], "C": ["2.3", "1", "0.7"]}
+    others = board(tmp_path, {"A": [0.9], "B": [0.7], "D": [0.5]}, seeds=1)[1]
+    assert overall([*boards, others]) == []
 
 
 def test_a_brief_table_is_short_and_all_rows_without_a_seed_are_one_note(tmp_path):

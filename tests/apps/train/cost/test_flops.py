@@ -138,6 +138,8 @@ def test_tasks_count_as_independent_whatever_their_untrained_routers_agree_on(se
     # Two routers of 2 * 6*4; 4 (1 - 1/2 * 1/2) = 3 of 4 experts, each 2 * 6*8.
     assert counted.flops_per_example == counted.replaced_flops_per_example == 2 * 48 + 3 * 96
     assert measure_cost(Called(net), torch.randn(32, 6), as_evaluated=True).flops_per_example != 384
+    alone = torch.nn.Sequential(config.build(6, num_tasks=1))
+    assert measure_cost(Called(alone), torch.randn(32, 6), ["0"]).replaced_flops_per_example == 48 + 2 * 96
 
 
 # A token: 2 * 8*4 of a router, 2 * 2 * 2*8*8 of two experts, of which a capacity of 0.5 leaves half.
