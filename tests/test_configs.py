@@ -15,6 +15,7 @@ import yaml
 from grids import one_in
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from made_boards import make_tables
 from PIL import Image
 
 import core
@@ -234,14 +235,7 @@ def test_a_row_of_a_suite_is_read_and_built(row, monkeypatch, tmp_path):
 
 def test_the_rows_of_the_suite_of_tables_are_built_from_their_tables(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for board in yaml.safe_load(TABLES.read_text())["boards"]:
-        path = tmp_path / board["data"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        head = [board.get("time", "size"), "cost", *board["target"]]
-        days = [f"2024-01-{1 + i % 28:02}" if "time" in board else i * 37 % 101 / 7 for i in range(200)]
-        path.write_text(
-            "\n".join(map(",".join, [head, *([str(day), f"{i % 19}.5", str(i % 2)] for i, day in enumerate(days))]))
-        )
+    make_tables(TABLES, tmp_path)
     first, *others = Suite.read(TABLES).boards
     assert len(others) == 12
     with quiet():

@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from made_boards import make_tables
 from places import ROOT
 
 from apps.bench import FOLDER as BENCHMARKS
@@ -102,6 +103,8 @@ def make(words: list[str]) -> None:
         if not shipped(Path(word)).is_file() and (word.endswith(".yaml") or word.isupper()):
             Path(word).parent.mkdir(parents=True, exist_ok=True)
             Path(word).write_text("{}")
+    for word in values_of(words, "--suite"):
+        make_tables(shipped(Path(word)), Path())
     if words[0] in ("init", "verdict"):
         for word in values_of(words):
             if not shipped(Path(word)).exists():
