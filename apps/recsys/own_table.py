@@ -109,10 +109,12 @@ def config_for(given: GivenData) -> GivenConfig | None:
     size = Size(
         num_rows=round(num_rows * (1 - _SHARES["val"]) * (1 - _SHARES["test"])),
         has_ids=any(own > max(num_rows / 100, FEW_VALUES) for own in sizes),
-        has_numbers="numbers" in columns,
+        num_numbers=len(columns.get("continuous", ())) + len(columns.get("timestamps", ())),
         has_categories=any(role in columns for role in ("categorical", "multi_valued", "texts")),
         are_numbers=all(label.kind in NUMBERS for label in labels.values()),
     )
+    if not size.by_label:
+        columns.pop("numbers", None)
     made = _config({"train_file": path, "table": columns}, size, notes, given.in_place)
     if given.in_place:
         comments["model", "init_args", "blend"] = "boosted trees, mixed with the network; null: the network by itself"

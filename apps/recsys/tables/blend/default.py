@@ -106,7 +106,7 @@ def size_of(features: Features, num_rows: int) -> Size:
     return Size(
         num_rows=num_rows,
         has_ids=max(rows, default=0) > max(num_rows / 100, 20),
-        has_numbers=bool(features.continuous),
+        num_numbers=len(features.continuous),
         has_categories=bool(rows or features.vectors),
         are_numbers=all(target.kind in NUMBERS for target in features.target_of_task),
     )

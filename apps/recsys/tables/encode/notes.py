@@ -159,7 +159,9 @@ class Notes:
         low, high = np.fmin.reduce(in_train), np.fmax.reduce(in_train)  # NaN without a number: nothing is outside then
         is_outside, is_there = (values < low) | (values > high), ~np.isnan(values)
         outside = {part: is_outside[self.masks[part] & is_there] for part in ("val", "test")}
-        shares = {part: own.mean() for part, own in outside.items() if own.sum() > max(_OUTSIDE * len(own), _BY_CHANCE)}
+        shares = {
+            part: own.mean() for part, own in outside.items() if own.sum() > max(_OUTSIDE * len(own), 2 * _BY_CHANCE)
+        }
         if shares:
             self.warnings.append(
                 f"column {column!r}: {_by_split(shares)} values are outside the training rows' range, {low:g} to "

@@ -17,7 +17,7 @@ def test_it_predicts_the_weighted_mean_of_its_network_and_trees(tmp_path, monkey
     data.prepare_data()
     data.setup("fit")
     size, batch_size = size_of(data.features, len(data.rows("train"))), data.batch_size
-    assert size == Size(len(data.rows("train")), False, True, True, are_numbers=False)
+    assert size == Size(len(data.rows("train")), False, 2, True, are_numbers=False)
     model = DefaultBlend(MultiTaskRecommender)
     assert model.tune(data, 0, Search(minutes=1e-6)) == {"network": {"epochs": 1}}  # no time: one epoch
     model.fit(data, 0, {"network": {"epochs": 2}})
