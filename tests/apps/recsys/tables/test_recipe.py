@@ -27,7 +27,7 @@ def test_batches_and_epochs_follow_the_rows(num_rows, batch_size, epochs):
 def test_columns_and_tasks_change_dropout_rate_and_epochs():
     ids = Size(31_000, has_ids=True, num_numbers=0, has_categories=True, are_numbers=False)
     values = Size(31_000, has_ids=False, num_numbers=3, has_categories=False, are_numbers=True)
-    assert (ids.epochs, ids.dropout, values.dropout) == (7, 0.3, 0.05)
+    assert (ids.epochs, ids.dropout, values.dropout) == (7, 0.1, 0.05)
     assert network(ids, sparse=False)["optimizer"]["lr"] == 0.002
     assert network(values, sparse=False)["optimizer"]["lr"] == 0.004
     assert "dense" not in network(ids, sparse=False)
