@@ -46,8 +46,11 @@ FAILED_CHECKS = {
     "check_sample_weight_equivalence_on_dense_data": (
         "a row of weight 2 is not the same training as two rows: batches are drawn from the rows"
     ),
+    "check_methods_subset_invariance": (
+        "outputs are float32: on some processors the last digit of a row depends on how many rows are scored with it"
+    ),
 }
-"""The checks of scikit-learn's ``check_estimator`` that both estimators fail, and why."""
+"""The checks of scikit-learn's ``check_estimator`` that both estimators fail, or may fail, and why."""
 
 _FOR_TRAINING = ("optimizer_states", "lr_schedulers", "callbacks", "loops")
 _BATCH_SIZE = 4096
