@@ -97,6 +97,7 @@ FORMER = {
     "apps.train.schedules.ExpertAveraging": "ExpertAveraging",
     "apps.train.schedules.GrowingTopK": "GrowingTopK",
     "apps.train.schedules.SharedStart": "SharedStart",
+    "core.Copy": "core.Identity",
 }
 """Class paths in files of earlier versions, each with what the class is called today.
 
@@ -119,7 +120,7 @@ RENAMED = {
     "mixing_balance": {"load_balancing": "load_balancing_loss", "router_z": "router_z_loss"},
     "router": {"second": "second_expert_policy", "eval_second": "eval_second_expert_policy"},
 }
-"""New names of options by their old ones, which work until version 0.2, by the end of their section's name."""
+"""Names of options in files of earlier versions, each with today's, by the end of their section's name."""
 
 
 def full_path(name: str) -> str | None:
@@ -160,9 +161,6 @@ def name_of(kind: type | str) -> str:
 
 def today(path: str) -> str:
     """Return the class path of today in place of a former one. Other names are returned as they are."""
-    if path in ("Copy", "core.Copy"):
-        tell_renamed("core.Copy", "core.Identity")
-        return path.replace("Copy", "Identity")
     return (full_path(path) or FORMER[path]) if path in FORMER else path
 
 
@@ -191,25 +189,9 @@ def _with_new_names(value: Any, section: str) -> Any:
         return [_with_new_names(item, section) for item in value]
     if not isinstance(value, Mapping):
         return value
-    return {
-        new_name(key, section) if isinstance(key, str) else key: _with_new_names(item, f"{section}.{key}")
-        for key, item in value.items()
-    }
-
-
-def new_name(dotted: str, section: str = "") -> str:
-    """Return the name of today of an option, and log once that an old one was given.
-
-    Args:
-        dotted: its name in ``section``; or with sections around it, such as "trainer.strategy.experts".
-        section: dotted name of the section.
-    """
-    *around, name = [part for part in f"{section}.{dotted}".split(".") if part not in ("", "init_args")] or [""]
-    for inner in (".".join(around[-1:]), ".".join(around[-2:])):
-        if (new := RENAMED.get(inner, {}).get(name)) is not None:
-            tell_renamed(f"{inner}.{name}", f"{inner}.{new}")
-            return dotted.removesuffix(name) + new
-    return dotted
+    around = [part for part in section.split(".") if part not in ("", "init_args")]
+    old = {**RENAMED.get(".".join(around[-1:]), {}), **RENAMED.get(".".join(around[-2:]), {})}
+    return {old.get(key, key): _with_new_names(item, f"{section}.{key}") for key, item in value.items()}
 
 
 def short(class_path: str | None) -> str | None:
@@ -292,12 +274,6 @@ def without_dropped(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _tell(text: str) -> None:
     """Log a line once."""
     logging.getLogger(__name__).info(text)
-
-
-@cache
-def tell_renamed(old: str, new: str) -> None:
-    """Log once that a name has changed."""
-    logging.getLogger(__name__).warning("%s is now called %s; the old name works until version 0.2", old, new)
 
 
 def subclasses(kind: type[Any]) -> list[type[Any]]:

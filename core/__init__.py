@@ -1,7 +1,5 @@
 """moesaic's engine: mixture-of-experts layers on PyTorch. The packages' exports are public here too."""
 
-from typing import TYPE_CHECKING
-
 from . import config, contract, convert, experts, layers, offload
 from .adopted import adopt, release
 from .config import *
@@ -9,7 +7,6 @@ from .contract import *
 from .convert import *
 from .diagnose import *
 from .experts import *
-from .fields import OLD_NAMES, tell_renamed
 from .flops import count_flops
 from .kernels import expert_linear, resolve_backend
 from .layers import *
@@ -94,12 +91,3 @@ __all__ += experts.__all__
 __all__ += layers.__all__
 __all__ += offload.__all__
 __all__ += ["Doctor", "Finding", "TrainingStart", "ablate_experts", "diagnose"]  # the package has a function's name
-
-if not TYPE_CHECKING:  # a type checker takes a module with __getattr__ to have every name
-
-    def __getattr__(name: str) -> object:
-        """Return what an old name stands for."""
-        if name not in OLD_NAMES:
-            raise AttributeError(f"module 'core' has no attribute {name!r}")
-        tell_renamed(f"core.{name}", f"core.{OLD_NAMES[name]}")
-        return globals()[OLD_NAMES[name]]

@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import difflib
 import functools
-import logging
 import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, Literal, TypeVar
-
-T = TypeVar("T", bound=type)
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -130,75 +127,6 @@ def check_values(hint: Any, **values: Any) -> None:
             place, value, rule = problem
             text = repr(value)
             raise ValueError(f"{name}{place}={text if len(text) <= 60 else f'{text[:57]}...'} {rule}")
-
-
-OLD_NAMES = {"Copy": "Identity", "adapt": "add_adapters"}
-"""New names of public names of ``core`` by their old ones, which work until version 0.2."""
-
-OLD_TERMS = {"load_balancing": "load_balancing_loss", "router_z": "router_z_loss"}
-"""New names of balance losses by their old ones, which work until version 0.2."""
-
-
-def renames(**new_names: str) -> Callable[[T], T]:
-    """Let a class's constructor also take options by their old names. Use it as a decorator, above ``@dataclass``.
-
-    Args:
-        new_names: new name of an option by its old one.
-
-    Example::
-
-        @renames(size="length")
-        @dataclass(frozen=True)
-        class Window(Checked):
-            length: Count = 8
-    """
-
-    def renaming(kind: T) -> T:
-        made = kind.__init__  # type: ignore[misc]
-
-        @functools.wraps(made)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            made(self, *args, **with_new_names(kind, kwargs))
-
-        def __setstate__(self: Any, state: Mapping[str, Any]) -> None:
-            self.__dict__.update(with_new_names(kind, state))
-
-        kind.new_names = new_names  # type: ignore[attr-defined]
-        kind.__init__ = __init__  # type: ignore[misc]
-        if is_dataclass(kind):  # a pickle sets its fields without the constructor
-            kind.__setstate__ = __setstate__  # type: ignore[attr-defined]
-        return kind
-
-    return renaming
-
-
-def with_new_names(kind: type, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return arguments of a class by their new names, with one log line for each old name.
-
-    Raises:
-        ValueError: an option is given by both names.
-    """
-    new_names: Mapping[str, str] = getattr(kind, "new_names", {})
-    for old in new_names.keys() & arguments.keys():
-        if new_names[old] in arguments:
-            raise ValueError(f"{old} is the old name of {new_names[old]}: give {new_names[old]} only")
-        tell_renamed(old, new_names[old])
-    return {new_names.get(name, name): value for name, value in arguments.items()}
-
-
-def new_terms(terms: Any) -> Any:
-    """Return a set of balance losses, or a property that is one, by their new names, with one log line an old one."""
-    if isinstance(terms, property):
-        return property(lambda self: new_terms(terms.__get__(self)), doc=terms.__doc__)
-    for old in OLD_TERMS.keys() & terms:
-        tell_renamed(old, OLD_TERMS[old])
-    return frozenset(OLD_TERMS.get(name, name) for name in terms)
-
-
-@functools.cache
-def tell_renamed(old: str, new: str) -> None:
-    """Log once that a name has changed."""
-    logging.getLogger(__name__).warning("%s is now called %s; the old name works until version 0.2", old, new)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, TypeVar
 
-from .fields import OLD_NAMES, check_fields, tell_renamed
+from .fields import check_fields
 
 _REGISTERED: dict[str, type] = {}
 
@@ -70,9 +70,6 @@ def registered_config(class_path: object) -> type:
             own = [kind for path, kind in named.items() if path.startswith("core.")]
             if own or (len(named) == 1 and not package):
                 return (own or list(named.values()))[0]
-            if name in OLD_NAMES:
-                tell_renamed(f"core.{name}", f"core.{OLD_NAMES[name]}")
-                return registered_config(f"core.{OLD_NAMES[name]}")
     names = {path.rpartition(".")[2] for path in _REGISTERED}
     near = difflib.get_close_matches(str(class_path).rpartition(".")[2], names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "; import the module of a class of yours first"

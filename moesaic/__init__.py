@@ -39,7 +39,7 @@ def __getattr__(name: str) -> object:
     source = importlib.import_module(rooms.get(name, "core"))
     if name == "__all__":
         return [*rooms, *source.__all__]
-    if name not in source.__all__ and name not in getattr(source, "OLD_NAMES", ()):
+    if name not in source.__all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(source, name)
     return value

@@ -21,7 +21,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from apps.cli.configs import read_config, shipped
 from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import given
-from apps.registry import new_name, tell_renamed
 from apps.train.checkpoint.paths import MEANING
 
 
@@ -96,9 +95,6 @@ class CommandLine:
     sections: ClassVar[tuple[str, ...]] = ()
     """Sections of a configuration of which values may be given too."""
 
-    renamed: ClassVar[Mapping[str, str]] = {}
-    """New words of options by their old ones, which work until version 0.2."""
-
     rest: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     @classmethod
@@ -109,7 +105,7 @@ class CommandLine:
             UsageError: an unknown or missing option, a value of a wrong type, or a configuration that is not there.
             ValueError: a value out of its range.
         """
-        return cls._of(*cls.parser().parse_known_args([cls._with_new_name(word) for word in argv]))
+        return cls._of(*cls.parser().parse_known_args(list(argv)))
 
     @classmethod
     def read_one_of(cls, kinds: Mapping[str, type[CommandLine]], argv: Sequence[str]) -> Any:
@@ -118,7 +114,7 @@ class CommandLine:
         parsers = parser.add_subparsers(dest="kind", required=True, metavar="|".join(kinds), parser_class=Parser)
         for word, kind in kinds.items():
             kind.declare(parsers.add_parser(word, help=_texts(kind)[0]))
-        values, rest = parser.parse_known_args([cls._with_new_name(word) for word in argv])
+        values, rest = parser.parse_known_args(list(argv))
         return kinds[vars(values).pop("kind")]._of(values, rest)
 
     @classmethod
@@ -166,15 +162,6 @@ class CommandLine:
         """Return the line on an option that does not exist."""
         words = (word for field in cls._fields() for word in field[3].words or (field[0],))
         return unknown_option(name, [*(word.lstrip("-") for word in words), *cls.sections])
-
-    @classmethod
-    def _with_new_name(cls, word: str) -> str:
-        """Return a word of a command line, with the new name of an option in place of its old one."""
-        name, equals, value = word.partition("=")
-        if name in cls.renamed:
-            tell_renamed(name, cls.renamed[name])
-            return f"{cls.renamed[name]}{equals}{value}"
-        return f"--{new_name(name[2:])}{equals}{value}" if name.startswith("--") else word
 
     @classmethod
     def _fields(cls) -> list[tuple[str, dataclasses.Field[Any], list[Any], Shown, bool]]:

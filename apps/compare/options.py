@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -101,7 +100,6 @@ class Command(Options, CommandLine):
 
     prog: ClassVar[str] = "moesaic compare"
     sections: ClassVar[tuple[str, ...]] = SECTIONS
-    renamed: ClassVar[Mapping[str, str]] = {"--config": "--overlay", "-c": "--overlay"}
 
     config: Annotated[Path, Shown("CONFIG", words=("config",), read=config_file)]
     overlays: Annotated[tuple[Path, ...], Shown("FILE", words=("--overlay",), read=config_file, one_each=True)] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -34,7 +34,6 @@ class Options(CommandLine):
     kind: ClassVar[str]
     prog: ClassVar[str] = "moesaic convert"
     sections: ClassVar[tuple[str, ...]] = ("data",)
-    renamed: ClassVar[Mapping[str, str]] = {"specialise": "specialize"}
 
     ckpt_path: Run
     output: Annotated[Path, Shown("DIR")]

@@ -21,7 +21,7 @@ import contextvars
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from apps import registry
@@ -29,7 +29,6 @@ from apps.base.checks import check_name
 from apps.base.progress import bar
 from apps.data.cache import DataError, SourceFailed, cache_root, locked, whole_folder
 from apps.data.sources import Source
-from apps.registry import tell_renamed
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,6 @@ class Dataset:
         sources: sources in the order they are tried; empty for data that only the user can bring.
         license: license of the data.
         note: a caveat for results, or how to get data that has no source.
-        licence: the old name of ``license``, which works until version 0.2.
     """
 
     name: str
@@ -57,12 +55,6 @@ class Dataset:
     sources: tuple[Source, ...] = ()
     license: str = ""
     note: str = ""
-    licence: InitVar[str] = ""
-
-    def __post_init__(self, licence: str) -> None:
-        if licence:
-            tell_renamed("licence", "license")
-            object.__setattr__(self, "license", licence)
 
     def missing(self, folder: Path) -> str | None:
         """Return the first file ``folder`` lacks of the layout it comes closest to; None if one layout is complete."""

@@ -72,7 +72,6 @@ class Options(CommandLine):
 
     prog: ClassVar[str] = "moesaic plan"
     sections: ClassVar[tuple[str, ...]] = ("model", "data", "trainer", "float32_matmul_precision")
-    renamed: ClassVar[Mapping[str, str]] = {"--static_exchange": "--static_all_to_all"}
 
     files: Configs
     gpus: int

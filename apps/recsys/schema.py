@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from apps.base.checks import check_name
 from apps.data.given import NUMBERS, TargetKind
-from apps.registry import RENAMED
-from core.fields import Bounds, Checked, Count, CountOrZero, Length, Positive, ShareBelowOne, renames
+from core.fields import Bounds, Checked, Count, CountOrZero, Length, Positive, ShareBelowOne
 
 SplitKind = Literal["given", "random", "user", "group", "time", "leave_last_out"]
 TaskLoss = Literal["squared", "absolute", "weighted_logistic"]
@@ -370,7 +369,6 @@ class TableConfig(Checked):
                 raise ValueError(f"split.stratify={self.split.stratify!r} is a task of numbers: it has no classes")
 
 
-@renames(**RENAMED["negatives"])
 @dataclass(frozen=True)
 class NegativesConfig(Checked):
     """A rule for the negative rows that train in an epoch, resampled for each.

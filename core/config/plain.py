@@ -17,7 +17,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..fields import with_new_names
 from ..registry import OpenConfig, is_registered, registered_config
 
 
@@ -92,7 +91,6 @@ def make(kind: type, arguments: Any, where: str = "") -> Any:
         ValueError: as ``from_plain``.
     """
     _check_mapping(kind, arguments, where)
-    arguments = with_new_names(kind, arguments)
     _check_names(kind, arguments, [f.name for f in fields(kind) if f.init], where)
     hints = typing.get_type_hints(kind)
     made = {name: from_plain(value, hints[name], _dotted(where, name)) for name, value in arguments.items()}
@@ -114,7 +112,6 @@ def arguments_from_plain(kind: type, arguments: Any, where: str) -> dict[str, An
         ValueError: as ``from_plain``.
     """
     _check_mapping(kind, arguments, where)
-    arguments = with_new_names(kind, arguments)
     parameters = inspect.signature(kind).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         _check_names(kind, arguments, list(parameters), where)

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..fields import new_terms
 from .evidence import detached
 from .routing import Loads, RoutingContext
 
@@ -44,9 +43,6 @@ class Entry:
     load_balancing_weight: Tensor | None = None
     extra_weights: Mapping[str, float | Tensor] = field(default_factory=dict)
     shared_gate_T: Tensor | None = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, terms=new_terms(state["terms"]))  # a pickle may be of an earlier version
 
     def detach(self) -> Entry:
         """Return the pass without its graph."""

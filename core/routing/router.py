@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..contract import Routing, RoutingContext, span
 from ..contract.checks import at_most_experts, clean_ids
-from ..fields import Count, Positive, new_terms
+from ..fields import Count, Positive
 from ..kernels.eager import outside_autocast
 from ..registry import OpenConfig
 from .gates import LinearGate, widened
@@ -245,8 +245,6 @@ class RouterConfig(OpenConfig):
         for name in ("__post_init__", "check", "check_group"):
             if name in vars(cls):
                 setattr(cls, name, _with_paper(vars(cls)[name]))
-        if "terms" in vars(cls):
-            cls.terms = new_terms(vars(cls)["terms"])  # type: ignore[method-assign]
 
     @_with_paper
     def __post_init__(self) -> None:

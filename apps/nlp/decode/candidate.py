@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apps.nlp.decode.config import DecodeConfig
-from core.fields import with_new_names
-
 
 class Candidate(NamedTuple):
     """A text that a model writes.
@@ -30,7 +27,6 @@ def one_each(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: they ask for several.
     """
-    options = with_new_names(DecodeConfig, options)
     if (most := options.get("num_return_sequences", 1)) != 1:
         raise ValueError(f"num_return_sequences={most}: predict returns one text each; candidates has the others")
     return {**options, "num_return_sequences": 1}

@@ -10,13 +10,10 @@ from typing import Annotated, Any, Literal
 
 import core
 from apps.base.checks import check_name
-from apps.registry import RENAMED
-from core import fields
 from core.fields import Checked, Count, CountOrZero, Length, NotNegative, Positive, PositiveShare, Share
 
 
 @core.register_config
-@fields.renames(**RENAMED["decode"])
 @dataclass(frozen=True)
 class DecodeConfig(Checked):
     """The options of a search for translations or continuations.
@@ -120,7 +117,6 @@ def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
         ValueError: no such field, or a value out of its range.
     """
     known = [field.name for field in dataclasses.fields(DecodeConfig)]
-    options = fields.with_new_names(DecodeConfig, options)
     for name in options:
         check_name("option", name, known)
     return dataclasses.replace(config, **options)

@@ -30,7 +30,6 @@ from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, best_items, check_ids, last_of
 from apps.recsys.sequence.report import NextItemReport, NextItemReportConfig
 from apps.recsys.sequence.semantic_ids import SemanticIdsConfig
-from apps.registry import RENAMED
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
@@ -94,7 +93,6 @@ class NextItemRecommender(SparseModule, Comparable):
         ValueError: a value is out of its range, or the parts do not fit together.
     """
 
-    new_names = RENAMED["model"]
     reporter = NextItemReport
     model_kind = ModelKind(
         "a recommender of the next item of a history",

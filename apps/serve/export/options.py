@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
@@ -40,7 +39,6 @@ class Options(CommandLine):
     """
 
     prog: ClassVar[str] = "moesaic export"
-    renamed: ClassVar[Mapping[str, str]] = {"--form": "--onnx_ops"}
 
     ckpt_path: Run
     output: Path

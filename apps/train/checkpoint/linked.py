@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from abc import ABCMeta
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,28 +15,12 @@ from apps.registry import name_of
 from apps.train.checkpoint.contents import read_checkpoint, unlike, unlike_in_size
 from apps.train.lightning_internals import set_initial_hparams, trainer_of
 from core.config.plain import arguments_from_plain, arguments_to_plain
-from core.fields import with_new_names
 from core.offload import loading_experts
 
 _logger = logging.getLogger(__name__)
 
 
-class _TakesOldNames(ABCMeta):
-    """Class of the modules: it hands arguments on by their new names (``new_names``).
-
-    A decorator's frame around ``__init__`` would hide the arguments of subclasses from ``save_hyperparameters``.
-    """
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **with_new_names(cls, kwargs))
-
-    @property
-    def __signature__(cls) -> inspect.Signature:
-        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
-        return signature.replace(parameters=[*signature.parameters.values()][1:])
-
-
-class LinkedModule(LightningModule, metaclass=_TakesOldNames):
+class LinkedModule(LightningModule):
     """A LightningModule that keeps its arguments and its data's encoding in the checkpoint.
 
     When a trainer starts, arguments of ``data_arguments`` that were not given are taken from its data module. Arguments

@@ -14,14 +14,12 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import core
-from apps.registry import RENAMED
 from apps.train.optim.muon import MuonAdamW
 from apps.train.optim.row_gradients import row_sparse_module
-from core.fields import Checked, NotNegative, Positive, Share, ShareBelowOne, renames
+from core.fields import Checked, NotNegative, Positive, Share, ShareBelowOne
 
 
 @core.register_config
-@renames(**RENAMED["model.optimizer"])
 @dataclass(frozen=True)
 class OptimizerConfig(Checked):
     """One learning rate for three kinds of parameters, a linear warm-up and a decay, both by step.

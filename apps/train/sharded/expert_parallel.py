@@ -20,7 +20,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from apps.base.checks import check_at_least, check_name
 from apps.base.files import delete
-from apps.registry import RENAMED
 from apps.train.checkpoint import sharded
 from apps.train.lightning_internals import begin_processes, prepare_for_fsdp, step_by_call
 from apps.train.sharded.processes import join_again
@@ -32,7 +31,6 @@ from apps.train.sharded.strategy import (
     step_one_by_one,
 )
 from apps.train.torch_internals import checkpoint_activations, limit_waiting
-from core.fields import renames
 from core.parallel import (
     blocks_of,
     broadcast_parameters,
@@ -49,7 +47,6 @@ _logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@renames(**RENAMED["strategy"])
 class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
     """Trains on several processes, with the experts of each MoE layer sharded among some of them.
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from ...fields import Bounds, Checked, Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne, renames
+from ...fields import Bounds, Checked, Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
 from ...registry import register_config
 
 
@@ -62,7 +62,6 @@ class BalanceWeights(Checked):
 
 
 @register_config
-@renames(load_balancing="load_balancing_loss", router_z="router_z_loss")
 @dataclass(frozen=True)
 class Balance(BalanceWeights):
     """Weights and options of the balance losses of a layer.

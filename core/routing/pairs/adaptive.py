@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...contract import Evidence, Routing, RoutingContext, span
 from ...contract.checks import at_most_experts
-from ...fields import Bounds, Count, NotNegative, Positive, PositiveShare, renames
+from ...fields import Bounds, Count, NotNegative, Positive, PositiveShare
 from ...kernels import topk_gate
 from ...kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
 from ..balance.terms import CHOICE_TERMS, SCORE_TERMS
@@ -41,7 +41,6 @@ class ThresholdRouter(PairRouter):
         return Choice(expert_ids_TK, best.gates_TK, evidence, chosen_per_expert_E=chosen_E)
 
 
-@renames(second="second_expert_policy", eval_second="eval_second_expert_policy")
 @dataclass(frozen=True)
 class Threshold(LinearGateConfig):
     """Top-2 whose second expert has to be worth it (ST-MoE, arXiv 2202.08906): in training it is kept with probability

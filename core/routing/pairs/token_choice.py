@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...contract import Evidence
 from ...contract.checks import divides
-from ...fields import Count, OneOf, Positive, ShareBelowOne, renames
+from ...fields import Count, OneOf, Positive, ShareBelowOne
 from ...kernels import SCORE_FUNCS, topk_gate
 from ..balance.balance import expert_bias_step
 from ..balance.terms import CHOICE_TERMS, SCORE_TERMS
@@ -136,7 +136,6 @@ def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:
     return torch.where(noisy_TE >= kth, beyond, kth)
 
 
-@renames(second="second_expert_policy")
 @dataclass(frozen=True)
 class TokenChoice(TopKConfig, LinearGateConfig):
     """Each token takes its ``top_k`` best experts.

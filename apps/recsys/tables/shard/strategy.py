@@ -35,7 +35,6 @@ from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are
 from apps.recsys.tables.columns.tables import set_lr
 from apps.recsys.tables.shard import sharding
 from apps.recsys.tables.shard.sharding import ComputeKernel, Sharding, ShardingConfig
-from apps.registry import RENAMED
 from apps.train.checkpoint import sharded
 from apps.train.lightning_internals import prepare_for_fsdp, set_module
 from apps.train.optim.averaging import WeightEMA
@@ -49,11 +48,9 @@ from apps.train.sharded.strategy import (
 )
 from apps.train.sharded.torchrec_rows import OPTIMIZERS, copy_rows, is_split
 from apps.train.torch_internals import limit_waiting
-from core.fields import renames
 from core.parallel import average_experts, broadcast_parameters, expert_mesh, experts_part
 
 
-@renames(experts=RENAMED["strategy"]["experts"])
 class TorchRecStrategy(DividedStrategy, DDPStrategy):
     """Shards the embedding tables of a model over the processes of a run, and divides its experts among them.
 
