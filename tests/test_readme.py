@@ -60,7 +60,7 @@ def test_moesaic_commands_run_on_digits_with_the_debug_overlay(tmp_path, monkeyp
         elif words[1] == "compare":
             # Two steps of each model say whether the command works, not which is better.
             arguments = [a if a != "3" else "1" for a in arguments]
-            arguments += ["--config", "configs/debug.yaml", "--learning_rates", "0.001", "--rounds", "0"]
+            arguments += ["--overlay", "configs/debug.yaml", "--learning_rates", "0.001", "--rounds", "0"]
             arguments += ["--baselines", "dense_equal_flops"]
         # In this process: twelve of their own would load torch and Lightning twelve times.
         assert main(arguments) == 0, f"{' '.join(words)}\n{capfd.readouterr().err[-2000:]}"

@@ -160,7 +160,9 @@ class CommandLine:
     @classmethod
     def unknown(cls, name: str) -> str:
         """Return the line on an option that does not exist."""
-        words = (word for field in cls._fields() for word in field[3].words or (field[0],))
+        words = [word for field in cls._fields() for word in field[3].words or (field[0],)]
+        if name in words:
+            return f"--{name} does not exist: write {cls.prog} {name.upper()}, without an option's name"
         return unknown_option(name, [*(word.lstrip("-") for word in words), *cls.sections])
 
     @classmethod

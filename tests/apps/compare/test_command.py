@@ -421,6 +421,7 @@ WRONG = {
     "no configuration configs/debgu.yaml": ["tiny.yaml", "--overlay", "configs/debgu.yaml"],
     "router 'swich' is neither a file nor one of": ["tiny.yaml", "--routers", "swich"],
     "seeds=0 must be at least 1": ["tiny.yaml", "--seeds", "0"],
+    "--config does not exist: write moesaic compare CONFIG, without an option's name": ["--config", "tiny.yaml"],
     "sedes does not exist; did you mean 'seeds'?": ["tiny.yaml", "--sedes", "1"],
     "tiny.yaml is a file, not a folder": ["tiny.yaml", "--output", "tiny.yaml"],
 }
