@@ -15,7 +15,7 @@ import core
 from apps.base.progress import bar
 from apps.cli.trial import build_trial
 from apps.train.cost.flops import measure_cost, megaflops
-from apps.train.step.balanced import routing_metrics
+from apps.train.step.balance import routing_metrics
 from apps.train.watch.progress import routing_figures
 
 

@@ -101,9 +101,8 @@ class OwnModel(Comparable):
         if not isinstance(loss, Tensor):
             raise ValueError(f"training_step of {type(self.module).__name__} returns {loss!r}, and no loss to measure")
         aux = core.aux_losses(tape)
-        total = loss + self.module.aux_weight * aux.total if len(tape) else loss
         out = TaskOutput(loss, None, None, num_examples(batch, self.section.examples))
-        return TrainingLoss(total, out, aux, tape)
+        return TrainingLoss(self.module.balance.total(loss, aux, tape), out, aux, tape)
 
     def _run(self, name: str, batch: Any) -> Any:
         """Return the result of the user's own step, without a trainer."""

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 
 import core
 from apps.report.page import HeatmapChart, png_of
-from apps.train.step.balanced import BalancedModule
+from apps.train.step.balance import balance_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,20 +25,21 @@ class RoutingDetail(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, BalancedModule):
+        balance = balance_of(pl_module)
+        if balance is None:
             kind = type(pl_module).__name__
             raise ValueError(f"RoutingDetail reads a model of the suite or under sparsify, not a {kind}")
-        pl_module.detailed_routing = True
 
         def draw(prefix: str, stats: core.RoutingStats) -> None:
             if prefix == "val/routing" and trainer.is_global_zero and not trainer.sanity_checking:
                 show_loads(trainer.loggers, stats, trainer.global_step)
 
-        pl_module.on_routing = draw
+        balance.detailed, balance.on_routing = True, draw
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, BalancedModule)
-        pl_module.detailed_routing, pl_module.on_routing = False, None
+        balance = balance_of(pl_module)
+        assert balance is not None
+        balance.detailed, balance.on_routing = False, None
 
 
 def show_loads(loggers: list[Logger], stats: core.RoutingStats, step: int) -> None:

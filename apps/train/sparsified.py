@@ -18,7 +18,7 @@ from torch import Tensor
 import core
 from apps.registry import name_of
 from apps.train.checkpoint.contents import unlike
-from apps.train.step.balanced import BalancedModule
+from apps.train.step.balance import StepBalance, balance_of, logs_this_step
 from core.config.plain import arguments_from_plain, from_plain, to_plain
 from core.convert import Start
 from core.convert.build.starts import start_of
@@ -75,7 +75,7 @@ class SparsifyConfig(Checked):
             raise ValueError(f"sparsify.start={self.start} reads {reads}, which no section gives: call core.sparsify")
 
 
-class SparsifiedModule(BalancedModule):
+class SparsifiedModule(LightningModule):
     """Methods that ``adopt`` adds to a user's class: everything else in it is the user's.
 
     The balance losses are added to the loss that ``training_step`` returns, so that gradient accumulation and AMP scale
@@ -85,8 +85,11 @@ class SparsifiedModule(BalancedModule):
         sparsify_config: the section of the configuration.
         sparsify_arguments: plain arguments of the user's constructor, which a checkpoint keeps; None: the ``hparams``
             that the user's module saves.
+        balance: the balance losses, selection biases and figures of the MoE layers.
     """
 
+    balance: StepBalance
+    predict: Callable[..., Any]
     sparsify_config: SparsifyConfig
     sparsify_arguments: Mapping[str, Any] | None = None
 
@@ -101,25 +104,26 @@ class SparsifiedModule(BalancedModule):
         aux = core.aux_losses(tape)
         if result is None:
             return None
-        self.keep_loads(tape)
-        if self.logs_this_step():
-            self.log_dict({k: v.detach() for k, v in self.balance_values(tape, aux).items()}, batch_size=1)
-        if not len(tape):
-            return result
-        added = self.aux_weight * aux.total
+        self.balance.keep(tape)
+        if logs_this_step(self):
+            self.log_dict(self.balance.values(self, tape, aux), batch_size=1)
         if isinstance(result, Tensor):
-            return result + added
+            return self.balance.total(result, aux, tape)
         if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
-            return {**result, "loss": result["loss"] + added}
+            return {**result, "loss": self.balance.total(result["loss"], aux, tape)}
         return result  # Lightning reports the error
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.balance.update_biases(self)
+
     def on_validation_epoch_start(self) -> None:
-        self._moe_stats = None
+        self.balance.start_pass()
         super().on_validation_epoch_start()
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        self.log_routing("val")
+        self.balance.end_pass(self, "val")
 
     def on_validation_end(self) -> None:
         super().on_validation_end()
@@ -133,12 +137,12 @@ class SparsifiedModule(BalancedModule):
             raise ValueError(f"sparsify.metric={metric!r} is not what validation logs, which is {logged}")
 
     def on_test_epoch_start(self) -> None:
-        self._moe_stats = None
+        self.balance.start_pass()
         super().on_test_epoch_start()
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
-        self.log_routing("test")
+        self.balance.end_pass(self, "test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -158,7 +162,7 @@ def sparsified(module: LightningModule, config: SparsifyConfig) -> SparsifiedMod
     Raises:
         ValueError: as ``core.sparsify`` and ``adopt``; or the module belongs to the suite, or optimizes by hand.
     """
-    if isinstance(module, BalancedModule):
+    if balance_of(module) is not None:
         raise ValueError(
             f"sparsify is for a model of your own: {type(module).__name__} has MoE layers by its own options"
         )
@@ -226,7 +230,7 @@ def adopt(module: LightningModule, config: SparsifyConfig) -> SparsifiedModule:
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     module.__class__ = type(kind.__name__, (SparsifiedModule, kind), {**names, **steps})
     assert isinstance(module, SparsifiedModule)
-    module.sparsify_config = config
+    module.sparsify_config, module.balance = config, StepBalance()
     if metric is not None:
         module.monitor, module.monitor_mode = metric, mode  # type: ignore[assignment]
     return module
@@ -243,10 +247,7 @@ def check_sparsified(checkpoint: Mapping[str, Any], module: LightningModule, pat
 
 def _added_names() -> Iterator[str]:
     """Yield the names that ``SparsifiedModule`` has beyond ``LightningModule``'s."""
-    for owner in SparsifiedModule.__mro__:
-        if owner is LightningModule:
-            return
-        yield from (name for name in vars(owner) if not hasattr(LightningModule, name))
+    yield from (name for name in ("balance", *vars(SparsifiedModule)) if not hasattr(LightningModule, name))
 
 
 def _training(step: Step) -> Step:
@@ -264,7 +265,7 @@ def _evaluation(step: Step) -> Step:
     def evaluation_step(self: SparsifiedModule, *args: Any, **kwargs: Any) -> Any:
         with core.record(self) as tape:
             result = step(self, *args, **kwargs)
-        self.count_routing(tape)
+        self.balance.count(tape)
         return result
 
     return evaluation_step

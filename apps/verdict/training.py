@@ -30,7 +30,7 @@ from apps.runner.runner import Budget, BudgetOver
 from apps.runner.unit import Unit
 from apps.runner.workers import Progress, unseen
 from apps.train.cost.flops import num_examples
-from apps.train.step.balanced import routing_metrics
+from apps.train.step.balance import routing_metrics
 from apps.train.step.module import SparseModule
 from apps.train.watch.progress import routing_figures
 from apps.verdict.schedule import CHECKS, Speed

@@ -34,7 +34,7 @@ from apps.recsys.tables.rows.scoring import encoding_of
 from apps.recsys.tables.shard import growing
 from apps.train.checkpoint.contents import fingerprint
 from apps.train.publish.model_card import ModelKind
-from apps.train.step.balanced import Stage
+from apps.train.step.balance import Stage
 from apps.train.step.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.convert.read.calls import evaluating

@@ -41,7 +41,7 @@ from apps.recsys.tables.tasks import HeadConfig
 from apps.train.checkpoint import sharded
 from apps.train.lightning_internals import trainer_of
 from apps.train.publish.model_card import ModelKind
-from apps.train.step.balanced import Stage
+from apps.train.step.balance import Stage
 from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.convert.read.calls import evaluating
@@ -181,7 +181,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         shares = features.positives or (0.5,) * len(features.tasks)
         initial = [kind.initial_loss(share) for kind, share in zip(self.outputs.kinds, shares, strict=True)]
         self.weighting = self.weighting_config.build(features.tasks, initial)
-        self.aux_weight = 1 / num_members  # the tasks' losses are means over the members
+        self.balance.weight = 1 / num_members  # the tasks' losses are means over the members
 
     @property
     def members(self) -> list[MultiTaskModel]:

@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -25,8 +25,10 @@ from apps.train.cost.offloading import offload as offload_experts, room_for_expe
 from apps.train.cost.quantizing import quantize_model
 from apps.train.optim.chosen import SECTIONS, is_torchs
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, restored
-from apps.train.step.balanced import BalancedModule
 from core.config.plain import arguments_from_plain, from_plain
+
+if TYPE_CHECKING:
+    from apps.train.step.module import SparseModule
 
 
 def load(
@@ -35,7 +37,7 @@ def load(
     *,
     quantize: str | None = None,
     offload: str | None = None,
-) -> BalancedModule:
+) -> SparseModule | SparsifiedModule:
     """Return the trained model of a run, of any app, ready to predict.
 
     Every app's model has ``predict``, which takes its users' data: a table or a path of one (recommenders), image files

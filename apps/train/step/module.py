@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -29,7 +29,7 @@ from apps.train.optim.optimizers import OptimizerConfig, build_optimizer, restor
 from apps.train.optim.row_gradients import check_processes, clip_with_rows
 from apps.train.publish.hub import HubModule
 from apps.train.step.adapted import take_form
-from apps.train.step.balanced import BalancedModule, Stage
+from apps.train.step.balance import Stage, StepBalance, logs_this_step
 from apps.train.step.distilling import DistilConfig, Distribution, Teacher
 from apps.train.step.finite import check_loss
 from apps.train.step.growing import GrowConfig, freeze, grow_from, hold
@@ -41,7 +41,7 @@ from core.fields import Bounds, Count, check_values
 _logger = logging.getLogger(__name__)
 
 
-class SparseModule(BalancedModule, HubModule):
+class SparseModule(HubModule):
     """A LightningModule for a network that may have MoE layers, and its training.
 
     A subclass brings ``forward``, ``task_loss`` and ``example_inputs``, and may bring ``build_metrics`` and, to be
@@ -104,6 +104,7 @@ class SparseModule(BalancedModule, HubModule):
         distil: DistilConfig | None = None,
     ) -> None:
         super().__init__()
+        self.balance = StepBalance()
         check_values(Annotated[float, Bounds(0, 1, "()")] | None, ema_decay=ema_decay)
         check_values(Count | None, average_last=average_last)
         if ema_decay is not None and average_last is not None:
@@ -149,6 +150,9 @@ class SparseModule(BalancedModule, HubModule):
     def task(self) -> Any:
         """The trained model in use, an ``apps.task.Task``: inputs and outputs."""
         return registry.task_of(type(self), "use")(self)
+
+    predict: Callable[..., Any]
+    """Answers what a user has, such as image files; each app's model has its own."""
 
     # ---- for subclasses to define
 
@@ -216,8 +220,7 @@ class SparseModule(BalancedModule, HubModule):
             out = self.task_loss(batch)
         out = self._taught(batch, out)
         aux = core.aux_losses(tape)
-        total = out.loss + self.aux_weight * aux.total if len(tape) else out.loss
-        return TrainingLoss(total, out, aux, tape)
+        return TrainingLoss(self.balance.total(out.loss, aux, tape), out, aux, tape)
 
     def _taught(self, batch: Any, out: TaskOutput) -> TaskOutput:
         """Return ``out`` with the labels' loss and the teacher's in their shares."""
@@ -239,12 +242,12 @@ class SparseModule(BalancedModule, HubModule):
         loss, out, aux, tape = computed
         terms = {"task loss": out.loss, **out.terms, **aux.terms}
         # Most steps log nothing: a call of log() costs as much as a tenth of a recommender's step.
-        shown = self.logs_this_step() or self.trainer.is_last_batch
+        shown = logs_this_step(self) or self.trainer.is_last_batch
         self._loss_sum = self._loss_sum + loss.detach()  # reading it would make the host wait for a GPU
         if shown or not host_waits_for(loss.device):
             check_loss(self._loss_sum, terms, self.global_step + 1, self.optimizer_config.lr)
             self._loss_sum = 0.0
-        self.keep_loads(tape)
+        self.balance.keep(tape)
         # Values are logged by step: Lightning does not save the running mean of an unfinished epoch.
         own = {"loss": out.loss.detach(), **{name: value.detach() for name, value in out.terms.items()}}
         if shown:
@@ -252,9 +255,9 @@ class SparseModule(BalancedModule, HubModule):
         task_loss = own.pop("loss")
         if shown:
             self.log("train/loss", task_loss, prog_bar=True, batch_size=out.num_examples)
-        if self.logs_this_step():
-            terms = {**{f"train/{name}": v for name, v in own.items()}, **self.balance_values(tape, aux)}
-            self.log_dict({k: v.detach() for k, v in terms.items()}, batch_size=1)
+        if logs_this_step(self):
+            terms = {**{f"train/{name}": v for name, v in own.items()}, **self.balance.values(self, tape, aux)}
+            self.log_dict(terms, batch_size=1)
         self.num_trained += out.num_examples
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -280,7 +283,7 @@ class SparseModule(BalancedModule, HubModule):
         metrics = self.stage_metrics(stage)
         if not getattr(metrics, "has_loss", False):
             self.log(f"{stage}/loss", out.loss, on_epoch=True, sync_dist=True, **shown)
-        self.count_routing(tape)
+        self.balance.count(tape)
         if metrics is not None:
             grouped = () if out.groups is None and out.cold is None else (out.groups,)
             metrics.update(out.outputs, out.targets, *grouped, *(() if out.cold is None else (out.cold,)))
@@ -334,6 +337,11 @@ class SparseModule(BalancedModule, HubModule):
         algorithm = gradient_clip_algorithm or "norm"
         if not (gradient_clip_val and clip_with_rows(parameters, gradient_clip_val, algorithm)):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # In on_train_batch_end it would be too late: Lightning calls the callbacks' hook, which may save, first.
+        super().optimizer_step(*args, **kwargs)
+        self.balance.update_biases(self)
 
     def on_train_start(self) -> None:
         # In configure_optimizers, asking for the number of steps would make Lightning set up the data loader before it
@@ -411,13 +419,13 @@ class SparseModule(BalancedModule, HubModule):
         self._end_pass("test")
 
     def _start_pass(self, stage: Stage) -> None:
-        self._moe_stats = None
+        self.balance.start_pass()
         if stage in self._stage_metrics:  # an interrupted pass leaves its part behind
             self._stage_metrics[stage].reset()  # type: ignore[operator]
 
     def _end_pass(self, stage: Stage) -> None:
         self._log_metrics(stage)
-        self.log_routing(stage)
+        self.balance.end_pass(self, stage)
 
     def _mean_over_processes(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean of each value, (), over processes with batches of the same size, in one collective."""

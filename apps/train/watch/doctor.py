@@ -97,7 +97,9 @@ class RoutingDoctor(Callback):
     def look_at_step(self, pl_module: SparseModule, batch: Any) -> None:
         """Look into a training step on a batch; the weights stay as they are."""
         assert self.doctor is not None
-        self.doctor.look_at_step(batch, lambda module, batch: module.training_loss(batch).total, pl_module.aux_weight)
+        self.doctor.look_at_step(
+            batch, lambda module, batch: module.training_loss(batch).total, pl_module.balance.weight
+        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._watch.close()

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 import core
 from apps.base.progress import Bar, bar, end_time
 from apps.train.lightning_internals import ErasedProgressBar, of_epochs
-from apps.train.step.balanced import BalancedModule, routing_metrics
+from apps.train.step.balance import balance_of, routing_metrics
 
 _ROUTING = {"routing/load_imbalance": "imbalance", "routing/drop_rate": "dropped"}
 
@@ -148,7 +148,7 @@ class PassBar(Callback):
         self._count(self._routing_so_far(pl_module))
 
     def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if self._is_due and isinstance(pl_module, BalancedModule):
+        if self._is_due and balance_of(pl_module) is not None:
             self._tape = self._recording.enter_context(core.record(pl_module))
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -182,10 +182,10 @@ class PassBar(Callback):
         return self._bar is not None and self._bar.is_drawn and time.monotonic() - self._drawn > _DRAWN_EVERY
 
     def _routing_so_far(self, module: LightningModule) -> Mapping[str, Any] | None:
-        if not (self._is_due and isinstance(module, BalancedModule)):
+        if not self._is_due or (balance := balance_of(module)) is None:
             return None
         self._drawn = time.monotonic()
-        return module.routing_so_far()
+        return balance.so_far()
 
     def _count(self, figures: Mapping[str, Any] | None) -> None:
         if self._bar is not None:

@@ -156,7 +156,7 @@ def test_a_training_logs_the_detailed_figures_and_draws_after_each_validation(tm
     assert {f"{prefix}/{layer}/{name}" for prefix in ("routing", "val/routing") for name in DETAILED} <= logged
     events = EventAccumulator(str(tmp_path), {"images": 0, "histograms": 0}).Reload()
     assert len(events.Images("val/routing/loads")) == len(events.Histograms(f"val/routing/{layer}/load")) == 2
-    assert (module.detailed_routing, module.on_routing) == (False, None)  # a later test is brief again
+    assert (module.balance.detailed, module.balance.on_routing) == (False, None)  # a later test is brief again
 
 
 def test_the_histogram_has_each_expert_s_load_over_the_mean_and_the_map_its_share(tmp_path):

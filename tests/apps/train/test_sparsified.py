@@ -118,9 +118,9 @@ def test_gates_follow_the_seed_of_the_run_unless_the_section_has_one() -> None:
     assert torch.equal(gate(0, fixed), gate(1, fixed))
 
 
-def with_a_weight() -> Net:
+def with_a_balance() -> Net:
     net = Net()
-    net.aux_weight = 0.4
+    net.balance = 0.4
     return net
 
 
@@ -129,7 +129,7 @@ def with_a_weight() -> Net:
     [
         (lambda: Net(by_hand=True), "blocks.*", "Net optimizes by hand"),
         (lambda: TinyModule(3, moe=MOE), "net.3", "TinyModule has MoE layers by its own options"),
-        (with_a_weight, "blocks.*", "sparsify adds 'aux_weight' to Net, which has an attribute of that name"),
+        (with_a_balance, "blocks.*", "sparsify adds 'balance' to Net, which has an attribute of that name"),
         (Net, "layers.*", "names no module; the model's feed-forward networks are blocks.0"),
     ],
 )

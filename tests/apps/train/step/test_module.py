@@ -17,7 +17,7 @@ import core
 from apps.train.optim.averaging import WeightEMA
 from apps.train.optim.optimizers import OptimizerConfig
 from apps.train.step import measures
-from apps.train.step.balanced import routing_metrics
+from apps.train.step.balance import routing_metrics
 from apps.train.step.finite import NonFiniteError
 from apps.train.step.measures import ModelSize, TrainingMeasures
 
@@ -45,7 +45,7 @@ def test_the_returned_loss_is_the_task_s_plus_the_weighted_auxiliary_loss(tmp_pa
 
 def test_the_auxiliary_loss_has_the_module_s_weight():
     module = TinyModule(3, moe=MOE, dropout=0.0)
-    module.aux_weight = 0.5
+    module.balance.weight = 0.5
     loss = module.training_loss((torch.randn(4, 2), torch.tensor([0, 1, 2, 0])))
     assert float(loss.aux.total) > 0
     assert torch.equal(loss.total, loss.out.loss + 0.5 * loss.aux.total)
