@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -21,7 +22,8 @@ MODELS = {
     "ImageCaptioner": "apps.multimodal.captions",
     "HubCausalLM": "apps.hub",
 }
-"""The room of each LightningModule: its module ``module`` has the class, and ``task`` says how it is used."""
+"""The room of each LightningModule: its module ``module`` has the class, ``task`` says how it is used, and
+``comparison`` what it is compared with."""
 
 OWN_EXPORT = "apps.train.publish.own_export"
 """The module of the task of a user's model that was made sparse."""
@@ -237,6 +239,22 @@ def task_of(kind: type, what: str) -> Any:
             "below one of these"
         )
     return task_named(name)
+
+
+def comparison_of(kind: type) -> Any:
+    """Return the ``apps.equal_cost.comparison.Comparison`` of a model's class, or of the first above it that has one.
+
+    A model of an app has it in its room; one of the user's own as ``COMPARISON`` beside its class.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for base in kind.__mro__:
+        if base.__name__ in MODELS:
+            return importlib.import_module(f"{MODELS[base.__name__]}.comparison").COMPARISON
+        if (own := getattr(sys.modules.get(base.__module__), "COMPARISON", None)) is not None:
+            return own
+    raise ValueError(f"{name_of(kind)} has no COMPARISON beside its class, which says its baselines")
 
 
 def exported_task(kind: type) -> Any:

@@ -89,7 +89,7 @@ def test_mypy_reads_the_installed_wheel(python, tmp_path):
     assert len(errors) == 1, done.stdout
     assert 'script.py:3: error: Argument "num_experts" to "MoEConfig" has incompatible type "str"' in errors[0]
     loaded, metrics, *revealed = re.findall(r'Revealed type is "(.*)"$', done.stdout, flags=re.MULTILINE)
-    assert loaded == "apps.train.step.module.SparseModule | apps.train.sparsified.SparsifiedModule"
+    assert loaded == "apps.train.checkpoint.linked.LinkedModule | apps.train.sparsified.SparsifiedModule"
     assert metrics == "typing.Mapping[str, float]"
     assert len(revealed) == len(names)
     for name, kind in zip(names, revealed, strict=True):

@@ -179,7 +179,7 @@ def _report(
     }
     write_json(path, numbers)
     first_seed = {label(name): of_seeds[0] for name, of_seeds in results.examples.items() if of_seeds and of_seeds[0]}
-    examples = module.side_by_side(first_seed) if SPARSE in first_seed else ""
+    examples = module.comparison.side_by_side(first_seed) if SPARSE in first_seed else ""
     facts = _facts(plan, numbers, experiment.num_windows)
     page = comparison_page(title, summary, results, numbers, facts, examples, use)
     text = write_text(output / "table.md", markdown(replace(page, figures=None)))  # a later table has all figures
@@ -197,7 +197,7 @@ def _report(
 def _example_pairs(module: Any, results: Results, seeds: Sequence[int]) -> list[ExamplePair]:
     """Return the comparisons of the sparse model with each other one, where both kept their test examples."""
     return [
-        ExamplePair(name, seed, tuple(module.compare_examples(sparse, other)))
+        ExamplePair(name, seed, tuple(module.comparison.compare_examples(sparse, other)))
         for name, of_seeds in results.examples.items()
         if name != SPARSE and not name.startswith(routers.PREFIX)
         for seed, sparse, other in zip(seeds, results.examples[SPARSE], of_seeds, strict=True)

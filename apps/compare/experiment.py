@@ -15,12 +15,12 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 
+from apps import registry
 from apps.cli.classes import with_short_names
 from apps.cli.errors import UsageError
 from apps.cli.request import Request
 from apps.cli.setup import RunSetup, train_as_given
 from apps.compare.systems import SPARSE, candidates
-from apps.equal_cost.comparable import Comparable
 from apps.equal_cost.own_model import OwnModel, own_model
 from apps.train.device import device_options, set_matmul_precision
 from apps.train.optim.chosen import SECTIONS
@@ -83,13 +83,16 @@ class Experiment:
                 f"--routers {self.routers[0]}: routers are compared in the suite's own models; with sparsify, give a "
                 "configuration for each"
             )
-        for needed in () if request.sparsifies else (SparseModule, Comparable):
-            if request.model_class is not None and not issubclass(request.model_class, needed):
-                name = request.model_class.__name__
+        if request.model_class is not None and not request.sparsifies:
+            if not issubclass(request.model_class, SparseModule):
                 raise UsageError(
-                    f"{name} is no {needed.__name__}: compare asks a module for its baselines; a LightningModule of "
-                    "your own needs the section sparsify (docs/your_model.md)"
+                    f"{request.model_class.__name__} is no SparseModule: compare asks a model for its baselines; a "
+                    "LightningModule of your own needs the section sparsify (docs/your_model.md)"
                 )
+            try:
+                registry.comparison_of(request.model_class)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
         # It trains in its own folders: the folder of ``moesaic fit`` may hold anything.
         self._cli = _Parsed(dataclasses.replace(request, run_dir=Path(os.devnull)))
         self._fit_parser, self._config = self._cli.command_parser("fit"), self._cli.config["fit"]
@@ -117,9 +120,9 @@ class Experiment:
         self.rate: float | None = self._configured_rate(model)
         monitored = self.monitor.partition("/")[2]
         self.shown_metrics = tuple(name for name in model.shown_metrics if name != monitored)
-        self.task_metrics: tuple[str, ...] = tuple(getattr(model, "task_metrics", ()))
+        self.task_metrics: tuple[str, ...] = tuple(model.comparison.task_metrics)
         self.average_last: int | None = model.average_last
-        self.replaced = tuple(model.moe_block_names)
+        self.replaced = tuple(model.comparison.moe_block_names)
         self.modules = (type(model.module).__module__, type(data).__module__)
 
     def _windows(self) -> tuple[str, int]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from apps.compare.costs import Costs
 from apps.compare.systems import SPARSE, TOLERANCE, System, claim, label
-from apps.equal_cost.comparable import ExampleDifference
+from apps.equal_cost.comparison import ExampleDifference
 from apps.equal_cost.routers import PREFIX
 from apps.report.intervals import Interval, mean_interval, paired_difference, quality_at, verdict
 from apps.report.tables import is_share

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from apps.equal_cost import routers
-from apps.equal_cost.comparable import Baseline, Comparable
+from apps.equal_cost.comparison import Baseline
 from apps.equal_cost.own_model import OwnModel
 from apps.train.cost.flops import Cost, cuda_devices, measure_cost
 from apps.train.step.module import SparseModule
@@ -76,7 +76,7 @@ def of_equal_flops(model: Any) -> str:
     Raises:
         ValueError: it has none; the message says why.
     """
-    baselines = {name: own for name, own in model.baselines().items() if claim(name) == "flops"}
+    baselines = {name: own for name, own in model.comparison.baselines().items() if claim(name) == "flops"}
     found = next((name for name, own in baselines.items() if own.build is not None), None)
     if found is None:
         why = "; ".join(own.note for own in baselines.values()) or "it has no such baseline"
@@ -104,19 +104,19 @@ def check_equal(name: str, sparse: Cost, other: Cost) -> str:
 
 
 def candidates(
-    sparse: Comparable, router_names: Iterable[str] = (), wanted: Sequence[str] | None = None
+    sparse: Any, router_names: Iterable[str] = (), wanted: Sequence[str] | None = None
 ) -> dict[str, Baseline]:
     """Return the baselines of ``sparse`` that are ``wanted``, or all, and itself with the routers of overlays.
 
     Raises:
         ValueError: a wanted baseline is unknown, or two overlays share a name.
     """
-    baselines = sparse.baselines()
+    baselines = sparse.comparison.baselines()
     for name in wanted or ():
         if name not in baselines:
             raise ValueError(f"baseline {name!r} is unknown: the module has {', '.join(baselines) or 'none'}")
     chosen = {name: baselines[name] for name in (baselines if wanted is None else wanted)}
-    return {**chosen, **routers.variants(sparse, router_names)}
+    return {**chosen, **routers.variants(sparse.comparison, router_names)}
 
 
 def find_systems(
@@ -125,20 +125,21 @@ def find_systems(
     """Return the sparse model and its baselines with their measured costs; those that may not be trained say why.
 
     Args:
-        sparse: untrained ``SparseModule`` that is ``Comparable``, or an ``OwnModel``.
+        sparse: untrained ``SparseModule``, or an ``OwnModel``.
         batch: batch of its data.
         wanted, router_names: arguments of ``candidates``.
 
     Raises:
         ValueError: the module has no MoE layer, no system is left to compare with, or ``candidates`` rejects a name.
     """
-    replaced = list(sparse.moe_block_names)
+    comparison = sparse.comparison
+    replaced = list(comparison.moe_block_names)
     if not replaced:
         raise ValueError(f"{type(sparse).__name__} has no MoE layer: compare starts from a sparse config")
     baselines = candidates(sparse, router_names, wanted)
     cost = measure_cost(sparse, batch, replaced)
     own = {"flops_ratio": 1.0, "replaced_ratio": 1.0, "params_ratio": 1.0}
-    systems = [System(SPARSE, sparse.note, cost, **own, heading=sparse.heading)]  # type: ignore[arg-type]
+    systems = [System(SPARSE, comparison.note, cost, **own, heading=comparison.heading)]  # type: ignore[arg-type]
     for name, baseline in baselines.items():
         systems.append(measured(name, baseline, batch, cost, replaced, sparse.module.device))
         gc.collect()  # frees the model that was counted

@@ -25,7 +25,7 @@ from apps.base.progress import bar, say
 from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
 from apps.compare.systems import System, label
-from apps.equal_cost.comparable import Search
+from apps.equal_cost.comparison import Search
 from apps.equal_cost.own_model import OwnModel
 from apps.runner import unit as units
 from apps.runner.workers import Progress, unseen
@@ -287,7 +287,7 @@ def _fit(
             raise NonFiniteError(f"{name} is {result['test_quality']}, which compares with nothing")
         if blocks:
             result["blocks"] = blocks[0].merged()
-        examples = model.examples_of_test()
+        examples = model.comparison.examples_of_test()
         if examples:
             write_json(folder / EXAMPLES, examples)
         # These are means over the layers; the names of a layer's figures have one more level.

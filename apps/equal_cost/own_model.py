@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,11 +17,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 import core
-from apps.equal_cost.comparable import Baseline, Comparable, heading_of
+from apps.equal_cost.comparison import Baseline, Comparison, adopted_twins
 from apps.train.lightning_internals import is_param_in_hook_signature, trainer_of
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, adopt, sparsified
 from apps.train.step.module import TaskOutput, TrainingLoss
-from core.convert import SparseFFN, matching_parts, same_width, twin_widths
+from core.convert import matching_parts
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class CountedBatch:
         return self.num_examples
 
 
-class OwnModel(Comparable):
+class OwnModel:
     """A module made sparse, or its matched dense baseline, as a comparison sees it.
 
     Args:
@@ -64,6 +65,11 @@ class OwnModel(Comparable):
             raise ValueError("sparsify.metric is missing: the name under which validation logs it")
         self.monitor = monitor
         self.monitor_mode: Literal["min", "max"] = module.monitor_mode  # type: ignore[assignment]
+
+    @property
+    def comparison(self) -> OwnComparison:
+        """The model as a comparison sees it."""
+        return OwnComparison(self)
 
     @property
     def test_monitor(self) -> str:
@@ -137,37 +143,25 @@ class OwnModel(Comparable):
         finally:
             self.module.trainer = None  # ``self.log`` of a step would ask it
 
-    # ---- for comparisons
 
-    @property
-    def heading(self) -> str:
-        return heading_of((m.config, m.dim) for m in self.module.modules() if isinstance(m, SparseFFN))
+class OwnComparison(Comparison):
+    """The answers of an ``OwnModel`` to a comparison.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: OwnModel) -> None:
+        super().__init__(model.module)
+        self.model = model
 
     @property
     def moe_block_names(self) -> tuple[str, ...]:
-        return tuple(matching_parts(self.dense, self.section.modules))
+        return tuple(matching_parts(self.model.dense, self.model.section.modules))
 
     def baselines(self) -> Mapping[str, Baseline]:
-        """Return the matched dense baselines: the module with wider networks instead of experts, and nothing else
-        changed."""
-        baselines: dict[str, Baseline] = {}
-        widths: dict[str, list[int]] = {}
-        for cost in ("flops", "params"):
-            name = f"dense_equal_{cost}"
-            try:
-                solved = twin_widths(self.dense, self.module, cost).values()
-            except ValueError as error:
-                baselines[name] = Baseline(None, str(error))
-                continue
-            own = [width.width for width in solved]
-            changes = ", ".join(dict.fromkeys(f"{width.before} to {width.width}" for width in solved))
-            note = f"hidden dim {changes} in place of experts"
-            twin = next((n for n, other in widths.items() if all(map(same_width, own, other))), None)
-            if twin is None:
-                baselines[name], widths[name] = Baseline(Twin(self, cost), note), own
-            else:
-                baselines[name] = Baseline(None, f"coincides with {twin}: {note}")
-        return baselines
+        """Return the module with wider networks instead of experts, and nothing else changed."""
+        return adopted_twins(self.model.dense, self.module, partial(Twin, self.model))
 
 
 @dataclass(frozen=True)
@@ -180,7 +174,7 @@ class Twin:
     """
 
     sparse: OwnModel
-    cost: str
+    cost: Literal["flops", "params"]
 
     def __call__(self) -> OwnModel:
         dense, module = self.sparse.dense, self.sparse.module

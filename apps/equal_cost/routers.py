@@ -20,7 +20,7 @@ from apps.base.files import CONFIGS
 
 if TYPE_CHECKING:
     import core
-    from apps.equal_cost.comparable import Baseline, Comparable
+    from apps.equal_cost.comparison import Baseline, Comparison
 
     Layers = core.MoEConfig | core.MultiGateConfig
 
@@ -138,9 +138,9 @@ def with_router(moe: Layers, name: str) -> Layers:
 
 @dataclass(frozen=True)
 class Variant:
-    """Rebuilds ``module`` with another router at equal active FLOPs; unlike a closure, it pickles."""
+    """Rebuilds a model with another router at equal active FLOPs; unlike a closure, it pickles."""
 
-    module: Comparable
+    model: Comparison
     name: str
 
     def config(self) -> Layers:
@@ -154,7 +154,7 @@ class Variant:
         import core
         from core.convert import has_width, nearest_width, widened
 
-        layers = self.module.routed_layers()
+        layers = self.model.routed_layers()
         assert layers is not None
         assert not isinstance(layers.config, Sequence)
         moe = with_router(layers.config, self.name)
@@ -171,23 +171,23 @@ class Variant:
         return at(nearest_width(cost, layers.flops_per_token()))
 
     def __call__(self) -> Any:
-        return self.module.with_moe(self.config())
+        return self.model.with_moe(self.config())
 
 
-def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]:
-    """Return the routers as systems to compare ``module`` with; those that cannot be built say why.
+def variants(model: Comparison, names: Iterable[str]) -> Mapping[str, Baseline]:
+    """Return the routers as systems to compare ``model`` with; those that cannot be built say why.
 
     Raises:
         ValueError: two overlays share a name, or the module has no layer whose router could be another.
     """
-    from apps.equal_cost.comparable import Baseline
+    from apps.equal_cost.comparison import Baseline
     from apps.nets.place import misfit
 
-    names, layers = list(names), module.routed_layers()
+    names, layers = list(names), model.routed_layers()
     if not names:
         return {}
     if layers is None:
-        raise ValueError(f"--routers {names[0]}: {type(module).__name__} has no layer to put it into")
+        raise ValueError(f"--routers {names[0]}: {type(model.module).__name__} has no layer to put it into")
     if isinstance(layers.config, Sequence):
         raise ValueError(
             f"--routers {names[0]}: moe lists {len(layers.config)} layers; routers are compared where all are one"
@@ -197,7 +197,7 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
         raise ValueError(f"--routers {names[0]}: {kind} takes no router in place of its gates, MMoE does")
     systems: dict[str, Baseline] = {}
     for system, name in by_system(names).items():
-        variant = Variant(module, name)
+        variant = Variant(model, name)
         try:
             config: Any = variant.config()
             problem = misfit(layers.place, config.router, config.balance)

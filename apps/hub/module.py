@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import core
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues
 from apps.hub.adapter_files import save_adapters
 from apps.hub.data import IGNORED, HubBatch
 from apps.hub.folders import load_model, load_tokenizer, save_model, teller
@@ -28,7 +27,7 @@ from apps.train.cost.flops import cuda_devices
 from apps.train.cost.quantizing import quantize_model
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
-from apps.train.step.pieces import Block, PieceMetrics, ratio_values, token_metrics
+from apps.train.step.pieces import Block, PieceMetrics, token_metrics
 from core.adopted import is_sparse
 from core.config.plain import from_plain
 from core.convert.read.calls import evaluating
@@ -89,7 +88,7 @@ class RowMetrics(PieceMetrics[Block]):
         return {"loss": loss, **token_metrics(pieces)}
 
 
-class HubCausalLM(SparseModule, Comparable):
+class HubCausalLM(SparseModule):
     """A causal language model in a local folder of transformers' layout, whose MoE blocks are adopted.
 
     Args:
@@ -241,42 +240,6 @@ class HubCausalLM(SparseModule, Comparable):
 
     def build_metrics(self) -> RowMetrics:
         return RowMetrics()
-
-    # ---- comparisons
-
-    @property
-    def heading(self) -> str:
-        """Return the name of the way of tuning in tables."""
-        way = "full" if self.lora is None else "QLoRA" if self.quantize else "LoRA"
-        return f"{way}, router frozen" if "router" in self.freeze else way
-
-    def baselines(self) -> Mapping[str, Baseline]:
-        """Return the other ways of tuning the same model: full, LoRA, QLoRA, and with a frozen router or not."""
-        lora = self.lora or LoRAConfig()
-        routed = LoRAConfig(lora.rank, lora.alpha, (*lora.modules, *({"router"} - {*lora.modules})))
-        whole = {"lora": None, "quantize": None, "dtype": self.dtype_of_weights or "float32"}
-        ways: dict[str, dict[str, Any]] = {
-            "full": {**whole, "freeze": ()},
-            "full_router_frozen": {**whole, "freeze": ("router",)},
-            "lora": {"lora": lora, "quantize": None, "freeze": ()},
-            "lora_of_router_too": {"lora": routed, "quantize": None, "freeze": ()},
-            "qlora": {"lora": lora, "quantize": self.quantize or "int4", "freeze": ()},
-        }
-        own = {"lora": self.lora, "quantize": self.quantize, "freeze": self.freeze}
-        own |= {"dtype": whole["dtype"]} if self.lora is None else {}
-        notes = {name: f"the same model, tuned another way: {name.replace('_', ' ')}" for name in ways}
-        made = {
-            name: Baseline(functools.partial(self.twin, **way), notes[name]) for name, way in ways.items() if way != own
-        }
-        fewest = min((layer.router.num_experts for layer in core.moe_layers(self.model).values()), default=0)  # type: ignore[type-var]
-        if lora.rank > fewest:  # type: ignore[operator]
-            made["lora_of_router_too"] = Baseline(None, f"rank={lora.rank} exceeds the router's {fewest} experts")
-        return made
-
-    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        rows = [row for out in outs for row in out.outputs]
-        nats_N, tokens_N = torch.tensor([(row.nll, row.tokens) for row in rows], dtype=torch.float64).unbind(1)
-        return ExampleValues("nats_per_token", ratio_values(nats_N, tokens_N), higher_is_better=False)
 
     # ---- prediction
 

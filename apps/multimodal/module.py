@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 import core
 from apps.base.checks import check_at_least
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
-from apps.multimodal.baselines import baselines
 from apps.multimodal.model import AttributeHead, PairModel
 from apps.multimodal.pairs.encoding import PairEncoding
 from apps.multimodal.pairs.given import GivenInputs, TextBatch, columns_of
 from apps.multimodal.pairs.pairs import PairBatch
-from apps.multimodal.report.metrics import KS, Gallery, PairMetrics, PairOutputs, PairTargets
+from apps.multimodal.report.metrics import KS, PairMetrics, PairOutputs, PairTargets
 from apps.multimodal.report.report import PairReport, PairReportConfig
 from apps.multimodal.search.search import ImageSearch, MatchedImage, match
 from apps.multimodal.search.vectors import FileBatch, encode_images, encode_texts
+from apps.multimodal.towers import random_init, two_towers  # noqa: F401  # a configuration names their classes
 from apps.multimodal.towers.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
 from apps.multimodal.towers.stack import MODALITIES
 from apps.multimodal.towers.towers import SingleTower, Sizes, TowerConfig
@@ -33,7 +31,7 @@ from core.config.plain import from_plain
 _REPORT = PairReportConfig()
 
 
-class ImageTextRetriever(SparseModule, Comparable):
+class ImageTextRetriever(SparseModule):
     """A sparse or dense model of images and texts, trained to give the image and the text of a pair similar vectors,
     for search in both directions.
 
@@ -261,34 +259,3 @@ class ImageTextRetriever(SparseModule, Comparable):
             if published is not None:
                 self.loss.begin(published.log_scale, published.bias)
         self.starts_afresh = False
-
-    # ---- comparisons
-
-    def baselines(self) -> Mapping[str, Baseline]:
-        """Return dense towers of equal cost; see ``apps.multimodal.baselines``."""
-        return baselines(self)
-
-    @property
-    def moe_block_names(self) -> tuple[str, ...]:
-        """Return the MoE layers of the towers: a baseline keeps the head of the attributes."""
-        return tuple(f"model.towers.{name}" for name in core.moe_layers(self.model.towers))
-
-    def routed_layers(self) -> RoutedLayers | None:
-        if self.moe is None:
-            return None
-        arguments = {"tokens_per_sequence": self.model.towers.num_patches}
-        return RoutedLayers(self.moe, self.tower.widths[0], self.place, arguments)
-
-    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return one value per pair, whose mean is the recall at ``recall_at``: both ways, over all images and texts.
-
-        A pair gets half of its image's hit and half of its text's, over how many pairs share them.
-        """
-        columns = [(*out.outputs[:2], out.targets.image_B, out.targets.caption_B) for out in outs]
-        gallery = Gallery.of_pairs(*(torch.cat(column) for column in zip(*columns, strict=True)))
-        values_P = torch.zeros(len(gallery.image_P), dtype=torch.float64)
-        for rank_Q, query_P in zip(gallery.ranks(), (gallery.image_P, gallery.text_P), strict=True):
-            pairs_Q = query_P.bincount(minlength=len(rank_Q))
-            share_Q = (rank_Q <= self.recall_at).double() * len(query_P) / len(rank_Q) / pairs_Q
-            values_P += share_Q[query_P].cpu() / 2
-        return ExampleValues(f"recall_{self.recall_at}", values_P)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import core
 from apps.data.subwords import Subwords
-from apps.equal_cost.comparable import Baseline
 from apps.nets.config import TransformerConfig
 from apps.nlp.decode import Candidate, DecodeConfig, in_dtype
 from apps.nlp.decode.writing import WritingModule
@@ -181,22 +180,6 @@ class TextModule(WritingModule):
             load_pretrained_weights(self.model, folder)
             log.info("the weights are those of %s", self.pretrained)
         self.starts_afresh = False
-
-    # ---- comparisons
-
-    def with_moe(self, moe: core.MoEConfig) -> Self:
-        if self.pretrained is not None:
-            raise ValueError(
-                f"pretrained={self.pretrained!r} has the weights of its own experts alone: no others are compared"
-            )
-        return self.twin(moe=moe, dense_ffn=None)
-
-    def baselines(self) -> Mapping[str, Baseline]:
-        twins = super().baselines()
-        if self.pretrained is None:
-            return twins
-        note = f"the weights of pretrained={self.pretrained} are of the sparse model alone"
-        return {name: Baseline(None, note) for name in twins}
 
 
 def published_folder(pretrained: str) -> Path:

@@ -175,7 +175,7 @@ def _systems(experiment: Experiment) -> tuple[Any, System, System, Sequence[str]
     """
     torch.manual_seed(experiment.seed)
     model, data = experiment.build(SPARSE)
-    if not model.moe_block_names:
+    if not model.comparison.moe_block_names:
         raise ValueError(f"{type(model.module).__name__} has no MoE layer: a verdict starts from a sparse model")
     sparse, dense = find_systems(model, validation_batch(data, VALIDATION_NEED), [of_equal_flops(model)])
     return model, sparse, dense, getattr(data, "warnings", list)()

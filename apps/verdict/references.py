@@ -20,7 +20,7 @@ from apps.base.progress import bar, say
 from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
 from apps.compare.systems import SPARSE, label
-from apps.equal_cost.comparable import Search
+from apps.equal_cost.comparison import Search
 from apps.report.intervals import by_group, crossed_interval, mean_interval
 from apps.verdict.schedule import LEAST_SEEDS
 from apps.verdict.work import Finished
@@ -64,7 +64,7 @@ class OfTask:
 
 def reference_names(model: Any) -> list[str]:
     """Return the references that a model's baselines have; none where it is no model of a table."""
-    offered = {name for name, own in model.baselines().items() if own.build is not None}
+    offered = {name for name, own in model.comparison.baselines().items() if own.build is not None}
     trees = next((name for name in TREES if name in offered), None)
     return [name for name in (trees, LINEAR, BLEND) if name is not None and name in offered]
 

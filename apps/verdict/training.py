@@ -112,15 +112,17 @@ def _by_example(model: Any, trainer: Trainer, batches: Iterator[Any], budget: Bu
             budget.check()
     if not outs:
         raise ValueError("a split has no batch to evaluate")
-    values = model.example_values(outs)
+    comparison = model.comparison
+    values = comparison.example_values(outs)
     if values is None:
         return None
     figures = {name.partition("/")[2]: float(value) for name, value in routing_metrics(stats).items()}
     means = {name: value for name, value in figures.items() if "/" not in name}
-    by_task = model.task_values(outs) if hasattr(model, "task_values") else {}
     users = [out.groups for out in outs if out.groups is not None]
     group_N = torch.cat(users).cpu().numpy() if users else None
-    return Evaluated(values.name, values.values_N.numpy(), values.higher_is_better, means, by_task, group_N)
+    return Evaluated(
+        values.name, values.values_N.numpy(), values.higher_is_better, means, comparison.task_values(outs), group_N
+    )
 
 
 def _by_block(model: Any, trainer: Trainer, batches: list[Any], budget: Budget, stage: str) -> Evaluated:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -18,10 +17,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers, dense_twins, heading_of
 from apps.nets.blocks import one_ffn
 from apps.nets.depths import MixtureOfDepths
-from apps.nets.place import Place
 from apps.task.outputs import likeliest
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.distilling import ClassLogits, check_one_start
@@ -34,7 +31,6 @@ from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig, VMoE
 from apps.vision.pretrained import load_pretrained_weights
 from apps.vision.report import VisionReport, VisionReportConfig
-from core.convert import SparseFFN, twin_widths
 
 _REPORT = VisionReportConfig()
 
@@ -80,7 +76,7 @@ class ClassifiedImage:
     top: dict[str, float]
 
 
-class VisionClassifier(SparseModule, Comparable):
+class VisionClassifier(SparseModule):
     """A vision transformer or a convolutional network, sparse or dense, as an image classifier.
 
     Args:
@@ -292,76 +288,6 @@ class VisionClassifier(SparseModule, Comparable):
         if self.backbone is not None and self.backbone.pretrained and self.starts_afresh:
             self.model.load_state_dict(self._of_timm(pretrained=True).state_dict())
         self.starts_afresh = False
-
-    # ---- comparisons
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Number of patches, class and register tokens; the positions of the last sparse group."""
-        if isinstance(self.model, ConvNet):
-            return self.model.conv.grid(self.image_size, (self.model.moe_blocks or (-1,))[-1]) ** 2
-        return self.model.patch_embed.num_patches + self.model.num_prefix_tokens
-
-    @property
-    def _around(self) -> ViTConfig | ConvConfig:
-        return self.conv or self.vit or ViTConfig()
-
-    def baselines(self) -> Mapping[str, Baseline]:
-        """Return dense models of equal active FLOPs and of equal parameters, whose FFNs replace the experts."""
-        if self.backbone is not None:
-            return self._twins_of_timm() if core.moe_layers(self) else {}
-        return dense_twins(self, self._around.dense_ffn)
-
-    def _twins_of_timm(self) -> dict[str, Baseline]:
-        assert self.backbone is not None
-        dense, twins = self.twin(moe=None).model, dict[str, Baseline]()
-        for cost in ("flops", "params"):
-            try:
-                solved = twin_widths(dense, self.model, cost).values()
-            except ValueError as error:
-                twins[f"dense_equal_{cost}"] = Baseline(None, str(error))
-                continue
-            changes = ", ".join(dict.fromkeys(f"{width.before} to {width.width}" for width in solved))
-            build = partial(self.twin, backbone=replace(self.backbone, twin=cost))
-            twins[f"dense_equal_{cost}"] = Baseline(build, f"hidden dim {changes} in place of experts")
-        return twins
-
-    @property
-    def heading(self) -> str:
-        if self.backbone is None:
-            return super().heading
-        return heading_of((m.config, m.dim) for m in self.modules() if isinstance(m, SparseFFN))
-
-    @property
-    def moe_block_names(self) -> tuple[str, ...]:
-        # The layer of a backbone lies in the place of its MLP, which a twin has there.
-        return tuple(name.removesuffix(".moe") for name in super().moe_block_names)
-
-    def routed_layers(self) -> RoutedLayers | None:
-        if self.moe is None:
-            return None
-        if self.backbone is not None:
-            return self._routed_layers_of_timm()
-        arguments = {"tokens_per_sequence": self.tokens_per_image}
-        place = Place(type(self).__name__, ("token_ids_BS",))
-        sharing = len(self.model.moe_blocks) if self.model.shares_experts else 1
-        return RoutedLayers(self.moe, self._around.dim, place, arguments, sharing)
-
-    def _routed_layers_of_timm(self) -> RoutedLayers | None:
-        layers = [module for module in self.modules() if isinstance(module, SparseFFN)]
-        if not layers or any((layer.config, layer.dim) != (layers[0].config, layers[0].dim) for layer in layers):
-            return None
-        lengths, trains = list[int](), self.training
-        with layers[0].moe.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1])), torch.no_grad():
-            self.eval()(torch.zeros(1, self.in_chans, self.image_size, self.image_size, device=self.device))
-        self.train(trains)
-        place = Place(type(self).__name__, ())  # timm's networks hand their MLPs no context
-        return RoutedLayers(layers[0].config, layers[0].dim, place, {"tokens_per_sequence": lengths[0]})
-
-    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the top-1 accuracy: 1 for an image whose likeliest class is its own, else 0."""
-        right = [(out.outputs.argmax(-1) == out.targets).double() for out in outs]
-        return ExampleValues("top1", torch.cat(right).cpu())
 
 
 def _check_others(network: str, **options: Any) -> None:

@@ -167,15 +167,15 @@ def test_a_folder_lacks_no_tensor_but_a_tied_one(folder, tmp_path):
 
 def test_a_comparison_has_the_other_ways_of_tuning(folder):
     module = module_of(folder, lora=LoRAConfig(2))
-    ways = module.baselines()
+    ways = module.comparison.baselines()
     assert list(ways) == ["full", "full_router_frozen", "lora_of_router_too", "qlora"]
-    assert module.heading == "LoRA"
+    assert module.comparison.heading == "LoRA"
     frozen, qlora = ways["full_router_frozen"].build(), ways["qlora"].build()
-    assert frozen.heading == "full, router frozen"
+    assert frozen.comparison.heading == "full, router frozen"
     assert not any(p.requires_grad for layer in core.moe_layers(frozen).values() for p in layer.router.parameters())
-    assert qlora.heading == "QLoRA"
+    assert qlora.comparison.heading == "QLoRA"
     assert all(layer.experts.is_quantized for layer in core.moe_layers(qlora).values())
-    wide = module_of(folder, lora=LoRAConfig(8)).baselines()["lora_of_router_too"]
+    wide = module_of(folder, lora=LoRAConfig(8)).comparison.baselines()["lora_of_router_too"]
     assert wide.build is None
     assert wide.note == "rank=8 exceeds the router's 4 experts"
 
@@ -185,16 +185,16 @@ def test_the_whole_model_is_compared_in_float32(folder, tmp_path):
     module = HubCausalLM(str(tmp_path), lora=LoRAConfig(2))
     assert {p.dtype for n, p in module.named_parameters() if ".lora." in n} == {torch.float32}
     assert module.model.dtype == torch.bfloat16
-    full = module.baselines()["full"].build()
+    full = module.comparison.baselines()["full"].build()
     assert {p.dtype for p in full.parameters()} == {torch.float32}
-    assert list(full.baselines()) == ["full_router_frozen", "lora", "lora_of_router_too", "qlora"]
+    assert list(full.comparison.baselines()) == ["full_router_frozen", "lora", "lora_of_router_too", "qlora"]
 
 
 def test_values_of_rows_have_the_mean_loss(folder):
     module = module_of(folder).eval()
     outs = [module.task_loss(batch) for batch in data(folder).val_dataloader()]
     total = sum(float(out.loss) * out.weight for out in outs) / sum(out.weight for out in outs)
-    assert module.example_values(outs).mean == pytest.approx(total, rel=1e-5)
+    assert module.comparison.example_values(outs).mean == pytest.approx(total, rel=1e-5)
 
 
 def test_each_row_counts_once():

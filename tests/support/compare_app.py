@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import core
 from apps.data.cache import DataError
 from apps.data.loader import ResumableLoader
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, RoutedLayers, Search
+from apps.equal_cost.comparison import Baseline, Comparison, ExampleDifference, RoutedLayers, Search
 from apps.nets.place import Place
 from apps.train.step.distilling import ClassLogits, DistilConfig
 from apps.train.step.growing import GrowConfig
@@ -26,7 +26,7 @@ from apps.train.step.module import OptimizerConfig, SparseModule, TaskOutput
 D, TOKENS, CLASSES = 8, 4, 3
 
 
-class TinyModel(SparseModule, Comparable):
+class TinyModel(SparseModule):
     """Four tokens a point, one block that is an MoE layer or an FFN, the mean of the tokens.
 
     Args:
@@ -93,16 +93,6 @@ class TinyModel(SparseModule, Comparable):
     def metric_signatures(self) -> Mapping[str, str]:
         return {"top1": "micro"} if self.keeps_examples else {}
 
-    def examples_of_test(self) -> list[dict[str, Any]]:
-        return [{"right": right} for right in self._tested] if self.keeps_examples else []
-
-    def compare_examples(
-        self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
-    ) -> list[ExampleDifference]:
-        difference = sum(a["right"] - b["right"] for a, b in zip(first, second, strict=True))
-        whole = ExampleDifference("right points", difference, difference - 1, difference + 1, 0.5, "counted")
-        return [whole, ExampleDifference("right halves", 0, 0, 0, 0.01, "counted")]
-
     def build_metrics(self) -> MetricCollection:
         metrics = {"top1": MulticlassAccuracy(CLASSES, average="micro")}
         metrics["top2"] = MulticlassAccuracy(CLASSES, top_k=2, average="micro")
@@ -112,24 +102,41 @@ class TinyModel(SparseModule, Comparable):
     def shown_metrics(self) -> tuple[str, ...]:
         return self.further
 
+
+class TinyComparison(Comparison):
+    def examples_of_test(self) -> list[dict[str, Any]]:
+        return [{"right": right} for right in self.module._tested] if self.module.keeps_examples else []
+
+    def compare_examples(
+        self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+    ) -> list[ExampleDifference]:
+        difference = sum(a["right"] - b["right"] for a, b in zip(first, second, strict=True))
+        whole = ExampleDifference("right points", difference, difference - 1, difference + 1, 0.5, "counted")
+        return [whole, ExampleDifference("right halves", 0, 0, 0, 0.01, "counted")]
+
     def routed_layers(self) -> RoutedLayers | None:
-        return None if self.moe is None else RoutedLayers(self.moe, D, Place(type(self).__name__, ()))
+        return (
+            None if self.module.moe is None else RoutedLayers(self.module.moe, D, Place(type(self.module).__name__, ()))
+        )
 
     def with_moe(self, moe: core.MoEConfig) -> TinyModel:
-        return TinyModel(moe=moe, optimizer=self.optimizer_config, ema_decay=self.ema_decay)
+        return TinyModel(moe=moe, optimizer=self.module.optimizer_config, ema_decay=self.module.ema_decay)
 
     def baselines(self) -> Mapping[str, Baseline]:
-        assert self.moe is not None
-        flops, params = self.moe.flops_per_token(D), self.moe.num_params(D)
+        assert self.module.moe is not None
+        flops, params = self.module.moe.flops_per_token(D), self.module.moe.num_params(D)
         every = {
-            "dense_equal_flops": Baseline(Dense(self, round(flops / (4 * D))), "a wider FFN"),
-            "dense_double_equal_flops": Baseline(Dense(self, round(2 * flops / (4 * D))), "twice as wide"),
-            "dense_equal_params": Baseline(Dense(self, round(params / (2 * D))), "a much wider FFN"),
+            "dense_equal_flops": Baseline(Dense(self.module, round(flops / (4 * D))), "a wider FFN"),
+            "dense_double_equal_flops": Baseline(Dense(self.module, round(2 * flops / (4 * D))), "twice as wide"),
+            "dense_equal_params": Baseline(Dense(self.module, round(params / (2 * D))), "a much wider FFN"),
             "centroids": Baseline(Centroids, "the nearest mean"),  # type: ignore[arg-type]
             "tuned_centroids": Baseline(TunedCentroids, "means drawn together"),  # type: ignore[arg-type]
             "none": Baseline(None, "it coincides with another"),
         }
-        return {name: every[name] for name in self.offers}
+        return {name: every[name] for name in self.module.offers}
+
+
+COMPARISON = TinyComparison
 
 
 @dataclass(frozen=True)

@@ -286,7 +286,7 @@ def _facts(experiment: Experiment, entry: Entry) -> dict[str, Any]:
     """
     torch.manual_seed(experiment.seed)
     model, data = experiment.build(SPARSE)
-    batch, replaced = validation_batch(data, "every training is followed on"), list(model.moe_block_names)
+    batch, replaced = validation_batch(data, "every training is followed on"), list(model.comparison.moe_block_names)
     data.setup("test")
     examples = getattr(data.test_dataloader(), "dataset", None)
     cost: Cost | None = measure_cost(model, batch, replaced)

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 import core
 from apps.base.checks import check_at_least, check_name
 from apps.data.subwords import Subwords
-from apps.equal_cost.comparable import ExampleDifference
 from apps.multimodal.captions.metrics import CaptionMetrics, by_image, num_references, signatures
 from apps.multimodal.captions.model import CaptionModel
-from apps.multimodal.captions.report import CaptionReport, CaptionReportConfig, image_name, side_by_side
+from apps.multimodal.captions.report import CaptionReport, CaptionReportConfig, image_name
 from apps.multimodal.pairs.encoding import PairEncoding
 from apps.multimodal.pairs.pairs import PairBatch
 from apps.multimodal.search.image_index import tell
@@ -338,34 +337,3 @@ class ImageCaptioner(JudgedModule):
             raise ValueError("data.query searches images, and an ImageCaptioner describes them: give data.images alone")
         if given is not None and given.predict_file is not None:
             raise ValueError("data.predict_file holds texts, and an ImageCaptioner reads images: give data.images")
-
-    # ---- comparisons
-
-    def examples_of_test(self) -> list[dict[str, Any]]:
-        """Return each image of the last test, with its caption and its texts."""
-        data = self._data()
-        return [
-            {
-                "index": image.image,
-                "image": image_name(data, image.image),
-                "references": list(image.references),
-                "caption": image.caption,
-            }
-            for image in by_image(self._tested)
-        ]
-
-    def compare_examples(
-        self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
-    ) -> list[ExampleDifference]:
-        """Return BLEU and chrF++ differences by paired bootstrap resampling of the images."""
-        from apps.nlp.text.significance import text_differences
-
-        if [(e["index"], e["references"]) for e in first] != [(e["index"], e["references"]) for e in second]:
-            raise ValueError("the two tests are not of the same images")
-        captions, others = ([e["caption"] for e in examples] for examples in (first, second))
-        references = [e["references"] for e in first]
-        return text_differences(captions, others, references, self.bleu_tokenize, over="test images")
-
-    def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-        """Return images at equal steps through the test set, with each system's caption."""
-        return side_by_side(systems, 0 if self.report is None else self.report.samples)

@@ -1,9 +1,9 @@
-"""Bases of the modules whose decoder writes texts: the loss of given texts, the generated texts, comparisons."""
+"""Bases of the modules whose decoder writes texts: the loss of given texts, the generated texts."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,9 +13,7 @@ import core
 from apps.base.checks import check_name
 from apps.data.subwords import PAD_ID, Side, Subwords
 from apps.data.text_files import clean
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers, dense_twins
 from apps.nets.config import TransformerConfig
-from apps.nets.depths import TokenGate
 from apps.nets.loss import LogProbs, OutputLogits, TargetScores
 from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode.candidate import Candidate
@@ -26,12 +24,11 @@ from apps.nlp.decode.search import Hypotheses
 from apps.nlp.decode.stops import num_begun
 from apps.nlp.text.foreseen import Judged, of_mean_length, per_sentence
 from apps.train.step.module import SparseModule, Stage, TaskOutput
-from apps.train.step.pieces import ratio_values
 
 _DECODE = DecodeConfig()
 
 
-class WritingModule(SparseModule, Comparable):
+class WritingModule(SparseModule):
     """Base of modules whose decoder writes texts, and can decode in another dtype.
 
     A subclass's constructor builds ``model`` and calls ``_put_in_place``; it brings ``hidden``.
@@ -199,28 +196,6 @@ class WritingModule(SparseModule, Comparable):
 
     def on_predict_epoch_end(self) -> None:
         self._copies = None
-
-    # ---- comparisons
-
-    @property
-    def moe_block_names(self) -> tuple[str, ...]:
-        """Return the names of the MoE layers instead of FFNs: a comparison leaves attention and gates of blocks."""
-        layers = core.moe_layers(self)
-        return tuple(n for n, layer in layers.items() if not isinstance(layer, core.AttentionMoE | TokenGate))
-
-    def routed_layers(self) -> RoutedLayers | None:
-        if self.moe is None:
-            return None
-        sharing = len(self.model.moe_blocks) if getattr(self.model, "shares_experts", False) else 1
-        return RoutedLayers(self.moe, self.transformer.shape.dim, self.place, num_sharing=sharing)
-
-    def baselines(self) -> Mapping[str, Baseline]:
-        """Dense models of equal active FLOPs and of equal parameters; only the FFNs instead of experts are wider."""
-        return dense_twins(self, self.transformer.dense_ffn)
-
-    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the nats per token of the right text, weighted by its tokens, as a ratio's influence is."""
-        return ExampleValues("nats_per_token", ratio_values(*self.nats_and_tokens(outs)), higher_is_better=False)
 
     def nats_and_tokens(self, outs: Sequence[TaskOutput]) -> tuple[Tensor, Tensor]:
         """Return the nats and the number of tokens of each row, float64 (N,) both; ``outputs`` are ``Foreseen``."""

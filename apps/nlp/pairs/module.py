@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, in_co
 from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.module import TextModule, published_network
-from apps.nlp.pairs.report import PairReportConfig, examples, side_by_side
+from apps.nlp.pairs.report import PairReportConfig
 from apps.nlp.predict import checked_texts, source_batches
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.foreseen import read_ids
@@ -337,15 +337,3 @@ class PairModule(JudgedModule, TextModule):
                 f"the model knows the {self.noun}s {', '.join(self.groups)}, which does not fit the data, whose "
                 f"{self.noun}s are {', '.join(groups)}"
             )
-
-    # ---- comparisons
-
-    def examples_of_test(self) -> list[dict[str, Any]]:
-        """Return each example of the last test."""
-        data = self._data()
-        sources = data.sources("test") if hasattr(data, "sources") else None
-        return examples(self._tested, self.noun, self.groups, sources)
-
-    def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-        """Return examples at equal steps through the test set, with each system's text."""
-        return side_by_side(systems, self.noun, 0 if self.report is None else self.report.samples)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.equal_cost.comparable import ExampleDifference
+from apps.equal_cost.comparison import ExampleDifference
 from apps.nlp.text.scores import SCORES, References, Score, scorer, streams
 
 RESAMPLES = 1000

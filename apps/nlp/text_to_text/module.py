@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 from apps.base.checks import check_name
 from apps.data.subwords import Subwords
-from apps.equal_cost.comparable import ExampleDifference
 from apps.nlp.decode.constraint import Constraint
 from apps.nlp.pairs.module import PairModule
 from apps.nlp.pairs.report import PairReportConfig
@@ -121,21 +120,3 @@ class TextToText(PairModule):
             row = {"references": [piece.reference]} if self._rows is None else self._rows[piece.index]
             pieces.append(piece._replace(scores={n: METRICS[n](piece.written, row) for n in self.metrics}))
         return dataclasses.replace(out, outputs=pieces)
-
-    # ---- comparisons
-
-    def examples_of_test(self) -> list[dict[str, Any]]:
-        rows = zip(super().examples_of_test(), self._tested, strict=True)
-        return [{**example, "scores": piece.scores} for example, piece in rows]
-
-    def compare_examples(
-        self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
-    ) -> list[ExampleDifference]:
-        """Return the differences of all metrics by paired bootstrap resampling."""
-        from apps.nlp.text.significance import mean_difference
-
-        if [(e["index"], e["reference"]) for e in first] != [(e["index"], e["reference"]) for e in second]:
-            raise ValueError("the two tests are not of the same texts")
-        tasks = [e["task"] for e in first]
-        values = {name: [[e["scores"][name] for e in own] for own in (first, second)] for name in self.metrics}
-        return [mean_difference(name, a, b, tasks, "test texts") for name, (a, b) in values.items()]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from apps.base.checks import check_name
 from apps.data.subwords import Subwords
-from apps.equal_cost.comparable import ExampleDifference
 from apps.nlp.pairs.module import PairModule
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.translation.metrics import TranslationMetrics, bleu_tokenizers, signatures
@@ -110,16 +109,6 @@ class Translator(PairModule):
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:  # type: ignore[override]
         """Return the translation of each source; an empty line stays one."""
         return Translations(*super().predict_step(batch, batch_idx))
-
-    # ---- comparisons
-
-    def compare_examples(
-        self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
-    ) -> list[ExampleDifference]:
-        """Return BLEU and chrF++ differences by paired bootstrap resampling."""
-        from apps.nlp.text.significance import compare_sentences
-
-        return compare_sentences(first, second, self.bleu_tokenizers)
 
 
 def task_numbers(pairs: Sequence[str], tasks: Tasks) -> tuple[list[int], list[int]]:

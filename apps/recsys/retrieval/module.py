@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import core
 from apps.base.checks import check_at_least
-from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers, dense_twins
 from apps.nets.blocks import one_ffn, resolve_blocks
 from apps.nets.place import Place, check_fits, check_layers
 from apps.recsys.encoding.features import Features
@@ -45,7 +44,7 @@ _LEAST_TEMPERATURE = 0.01
 """Temperature below which a learned one does not fall, as in CLIP."""
 
 
-class TwoTowerRetriever(SparseModule, Comparable):
+class TwoTowerRetriever(SparseModule):
     """Two towers, sparse or dense, that map users and items to vectors whose dot product scores how well they match.
 
     They are trained by the softmax over the items of a batch (Yi et al., RecSys 2019), and evaluated by the rank of a
@@ -336,14 +335,3 @@ class TwoTowerRetriever(SparseModule, Comparable):
 
     def widened(self, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
         return growing.widened(self, checkpoint, encoding_state)
-
-    # ---- comparisons
-
-    def baselines(self) -> Mapping[str, Baseline]:
-        """Return two dense towers of equal active FLOPs and of equal parameters."""
-        return dense_twins(self, self.tower.dense_ffn)
-
-    def routed_layers(self) -> RoutedLayers | None:
-        if self.moe is None:
-            return None
-        return RoutedLayers(self.moe, self.tower.width, self.place, {"tokens_per_sequence": 1})

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -16,13 +15,10 @@ from torch.distributed.tensor import DTensor
 
 import core
 from apps.base.checks import check_name
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
-from apps.nets.place import Place
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.kinds import Outputs
 from apps.recsys.metrics import MultiTaskMetrics
-from apps.recsys.tables.baselines import baselines
 from apps.recsys.tables.blend.blend import KEY as BLEND, Blend
 from apps.recsys.tables.blend.training import TrainsBlend
 from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
@@ -31,7 +27,7 @@ from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are
 from apps.recsys.tables.columns.history import HistoryConfig
 from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel, SharedMembers
 from apps.recsys.tables.negatives.weighting import WeightingConfig
-from apps.recsys.tables.outputs import TaskOutputs, difference, labeled_mean, values_by_task
+from apps.recsys.tables.outputs import TaskOutputs, difference, labeled_mean
 from apps.recsys.tables.report.importance import importances
 from apps.recsys.tables.report.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.rows import scoring
@@ -51,7 +47,7 @@ _logger = logging.getLogger(__name__)
 _REPORT = RecommenderReportConfig()
 
 
-class MultiTaskRecommender(SparseModule, Comparable):
+class MultiTaskRecommender(SparseModule):
     """A recommender for several tasks: clicks, purchases, watch times, ratings.
 
     The metric that is compared, and by which the best weights are kept, is the mean AUC of the tasks, or their mean R^2
@@ -278,10 +274,6 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return tuple(f"{kind.main_metric}_{name}" for name, kind in kinds)
 
     @property
-    def task_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.shown_metrics if len(self.features.tasks) > 1 else ()
-
-    @property
     def metric_signatures(self) -> Mapping[str, str]:
         """Return the shares of network and trees in a blend's predictions, by each task's metric."""
         pairs = zip(self.features.tasks, self.shown_metrics, strict=True)
@@ -445,55 +437,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def widened(self, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
         return growing.widened(self, checkpoint, encoding_state)
 
-    # ---- comparisons
-
-    @property
-    def heading(self) -> str:
-        if isinstance(self.shared_config, core.STAR):
-            return "STAR"
-        return f"{type(self.shared_config).__name__}, dense gates" if self.note else super().heading
-
-    @property
-    def note(self) -> str:  # type: ignore[override]
-        """Say that the gates are dense, if they are."""
-        if self.shared_config.is_sparse:
-            return ""
-        return f"{type(self.shared_config).__name__} with dense gates: every expert computes every example"
-
-    @property
-    def moe_block_names(self) -> tuple[str, ...]:
-        """The shared layer of each network; none where it is a bottom itself."""
-        if isinstance(self.shared_config, SharedBottom):
-            return ()
-        return tuple(n for n, m in self.named_modules() if any(m is network.shared for network in self.members))
-
-    def baselines(self) -> Mapping[str, Baseline]:
-        return baselines(self)
-
-    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the values by row whose mean is ``monitor``; NaN if a split cannot determine it."""
-        values_tN = [values_N for _, values_N in self.task_values(outs).values()]
-        name = self.monitor.replace("val/", "mean " if len(values_tN) > 1 else "")
-        return ExampleValues(name, torch.from_numpy(np.mean(values_tN, axis=0)))
-
-    def task_values(self, outs: Sequence[TaskOutput]) -> dict[str, tuple[str, np.ndarray]]:
-        """Return, by task, the name of its main metric and values by row whose mean it is."""
-        z_NZ = torch.cat([out.outputs for out in outs]).double().cpu()
-        y_Nt = torch.cat([out.targets for out in outs]).double().cpu().numpy()
-        return values_by_task(self.features.tasks, self.outputs, z_NZ, y_Nt)
-
-    def routed_layers(self) -> RoutedLayers | None:
-        if isinstance(self.shared_config, SharedBottom):
-            return None
-        arguments = {"num_tasks": len(self.features.tasks), "num_domains": self.features.num_domains}
-        place = Place(type(self).__name__, ("domain_ids_B",))
-        return RoutedLayers(self.shared_config, self.input_dim, place, arguments)
-
     def twin(self, **changed: Any) -> Self:
         return super().twin(**{"blend": None, **changed})  # a comparison is one of networks
-
-    def with_moe(self, moe: core.MultiGateConfig) -> MultiTaskRecommender:
-        return self.twin(shared=moe)
 
 
 def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:

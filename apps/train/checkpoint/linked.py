@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -36,6 +36,9 @@ class LinkedModule(LightningModule):
 
     loaded_from: Path | None = None
     """The checkpoint that the module was made from; None: it was made from none."""
+
+    predict: Callable[..., Any]
+    """Answers what a user has, such as image files; each app's model has its own."""
 
     _given: dict[str, Any]
     """Arguments that the constructor was given, by name."""

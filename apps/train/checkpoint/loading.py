@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -27,9 +27,6 @@ from apps.train.optim.chosen import SECTIONS, is_torchs
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, restored
 from core.config.plain import arguments_from_plain, from_plain
 
-if TYPE_CHECKING:
-    from apps.train.step.module import SparseModule
-
 
 def load(
     path: str | Path,
@@ -37,7 +34,7 @@ def load(
     *,
     quantize: str | None = None,
     offload: str | None = None,
-) -> SparseModule | SparsifiedModule:
+) -> LinkedModule | SparsifiedModule:
     """Return the trained model of a run, of any app, ready to predict.
 
     Every app's model has ``predict``, which takes its users' data: a table or a path of one (recommenders), image files

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -151,8 +151,10 @@ class SparseModule(HubModule):
         """The trained model in use, an ``apps.task.Task``: inputs and outputs."""
         return registry.task_of(type(self), "use")(self)
 
-    predict: Callable[..., Any]
-    """Answers what a user has, such as image files; each app's model has its own."""
+    @property
+    def comparison(self) -> Any:
+        """The model as a comparison sees it, an ``apps.equal_cost.comparison.Comparison``."""
+        return registry.comparison_of(type(self))(self)
 
     # ---- for subclasses to define
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import core
 from apps.base.checks import check_at_least
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers, dense_twins
 from apps.nets.blocks import moe_configs, one_ffn
 from apps.nets.place import Place, check_fits
 from apps.train.publish.model_card import ModelKind
@@ -57,7 +56,7 @@ class Drawn(NamedTuple):
     pixels: Tensor
 
 
-class ImageGenerator(SparseModule, Comparable):
+class ImageGenerator(SparseModule):
     """A diffusion transformer, sparse or dense, that draws images of a class.
 
     Its loss is the mean squared error of the predicted velocity or noise. Validation and test give each image a noise
@@ -141,7 +140,7 @@ class ImageGenerator(SparseModule, Comparable):
             moe_blocks=moe_blocks,
         )
         for config in moe_configs(moe):
-            check_fits(self._place, config.router, config.balance)
+            check_fits(self.place, config.router, config.balance)
 
     @property
     def null_class(self) -> int | None:
@@ -282,23 +281,8 @@ class ImageGenerator(SparseModule, Comparable):
         """
         return self.known_encoding(ImageEncoding, "its classes and the scale of its pixels", "GenerationData")
 
-    # ---- comparisons
-
     @property
-    def _place(self) -> Place:
+    def place(self) -> Place:
+        """The place of the routers, for a check and a comparison."""
         fields = ("token_ids_BS", "task_ids_B", "domain_ids_B")
         return Place(type(self).__name__, fields, num_tasks=NUM_BANDS, num_domains=self.num_classes + 1)
-
-    def baselines(self) -> Mapping[str, Baseline]:
-        """Return dense models of equal active FLOPs and of equal parameters, whose FFNs replace the experts."""
-        return dense_twins(self, self.dit.dense_ffn)
-
-    def routed_layers(self) -> RoutedLayers | None:
-        if self.moe is None:
-            return None
-        arguments = {"tokens_per_sequence": self.model.patch_embed.num_patches}
-        return RoutedLayers(self.moe, self.dit.dim, self._place, arguments)
-
-    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the loss of each image."""
-        return ExampleValues("loss", torch.cat([out.outputs.double() for out in outs]).cpu(), higher_is_better=False)

@@ -304,7 +304,7 @@ def test_bad_input_is_one_line(config, tmp_path, capsys, argv, message):
 def test_a_module_that_tells_a_comparison_nothing_is_refused(tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(tiny_app.CONFIG)
     assert moesaic(asked(tmp_path / "tiny.yaml", tmp_path / "out")) == 2
-    assert "TinyModule is no Comparable: compare asks a module for its baselines" in capsys.readouterr().err
+    assert "has no COMPARISON beside its class, which says its baselines" in capsys.readouterr().err
 
 
 def test_the_report_of_the_sparse_models_test_is_part_of_the_page(tmp_path):
@@ -350,7 +350,7 @@ def test_routers_are_compared_at_equal_active_flops(config, finished, tmp_path, 
     folder.mkdir()
     switch = overlay(folder / "switch.yaml", top_k=1)
     # One expert a token where the config has two: 576 = 64 + 4 * 8 * F, so F = 16 in place of 8.
-    made = routers.Variant(experiment(config).module("sparse"), switch).config()
+    made = routers.Variant(experiment(config).module("sparse").comparison, switch).config()
     assert (made.router.top_k, made.expert.hidden_dim, made.flops_per_token(8)) == (1, 16, 576)
     overlay(folder / "too_many.yaml", top_k=5)
     overlay(folder / "task.yaml", "Task", num_tasks=2, top_k=2)
@@ -403,7 +403,7 @@ def test_two_routers_may_not_share_a_name_and_all_of_none_are_refused(config, tm
     rule = "would both be 'mine'"
     refused(f"routers {first} and {second} {rule} in the table: rename", routers.resolve, [first, second])
     assert routers.resolve([first, str(tmp_path / "b" / ".." / "a" / "mine.yaml")]) == (first,)
-    refused(rule, routers.variants, experiment(config).module("sparse"), [first, second])
+    refused(rule, routers.variants, experiment(config).module("sparse").comparison, [first, second])
     monkeypatch.setattr(routers, "FOLDER", tmp_path / "none")
     for words, message in (
         ([first, second], f"routers {first} and {second} {rule} in the table: rename a file"),

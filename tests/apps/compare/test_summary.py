@@ -12,7 +12,7 @@ from refusals import refused
 from apps.compare.page import cells, legend
 from apps.compare.summary import ExamplePair, Results, notes, summarize
 from apps.compare.systems import System
-from apps.equal_cost.comparable import ExampleDifference
+from apps.equal_cost.comparison import ExampleDifference
 from apps.report.intervals import Interval, choose, mean_interval, paired_difference, quality_at, verdict
 from apps.train.cost.flops import Cost
 

@@ -93,7 +93,7 @@ def test_a_batch_may_be_an_object_and_a_block_may_hold_the_layers(config, monkey
     assert measure_cost(model, Points(x, y), ("block",)) == whole
     assert isinstance(move_data_to_device(Points(x, y), torch.device("cpu")), Points)
     # The MoE layer inside a block that the baseline has under the same name, and not under the layer's.
-    monkeypatch.setattr(kind, "moe_block_names", ("block",))
+    monkeypatch.setattr(type(model.comparison), "moe_block_names", ("block",))
     model.block = torch.nn.Sequential(model.block)
     assert list(core.moe_layers(model)) == ["block.0"]
     systems = find_systems(model, Points(x, y))

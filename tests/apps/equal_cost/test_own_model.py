@@ -28,7 +28,7 @@ def batch() -> list[torch.Tensor]:
 
 def test_costs_and_losses_are_those_of_the_modules_own_step(batch) -> None:
     model = own_model(Net(), SECTION)
-    cost = measure_cost(model, batch, model.moe_block_names)
+    cost = measure_cost(model, batch, model.comparison.moe_block_names)
     # The embedding has 2 * 2 * 8 = 32 FLOPs a point and the head 2 * 8 * 3 = 48.
     assert (cost.flops_per_example, cost.replaced_flops_per_example) == (1088 + 32 + 48, 1088)
     assert (cost.replaced_params, cost.num_params) == (1152, 1152 + 24 + 27)
@@ -63,7 +63,7 @@ def test_the_twins_cost_as_much_also_where_a_network_is_spread_over_its_block(ba
     assert systems["dense_equal_flops"].note == "hidden dim 16 to 34 in place of experts"
     assert systems["dense_equal_params"].params_ratio == 1147 / 1152
     assert not any(system.refused for system in systems.values())
-    for baseline in own_model(dense, SECTION).baselines().values():
+    for baseline in own_model(dense, SECTION).comparison.baselines().values():
         torch.testing.assert_close(baseline.build().module(batch[0]), dense(batch[0]), rtol=1e-6, atol=1e-6)
     sparse, flops, params = find_systems(own_model(Encoder(), SECTION), batch)
     # A token has 4 projections of 128 FLOPs, 4 * 4 * 8 in attention, and 1088 as above: 4 tokens.
@@ -72,12 +72,12 @@ def test_the_twins_cost_as_much_also_where_a_network_is_spread_over_its_block(ba
 
 
 def test_a_model_that_computes_all_experts_is_not_called_sparse_and_twins_of_one_width_are_one() -> None:
-    assert own_model(Net(), SECTION).heading == "sparse"
+    assert own_model(Net(), SECTION).comparison.heading == "sparse"
     every = replace(SECTION, moe=core.MoEConfig(2, core.TokenChoice(2)))
-    assert own_model(Net(), every).heading == "MoE, all experts"
+    assert own_model(Net(), every).comparison.heading == "MoE, all experts"
     # One expert that every token takes costs as much by FLOPs as by parameters, but for the router.
     one = replace(SECTION, moe=core.MoEConfig(1, core.TokenChoice(1)), exact=False)
-    params = own_model(Net(), one).baselines()["dense_equal_params"]
+    params = own_model(Net(), one).comparison.baselines()["dense_equal_params"]
     assert params.build is None
     assert params.note.startswith("coincides with dense_equal_flops: hidden dim 16 to 16")
 

@@ -79,7 +79,7 @@ def test_the_values_of_pairs_have_the_recall_as_their_mean():
     outputs = PairOutputs(image_BD, torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, -1.0]] + [[0.5, 0.9]] * 21))
     targets, module = PairTargets(torch.tensor([0, 0, 1] + [2] * 21), torch.arange(24)), retriever()
     expected = module.build_metrics()(outputs, targets)
-    values = module.example_values([TaskOutput(torch.zeros(()), outputs, targets, 24)])
+    values = module.comparison.example_values([TaskOutput(torch.zeros(()), outputs, targets, 24)])
     assert (values.name, values.values_N.shape) == ("recall_10", (24,))
     assert values.mean == pytest.approx(float(expected["recall_10"]), rel=1e-12)
     # Image 1's text is the 24th of 24, and that text's image is the first of 3, with a product of -1 like image 0's.
@@ -97,7 +97,7 @@ def test_the_recall_that_counts_may_be_another():
     assert retriever().monitor == "val/recall_10"
     with torch.no_grad():
         out = module.eval().task_loss(pair_batch(6))
-    values = module.example_values([out])
+    values = module.comparison.example_values([out])
     assert values.name == "recall_1"
     assert values.mean == pytest.approx(float(module.build_metrics()(out.outputs, out.targets)["recall_1"]))
     refused("recall_at=3 is none of 1, 5, 10", retriever, recall_at=3)
@@ -116,9 +116,12 @@ def test_configs_may_be_plain_and_a_comparison_replaces_the_towers_layers(tmp_pa
     rule = r"model.attributes=\{\} does not fit the data, whose attributes is"
     refused(rule, quiet_trainer(tmp_path, max_epochs=1).fit, module, other)
     module = retriever(attribute_head=HEAD, attributes={"a": 3})
-    assert (module.moe_block_names, module.routed_layers().config) == (("model.towers.stack.layers.1.ffn",), MOE)
-    assert module.with_moe(core.MoEConfig(2, core.TokenChoice(1), core.FFN(8))).moe.num_experts == 2
-    assert retriever(moe=None).routed_layers() is None
+    assert (module.comparison.moe_block_names, module.comparison.routed_layers().config) == (
+        ("model.towers.stack.layers.1.ffn",),
+        MOE,
+    )
+    assert module.comparison.with_moe(core.MoEConfig(2, core.TokenChoice(1), core.FFN(8))).moe.num_experts == 2
+    assert retriever(moe=None).comparison.routed_layers() is None
 
 
 def test_vectors_are_predicted_in_the_data_s_order(tmp_path):
@@ -138,7 +141,7 @@ def built(module: Any) -> tuple[Cost, dict[str, tuple[Any, Cost]]]:
     """Return the model's cost, and its baselines with theirs; none is refused."""
     sparse, *others = find_systems(module, BATCH)
     assert not any(system.refused for system in others)
-    baselines = module.baselines()
+    baselines = module.comparison.baselines()
     return sparse.cost, {system.name: (baselines[system.name].build(), system.cost) for system in others}
 
 
@@ -163,13 +166,13 @@ def test_two_towers_of_different_widths_have_an_ffn_for_each():
     assert twins["dense_equal_params"][1].num_params == pytest.approx(cost.num_params, rel=0.02)
     # A token of width D takes 2 experts, 2 products of D x 16 each, and a router of 4 D: a hidden dim of 32 + 2.
     assert (dense.dense_ffn.hidden_dim, dense.tower.text_ffn.hidden_dim) == (34, 34)
-    assert pickle.loads(pickle.dumps(module.baselines()["dense_equal_flops"].build))().tower == dense.tower
+    assert pickle.loads(pickle.dumps(module.comparison.baselines()["dense_equal_flops"].build))().tower == dense.tower
     tower = TwoTowers(PatchImages(blocks_as=WIDER, moe_blocks="none"), PieceTexts(blocks_as=TOWER))
-    towers = retriever(tower=tower).baselines()["dense_equal_flops"].build().model.towers
+    towers = retriever(tower=tower).comparison.baselines()["dense_equal_flops"].build().model.towers
     widths = [part.network.stack.layers[1].ffn.w_in.weight.shape[0] for part in (towers.image, towers.text)]
     assert widths == [TOWER.hidden_dim, 34]
     moe = core.MoEConfig(2, core.TokenChoice(top_k=2), core.FFN(hidden_dim=512, bias=True))
     tower = TwoTowers(PatchImages(blocks_as=WIDER), PieceTexts(blocks_as=TOWER))
-    note = retriever(tower=tower, moe=moe).baselines()["dense_equal_params"].note
+    note = retriever(tower=tower, moe=moe).comparison.baselines()["dense_equal_params"].note
     assert note.startswith("coincides with dense_equal_flops")
-    assert retriever(moe=None).baselines() == {}
+    assert retriever(moe=None).comparison.baselines() == {}

@@ -176,12 +176,12 @@ def test_what_cannot_begin_a_training_or_be_compared_is_told_in_a_line(corpus, t
         LanguageModeler(learned.subwords, pretrained=str(folder))
     # Published weights are compared with no other network.
     module = make(make_data(corpus, folder), folder)
-    baselines = module.baselines()
+    baselines = module.comparison.baselines()
     assert list(baselines) == ["dense_equal_flops", "dense_equal_params"]
     for baseline in baselines.values():
         assert baseline.build is None
         assert baseline.note == f"the weights of pretrained={folder} are of the sparse model alone"
-    told = message(lambda: module.with_moe(EXPERTS), folder)
+    told = message(lambda: module.comparison.with_moe(EXPERTS), folder)
     assert told == "pretrained='F' has the weights of its own experts alone: no others are compared"
 
 

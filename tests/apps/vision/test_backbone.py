@@ -61,12 +61,15 @@ def test_an_architecture_has_experts_learns_a_step_and_its_twin_costs_as_much(na
         torch.nn.functional.cross_entropy(sparse(x), torch.tensor([0, 1])).backward()
         optimizer.step()
     assert any(not torch.equal(p, old) for p, old in zip(layer.parameters(), before, strict=True))
-    twin = pickle.loads(pickle.dumps(sparse.baselines()["dense_equal_flops"].build))()
+    twin = pickle.loads(pickle.dumps(sparse.comparison.baselines()["dense_equal_flops"].build))()
     assert not core.moe_layers(twin)
     assert core.count_flops(twin.eval(), x) == pytest.approx(core.count_flops(sparse.eval(), x), rel=0.005)
     names = dict(twin.named_modules())
-    assert all(block in names for block in sparse.moe_block_names)
-    assert (sparse.heading, build(TimmConfig(name), None, image_size=size, in_chans=3).baselines()) == ("sparse", {})
+    assert all(block in names for block in sparse.comparison.moe_block_names)
+    assert (
+        sparse.comparison.heading,
+        build(TimmConfig(name), None, image_size=size, in_chans=3).comparison.baselines(),
+    ) == ("sparse", {})
 
 
 def test_a_dense_one_is_timms_own():
@@ -79,12 +82,12 @@ def test_a_dense_one_is_timms_own():
 
 
 def test_routers_are_compared_where_the_layers_are_alike():
-    layers = build(moe_blocks="all").routed_layers()
+    layers = build(moe_blocks="all").comparison.routed_layers()
     assert layers.dim == SMALL["embed_dim"]
     assert layers.config == dataclasses.replace(MOE, expert=core.FFN(64, bias=True))  # as wide as the MLP was
     assert layers.flops_arguments == {"tokens_per_sequence": (8 // SMALL["patch_size"]) ** 2 + 1}
-    assert build(SWIN, moe_blocks="all").routed_layers() is None  # its second stage is twice as wide
-    assert build(moe=None).routed_layers() is None
+    assert build(SWIN, moe_blocks="all").comparison.routed_layers() is None  # its second stage is twice as wide
+    assert build(moe=None).comparison.routed_layers() is None
 
 
 def test_published_weights_are_where_it_begins_and_experts_are_copies(tmp_path):
@@ -96,7 +99,7 @@ def test_published_weights_are_where_it_begins_and_experts_are_copies(tmp_path):
     module.setup("fit")
     assert len(core.moe_layers(module)) == 1
     assert_close(module(images()), source.eval()(images()))
-    twin = module.baselines()["dense_equal_flops"].build().eval()
+    twin = module.comparison.baselines()["dense_equal_flops"].build().eval()
     twin.setup("fit")
     assert_close(twin(images()), source(images()))
     save_file({**source.state_dict(), "norm.weight": torch.ones(8)}, tmp_path / "other.safetensors")

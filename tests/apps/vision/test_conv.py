@@ -89,12 +89,12 @@ def test_the_default_has_the_size_and_the_flops_of_its_formula():
 def test_twins_cost_as_much_and_a_model_without_experts_has_no_ffn():
     sparse, x = build(moe_blocks="all"), images(2)
     # D = 6, E = 4, K = 2, F = 16: router 2*6*4 = 48, experts 2 * 4*6*16 = 768; 816 / (4*6) = 34.
-    flops = sparse.baselines()["dense_equal_flops"].build()
+    flops = sparse.comparison.baselines()["dense_equal_flops"].build()
     assert [group.ffn.mlp.w_in.weight.shape for group in flops.model.groups] == [(34, 4), (34, 6)]
     assert core.count_flops(flops, x) == core.count_flops(sparse, x)
     assert all(group.ffn is None for group in build(None).model.groups)
-    assert sparse.tokens_per_image == 16
-    assert build(moe_blocks=[0]).tokens_per_image == 64
+    assert sparse.comparison.tokens_per_image == 16
+    assert build(moe_blocks=[0]).comparison.tokens_per_image == 64
 
 
 def test_it_learns_survives_a_checkpoint_and_recomputes(tmp_path):

@@ -47,7 +47,7 @@ def test_the_values_by_example_are_the_accuracy_and_metrics_are_top1_and_top5():
     outs, top1 = [module.task_loss(batch(5, label)), module.task_loss(batch(2))], module.build_metrics()
     for out in outs:
         top1.update(out.outputs, out.targets)
-    values = module.example_values(outs)
+    values = module.comparison.example_values(outs)
     assert (values.values_N.shape, values.mean) == ((7,), pytest.approx(float(top1.compute()["top1"]), rel=1e-6))
     metrics = build().build_metrics()
     logits = torch.eye(10)[:4]  # guesses 0, 1, 2, 3; beyond the first, ties go to the lower classes
@@ -164,7 +164,7 @@ def test_baselines_cost_what_they_say_in_moe_blocks_and_elsewhere_the_same():
     # D = 8, E = 4, K = 2, F = 16. FLOPs a token: router 2*8*4 = 64, experts 2 * 4*8*16 = 1024; 1088 / (4*8) = 34.
     # Parameters: router 32, experts 4 * 2*8*16 = 1024; 2*8*F + F + 8 = 1056 gives F = 61.6.
     sparse = build()
-    baselines = sparse.baselines()
+    baselines = sparse.comparison.baselines()
     assert list(baselines) == ["dense_equal_flops", "dense_equal_params"]
     flops, params = (baselines[n].build() for n in baselines)
     assert [m.model.blocks[1].mlp.fc1.out_features for m in (flops, params)] == [34, 62]
@@ -176,7 +176,7 @@ def test_baselines_cost_what_they_say_in_moe_blocks_and_elsewhere_the_same():
     assert sizes == [1056, 1062]  # 0.6 % more
     for dense in (flops, params):
         assert not core.moe_layers(dense)
-        assert (dense.baselines(), dense.model.blocks[0].mlp.fc1.out_features) == ({}, 32)
+        assert (dense.comparison.baselines(), dense.model.blocks[0].mlp.fc1.out_features) == ({}, 32)
         assert dense.optimizer_config == sparse.optimizer_config
     assert "FFN hidden dim 34 in place of experts, 32 elsewhere" in baselines["dense_equal_flops"].note
     make = pickle.loads(pickle.dumps(baselines["dense_equal_flops"].build))  # as it travels to another process
@@ -189,10 +189,11 @@ def test_each_sparse_block_may_have_a_layer_of_its_own(tmp_path):
     assert [layer.num_experts for layer in core.moe_layers(sparse).values()] == [4, 8]
     # FLOPs a token: 2*8*4 = 64 and 2*8*8 = 128 of the gates, 1024 each of the experts: 1120 in the mean, 4*8 * 35.
     # Parameters: 1056 and 64 + 8 * 2*8*16 = 2112: 1584 in the mean; 2*8*F + F + 8 = 1584 gives F = 92.7.
-    assert sparse.heading == "sparse"
-    twins = [baseline.build() for baseline in sparse.baselines().values()]
+    assert sparse.comparison.heading == "sparse"
+    twins = [baseline.build() for baseline in sparse.comparison.baselines().values()]
     assert [[block.mlp.fc1.out_features for block in twin.model.blocks] for twin in twins] == [[35, 35], [93, 93]]
-    refused(r"^--routers hash: moe lists 2 layers; routers are compared where all", routers.variants, sparse, ["hash"])
+    rule = r"^--routers hash: moe lists 2 layers; routers are compared where all"
+    refused(rule, routers.variants, sparse.comparison, ["hash"])
     refused(r"^moe lists 2 layers for 1 sparse blocks, \[1\]: it needs one each$", build, pyramid)
     fit = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=1, num_sanity_val_steps=0)
     fit.fit(sparse, datamodule=VisionData("digits", batch_size=8, subset=32, seed=0))
@@ -205,7 +206,7 @@ def test_each_sparse_block_may_have_a_layer_of_its_own(tmp_path):
 @pytest.mark.parametrize("router", [SoftSlots(2), Merge("smear"), ExpertChoice(1.5)], ids=str)
 def test_layers_that_cost_by_the_image_have_baselines_of_equal_flops(router):
     sparse = build(core.MoEConfig(num_experts=4, router=router, expert=core.FFN(hidden_dim=16)))
-    dense = sparse.baselines()["dense_equal_flops"].build()
+    dense = sparse.comparison.baselines()["dense_equal_flops"].build()
     x = torch.randn(2, 16, 8)  # 8 / 2 patches a side, no class token
     with torch.no_grad():
         sparse_flops, dense_flops = (core.count_flops(m.model.blocks[1].mlp, x) for m in (sparse, dense))
@@ -215,13 +216,13 @@ def test_layers_that_cost_by_the_image_have_baselines_of_equal_flops(router):
 def test_a_baseline_that_is_another_or_cannot_exist_is_not_built():
     # With K = E every token takes every expert. FLOPs: 2*8*2 + 2 * 4*8*256 = 16416 = 4*8 * 513.
     # Parameters: 2*8 + 2 * (2*8*256 + 256 + 8) = 8736 = 17 * 513.4 + 8.
-    same = build(core.MoEConfig(num_experts=2, expert=core.FFN(hidden_dim=256, bias=True))).baselines()
+    same = build(core.MoEConfig(num_experts=2, expert=core.FFN(hidden_dim=256, bias=True))).comparison.baselines()
     assert same["dense_equal_flops"].build is not None
     assert same["dense_equal_params"].build is None
     assert "coincides with dense_equal_flops" in same["dense_equal_params"].note
     # 2*8*3 + 4*8*1 = 80 FLOPs = 4*8 * 2.5, and neither 2 nor 3 is within 5 % of it.
     tiny = core.MoEConfig(num_experts=3, router=core.TokenChoice(top_k=1), expert=core.FFN(hidden_dim=1))
-    baseline = build(tiny).baselines()["dense_equal_flops"]
+    baseline = build(tiny).comparison.baselines()["dense_equal_flops"]
     assert (baseline.build, baseline.note) == (None, "no whole width comes within 5% of 80 flops")
 
 

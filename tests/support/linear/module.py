@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,15 +10,13 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
-from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers, dense_twins
 from apps.nets.blocks import one_ffn
-from apps.nets.place import Place
 from apps.train.step.module import SparseModule, TaskOutput
 from linear.model import linear
 from linear.report import LinearReport
 
 
-class LinearClassifier(SparseModule, Comparable):
+class LinearClassifier(SparseModule):
     monitor, monitor_mode = "val/top1", "max"
 
     def __init__(
@@ -48,9 +45,3 @@ class LinearClassifier(SparseModule, Comparable):
 
     def report_callbacks(self) -> list[LinearReport]:
         return [LinearReport()]
-
-    def routed_layers(self) -> RoutedLayers | None:
-        return None if self.moe is None else RoutedLayers(self.moe, 64, Place(type(self).__name__))
-
-    def baselines(self) -> Mapping[str, Baseline]:
-        return dense_twins(self, core.DenseFFN())

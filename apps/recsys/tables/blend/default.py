@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apps.base.quiet import quiet
 from apps.data.given import NUMBERS
-from apps.equal_cost.comparable import Search
+from apps.equal_cost.comparison import Search
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.blend.training import blended
 from apps.recsys.tables.estimators.base import PerTask

@@ -1,6 +1,6 @@
 """The base of the baselines: a model and its settings for each task, tuned on the validation split.
 
-They are an ``Estimator`` of ``apps.equal_cost.comparable``: ``tune`` finds the settings on the validation split,
+They are an ``Estimator`` of ``apps.equal_cost.comparison``: ``tune`` finds the settings on the validation split,
 ``fit`` trains with them, and the metrics have the names that the network logs. Only ``evaluate`` reads the test split.
 
 Threads: boosting and the sparse matrix multiplications run in as many as torch uses here (``n_threads=None``), so that
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from apps.base.checks import check_at_least
-from apps.equal_cost.comparable import Search
+from apps.equal_cost.comparison import Search
 from apps.recsys.kinds import Kind, Ordinal, Outputs, Regression, kind_of
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables.outputs import values_by_task

@@ -13,7 +13,7 @@ import numpy as np
 
 from apps.base.checks import check_at_least
 from apps.data.given import NUMBERS
-from apps.equal_cost.comparable import Search
+from apps.equal_cost.comparison import Search
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.kinds import Count, Kind, Quantile, Revenue
 from apps.recsys.tables.estimators.base import PerTask, Rows, Task, best_of, outputs_of, quality_of, sparse_values

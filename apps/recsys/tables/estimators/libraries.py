@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from apps.data.given import NUMBERS
-from apps.equal_cost.comparable import Search
+from apps.equal_cost.comparison import Search
 from apps.recsys.encoding.features import Features
 from apps.recsys.kinds import Count, Kind, Regression, Revenue
 from apps.recsys.tables.estimators.base import PerTask, Rows, Task, best_of, outputs_of, quality_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from apps.equal_cost.comparable import Search
+from apps.equal_cost.comparison import Search
 from apps.recsys.kinds import Count, Kind, Regression, Revenue
 from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of, sparse_values
 from apps.recsys.tables.rows.arrays import TableArrays

@@ -46,7 +46,7 @@ def test_the_loss_is_the_cross_entropy_of_each_token_after_those_before_it():
     tokens_B = (batch.text_BL[:, 1:] != 0).sum(1)
     assert out.weight == int(tokens_B.sum())
     assert_close((out.loss, out.outputs.nll_B.float()), (nll_BL.sum() / tokens_B.sum(), nll_BL.sum(1)))
-    values = module.example_values([out])
+    values = module.comparison.example_values([out])
     assert (values.name, values.higher_is_better) == ("nats_per_token", False)
     assert values.mean == pytest.approx(float(out.loss))
 
@@ -94,11 +94,11 @@ def test_candidates_are_best_first_and_two_tests_are_compared_by_their_captions(
         return [{"index": i, "image": f"{i}.png", "caption": c, "references": own} for i, (c, own) in rows]
 
     good, bad = examples("a hat in red", "two blue shoes", "a green bag"), examples("hat", "one shoe", "bag of green")
-    bleu, chrf = trained.compare_examples(good, bad)
+    bleu, chrf = trained.comparison.compare_examples(good, bad)
     assert (bleu.name, chrf.name, bleu.over) == ("BLEU", "chrF++", "test images")
     assert chrf.difference == pytest.approx(100 - corpus_score("chrf", [e["caption"] for e in bad], texts))
-    refused("not of the same images", trained.compare_examples, good, bad[:2])
-    lines = trained.side_by_side({"sparse": good, "dense": bad}).splitlines()
+    refused("not of the same images", trained.comparison.compare_examples, good, bad[:2])
+    lines = trained.comparison.side_by_side({"sparse": good, "dense": bad}).splitlines()
     assert lines[:4] == ["0.png", "  text    a red hat", "  sparse  a hat in red", "  dense   hat"]
     assert len(lines) == 3 * 4 + 2  # an empty line between images
 
@@ -156,14 +156,14 @@ def test_the_encoder_begins_with_that_of_another_model_and_word_pieces_are_refus
 
 def test_a_dense_twin_costs_the_same_and_an_encoder_may_have_routers_that_a_decoder_may_not():
     module = captioner()
-    twin = module.baselines()["dense_equal_flops"].build()
+    twin = module.comparison.baselines()["dense_equal_flops"].build()
     assert not core.moe_layers(twin)
     # 2 experts of hidden dim 8 and the gate: 2 * 2 * 16 * 8 + 16 * 4 = 576 multiplications a token; a dense FFN of
     # hidden dim 18 has 2 * 16 * 18 = 576.
     assert twin.model.decoder.layers[1].ffn.w_in.out_features == 18
     assert twin.model.decoder.layers[0].ffn.w_in.out_features == DECODER.shape.hidden_dim
-    assert module.moe_block_names == ("model.decoder.layers.1.ffn",)
-    assert isinstance(module.with_moe(replace(MOE, router=core.Dense())).moe.router, core.Dense)
+    assert module.comparison.moe_block_names == ("model.decoder.layers.1.ffn",)
+    assert isinstance(module.comparison.with_moe(replace(MOE, router=core.Dense())).moe.router, core.Dense)
     moe = replace(MOE, router=core.ExpertChoice())
     module = captioner(moe=moe, encoder_moe_blocks="last1", decoder_moe_blocks="none")
     assert list(core.moe_layers(module)) == ["model.encoder.blocks.1.mlp"]

@@ -158,7 +158,7 @@ def test_each_tower_s_experts_see_one_modality():
         module(batch.image, batch.text_BL)
     names = [entry.name for entry in tape.entries]
     assert names == [f"model.towers.{part}.network.stack.layers.1.ffn" for part in ("image", "text")]
-    assert names == list(module.moe_block_names)
+    assert names == list(module.comparison.moe_block_names)
     for entry, kind in zip(tape.entries, (IMAGE, TEXT), strict=True):
         assert entry.context.modality_BS.unique().tolist() == [kind]
     figures = core.RoutingStats.from_tape(tape).layers[names[TEXT]].figures()

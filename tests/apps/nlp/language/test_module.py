@@ -101,7 +101,7 @@ def test_losses_and_metrics_are_means_over_the_tokens_after_the_first(data):
     assert [block.tokens for block in out.outputs] == [3, 2]
     assert [block.nll for block in out.outputs] == pytest.approx(nll_BL.sum(1).tolist(), rel=1e-5)
     # The values by example are the nats a token.
-    values = module.example_values([out, out])
+    values = module.comparison.example_values([out, out])
     assert (values.values_N.shape, values.higher_is_better) == ((4,), False)
     assert values.mean == pytest.approx(sum(block.nll for block in out.outputs) / 5, rel=1e-12)
     metrics = LanguageMetrics()
@@ -184,8 +184,8 @@ def test_attention_experts_train_beside_the_others_and_a_comparison_leaves_them(
     module = modeler(data, attention_moe=ATTENTION, decode=DecodeConfig("beam", num_beams=3, max_length_extra=4))
     heads = [f"model.decoder.layers.{i}.mixing.heads" for i in (0, 1)]
     assert list(core.moe_layers(module)) == [*heads, "model.decoder.layers.1.ffn"]
-    assert module.moe_block_names == ("model.decoder.layers.1.ffn",)
-    dense = module.baselines()["dense_equal_flops"].build()
+    assert module.comparison.moe_block_names == ("model.decoder.layers.1.ffn",)
+    dense = module.comparison.baselines()["dense_equal_flops"].build()
     assert [type(layer) for layer in core.moe_layers(dense).values()] == [core.AttentionMoE] * 2
     made = trainer(tmp_path, limit_val_batches=1, limit_train_batches=2)
     before = module.model.decoder.layers[0].mixing.heads.experts.w_q.detach().clone()
@@ -196,7 +196,7 @@ def test_attention_experts_train_beside_the_others_and_a_comparison_leaves_them(
     assert again.attention_moe == ATTENTION
     assert again.predict(["one two", "spring"]) == module.eval().predict(["one two", "spring"])
     alone = modeler(data, None, attention_moe=ATTENTION)
-    assert (alone.routed_layers(), alone.baselines()) == (None, {})
+    assert (alone.comparison.routed_layers(), alone.comparison.baselines()) == (None, {})
 
 
 def costs(module) -> dict[str, float]:
@@ -213,10 +213,10 @@ def test_each_sparse_block_may_have_a_layer_of_its_own_and_baselines_cost_what_t
     assert [layer.num_experts for layer in core.moe_layers(module).values()] == [2, 6]
     assert costs(module) == pytest.approx(1, abs=0.05)
     assert module.eval().predict(["one two"], max_length_extra=2)[0].startswith("one two")
-    dense = pickle.loads(pickle.dumps(module.baselines()["dense_equal_flops"].build))()
+    dense = pickle.loads(pickle.dumps(module.comparison.baselines()["dense_equal_flops"].build))()
     assert isinstance(dense.get_submodule("model.decoder.layers.0.ffn"), FeedForward)
-    assert dense.baselines() == {}
-    assert module.with_moe(core.MoEConfig(2)).moe.num_experts == 2
+    assert dense.comparison.baselines() == {}
+    assert module.comparison.with_moe(core.MoEConfig(2)).moe.num_experts == 2
 
 
 def test_it_learns_which_word_follows_which(data, tmp_path):
@@ -295,7 +295,7 @@ UNIVERSAL, DEPTHS = Universal(threshold=0.9, depth_penalty=0.001), MixtureOfDept
 def test_layers_that_tokens_enter_as_they_need_learn_and_continue_a_text(data, tmp_path, options, replaced):
     module = modeler(data, **options)
     # A comparison leaves the gates as they are, and counts a layer at each of its steps.
-    assert module.moe_block_names == (replaced,)
+    assert module.comparison.moe_block_names == (replaced,)
     if "universal" in options:
         assert costs(module) == pytest.approx(1, abs=0.05)
     made = trainer(tmp_path, max_epochs=3, limit_val_batches=0)

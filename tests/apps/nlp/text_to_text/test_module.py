@@ -177,7 +177,7 @@ def test_a_metric_of_ones_own_sees_the_text_and_its_row(data, monkeypatch, tmp_p
     # The even places are the task "first", whose mean is 0, and the odd ones "last".
     assert (tested["test/place"], tested["test/place_first"], tested["test/place_last"]) == (0.5, 0.0, 1.0)
     assert sorted(p for _, p, _ in seen) == list(range(20))
-    first = module.examples_of_test()
+    first = module.comparison.examples_of_test()
     better = [{**e, "scores": {"place": e["scores"]["place"] + 0.25}} for e in first]
-    (difference,) = module.compare_examples(better, first)
+    (difference,) = module.comparison.compare_examples(better, first)
     assert (difference.difference, difference.low, difference.high) == pytest.approx((0.25, 0.25, 0.25))

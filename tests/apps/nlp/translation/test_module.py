@@ -125,7 +125,7 @@ def test_the_loss_is_the_mean_over_the_target_tokens(data, smoothing, logits_sca
     # The values by example are the nats a token.
     with torch.no_grad():
         outs = [module.task_loss(batch) for batch in data.val_dataloader()]
-    values = module.example_values(outs)
+    values = module.comparison.example_values(outs)
     assert values.values_N.shape == (20,)
     nats = sum(float(out.loss) * out.weight for out in outs)
     assert values.mean == pytest.approx(nats / sum(out.weight for out in outs), rel=1e-5)
@@ -154,9 +154,9 @@ def test_routers_are_told_the_task_and_the_domain_in_the_order_of_the_pairs(two)
     assert set(batch.pair_B.tolist()) == {0, 1}
     assert not task_B.any()  # both are from English
     assert torch.equal(domain_B, batch.pair_B)  # two pairs, two targets
-    assert module.with_moe(core.MoEConfig(4, core.Task(num_tasks=1))).moe.router.num_tasks == 1
+    assert module.comparison.with_moe(core.MoEConfig(4, core.Task(num_tasks=1))).moe.router.num_tasks == 1
     with pytest.raises(ValueError, match="does not fit"):
-        module.with_moe(core.MoEConfig(4, core.Task(num_tasks=10)))
+        module.comparison.with_moe(core.MoEConfig(4, core.Task(num_tasks=10)))
 
 
 LORY = core.MoEConfig(4, core.Merge("lory", segment_length=4))
@@ -216,11 +216,11 @@ def test_baselines_cost_what_they_say_and_have_the_rest_of_the_sparse_model(data
     assert systems["dense_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.05)
     assert systems["dense_equal_params"].params_ratio == pytest.approx(1, abs=0.05)
     assert not any(s.refused for s in systems.values())
-    dense = pickle.loads(pickle.dumps(module.baselines()["dense_equal_flops"].build))()
-    assert (dense.moe, dense.baselines(), dense.label_smoothing) == (None, {}, module.label_smoothing)
+    dense = pickle.loads(pickle.dumps(module.comparison.baselines()["dense_equal_flops"].build))()
+    assert (dense.moe, dense.comparison.baselines(), dense.label_smoothing) == (None, {}, module.label_smoothing)
     assert {name: getattr(dense, name) for name in options} == options
     assert isinstance(dense.get_submodule("model.decoder.layers.1.ffn"), FeedForward)
-    assert translator(data).moe_block_names == ("model.decoder.layers.1.ffn",)
+    assert translator(data).comparison.moe_block_names == ("model.decoder.layers.1.ffn",)
 
 
 def test_a_list_of_layers_runs_through_the_encoder_and_then_the_decoder(data):
@@ -230,7 +230,7 @@ def test_a_list_of_layers_runs_through_the_encoder_and_then_the_decoder(data):
     numbers = {name: layer.num_experts for name, layer in core.moe_layers(module).items()}
     assert numbers == {"model.encoder.layers.0.ffn": 4, "model.decoder.layers.1.ffn": 8}
     assert len(module.eval().translate(batch, module.decode).ids) == len(batch.index_B)
-    assert "dense_equal_flops" in module.baselines()
+    assert "dense_equal_flops" in module.comparison.baselines()
     assert module.place.is_causal
     for ahead in (AHEAD, LORY):
         encoder = translator(data, ahead, encoder_moe_blocks="all", decoder_moe_blocks="none")
@@ -373,8 +373,8 @@ def test_how_validation_and_test_are_translated(data, tmp_path, monkeypatch, val
     if val_decode == "as_test":  # Without references in the data those of the batch are taken.
         made = trainer(tmp_path)
         made.test(module, data.test_dataloader(), verbose=False)
-        assert [e["reference"] for e in module.examples_of_test()] == data.references("test")
-        assert "source" not in module.examples_of_test()[0]
+        assert [e["reference"] for e in module.comparison.examples_of_test()] == data.references("test")
+        assert "source" not in module.comparison.examples_of_test()[0]
 
 
 def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):

@@ -103,9 +103,9 @@ def test_dense_towers_cost_as_much(data):
     assert systems["dense_equal_params"].params_ratio == pytest.approx(1, abs=0.05)
     assert systems["router_switch"].refused == ""
     assert "token_ids" in systems["router_hash"].refused
-    dense = pickle.loads(pickle.dumps(module.baselines()["dense_equal_flops"].build))()
+    dense = pickle.loads(pickle.dumps(module.comparison.baselines()["dense_equal_flops"].build))()
     assert not core.moe_layers(dense)
-    assert (dense.baselines(), dense.ks) == ({}, (1, 3))
+    assert (dense.comparison.baselines(), dense.ks) == ({}, (1, 3))
 
 
 @pytest.mark.filterwarnings("ignore")

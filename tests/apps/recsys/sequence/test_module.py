@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 import core
 from apps.cli.write.predictions import PredictionFile, columns_of
 from apps.compare.systems import find_systems
+from apps.recsys.sequence.comparison import baseline_widths
 from apps.recsys.sequence.data import HistoryBatch
 from apps.recsys.sequence.model import HistoryModelConfig
-from apps.recsys.sequence.module import NextItemRecommender, baseline_widths
+from apps.recsys.sequence.module import NextItemRecommender
 from apps.train.optim.optimizers import OptimizerConfig, parameter_groups
 from apps.train.step.distilling import DistilConfig
 
@@ -97,7 +98,7 @@ def test_the_values_by_example_are_the_ndcg():
     outs = [module.task_loss(EVAL)]
     metric = module.build_metrics()
     metric.update(outs[0].outputs, outs[0].targets)
-    values = module.example_values(outs)
+    values = module.comparison.example_values(outs)
     assert values.values_N.shape == (2,)  # the third history has no next item
     assert values.mean == pytest.approx(float(metric.compute()["ndcg_10"]), rel=1e-12)
 
@@ -216,25 +217,25 @@ def test_baseline_widths_by_hand_and_all_else_the_same():
     assert baseline_widths(TINY, None, 2) == {"sasrec_equal_flops": (29, ""), "sasrec_equal_params": (31, "")}
     sparse = build(moe_blocks=[1], optimizer=OptimizerConfig(lr=0.02), top_k=5, exclude_seen=True)
     for name, width in (("sasrec_equal_flops", 92), ("sasrec_equal_params", 151)):
-        baseline = sparse.baselines()[name]
+        baseline = sparse.comparison.baselines()[name]
         assert f"hidden dim {width} in moe_blocks, 16 elsewhere" in baseline.note
         dense = pickle.loads(pickle.dumps(baseline.build))()  # into another process
         assert not core.moe_layers(dense)
-        assert (dense.baselines(), dense.sequence.mixing) == ({}, "attention")
+        assert (dense.comparison.baselines(), dense.sequence.mixing) == ({}, "attention")
         assert [b.ffn.w_in.out_features for b in dense.model.blocks] == [16, width]
         assert (dense.optimizer_config, dense.top_k, dense.exclude_seen) == (OptimizerConfig(lr=0.02), 5, True)
     # Those of HSTU.
     sparse = build(sequence=dataclasses.replace(HSTU, time_buckets=16), moe_blocks=[1])
-    (hstu, _) = sparse.baselines().values()
+    (hstu, _) = sparse.comparison.baselines().values()
     assert hstu.note == "pointwise attention and dense FFNs, hidden dim 66 in moe_blocks, none elsewhere"
     dense = pickle.loads(pickle.dumps(hstu.build))()
-    assert (dense.moe_block_names, dense.baselines(), dense.sequence) == ((), {}, sparse.sequence)
+    assert (dense.comparison.moe_block_names, dense.comparison.baselines(), dense.sequence) == ((), {}, sparse.sequence)
     assert [None if b.ffn is None else b.ffn.w_in.out_features for b in dense.model.blocks] == [None, 66]
-    everywhere = build(sequence=HSTU).baselines()
+    everywhere = build(sequence=HSTU).comparison.baselines()
     sasrec = everywhere["sasrec_equal_flops"].build()
     assert sasrec.sequence.mixing == "attention"
     assert sasrec.model.pair_bias is not None  # the scores of both have biases by distance
-    assert build(None, sequence=HSTU).baselines() == {}
+    assert build(None, sequence=HSTU).comparison.baselines() == {}
 
 
 SPARSE = {

@@ -154,10 +154,10 @@ def test_experts_in_the_decoder_too():
     assert [entry.routing.num_tokens for entry in tape.entries] == [3, 9]  # three codes of each item
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
     names = dict(module.named_modules())
-    assert module.moe_block_names == ("model.blocks.0.ffn", "model.generator.stack.layers.0.ffn")
-    assert all(name in names for name in module.moe_block_names)
-    assert set(module.baselines()) == {"tiger_equal_flops", "tiger_equal_params"}
-    twin = module.baselines()["tiger_equal_flops"].build()
+    assert module.comparison.moe_block_names == ("model.blocks.0.ffn", "model.generator.stack.layers.0.ffn")
+    assert all(name in names for name in module.comparison.moe_block_names)
+    assert set(module.comparison.baselines()) == {"tiger_equal_flops", "tiger_equal_params"}
+    twin = module.comparison.baselines()["tiger_equal_flops"].build()
     assert twin.model.generator.stack.layers[0].ffn.w_in.weight.shape == twin.model.blocks[0].ffn.w_in.weight.shape
 
 

@@ -10,7 +10,7 @@ from every_kind import every_kind
 from refusals import refused
 from sklearn.metrics import log_loss, roc_auc_score
 
-from apps.equal_cost.comparable import Estimator, Search
+from apps.equal_cost.comparison import Estimator, Search
 from apps.recsys.encoding.features import Target
 from apps.recsys.kinds import kind_of
 from apps.recsys.tables.estimators import (

@@ -19,10 +19,10 @@ import core
 from apps.compare.systems import check_equal, measure_cost
 from apps.recsys.encoding.features import Features, Target
 from apps.recsys.kinds import Outputs
-from apps.recsys.tables.baselines import BOTTOMS, ESTIMATORS, bottom, bottom_widths
 from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.columns.dense import DenseConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
+from apps.recsys.tables.comparison import BOTTOMS, ESTIMATORS, bottom, bottom_widths
 from apps.recsys.tables.model import InteractionConfig
 from apps.recsys.tables.module import MultiTaskRecommender, last_weight
 from apps.recsys.tables.negatives.weighting import WeightingConfig
@@ -55,7 +55,7 @@ def test_the_values_by_example_are_the_mean_auc_and_metrics_of_counts_are_an_opt
     metric = module.build_metrics()
     for out in outs:
         metric.update(out.outputs, out.targets, out.groups)
-    values = module.example_values(outs)
+    values = module.comparison.example_values(outs)
     assert (values.values_N.shape, values.name) == ((40,), "mean auc")
     assert values.mean == pytest.approx(float(metric.compute()["auc"]), rel=1e-6)
     module, exact = build(score_bins=4096), build()
@@ -208,7 +208,7 @@ def test_an_ensemble_is_its_members():
     out = module.task_loss(batch())
     assert_close(out.loss, losses(z_MBt, batch().label_Bt).sum())
     assert_close(out.outputs, module(batch()))
-    assert module.moe_block_names == tuple(f"model.members.{i}.shared" for i in range(3))
+    assert module.comparison.moe_block_names == tuple(f"model.members.{i}.shared" for i in range(3))
 
 
 def test_members_that_share_weights_train_and_predict_as_their_mean(tmp_path):
@@ -251,8 +251,8 @@ def test_bad_arguments_are_refused(options, match):
 def test_baselines_cost_what_the_shared_layer_does(shared):
     domains = 3 if isinstance(shared, core.M3oE | core.STAR) else 0
     module, rows = build(shared, features=features(num_domains=domains)), batch(64, num_domains=domains)
-    own_cost = measure_cost(module, rows, module.moe_block_names)
-    by_name = module.baselines()
+    own_cost = measure_cost(module, rows, module.comparison.moe_block_names)
+    by_name = module.comparison.baselines()
     assert list(by_name)[:4] == [
         f"{kind}_equal_{what}" for kind in ("shared_bottom", "single_task") for what in ("flops", "params")
     ]
@@ -261,7 +261,7 @@ def test_baselines_cost_what_the_shared_layer_does(shared):
             assert "coincides" in by_name[name].note
             continue
         twin = by_name[name].build()
-        its = measure_cost(twin, rows, module.moe_block_names)
+        its = measure_cost(twin, rows, module.comparison.moe_block_names)
         assert check_equal(name, own_cost, its) == ""
         assert type(twin.shared_config) is (SingleTask if name.startswith("single") else SharedBottom)
         pickle.loads(pickle.dumps(by_name[name]))
@@ -288,25 +288,27 @@ def test_the_widths_of_bottoms_by_hand():
 def test_baselines_have_what_they_can_and_a_comparison_says_what_is_not_sparse():
     # Single-task models have nothing that joins tasks.
     module = build(head=HeadConfig("aitm"), weighting=WeightingConfig("uncertainty"), num_members=2)
-    twin = module.baselines()["single_task_equal_flops"].build()
+    twin = module.comparison.baselines()["single_task_equal_flops"].build()
     assert (twin.head.kind, twin.weighting_config.kind, twin.num_members) == ("plain", "fixed", 2)
-    assert module.baselines()["shared_bottom_equal_flops"].build().head.kind == "aitm"
+    assert module.comparison.baselines()["shared_bottom_equal_flops"].build().head.kind == "aitm"
     # Gates by domain and column are those of the bottom alone.
     head = HeadConfig(personal=("city",), domain_dim=4)
     module = build(features=features(num_domains=3), head=head, gate_embeddings=5)
-    by_name = module.baselines()
+    by_name = module.comparison.baselines()
     bottom_twin, single = (by_name[f"{kind}_equal_flops"].build() for kind in ("shared_bottom", "single_task"))
     assert (bottom_twin.head, bottom_twin.gate_embeddings) == (head, 5)
     assert (single.head, single.gate_embeddings) == (HeadConfig(), 0)
-    by_name = build().baselines()
+    by_name = build().comparison.baselines()
     for name, (kind, _) in ESTIMATORS.items():
         assert type(by_name[name].build()) is kind
-    assert (build(SharedBottom()).baselines(), build(SharedBottom()).moe_block_names) == ({}, ())
-    assert build(core.MMoE(num_experts=2)).note == "MMoE with dense gates: every expert computes every example"
-    assert build(core.SMES(8)).note == ""
-    assert build(core.MMoE(num_experts=2, router=core.TokenChoice(top_k=1))).note == ""
+    assert (build(SharedBottom()).comparison.baselines(), build(SharedBottom()).comparison.moe_block_names) == ({}, ())
+    assert (
+        build(core.MMoE(num_experts=2)).comparison.note == "MMoE with dense gates: every expert computes every example"
+    )
+    assert build(core.SMES(8)).comparison.note == ""
+    assert build(core.MMoE(num_experts=2, router=core.TokenChoice(top_k=1))).comparison.note == ""
     star = build(core.STAR(), features=features(num_domains=2))
-    assert (star.note, star.heading) == ("", "STAR")
+    assert (star.comparison.note, star.comparison.heading) == ("", "STAR")
 
 
 def trainer(tmp_path, **options):

@@ -40,7 +40,7 @@ def build(shared, num_domains=DOMAINS, **options):
 def test_the_rest_of_the_model_stays_and_experts_make_the_layer_cost_the_same():
     module = build(core.MMoE(8, core.MLP((16, 8)), backend="eager"), num_domains=0)
     D = module.input_dim
-    made = routers.Variant(module, "switch").config()
+    made = routers.Variant(module.comparison, "switch").config()
     # Dense: 8 experts of 2 (16 D + 16 * 8), and 16 gates that each are a product of D and weight 8 numbers.
     dense = 8 * 2 * (16 * D + 16 * 8) + 2 * 16 * (D + 8)
     assert module.shared_config.flops_per_token(D, 2) == dense
@@ -60,7 +60,7 @@ def test_the_rest_of_the_model_stays_and_experts_make_the_layer_cost_the_same():
         expert_dropout=0.1,
         balance=core.Balance(load_balancing_loss=0.5, importance=0.1),
     )
-    twin = routers.Variant(build(shared, num_members=2), "v_moe")()
+    twin = routers.Variant(build(shared, num_members=2).comparison, "v_moe")()
     made = twin.shared_config
     assert (twin.num_members, made.selection, made.expert_dropout) == (2, "shared", 0.1)
     assert made.router == core.TokenChoice(2, normalize=False, noise="fixed")
@@ -71,7 +71,7 @@ def test_the_rest_of_the_model_stays_and_experts_make_the_layer_cost_the_same():
 @pytest.mark.parametrize("name", routers.overlays())
 def test_every_router_trains_or_says_why_not(name):
     module, rows = build(core.MMoE(8, core.MLP((8,)))), batch(24, num_domains=DOMAINS)
-    variant = routers.variants(module, [name])[f"router_{name}"]
+    variant = routers.variants(module.comparison, [name])[f"router_{name}"]
     if name in OTHER_IDS:
         assert variant.build is None
         assert variant.note.endswith(OTHER_IDS[name])
@@ -107,7 +107,7 @@ def test_a_bottom_and_a_router_that_lacks_something_are_said_in_a_line():
         "router_hierarchical: num_groups=4 does not divide num_experts=3; Hierarchical (arXiv 1701.06538)"
     )
     with pytest.raises(ValueError, match=r"^--routers hash: MultiTaskRecommender has no layer to put it into$"):
-        routers.variants(build(SharedBottom()), ["hash"])
+        routers.variants(build(SharedBottom()).comparison, ["hash"])
 
 
 @pytest.mark.parametrize(
@@ -115,5 +115,5 @@ def test_a_bottom_and_a_router_that_lacks_something_are_said_in_a_line():
 )
 def test_gates_that_no_router_replaces_are_refused(shared):
     with pytest.raises(ValueError, match=rf"^--routers top2: {type(shared).__name__} takes no router in place of its"):
-        routers.variants(build(shared), ["top2", "hash"])
-    assert routers.variants(build(shared), []) == {}
+        routers.variants(build(shared).comparison, ["top2", "hash"])
+    assert routers.variants(build(shared).comparison, []) == {}

@@ -239,8 +239,8 @@ def test_training_lowers_every_loss_and_predictions_have_their_columns(tmp_path)
     # AUC and R^2 have no unit: a model of both kinds is judged by their mean.
     mains = ("auc_clicked", "r2_price", "r2_visits", "r2_stars", "auc_colour")
     assert_close(computed["quality"], sum(computed[name] for name in mains) / 5)
-    assert (model.monitor, model.task_metrics) == ("val/quality", mains)
-    values = model.example_values([out])
+    assert (model.monitor, model.comparison.task_metrics) == ("val/quality", mains)
+    values = model.comparison.example_values([out])
     assert values.name == "mean quality"
     assert_close(values.values_N.mean(), computed["quality"], rtol=1e-6, atol=0)
 

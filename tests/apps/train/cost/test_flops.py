@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import core
 from apps.compare.systems import find_systems
-from apps.equal_cost.comparable import Baseline, Comparable
+from apps.equal_cost.comparison import Baseline, Comparison
 from apps.train.cost.flops import measure_cost, megaflops, num_examples
 from apps.train.step.module import TaskOutput
 from apps.train.watch.logs import MetricsCSV
@@ -21,7 +21,7 @@ from apps.train.watch.logs import MetricsCSV
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=8, bias=True))
 
 
-class Rows(TinyModule, Comparable):
+class Rows(TinyModule):
     """Classifies a row of points by the mean of their logits."""
 
     def forward(self, x_BSD):
@@ -34,8 +34,13 @@ class Rows(TinyModule, Comparable):
     def cost_unit(self, batch):
         return f"a row of {batch[0].shape[1]} points"
 
+
+class RowComparison(Comparison):
     def baselines(self):
         return {"dense": Baseline(lambda: Rows(3))}
+
+
+COMPARISON = RowComparison
 
 
 class Called:

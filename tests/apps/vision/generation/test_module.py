@@ -54,7 +54,7 @@ def test_the_loss_follows_from_the_number_and_training_hides_some_classes():
     noised = fixed_noise("flow", batch().image, batch().index)
     assert_close((out.outputs, out.loss), (noised.target.square().mean((1, 2, 3)), out.outputs.mean()))
     assert_close(module.task_loss(ImageBatch(*(part[1:3] for part in batch()))).outputs, out.outputs[1:3])
-    values = module.example_values([out])
+    values = module.comparison.example_values([out])
     assert values.name == "loss"
     assert not values.higher_is_better
     assert values.mean == pytest.approx(float(out.loss))
@@ -71,7 +71,10 @@ def test_the_loss_follows_from_the_number_and_training_hides_some_classes():
 
 def test_dense_twins_cost_the_same_and_values_go_together():
     module = built()
-    flops, twin = module.routed_layers().flops_per_token(), module.baselines()["dense_equal_flops"].build()
+    flops, twin = (
+        module.comparison.routed_layers().flops_per_token(),
+        module.comparison.baselines()["dense_equal_flops"].build(),
+    )
     ffn = twin.model.blocks[1].mlp
     # Two matmuls of 8 x F, two FLOPs each; the router's 2 * 8 * 4 are in the sparse layer's.
     assert (4 * 8 * ffn.fc1.out_features, core.moe_layers(twin)) == (pytest.approx(flops, rel=0.1), {})

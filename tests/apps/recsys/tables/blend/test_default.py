@@ -3,7 +3,7 @@
 import numpy as np
 from every_kind import every_kind
 
-from apps.equal_cost.comparable import Search
+from apps.equal_cost.comparison import Search
 from apps.recsys.tables.blend import trees as trees_module
 from apps.recsys.tables.blend.default import DefaultBlend, size_of
 from apps.recsys.tables.module import MultiTaskRecommender

@@ -1,7 +1,7 @@
-"""A module answers a comparison through ``Comparable``: its baselines, blocks that they replace, routers and examples.
+"""``Comparison`` is a model as ``moesaic compare`` sees it: its baselines, what they replace, its routers and examples.
 
-Its matched dense baselines and the search of an estimator's settings are here too. Training uses none of this. A module
-that is to be compared takes ``Comparable`` in addition to ``SparseModule``.
+Its matched dense baselines and the search of an estimator's settings are here too. Training uses none of this. A room
+registers its own as ``COMPARISON``, which ``apps.registry.comparison_of`` finds.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 
 import core
 from apps.nets.depths import TokenGate
 from apps.nets.place import Place
 from apps.train.step.module import TaskOutput
-from core.convert import SolvedWidth, same_width, solve_width
+from core.convert import SolvedWidth, SparseFFN, same_width, solve_width, twin_widths
 
 
 class Search:
@@ -192,17 +193,22 @@ class RoutedLayers:
 
 def heading_of(layers: Iterable[tuple[core.MoEConfig | core.MultiGateConfig, int]]) -> str:
     """Return the name in tables of a model with these layers, each given with the width D of its tokens."""
+    heading = "sparse"
     for config, dim in layers:
         if not isinstance(config, core.MoEConfig):
             return "sparse"
         moe = config.split(dim)
         if moe.router.pairs_per_token(moe.num_experts) < moe.num_experts:
             return "sparse"
-    return "MoE, all experts"
+        heading = "MoE, all experts"
+    return heading
 
 
-class Comparable:
-    """A module that ``moesaic compare`` can ask. Every answer has a default, so a subclass gives those it has.
+class Comparison:
+    """A model as ``moesaic compare`` sees it. Every answer has a default, so a subclass gives those it has.
+
+    Args:
+        module: the ``SparseModule``.
 
     Attributes:
         note: remark of a comparison on the model; mostly empty.
@@ -213,13 +219,15 @@ class Comparable:
     note: str = ""
     task_metrics: tuple[str, ...] = ()
 
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
     @property
     def heading(self) -> str:
         """Return the name of this model in tables: a model that computes every expert is not called sparse."""
         layers = self.routed_layers()
-        if layers is None:
-            return "sparse"
-        return heading_of((config, layers.dim) for config in layers.configs)
+        own = [] if layers is None else [(config, layers.dim) for config in layers.configs]
+        return heading_of(own or [(m.config, m.dim) for m in self.module.modules() if isinstance(m, SparseFFN)])
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Return the models to compare this one with, by name."""
@@ -228,7 +236,7 @@ class Comparable:
     @property
     def moe_block_names(self) -> tuple[str, ...]:
         """Return dotted names of the blocks that a baseline replaces: the MoE layers, or the blocks around them."""
-        layers = core.moe_layers(self)  # type: ignore[arg-type]
+        layers = core.moe_layers(self.module)
         return tuple(name for name, layer in layers.items() if not isinstance(layer, TokenGate))
 
     def routed_layers(self) -> RoutedLayers | None:
@@ -237,7 +245,7 @@ class Comparable:
 
     def with_moe(self, moe: Any) -> Any:
         """Return an untrained copy of the model, with MoE layers of another configuration of the same class."""
-        return self.twin(moe=moe, dense_ffn=None)  # type: ignore[attr-defined]  # of the ``SparseModule`` beside it
+        return self.module.twin(moe=moe, dense_ffn=None)
 
     def examples_of_test(self) -> list[dict[str, Any]]:
         """Return plain values for each example of the last test, which a comparison keeps; empty for none."""
@@ -256,6 +264,10 @@ class Comparable:
             outs: what ``task_loss`` returns in evaluation for each batch of the pass.
         """
         return None
+
+    def task_values(self, outs: Sequence[TaskOutput]) -> dict[str, tuple[str, np.ndarray]]:
+        """Return, by task, the name of its metric and float64 (N,) values by example whose mean it is; may be empty."""
+        return {}
 
     def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         """Return lines that show some examples as each system, named by its heading, answers them; may be empty."""
@@ -298,17 +310,19 @@ def equal_widths(
     }
 
 
-def dense_twins(sparse: Comparable, dense: core.DenseFFN) -> dict[str, Baseline]:
+def dense_twins(sparse: Comparison, dense: core.DenseFFN) -> dict[str, Baseline]:
     """Return dense models of equal active FLOPs and of equal parameters.
 
-    The other blocks of ``sparse`` have the FFN ``dense``; only the FFNs instead of experts are wider, all alike.
+    The other blocks of the model have the FFN ``dense``; only the FFNs instead of experts are wider, all alike.
     """
     layers = sparse.routed_layers()
     if layers is None:
         return {}
     widths = equal_widths("dense", dense, layers.dim, layers.flops_per_token(), layers.num_params())
     says = f"FFN hidden dim {{width}} in place of experts, {dense.hidden(layers.dim)} elsewhere"
-    return baselines_of(widths, lambda width: DenseTwin(sparse, dataclasses.replace(dense, hidden_dim=width)), says)
+    return baselines_of(
+        widths, lambda width: DenseTwin(sparse.module, dataclasses.replace(dense, hidden_dim=width)), says
+    )
 
 
 def baselines_of(
@@ -331,4 +345,35 @@ def baselines_of(
             baselines[name] = Baseline(None, f"coincides with {twin}: {note}, there {widths[twin].width}")
         else:
             baselines[name] = Baseline(build(width), note)
+    return baselines
+
+
+def adopted_twins(
+    dense: nn.Module, sparse: nn.Module, build: Callable[[Literal["flops", "params"]], Callable[[], Any]]
+) -> dict[str, Baseline]:
+    """Return the baselines of a network that ``core.sparsify`` made: wider networks in place of experts.
+
+    Args:
+        dense: the network that it was made of.
+        sparse: the network itself.
+        build: returns what makes the twin of equal "flops" or "params"; its result pickles.
+    """
+    baselines: dict[str, Baseline] = {}
+    widths: dict[str, list[int]] = {}
+    costs: tuple[Literal["flops", "params"], ...] = ("flops", "params")
+    for cost in costs:
+        name = f"dense_equal_{cost}"
+        try:
+            solved = twin_widths(dense, sparse, cost).values()
+        except ValueError as error:
+            baselines[name] = Baseline(None, str(error))
+            continue
+        own = [width.width for width in solved]
+        changes = ", ".join(dict.fromkeys(f"{width.before} to {width.width}" for width in solved))
+        note = f"hidden dim {changes} in place of experts"
+        twin = next((n for n, other in widths.items() if all(map(same_width, own, other))), None)
+        if twin is None:
+            baselines[name], widths[name] = Baseline(build(cost), note), own
+        else:
+            baselines[name] = Baseline(None, f"coincides with {twin}: {note}")
     return baselines

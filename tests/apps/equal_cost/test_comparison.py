@@ -9,32 +9,28 @@ from refusals import refused
 from tiny_app import TinyModule
 from trainings import MOE
 
-import apps.equal_cost.comparable
+import apps.equal_cost.comparison
 import core
 from apps.base.files import CONFIGS
 from apps.equal_cost import routers
-from apps.equal_cost.comparable import Comparable, RoutedLayers, Search, equal_widths
+from apps.equal_cost.comparison import Comparison, RoutedLayers, Search, equal_widths
 from apps.nets.place import Place
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
 
 
-class Silent(TinyModule, Comparable):
-    """A module with an MoE layer that tells a comparison nothing."""
-
-
 def test_every_question_has_an_answer():
-    module = Silent(3, moe=MOE)
-    assert module.moe_block_names == ("net.3",)
-    assert (module.note, module.baselines(), module.routed_layers()) == ("", {}, None)
-    assert module.examples_of_test() == module.compare_examples([], []) == []
-    assert module.side_by_side({}) == ""
-    assert module.example_values([]) is None
-    assert routers.variants(module, []) == {}
-    refused("--routers hash: Silent has no layer to put it into", routers.variants, module, ["hash"])
+    model = Comparison(TinyModule(3, moe=MOE))
+    assert model.moe_block_names == ("net.3",)
+    assert (model.note, model.baselines(), model.routed_layers()) == ("", {}, None)
+    assert model.examples_of_test() == model.compare_examples([], []) == []
+    assert model.side_by_side({}) == ""
+    assert model.example_values([]) is None
+    assert routers.variants(model, []) == {}
+    refused("--routers hash: TinyModule has no layer to put it into", routers.variants, model, ["hash"])
 
 
-class Routed(Silent):
+class Routed(Comparison):
     def routed_layers(self) -> RoutedLayers:
         return RoutedLayers(self.moe_config, 8, Place("Routed"))
 
@@ -43,24 +39,24 @@ class Routed(Silent):
 
 
 def test_a_model_that_computes_every_expert_is_not_called_sparse():
-    module = Routed(3, moe=MOE)  # 4 experts
+    model = Routed(TinyModule(3, moe=MOE))  # 4 experts
     for router, heading in ((core.TokenChoice(3), "sparse"), (core.Dense(), "MoE, all experts")):
-        module.moe_config = dataclasses.replace(MOE, router=router)
-        assert module.heading == heading
+        model.moe_config = dataclasses.replace(MOE, router=router)
+        assert model.heading == heading
     # A router of 2 * 8 * 4 FLOPs a token, two of four experts with 2 * 2 * 8 * 8 each.
     assert RoutedLayers(MOE, 8, Place("Tiny")).flops_per_token() == 2 * 8 * 4 + 2 * 2 * 2 * 8 * 8
 
 
 def test_fine_grained_layers_keep_their_granularity_under_another_router():
-    module = Routed(3, moe=MOE)
-    module.moe_config = core.MoEConfig(4, core.TokenChoice(2), core.FFN(24), granularity=3)
-    assert module.heading == "sparse"
-    systems = routers.variants(module, ["switch", "expert_choice"])
+    model = Routed(TinyModule(3, moe=MOE))
+    model.moe_config = core.MoEConfig(4, core.TokenChoice(2), core.FFN(24), granularity=3)
+    assert model.heading == "sparse"
+    systems = routers.variants(model, ["switch", "expert_choice"])
     # A token takes 3 * 1 experts of width w in place of 3 * 2 of width 8: w is 16 at equal FLOPs.
     assert systems["router_switch"].note == "TokenChoice, FFN, expert hidden dim 16"
     moe = systems["router_switch"].build()
     assert (moe.granularity, moe.router.top_k, moe.expert.hidden_dim) == (3, 1, 48)
-    assert moe.flops_per_token(8) == module.moe_config.flops_per_token(8)
+    assert moe.flops_per_token(8) == model.moe_config.flops_per_token(8)
     assert systems["router_expert_choice"].build is None
     assert systems["router_expert_choice"].note.startswith("granularity=3 multiplies top_k, which ExpertChoice")
 
@@ -84,7 +80,7 @@ def test_dense_ffns_of_equal_cost_have_a_width_or_none():
 
 def test_a_setting_is_begun_while_there_is_time_and_then_finished(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(apps.equal_cost.comparable, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(apps.equal_cost.comparison, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     kept, ran = [], []
 
     def lasts(seconds, quality):
@@ -138,13 +134,13 @@ def test_an_overlay_of_something_else_is_refused(tmp_path: Path, text: str, rule
 def test_one_command_takes_all_overlays_of_experts_and_shared_ones_are_widened():
     vit = ViTConfig(variant="nano", patch_size=4, embed_dim=16, depth=2, num_heads=2)
     module = VisionClassifier(vit, core.MoEConfig(8, core.TokenChoice(2), core.FFN(32)), [1], image_size=8)
-    systems = routers.variants(module, [str(path) for path in (CONFIGS / "experts").glob("*.yaml")])
+    systems = routers.variants(module.comparison, [str(path) for path in (CONFIGS / "experts").glob("*.yaml")])
     named = {name.removeprefix("router_"): baseline for name, baseline in systems.items()}
     built = {name for name, baseline in named.items() if baseline.build is not None}
     assert built >= {"clamped_swiglu", "expert_dropout", "fine_grained", "lora", "swiglu", "two_widths"}
     assert named["pyramid"].note == "it sets no fields of one model.init_args.moe for all layers"
     assert "depths" in named["mixture_of_depths"].note
     # 8 low-rank updates of rank 8, two a token, are 2 x 32 D FLOPs, and the gate 16 D; an FFN is 4 D F.
-    lora = routers.Variant(module, str(CONFIGS / "experts/lora.yaml"))
+    lora = routers.Variant(module.comparison, str(CONFIGS / "experts/lora.yaml"))
     assert lora.config().shared_expert == core.FFN(64 - 16)
     assert named["lora"].note == "TokenChoice, LoRA, shared expert hidden dim 48"
