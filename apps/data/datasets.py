@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
 import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from apps import registry
 from apps.base.checks import check_name
@@ -65,6 +67,21 @@ class Dataset:
     def files(self, folder: Path) -> list[Path]:
         """Return the files of any layout that ``folder`` holds, sorted."""
         return sorted({path for layout in self.layouts for name in layout for path in folder.glob(name)})
+
+
+@dataclass(frozen=True)
+class Late:
+    """A function that is imported when it is called, so that a list of datasets imports no library of their readers.
+
+    Attributes:
+        path: its module and its name.
+    """
+
+    path: str
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        module, _, name = self.path.rpartition(".")
+        return getattr(importlib.import_module(module), name)(*args, **options)
 
 
 _REGISTRY: dict[str, Dataset] = {}

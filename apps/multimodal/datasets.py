@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from apps.data.datasets import Dataset, register
+from apps.data.datasets import Dataset, Late, register
 from apps.data.sources import Made
-from apps.multimodal.pairs import shapes
-from apps.multimodal.pairs.pairs import RawPairs, ReadOptions
-from apps.multimodal.readers import captions, fashion_products, tables
+
+if TYPE_CHECKING:
+    from apps.multimodal.pairs.pairs import RawPairs, ReadOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,6 @@ class PairDataset(Dataset):
     read: Callable[[Path, ReadOptions], RawPairs]
 
 
-def _read_shapes(folder: Path, options: ReadOptions) -> RawPairs:
-    names = [name for name in options.attributes if name in shapes.ATTRIBUTES or not options.optional]
-    return shapes.read_shapes(names)
-
-
 PAIR_DATASETS: dict[str, PairDataset] = {
     d.name: d
     for d in (
@@ -50,26 +45,26 @@ PAIR_DATASETS: dict[str, PairDataset] = {
             name="shapes",
             title="synthetic colored shapes with a sentence each, 32x32, 2,000 train, 250 val, 250 test",
             layouts=(("shapes.py",),),
-            sources=(Made(Path(shapes.__file__)),),
+            sources=(Made(Path(__file__).with_name("pairs") / "shapes.py"),),
             license="free",
-            image_size=shapes.SIDE,
+            image_size=32,
             mean=(0.5, 0.5, 0.5),
             std=(0.3, 0.3, 0.3),
-            attributes=tuple(shapes.ATTRIBUTES),
+            attributes=("colour", "shape", "size", "texture", "place", "background"),
             made=True,
-            read=_read_shapes,
+            read=Late("apps.multimodal.pairs.shapes.read_known"),
         ),
         PairDataset(
             name="fashion_products",
             title="photos of 9,583 fashion products, 112x112, with titles and 7 labels; split 8:1:1 by title",
-            layouts=((fashion_products.TABLE, fashion_products.IMAGES),),
+            layouts=(("products.csv", "images112.npz"),),
             license="none stated; research use",
             note="A subset of Fashion Product Images (Kaggle, Myntra's photos): products.csv and images112.npz.",
             image_size=64,
             mean=(0.84, 0.83, 0.82),
             std=(0.27, 0.28, 0.28),
-            attributes=fashion_products.ATTRIBUTES,
-            read=fashion_products.read_fashion_products,
+            attributes=("gender", "masterCategory", "subCategory", "articleType", "baseColour", "season", "usage"),
+            read=Late("apps.multimodal.readers.fashion_products.read_fashion_products"),
         ),
         PairDataset(
             name="coco_captions",
@@ -91,7 +86,7 @@ PAIR_DATASETS: dict[str, PairDataset] = {
             ),
             license="captions CC BY 4.0; photos by the terms of Flickr",
             note="Fetched by hand from cocodataset.org.",
-            read=captions.read_coco,
+            read=Late("apps.multimodal.readers.captions.read_coco"),
         ),
         PairDataset(
             name="flickr30k",
@@ -104,7 +99,7 @@ PAIR_DATASETS: dict[str, PairDataset] = {
             ),
             license="research and education; photos by the terms of Flickr",
             note="Asked for at shannon.cs.illinois.edu/DenotationGraph.",
-            read=captions.read_flickr30k,
+            read=Late("apps.multimodal.readers.captions.read_flickr30k"),
         ),
         PairDataset(
             name="image_captions",
@@ -113,7 +108,7 @@ PAIR_DATASETS: dict[str, PairDataset] = {
             license="yours",
             note="--data.table names the .csv, .tsv, .jsonl or .parquet file.",
             is_table=True,
-            read=tables.read_table,
+            read=Late("apps.multimodal.readers.tables.read_table"),
         ),
     )
 }

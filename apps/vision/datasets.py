@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torchvision.datasets import MNIST, FashionMNIST
-
-from apps.data.datasets import Dataset, register
+from apps.data.datasets import Dataset, Late, register
 from apps.data.sources import DebianPackage, File, PythonPackage, UrlSource
-from apps.vision.image_set import Splits
-from apps.vision.readers import read_cifar, read_csv_digits, read_mnist
+
+if TYPE_CHECKING:
+    from apps.vision.image_set import Splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +56,40 @@ _CIFAR100_NAMES = (
 # fmt: on
 
 
-def _idx_files(kind: type[MNIST]) -> tuple[File, ...]:
-    """Return the four gzipped files of MNIST or Fashion-MNIST with their MD5, which torchvision knows."""
-    return tuple(File(name, f"md5:{digest}") for name, digest in kind.resources)
+_FASHION_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_MD5_OF_MNIST = (
+    "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "d53e105ee54ea40749a09fcbcd1e9432",
+    "9fb629c4189551a2d022fa330f9573f3",
+    "ec29112dd5afa0611ce80d1b7f02629c",
+)
+_MD5_OF_FASHION = (
+    "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "25c81989df183df01b3e8a0aad5dffbe",
+    "bef4ecab320f06d8554ea6380940ec79",
+    "bb300cfdad3c16e7a12a480ee83cd310",
+)
 
 
-def _idx_layouts(kind: type[MNIST]) -> tuple[tuple[str, ...], ...]:
-    zipped = tuple(file.name for file in _idx_files(kind))
-    plain = tuple(name.removesuffix(".gz") for name in zipped)
-    return (zipped, plain, tuple(f"{kind.__name__}/raw/{name}" for name in plain))
+def _idx_files(digests: tuple[str, ...]) -> tuple[File, ...]:
+    """Return the four gzipped files of MNIST or Fashion-MNIST with their MD5."""
+    return tuple(File(f"{name}.gz", f"md5:{digest}") for name, digest in zip(_IDX, digests, strict=True))
+
+
+def _idx_layouts(folder: str) -> tuple[tuple[str, ...], ...]:
+    return (tuple(f"{name}.gz" for name in _IDX), _IDX, tuple(f"{folder}/raw/{name}" for name in _IDX))
 
 
 VISION_DATASETS: dict[str, VisionDataset] = {
@@ -81,7 +106,7 @@ VISION_DATASETS: dict[str, VisionDataset] = {
             mean=(0.3053,),
             std=(0.3760,),
             class_names=_DIGIT_NAMES,
-            read=partial(read_csv_digits, name="digits.csv.gz", side=8, top=16),
+            read=partial(Late("apps.vision.readers.read_csv_digits"), name="digits.csv.gz", side=8, top=16),
         ),
         VisionDataset(
             name="mnist5k",
@@ -100,37 +125,37 @@ VISION_DATASETS: dict[str, VisionDataset] = {
             mean=(0.1307,),
             std=(0.3081,),
             class_names=_DIGIT_NAMES,
-            read=partial(read_csv_digits, name="mnist_5k.csv.gz", side=28, top=255),
+            read=partial(Late("apps.vision.readers.read_csv_digits"), name="mnist_5k.csv.gz", side=28, top=255),
         ),
         VisionDataset(
             name="mnist",
             title="MNIST, handwritten digits, 28x28 gray, 60,000 train, 10,000 test, 10 classes",
-            layouts=_idx_layouts(MNIST),
+            layouts=_idx_layouts("MNIST"),
             sources=(
-                UrlSource("https://ossci-datasets.s3.amazonaws.com/mnist/", _idx_files(MNIST)),
-                UrlSource("http://yann.lecun.com/exdb/mnist/", _idx_files(MNIST)),
+                UrlSource("https://ossci-datasets.s3.amazonaws.com/mnist/", _idx_files(_MD5_OF_MNIST)),
+                UrlSource("http://yann.lecun.com/exdb/mnist/", _idx_files(_MD5_OF_MNIST)),
             ),
             license="CC BY-SA 3.0",
             image_size=28,
             mean=(0.1307,),
             std=(0.3081,),
             class_names=_DIGIT_NAMES,
-            read=partial(read_mnist, folder="MNIST"),
+            read=partial(Late("apps.vision.readers.read_mnist"), folder="MNIST"),
         ),
         VisionDataset(
             name="fashion_mnist",
             title="Fashion-MNIST, articles of clothing, 28x28 gray, 60,000 train, 10,000 test, 10 classes",
-            layouts=_idx_layouts(FashionMNIST),
+            layouts=_idx_layouts("FashionMNIST"),
             sources=(
-                UrlSource("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", _idx_files(FashionMNIST)),
+                UrlSource("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", _idx_files(_MD5_OF_FASHION)),
                 DebianPackage("dataset-fashion-mnist", "/usr/share/datasets/fashion-mnist"),
             ),
             license="MIT",
             image_size=28,
             mean=(0.2860,),
             std=(0.3530,),
-            class_names=tuple(FashionMNIST.classes),
-            read=partial(read_mnist, folder="FashionMNIST"),
+            class_names=_FASHION_NAMES,
+            read=partial(Late("apps.vision.readers.read_mnist"), folder="FashionMNIST"),
         ),
         VisionDataset(
             name="cifar10",
@@ -152,7 +177,7 @@ VISION_DATASETS: dict[str, VisionDataset] = {
             std=(0.2470, 0.2435, 0.2616),
             class_names=_CIFAR10_NAMES,
             read=partial(
-                read_cifar,
+                Late("apps.vision.readers.read_cifar"),
                 folder="cifar-10-batches-py",
                 train=[f"data_batch_{i}" for i in range(1, 6)],
                 test="test_batch",
@@ -176,7 +201,7 @@ VISION_DATASETS: dict[str, VisionDataset] = {
             std=(0.2673, 0.2564, 0.2762),
             class_names=_CIFAR100_NAMES,
             read=partial(
-                read_cifar,
+                Late("apps.vision.readers.read_cifar"),
                 folder="cifar-100-python",
                 train=["train"],
                 test="test",

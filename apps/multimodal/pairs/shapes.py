@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from apps.base.checks import check_name
 from apps.data.splits import Split
 from apps.multimodal.pairs.images import DrawnImages
-from apps.multimodal.pairs.pairs import RawPairs
+from apps.multimodal.pairs.pairs import RawPairs, ReadOptions
 
 SIDE = 32
 """Height and width of an image in pixels."""
@@ -99,6 +100,11 @@ def read_shapes(attributes: Sequence[str] = tuple(ATTRIBUTES), seed: int = 0) ->
     split: list[Split | None] = [name for name, size in SIZES.items() for _ in range(size)]
     chosen = {name: labels[name] for name in attributes}
     return RawPairs(DrawnImages(torch.from_numpy(pixels)), np.arange(num), texts, chosen, split)
+
+
+def read_known(folder: Path, options: ReadOptions) -> RawPairs:
+    """Return the pairs with the attributes of the options that the images have, or that must be there."""
+    return read_shapes([name for name in options.attributes if name in ATTRIBUTES or not options.optional])
 
 
 def _draw(class_NA: NDArray[np.int64], random: np.random.RandomState) -> NDArray[np.uint8]:

@@ -11,7 +11,8 @@ from apps.data.subwords import Subwords
 from apps.nlp.decode.constraint import Constraint
 from apps.nlp.pairs.module import PairModule
 from apps.nlp.pairs.report import PairReportConfig
-from apps.nlp.sql.schema import read_schema, serialized, sql_constraint
+from apps.nlp.sql.grammar import sql_constraint
+from apps.nlp.sql.schema import read_schema, serialized
 from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text_to_text.metrics import METRICS, TextMetrics
 from apps.nlp.text_to_text.report import TextToTextReport

@@ -26,7 +26,7 @@ from apps.cli import main
 
 def test_help_needs_no_torch_and_lists_what_there_is():
     script = "import sys; from apps.cli import main; main(sys.argv[1:]); exit('torch' in sys.modules)"
-    for argv in (["--help"], ["fit", "--help"], []):
+    for argv in (["--help"], ["fit", "--help"], ["data", "list"], []):
         done = subprocess.run([sys.executable, "-c", script, *argv], env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     for command in ("fit", "validate", "test", "predict", "convert", "data"):

@@ -15,15 +15,19 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from commands import full_disk
 from places import ROOT
+from torchvision.datasets import MNIST, FashionMNIST
 from toy_dataset import CONTENT, archive_of, left_behind, toy
 
 from apps.data import datasets, sources
 from apps.data.cache import DataError
 from apps.data.sources import DebianPackage, File, PythonPackage, UrlSource
+from apps.multimodal.pairs import shapes as drawn
+from apps.multimodal.readers import fashion_products as photos
 
 SHA = hashlib.sha256(CONTENT).hexdigest()
 
@@ -315,6 +319,24 @@ def test_names_are_known_and_registered_once(tmp_path: Path) -> None:
     toy()  # the same record again: a module imported twice
     with pytest.raises(ValueError, match="dataset='toy' is registered already, by the test app"):
         toy(title="another")
+
+
+def test_a_record_says_what_its_reader_and_torchvision_do() -> None:
+    by_name = {dataset.name: dataset for dataset in datasets.list_datasets()}
+    readers = (vars(own).get("read") for own in by_name.values())
+    late = [getattr(read, "func", read) for read in readers]
+    paths = {read.path for read in late if isinstance(read, datasets.Late)}
+    assert len(paths) == 8
+    assert all(callable(resolve_name(path)) for path in paths)
+    shapes, products = by_name["shapes"], by_name["fashion_products"]
+    assert (shapes.image_size, shapes.attributes) == (drawn.SIDE, tuple(drawn.ATTRIBUTES))
+    assert (products.layouts, products.attributes) == (((photos.TABLE, photos.IMAGES),), photos.ATTRIBUTES)
+    for name, kind in (("mnist", MNIST), ("fashion_mnist", FashionMNIST)):
+        own = [source for source in by_name[name].sources if isinstance(source, UrlSource)]
+        assert own
+        for source in own:
+            assert [(file.name, file.hash) for file in source.files] == [(n, f"md5:{d}") for n, d in kind.resources]
+    assert by_name["fashion_mnist"].class_names == tuple(FashionMNIST.classes)
 
 
 def test_the_list_is_plain_rows(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from apps.data.splits import Split
 from apps.nlp.decode.grammar import Grammar, Ref
 from apps.nlp.sql import made
 from apps.nlp.sql.execution import execute
+from apps.nlp.sql.grammar import Rules, grammar_of
 from apps.nlp.sql.made import questions, write_databases
-from apps.nlp.sql.schema import Rules, Schema, grammar_of, parsed, read_schema, resource, serialized, sql_name
+from apps.nlp.sql.schema import Schema, parsed, read_schema, resource, serialized, sql_name
 
 _FLIGHTS = Schema(
     {"airports": {"faa": "text", "alt": "number"}, "flights": {"dest": "text", "delay": "any"}},
