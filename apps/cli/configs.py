@@ -121,6 +121,16 @@ def at(values: Any, keys: Iterable[str]) -> Any:
     return values
 
 
+def dotted(values: Mapping[str, Any], start: str = "") -> Iterator[str]:
+    """Yield the dotted name of every value in nested mappings, a class's arguments without ``init_args``."""
+    for key, value in values.items():
+        if key == "init_args" and isinstance(value, Mapping):
+            yield from dotted(value, start)
+        elif key != "class_path":
+            yield f"{start}{key}"
+            yield from dotted(value, f"{start}{key}.") if isinstance(value, Mapping) else ()
+
+
 def texts(value: Any, keys: Collection[str], key: str = "") -> Iterator[str]:
     """Yield every text at one of ``keys`` in nested plain values."""
     if isinstance(value, str) and key in keys:

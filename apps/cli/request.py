@@ -6,11 +6,12 @@ Modules that import torch are imported after the checks that need none, so that 
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import yaml
 from apps.base.files import naming
 from apps.base.progress import is_first_process
 from apps.cli.classes import find_class, load_class, with_long_names
-from apps.cli.configs import at, merge, own_classes, read_config
+from apps.cli.configs import at, dotted, merge, own_classes, read_config
 from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import OF_LIGHTNING, SECTIONS, asks, asks_for_help, given, with_classes_and_nulls
 from apps.cli.options import COMMANDS, Fit, Predict, RunOptions
@@ -53,6 +54,7 @@ class Request:
             weights and loads no other; or None.
         exported: the model of ``--onnx``, which runs instead of a checkpoint's weights, or None.
         brought: arguments of the data that a run which resumes has from its own checkpoint, and not from its user.
+        layers: the configurations that were merged, by the file of each, the checkpoint's arguments first.
     """
 
     command: str
@@ -68,6 +70,7 @@ class Request:
     begun_with: Mapping[str, Any] | None = None
     exported: ExportedModel | None = None
     brought: tuple[str, ...] = ()
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, command: str, argv: list[str], announces: bool = False) -> Request:
@@ -90,8 +93,9 @@ class Request:
         exported = None if onnx is None else _opened(onnx)
         own = own_classes([*map(str, paths), *flags])
         config: dict[str, Any] = {}
+        layers: dict[str, Mapping[str, Any]] = {}
         for path in paths:
-            layer = read_config(path)
+            layers[str(path)] = layer = read_config(path)
             _check_sections(layer, path)
             config = merge(config, layer)
         has_run = options.run_dir is not None and onnx is None and (which in NAMES or command != "fit")
@@ -99,6 +103,7 @@ class Request:
         beside = None if paths else _config_beside(named, options.run_dir if has_run else None)
         if beside is not None:  # ``check_beside`` looks at all of it, below
             paths, config = (beside,), read_config(beside)
+            layers[str(beside)] = config
         if exported is not None and exported.description.data is not None:
             config = merge(with_long_names({"data": exported.description.data}), config)
         written = config.pop("run_dir", None)  # of a run that was put aside, at its old place
@@ -150,7 +155,8 @@ class Request:
             resolve(name)
         if source is not None:
             loaded = exported.checkpoint if exported is not None else read_checkpoint(source, shapes_only=True)
-            config = merge(remembered(loaded, config, find_class("model", config), source), config)
+            kept = remembered(loaded, config, find_class("model", config), source)
+            config, layers = merge(kept, config), {str(source): kept, **layers}
             filled = with_remembered_data(config, flags, loaded)
             if command == "fit" and is_own(source, run_dir):
                 names = getattr(find_class("data", filled), "from_checkpoint", ())
@@ -166,7 +172,8 @@ class Request:
         if start is not None and begun_with is not None:
             if weights is not None:
                 kind = find_class("model", config)
-                config = merge(remembered(begun_with, config, kind, start, data_may_grow=True), config)
+                kept = remembered(begun_with, config, kind, start, data_may_grow=True)
+                config, layers = merge(kept, config), {str(start): kept, **layers}
             config = with_remembered_data(config, flags, begun_with)
             check_superseded(config, flags, start)
         for part in ("model", "data"):
@@ -187,7 +194,21 @@ class Request:
             begun_with,
             exported,
             brought,
+            layers,
         )
+
+    def with_origin(self, line: str) -> str:
+        """Return a line on the value of an option with the flag or the file that the value came from, if one did."""
+        match = re.match(r"[\w.]+(?==| does not exist| is | has | needs )", line)
+        name = "" if match is None else match[0]
+        flags = [flag for flag, _ in given(self.options.rest) if name and f".{flag}".endswith(f".{name}")]
+        if len(flags) == 1:
+            return f"--{flags[0]}{line.removeprefix(name)}"
+        for path, layer in reversed([*self.layers.items()]):
+            keys = [key for key in dotted(layer) if name and f".{key}".endswith(f".{name}")]
+            if len(keys) == 1:
+                return f"{path}: {keys[0]}{line.removeprefix(name)}"
+        return line
 
     @property
     def command_line(self) -> str:

@@ -24,7 +24,7 @@ from apps.base.messages import excerpt
 from apps.cli.checkpoint import check_fits
 from apps.cli.classes import with_short_names
 from apps.cli.configs import at, read_config
-from apps.cli.errors import UsageError, reduce_message
+from apps.cli.errors import UsageError, describe, reduce_message
 from apps.cli.experts import ChangesExperts
 from apps.cli.flags import asks, given
 from apps.cli.jsonargparse_internals import find_options_by_name, options_of, read_whole_numbers_first
@@ -100,7 +100,13 @@ class RunSetup(WaitingCLI, LightningCLI):
                 )
             except ArgumentError as error:
                 options = options_of(self.command_parser(request.command))
-                raise UsageError(reduce_message(str(error), options)) from error
+                raise UsageError(request.with_origin(reduce_message(str(error), options))) from error
+            except ValueError as error:
+                line, code = describe(error)
+                kind = UsageError if code == 2 else ValueError
+                if (told := request.with_origin(line)) == line or type(error) not in (UsageError, ValueError):
+                    raise
+                raise kind(told) from error
 
     # ---- what LightningCLI calls
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from commands import fails, full_disk
 from PIL import Image
-from tiny_app import TinyModule
+from tiny_app import CONFIG, TinyModule
 
 from apps.cli import main
+from apps.cli.configs import merge
 from apps.cli.errors import describe, reduce_message
 
 
@@ -91,6 +93,35 @@ def test_a_wrong_configuration_is_one_line(config, capsys, text, message):
 )
 def test_what_cannot_run_is_one_line_that_names_the_value(config, capsys, flags, message):
     assert message in fails(capsys, 1, "fit", "--config", config, *flags)
+
+
+WRONG = {
+    "wdth": ("3", "model.wdth does not exist; did you mean 'width'?", 2),
+    "width": ("wide", "model.width=wide is not of type int", 2),
+    "ema_decay": ("2.0", "model.ema_decay=2.0 is not in (0, 1)", 1),
+}
+"""By argument of the model: a wrong value, what is said, and the exit code."""
+
+
+@pytest.mark.parametrize("argument", WRONG)
+@pytest.mark.parametrize("origin", ["file", "overlay", "flag", "checkpoint"])
+def test_a_wrong_key_type_or_range_is_named_with_its_origin(run, capsys, origin, argument):
+    value, message, code = WRONG[argument]
+    values = yaml.safe_load(f"model: {{init_args: {{{argument}: {value}}}}}")
+    Path("wrong.yaml").write_text(yaml.safe_dump(merge(yaml.safe_load(CONFIG), values) if origin == "file" else values))
+    words, start = {
+        "file": (["fit", "--config", "wrong.yaml"], "wrong.yaml: "),
+        "overlay": (["fit", "--config", "tiny.yaml", "--config", "wrong.yaml"], "wrong.yaml: "),
+        "flag": (["fit", "--config", "tiny.yaml", f"--model.{argument}", value], "--"),
+        "checkpoint": (["test", "--config", "tiny.yaml", "--ckpt_path", "wrong.ckpt"], "wrong.ckpt: "),
+    }[origin]
+    if origin == "checkpoint":
+        contents = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        contents["hyper_parameters"][argument] = yaml.safe_load(value)
+        torch.save(contents, "wrong.ckpt")
+        if argument == "wdth":  # a checkpoint is data: its arguments are checked before a parser sees them
+            message, code = "model: TinyModule has no field 'wdth'; did you mean 'width'?", 1
+    assert fails(capsys, code, *words).splitlines()[-1] == f"{start}{message}"
 
 
 def test_other_wrong_commands(capsys):

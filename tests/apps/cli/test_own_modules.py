@@ -77,7 +77,7 @@ def test_a_module_that_is_nowhere_is_named_and_the_folder_is_not_looked_in_for_w
     assert main(["fit", "--config", "digits.yaml", "--data.root", "nets_in_folder.Net"]) == 2
     assert str(folder) not in sys.path
     line = error_of(["fit", "--config", "net.yaml", "--model", "no_such_net.Net"], capsys)
-    assert line.startswith("error: model=no_such_net.Net does not exist: No module named 'no_such_net'")
+    assert line.startswith("error: --model=no_such_net.Net does not exist: No module named 'no_such_net'")
     assert "in the working folder" in line
 
 
