@@ -33,7 +33,7 @@ from apps.nlp.language.data import TextBatch
 from apps.nlp.language.module import LanguageModeler
 from apps.nlp.sizes import Vocabulary
 from apps.plan.layout import Layout, cost
-from apps.plan.options import Options
+from apps.plan.options import PlanOptions
 from apps.plan.outline import measured
 from apps.train.sharded.expert_parallel import ExpertParallelStrategy
 from apps.train.step.module import OptimizerConfig
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(args: argparse.Namespace, world: int, peaks: list[float], baseline: float) -> None:
-    options = Options(
+    options = PlanOptions(
         files=(),
         gpus=world,
         gpus_per_node=world,

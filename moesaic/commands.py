@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, LightningModule
 from apps import load
 from apps.base.quiet import quiet
 from apps.cli.errors import UsageError
-from apps.cli.flags import SECTIONS, asks
+from apps.cli.flags import SECTIONS, wants_text
 from apps.cli.request import Request
 from apps.cli.train import SparseCLI
 from apps.compare.command import Outcome, run_command
@@ -30,7 +30,7 @@ from apps.compare.training import interruptible
 from apps.train.checkpoint.checkpoints import BestAndLast
 from apps.train.checkpoint.run_folder import is_unused, mark
 from apps.verdict.command import give_verdict
-from apps.verdict.options import Options
+from apps.verdict.options import VerdictOptions
 from apps.verdict.result import Verdict
 from core.config.plain import to_plain
 
@@ -266,7 +266,7 @@ def verdict(
     paths = [data] if isinstance(data, (str, Path)) else data
     targets = [target] if isinstance(target, str) else target
     words = [*map(str, paths), *(f"--target={column}" for column in targets), *_words(options), *_flags(overrides)]
-    return give_verdict(Options.read(words), shlex.join(["moesaic", "verdict", *words]))
+    return give_verdict(VerdictOptions.read(words), shlex.join(["moesaic", "verdict", *words]))
 
 
 @contextlib.contextmanager
@@ -317,7 +317,7 @@ def _flags(overrides: Overrides | None) -> list[str]:
     """
     flags = [(key, item) for name, value in (overrides or {}).items() for key, item in _flat(name, _plain(value))]
     for key, _ in flags:
-        if key.partition(".")[0] not in SECTIONS[:-2] or asks([f"--{key}"]):
+        if key.partition(".")[0] not in SECTIONS[:-2] or wants_text([f"--{key}"]):
             raise UsageError(f"overrides: {key} is no option of {', '.join(SECTIONS[:-2])}")
     return [f"--{key}={value if isinstance(value, str) else _yaml(value)}" for key, value in flags]
 

@@ -75,11 +75,11 @@ def read(words: list[str]) -> None:
         kind = next((k for word, k in (("--suite", Suite), ("--ladder", Ladder)) if word in rest), Compare)
         kind.read(rest)
     elif command == "data":
-        data.Options.read_one_of({"list": data.List, "prepare": data.Prepare}, rest)
+        data.DataOptions.read_one_of({"list": data.List, "prepare": data.Prepare}, rest)
     elif command == "bench":
         assert (BENCHMARKS / f"{rest[0]}.py").is_file(), rest[0]
     else:
-        importlib.import_module(f"{_OTHERS[command][0]}.options").Options.read(rest)
+        importlib.import_module(f"{_OTHERS[command][0]}.options").OPTIONS.read(rest)
 
 
 def values_of(words: list[str], *options: str) -> list[str]:

@@ -6,13 +6,13 @@ import json
 import sys
 
 from apps.audit.checkpoint import Faults, Weights, read_parts
-from apps.audit.options import Options
+from apps.audit.options import AuditOptions
 from apps.audit.rules import find_holes, find_odd, find_pinned, find_uncovered, find_untied, find_wrong_values
 from apps.base.messages import counted, some
 from apps.porting.files import ADAPTER_CONFIG, read_json
 
 
-def run(options: Options) -> int:
+def run(options: AuditOptions) -> int:
     """Print a line for each fault, or that there is none.
 
     Returns:

@@ -10,7 +10,7 @@ from apps.cli.parser import CommandLine, Shown
 
 
 @dataclass(frozen=True)
-class Options(CommandLine):
+class AuditOptions(CommandLine):
     """Check the experts of a checkpoint without running it: tensors that are missing, misnamed, misplaced, untrained or
     damaged, routers that cannot choose, and experts that an adapter leaves out. docs/reference/commands/audit.md
     explains each finding. The exit code is 0 if nothing is wrong, and 1 if something is.
@@ -24,3 +24,6 @@ class Options(CommandLine):
 
     path: Annotated[Path, Shown("PATH", words=("path",))]
     json: bool = False
+
+
+OPTIONS = AuditOptions

@@ -106,7 +106,7 @@ def _run(room: str, argv: list[str]) -> int:
     """Run a command whose package has modules ``options`` and ``command``."""
     from apps.base.imports import importing
 
-    options = importlib.import_module(f"{room}.options").Options.read(argv)  # a wrong one ends before torch is imported
+    options = importlib.import_module(f"{room}.options").OPTIONS.read(argv)  # a wrong one ends before torch is imported
     with importing():
         command = importlib.import_module(f"{room}.command")
     return int(command.run(options))

@@ -11,7 +11,7 @@ from apps.data import datasets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CommandLine):
+class DataOptions(CommandLine):
     """List the datasets, or fetch one into the cache.
 
     Attributes:
@@ -23,12 +23,12 @@ class Options(CommandLine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class List(Options):
+class List(DataOptions):
     """Every dataset, and whether it is on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepare(Options):
+class Prepare(DataOptions):
     """Fetch a dataset, unless it is here already.
 
     Attributes:
@@ -42,7 +42,7 @@ class Prepare(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run ``moesaic data ARGV``."""
-    options = Options.read_one_of({"list": List, "prepare": Prepare}, argv)
+    options = DataOptions.read_one_of({"list": List, "prepare": Prepare}, argv)
     if isinstance(options, Prepare):
         print(datasets.prepare(options.name, root=options.root, cache_dir=options.cache_dir))
     else:

@@ -63,14 +63,14 @@ def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str | None, Sequence[str
         begin = end
 
 
-def asks(flags: Iterable[str]) -> bool:
+def wants_text(flags: Iterable[str]) -> bool:
     """Return whether the flags ask for the configuration or for help, and not for a run."""
     return any(_is_asking(flag[2:].partition("=")[0]) for flag in flags if flag.startswith("--"))
 
 
 def asks_for_help(flags: Iterable[str]) -> bool:
     """Return whether the flags ask for help, for which no checkpoint is needed."""
-    return asks(flag for flag in flags if not flag.startswith("--print_config"))
+    return wants_text(flag for flag in flags if not flag.startswith("--print_config"))
 
 
 def _is_asking(name: str) -> bool:

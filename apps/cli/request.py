@@ -22,7 +22,7 @@ from apps.base.progress import is_first_process
 from apps.cli.classes import find_class, load_class, with_long_names
 from apps.cli.configs import at, dotted, merge, own_classes, read_config
 from apps.cli.errors import UsageError, unknown_option
-from apps.cli.flags import OF_LIGHTNING, SECTIONS, asks, asks_for_help, given, with_classes_and_nulls
+from apps.cli.flags import OF_LIGHTNING, SECTIONS, asks_for_help, given, wants_text, with_classes_and_nulls
 from apps.cli.options import COMMANDS, Fit, Predict, RunOptions
 from apps.cli.parser import folder
 from apps.registry import TRAINER, resolve
@@ -67,9 +67,9 @@ class Request:
     loaded: Mapping[str, Any] | None
     model_class: type | None
     weights: Path | None = None
-    begun_with: Mapping[str, Any] | None = None
+    start_checkpoint: Mapping[str, Any] | None = None
     exported: ExportedModel | None = None
-    brought: tuple[str, ...] = ()
+    from_checkpoint: tuple[str, ...] = ()
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
@@ -113,16 +113,16 @@ class Request:
         run_dir = options.run_dir or (beside.parent if beside else folder(Path(written or Path("runs", stem))))
         if given_weights is not None and options.run_dir is None and which in (None, "null", "none", *NAMES):
             run_dir = _tuned(find_checkpoint(given_weights), run_dir if options.config else None)
-        if which in (None, "null", "none", *NAMES) and given_weights is None and onnx is None and not asks(flags):
+        if which in (None, "null", "none", *NAMES) and given_weights is None and onnx is None and not wants_text(flags):
             _check_complete(command, flags, config)
         try:
             no_checkpoint = asks_for_help(flags) or onnx is not None
             checkpoint = None if no_checkpoint else _find_checkpoint(command, which, run_dir)
         except FileNotFoundError:
-            if which is not None or not asks(flags):
+            if which is not None or not wants_text(flags):
                 raise
             checkpoint = None  # a configuration can be printed without one
-        if not asks(flags):
+        if not wants_text(flags):
             if announces:
                 read = str(onnx or "") or " + ".join(map(str, paths)) or (which if which not in (None, *NAMES) else "")
                 written_to = options.output if isinstance(options, Predict) else run_dir
@@ -138,7 +138,7 @@ class Request:
         from apps.train.checkpoint.loading import check_beside
         from apps.train.checkpoint.run_folder import is_own
 
-        source, brought = onnx or checkpoint, tuple[str, ...]()
+        source, from_checkpoint = onnx or checkpoint, tuple[str, ...]()
         for name in own if source or beside or given_weights else ():  # a checkpoint may name them then
             load_class(name)  # a missing one is reported where it is looked up
         if beside is not None:
@@ -160,7 +160,7 @@ class Request:
             filled = with_remembered_data(config, flags, loaded)
             if command == "fit" and is_own(source, run_dir):
                 names = getattr(find_class("data", filled), "from_checkpoint", ())
-                brought = tuple(n for n in names if at(filled, ("data", n)) is not at(config, ("data", n)))
+                from_checkpoint = tuple(n for n in names if at(filled, ("data", n)) is not at(config, ("data", n)))
             config = filled
             check_superseded(config, flags, source)
         if command == "fit" and loaded is not None and "optimizer_states" not in loaded:
@@ -168,13 +168,13 @@ class Request:
         # A resumed run has its weights from its own checkpoint.
         weights = find_checkpoint(given_weights) if given_weights is not None and loaded is None else None
         start = weights or (_grown_from(config, flags) if command == "fit" and loaded is None else None)
-        begun_with = None if start is None else read_checkpoint(start, shapes_only=True)
-        if start is not None and begun_with is not None:
+        start_checkpoint = None if start is None else read_checkpoint(start, shapes_only=True)
+        if start is not None and start_checkpoint is not None:
             if weights is not None:
                 kind = find_class("model", config)
-                kept = remembered(begun_with, config, kind, start, data_may_grow=True)
+                kept = remembered(start_checkpoint, config, kind, start, data_may_grow=True)
                 config, layers = merge(kept, config), {str(start): kept, **layers}
-            config = with_remembered_data(config, flags, begun_with)
+            config = with_remembered_data(config, flags, start_checkpoint)
             check_superseded(config, flags, start)
         for part in ("model", "data"):
             config = with_stand_ins(part, flags, config)
@@ -191,9 +191,9 @@ class Request:
             loaded,
             find_class("model", config),
             weights,
-            begun_with,
+            start_checkpoint,
             exported,
-            brought,
+            from_checkpoint,
             layers,
         )
 

@@ -26,7 +26,7 @@ from apps.cli.classes import with_short_names
 from apps.cli.configs import at, read_config
 from apps.cli.errors import UsageError, describe, reduce_message
 from apps.cli.experts import ChangesExperts
-from apps.cli.flags import asks, given
+from apps.cli.flags import given, wants_text
 from apps.cli.jsonargparse_internals import find_options_by_name, options_of, read_whole_numbers_first
 from apps.cli.request import Request
 from apps.registry import differences, name_of
@@ -131,7 +131,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         parser.add_argument("--compile", type=bool | CompileConfig | None, default=None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if asks(self.request.flags):  # the parser above the commands prints the values in force
+        if wants_text(self.request.flags):  # the parser above the commands prints the values in force
             self.config = parser.parse_args(args)
             return
         # It would read all that the command's own parser has read once more, which is as long again.
@@ -202,7 +202,7 @@ class RunSetup(WaitingCLI, LightningCLI):
     def _create_data(self, kind: type[LightningDataModule], *args: Any, **kwargs: Any) -> LightningDataModule:
         """Make the data, with the checkpoint's encoding before the model takes its arguments from them."""
         data = kind(*args, **kwargs)
-        adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or self.request.begun_with or {}
+        adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or self.request.start_checkpoint or {}
         model = self.request.model_class
         own = None if model is None else name_of(model)
         if self.request.weights is not None:
@@ -320,7 +320,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         # The parser has checked these values when it read them, which takes as long as writing them.
         parser, options = self.command_parser(command), {"skip_unset": False, "skip_validation": True}
         config = yaml.safe_load(parser.dump(self.config[command], **options))
-        for name in self.request.brought:  # a run that was stopped is described as an unbroken one
+        for name in self.request.from_checkpoint:  # a run that was stopped is described as an unbroken one
             config["data"]["init_args"][name] = None
         for name in getattr(self.datamodule, "places", ()):
             config["data"]["init_args"][name] = getattr(self.datamodule, name)

@@ -18,7 +18,7 @@ SEARCH_FACTORS = (1 / 3, 1.0, 3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class CompareOptions:
     """The options of a comparison.
 
     Attributes:
@@ -74,7 +74,7 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command(Options, CommandLine):
+class Command(CompareOptions, CommandLine):
     """Train the sparse model of a configuration and dense ones of equal cost on the same data and steps, each with the
     same learning-rate search on validation data, and compare them on test data.
 
@@ -114,12 +114,12 @@ class Command(Options, CommandLine):
         assert self.options  # an unknown router is an error before anything heavy is imported
 
     @property
-    def options(self) -> Options:
+    def options(self) -> CompareOptions:
         """The options of the comparison, with the routers' names; with routers, only named baselines."""
-        own = {field.name: getattr(self, field.name) for field in fields(Options)}
+        own = {field.name: getattr(self, field.name) for field in fields(CompareOptions)}
         own["routers"] = routers.resolve(self.routers)
         own["baselines"] = () if self.baselines is None and own["routers"] else self.baselines
-        return Options(**own)
+        return CompareOptions(**own)
 
     @property
     def named(self) -> frozenset[str]:

@@ -24,7 +24,7 @@ from apps.base.quiet import quiet
 from apps.cli.classes import with_short_names
 from apps.compare.experiment import Experiment
 from apps.compare.measure import Job, measure
-from apps.compare.options import Options
+from apps.compare.options import CompareOptions
 from apps.compare.summary import Results, short_name, tuned
 from apps.compare.systems import SPARSE, System
 from apps.compare.training import Unit, interruptible, train
@@ -55,7 +55,7 @@ class Plan:
     """
 
     config: dict[str, Any]
-    options: Options
+    options: CompareOptions
     overlays: dict[str, Any]
     rates: tuple[float, ...]
     configured_rate: float | None
@@ -63,7 +63,7 @@ class Plan:
     search_seed: int
 
     @classmethod
-    def make(cls, config: dict[str, Any], options: Options, configured_rate: float | None, seed: int) -> Plan:
+    def make(cls, config: dict[str, Any], options: CompareOptions, configured_rate: float | None, seed: int) -> Plan:
         """Return the plan of a configuration, or raise the ValueError of a wrong overlay."""
         seeds = tuple(range(seed, seed + options.num_seeds))
         overlays = {system: routers.read(name) for system, name in routers.by_system(options.routers).items()}
@@ -85,7 +85,7 @@ class Plan:
         return [Unit(system, rate, seed, final=True, minutes=minutes, tuned_by=by) for seed in self.seeds]
 
     def to_dict(self) -> dict[str, Any]:
-        of_work = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(Options)}
+        of_work = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(CompareOptions)}
         options = {name: list(value) if isinstance(value, tuple) else value for name, value in of_work.items()}
         return {
             "options": {**options, "routers": self.overlays},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import core
 from apps.base.progress import each
 from apps.base.quiet import quiet
-from apps.convert.figures import Figures, Trial, counted, table, weight_bytes
+from apps.convert.figures import Figures, RunTrial, counted, table, weight_bytes
 from apps.convert.folders import converted_of_hub, is_of_hub
 from apps.convert.kinds import (
     BY_LOAD,
@@ -29,8 +29,19 @@ from apps.convert.kinds import (
     part_of,
     with_fewer,
 )
-from apps.convert.options import Options
-from apps.convert.runs import CONFIG, KEPT, WEIGHTS, Request, Run, fill, laid_out, new_run, sync, write_run
+from apps.convert.options import ConvertOptions
+from apps.convert.runs import (
+    CONFIG,
+    KEPT,
+    WEIGHTS,
+    ConversionRequest,
+    TrainedRun,
+    fill,
+    laid_out,
+    new_run,
+    sync,
+    write_run,
+)
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.paths import NAMES, find_checkpoint, is_sharded
 from apps.train.sparsified import SparsifyConfig, restored
@@ -39,20 +50,20 @@ from core.config.plain import arguments_from_plain, from_plain, to_plain
 from core.convert import SparseFFN, matching_parts, read_ffn
 
 
-def own_figures(trial: Trial, num_bytes: int, metric: str | None) -> Figures:
+def own_figures(trial: RunTrial, num_bytes: int, metric: str | None) -> Figures:
     """Return the figures of a run whose steps are the user's: their FLOPs are not counted."""
     score = trial.validated(str(trial.cli.ckpt_path)).get(metric or "")
     return replace(counted(trial.model, num_bytes), score=score, metric=metric or "")
 
 
-def own_statistics(trial: Trial, every_token: bool = False) -> dict[str, core.ExpertStatistics]:
+def own_statistics(trial: RunTrial, every_token: bool = False) -> dict[str, core.ExpertStatistics]:
     """Return the statistics of the experts over the validation, which ``figures`` has run before."""
     return core.expert_statistics(
         trial.model, [trial.cli.datamodule], lambda model, data: trial.validated(None), every_token=every_token
     )
 
 
-def own_converted(kind: str, request: Request) -> tuple[nn.Module, dict[str, Any]]:
+def own_converted(kind: str, request: ConversionRequest) -> tuple[nn.Module, dict[str, Any]]:
     """Return the new module, and the section ``sparsify`` of its checkpoint and its configuration, if it has one.
 
     Raises:
@@ -78,7 +89,7 @@ def own_converted(kind: str, request: Request) -> tuple[nn.Module, dict[str, Any
 
 
 @torch.no_grad()
-def _dense(request: Request, layers: dict[str, SparseFFN], one: OneLayer) -> nn.Module:
+def _dense(request: ConversionRequest, layers: dict[str, SparseFFN], one: OneLayer) -> nn.Module:
     """Return the user's dense module, with one expert's weights in each network that was made sparse."""
     run, checkpoint = request.run, request.run.checkpoint
     arguments = checkpoint.get("hyper_parameters") or {}
@@ -102,7 +113,7 @@ ONE_PROCESS = {"strategy": "auto", "devices": 1, "num_nodes": 1}
 _TENSORS = 16  # that are copied at a time
 
 
-def consolidated(options: Options) -> tuple[Figures, Figures, Path]:
+def consolidated(options: ConvertOptions) -> tuple[Figures, Figures, Path]:
     """Write the run with one file, and return the figures before and after, and the file.
 
     Raises:
@@ -113,7 +124,7 @@ def consolidated(options: Options) -> tuple[Figures, Figures, Path]:
     source = find_checkpoint(options.runs[0])
     if not is_sharded(source):
         raise ValueError(f"{source} is one file already")
-    run = Run.read(source, options.config, shapes_only=True)
+    run = TrainedRun.read(source, options.config, shapes_only=True)
     run.check_data(options.batches)
     before = _figures(run, options, source, options.config)
     with new_run(options.output) as folder:
@@ -163,10 +174,10 @@ def write_whole(file: Path, source: Path) -> None:
     sync(file)
 
 
-def _figures(run: Run, options: Options, file: Path, config: Path | None) -> Figures:
+def _figures(run: TrainedRun, options: ConvertOptions, file: Path, config: Path | None) -> Figures:
     size = _num_bytes(run.checkpoint["state_dict"])
     if options.batches:
-        return Trial(file, config, options.rest, options.batches).figures(size)
+        return RunTrial(file, config, options.rest, options.batches).figures(size)
     outline = run.outline(run.arguments())
     adapt_linears(outline, run.checkpoint)
     return counted(outline, size)
@@ -177,7 +188,7 @@ def _num_bytes(state: Mapping[str, Any]) -> int:
     return sum(math.prod(v.shape) * v.element_size() for v in state.values() if isinstance(v, Tensor))
 
 
-def run(options: Options) -> int:
+def run(options: ConvertOptions) -> int:
     """Run the conversion and print its table."""
     if options.kind == "consolidate":
         with quiet():
@@ -200,7 +211,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def convert(options: Options) -> tuple[Figures, Figures]:
+def convert(options: ConvertOptions) -> tuple[Figures, Figures]:
     """Write the converted run, and return the figures before and after.
 
     Raises:
@@ -208,7 +219,7 @@ def convert(options: Options) -> tuple[Figures, Figures]:
         ValueError: the run cannot be converted so; nothing is written.
         OSError: the new run cannot be written; nothing of it is left.
     """
-    first, *others = (Run.read(path, options.config) for path in options.runs)
+    first, *others = (TrainedRun.read(path, options.config) for path in options.runs)
     check_runs(options.kind, options, (first, *others))
     first.check_data(options.batches)
     if first.is_own:
@@ -217,7 +228,7 @@ def convert(options: Options) -> tuple[Figures, Figures]:
     statistics = None
     module = first.mapped()
     if options.batches:
-        trial = Trial(first.file, options.config, options.rest, options.batches)
+        trial = RunTrial(first.file, options.config, options.rest, options.batches)
         before = trial.figures(num_bytes)
         if _needs_statistics(options):
             pair = getattr(options, "pair", None)
@@ -226,7 +237,7 @@ def convert(options: Options) -> tuple[Figures, Figures]:
         del trial
     else:
         before = counted(first.outline(first.arguments(), first.checkpoint), num_bytes)
-    request = Request(first, module, options, statistics, tuple(others))
+    request = ConversionRequest(first, module, options, statistics, tuple(others))
     conversion = KINDS[options.kind](request)
     outline = first.outline(conversion.arguments, conversion.extra)
     layout = conversion.layout(first, outline)
@@ -244,34 +255,34 @@ def convert(options: Options) -> tuple[Figures, Figures]:
         # It is read as any other run before it has its name.
         new_bytes = weight_bytes(layout)
         if options.batches:
-            after = Trial(file, folder / CONFIG, options.rest, options.batches).figures(new_bytes)
+            after = RunTrial(file, folder / CONFIG, options.rest, options.batches).figures(new_bytes)
         else:
             after = counted(outline, new_bytes)
     return before, after
 
 
-def convert_own(options: Options, run: Run) -> tuple[Figures, Figures]:
+def convert_own(options: ConvertOptions, run: TrainedRun) -> tuple[Figures, Figures]:
     """Write the converted run of a user's own module, and return the figures before and after; as ``convert``."""
     module = restored(run.kind, run.checkpoint, run.file)
     metric, statistics = getattr(module, "monitor", None), None
     before = counted(module, weight_bytes(run.state))
     if options.batches:
-        trial = Trial(run.file, options.config, options.rest, options.batches)
+        trial = RunTrial(run.file, options.config, options.rest, options.batches)
         before = own_figures(trial, before.bytes, metric)
         if _needs_statistics(options):
             statistics = own_statistics(trial, bool(getattr(options, "merge", False)))
-    new, section = own_converted(options.kind, Request(run, module, options, statistics))
+    new, section = own_converted(options.kind, ConversionRequest(run, module, options, statistics))
     with new_run(options.output) as folder:
         layout = {name: value for name, value in new.state_dict().items() if isinstance(value, Tensor)}
         extra = {**section, "converted": options.kind}
         file = write_run(folder, run, None, layout, layout.items(), data={}, extra=extra, run_dir=options.output)
         after = counted(new, weight_bytes(layout))
         if options.batches:
-            after = own_figures(Trial(file, folder / CONFIG, options.rest, options.batches), after.bytes, metric)
+            after = own_figures(RunTrial(file, folder / CONFIG, options.rest, options.batches), after.bytes, metric)
     return before, after
 
 
-def _needs_statistics(options: Options) -> bool:
+def _needs_statistics(options: ConvertOptions) -> bool:
     """Return whether a conversion reads how the experts are used."""
     by_use = getattr(options, "how", None) in BY_LOAD
     return by_use or getattr(options, "keep", None) is not None

@@ -41,7 +41,7 @@ class Figures:
     metric: str = ""
 
 
-class Trial:
+class RunTrial:
     """A run on the first batches of its validation data, on the CPU, as ``moesaic validate`` makes both.
 
     Args:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import core
-from apps.convert.figures import Figures, Trial, counted, weight_bytes
+from apps.convert.figures import Figures, RunTrial, counted, weight_bytes
 from apps.convert.kinds import BY_LOAD
-from apps.convert.options import Options
-from apps.convert.runs import CONFIG, Run, new_run, write_run
+from apps.convert.options import ConvertOptions
+from apps.convert.runs import CONFIG, TrainedRun, new_run, write_run
 from apps.registry import OF_FOLDER, full_path, resolve
 from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.checkpoint.loading import load
@@ -25,7 +25,7 @@ def is_of_hub(path: Path) -> bool:
     return isinstance(kind, str) and full_path(kind) == full_path(OF_FOLDER[0])
 
 
-def converted_of_hub(options: Options) -> tuple[Figures, Figures]:
+def converted_of_hub(options: ConvertOptions) -> tuple[Figures, Figures]:
     """Write the converted model in transformers' layout, or a run with quantized experts, and return the figures before
     and after.
 
@@ -49,7 +49,7 @@ def converted_of_hub(options: Options) -> tuple[Figures, Figures]:
     needs_use = options.kind == "prune" or own["how"] in BY_LOAD
     if needs_use and not options.batches:
         raise ValueError("--batches 0 leaves no statistics of the experts, which this conversion reads")
-    trial = Trial(source, options.config, options.rest, options.batches) if options.batches else None
+    trial = RunTrial(source, options.config, options.rest, options.batches) if options.batches else None
     module: Any = load(source) if trial is None else trial.model
     if not core.moe_layers(module) and options.kind != "merge":
         raise ValueError(f"{source} is a dense model: it has no experts")
@@ -73,7 +73,7 @@ def converted_of_hub(options: Options) -> tuple[Figures, Figures]:
 
 def _quantized_run(options: Any) -> tuple[Figures, Figures]:
     """Write a run with quantized experts. With adapters the experts are the folder's, quantized when they are read."""
-    run = Run.read(options.runs[0], options.config)
+    run = TrainedRun.read(options.runs[0], options.config)
     run.check_data(options.batches)
     arguments: Any = run.arguments()
     if "quantized" in run.checkpoint:
@@ -91,10 +91,10 @@ def _quantized_run(options: Any) -> tuple[Figures, Figures]:
     return before, after
 
 
-def _trial(options: Options, file: Path, config: Path | None) -> Trial | None:
-    return Trial(file, config, options.rest, options.batches) if options.batches else None
+def _trial(options: ConvertOptions, file: Path, config: Path | None) -> RunTrial | None:
+    return RunTrial(file, config, options.rest, options.batches) if options.batches else None
 
 
-def _figures(module: Any, trial: Trial | None) -> Figures:
+def _figures(module: Any, trial: RunTrial | None) -> Figures:
     size = weight_bytes(module.model.state_dict())
     return counted(module.model, size) if trial is None else trial.figures(size)

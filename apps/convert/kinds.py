@@ -15,8 +15,8 @@ import core
 from apps.base.checks import check_name
 from apps.cli.configs import read_config
 from apps.cli.errors import UsageError
-from apps.convert.figures import Trial
-from apps.convert.runs import Conversion, Request, Run, Tensors, model_section
+from apps.convert.figures import RunTrial
+from apps.convert.runs import Conversion, ConversionRequest, Tensors, TrainedRun, model_section
 from apps.nets.blocks import moe_configs
 from apps.registry import name_of
 from apps.train.cost.quantizing import quantize_model
@@ -31,7 +31,7 @@ OneLayer = Callable[[str, core.MoE], Any]
 """Returns the ``OneExpert`` that takes the place of a layer, by the layer's name."""
 
 
-def check_runs(kind: str, options: Any, runs: Sequence[Run]) -> None:
+def check_runs(kind: str, options: Any, runs: Sequence[TrainedRun]) -> None:
     """Check that a kind of conversion takes these runs, before anything is computed.
 
     Raises:
@@ -51,7 +51,7 @@ def check_runs(kind: str, options: Any, runs: Sequence[Run]) -> None:
         )
 
 
-def sparse_layers(request: Request) -> dict[str, core.MoE]:
+def sparse_layers(request: ConversionRequest) -> dict[str, core.MoE]:
     """Return the MoE layers that the argument ``moe`` makes, by name; a head of several gates is none of them.
 
     Raises:
@@ -74,7 +74,7 @@ def sparse_layers(request: Request) -> dict[str, core.MoE]:
     return layers
 
 
-def one_for_all(request: Request) -> OneLayer:
+def one_for_all(request: ConversionRequest) -> OneLayer:
     """Return the function that makes one expert of all experts of a layer, as ``--how`` says."""
     how, statistics = request.options.how, request.statistics
     if how in BY_LOAD and statistics is None:
@@ -86,7 +86,7 @@ def one_for_all(request: Request) -> OneLayer:
     return one
 
 
-def densified(request: Request) -> Conversion:
+def densified(request: ConversionRequest) -> Conversion:
     """Return one feed-forward network that replaces each MoE layer, made of all its experts; of a run with adapters,
     one adapter instead of each mixture of them, as a part of its linear layer."""
     how, statistics, one = request.options.how, request.statistics, one_for_all(request)
@@ -101,7 +101,7 @@ def densified(request: Request) -> Conversion:
     return _with_updates_merged(request, of_one_update)
 
 
-def fewer_experts(request: Request) -> Callable[[str, core.MoE], Tensors]:
+def fewer_experts(request: ConversionRequest) -> Callable[[str, core.MoE], Tensors]:
     """Return the function that leaves a layer fewer experts, in place, as the options say."""
     options, statistics = request.options, request.statistics
     constants, merged = bool(getattr(options, "constants", False)), bool(getattr(options, "merge", False))
@@ -120,7 +120,7 @@ def fewer_experts(request: Request) -> Callable[[str, core.MoE], Tensors]:
     return fewer
 
 
-def pruned(request: Request) -> Conversion:
+def pruned(request: ConversionRequest) -> Conversion:
     """Return fewer experts in each layer: the ones with the highest scores, or clusters of similar ones."""
     layers, fewer = sparse_layers(request), fewer_experts(request)
     arguments = request.run.arguments()
@@ -139,12 +139,12 @@ def pruned(request: Request) -> Conversion:
     return Conversion(arguments, {name: partial(fewer, name, layer) for name, layer in layers.items()}, data)
 
 
-def keep_of(request: Request, layer: core.MoE) -> Any:
+def keep_of(request: ConversionRequest, layer: core.MoE) -> Any:
     """Return how many experts of a layer, or which share of them, the options keep."""
     return len(_left(request, layer)) if getattr(request.options, "without", ()) else request.options.keep
 
 
-def _left(request: Request, layer: core.MoE) -> list[int]:
+def _left(request: ConversionRequest, layer: core.MoE) -> list[int]:
     """Return the experts of a layer that ``--without`` leaves.
 
     Raises:
@@ -156,14 +156,14 @@ def _left(request: Request, layer: core.MoE) -> list[int]:
     return [e for e in range(E) if not {str(e), *domains[e : e + 1]} & {*gone}]
 
 
-def _domains(request: Request) -> list[str]:
+def _domains(request: ConversionRequest) -> list[str]:
     """Return the names of the data's domains, if each of them has an expert of its own."""
     own = ((request.run.config or {}).get("data") or {}).get("init_args") or {}
     by_domain = all(isinstance(moe.router, core.Domain) for moe in moe_configs(request.run.arguments().get("moe")))
     return list(own.get("domains") or ()) if by_domain else []
 
 
-def upcycled(request: Request) -> Conversion:
+def upcycled(request: ConversionRequest) -> Conversion:
     """Return MoE layers that replace dense networks, with experts initialized from them."""
     options = request.options
     arguments, moe = _with_moe(request)
@@ -180,7 +180,7 @@ def upcycled(request: Request) -> Conversion:
     return _sparse(request, arguments, lambda part: start.config(moe, part), sparse)
 
 
-def merged(request: Request) -> Conversion:
+def merged(request: ConversionRequest) -> Conversion:
     """Return the mean of several runs, or a sparse model whose experts are their networks; of one run with adapters,
     the model that has them in its linear layers."""
     if request.run.is_adapted:
@@ -216,19 +216,19 @@ def merged(request: Request) -> Conversion:
     return replace(conversion, replaced={**conversion.replaced, **means})
 
 
-def _of_examples(request: Request, names: Sequence[str], mean: Callable[[str], Tensors]) -> dict[str, Tensor]:
+def _of_examples(request: ConversionRequest, names: Sequence[str], mean: Callable[[str], Tensors]) -> dict[str, Tensor]:
     """Return the gates of layers from the validation batches of each run, read by the runs' mean."""
     runs, options = (request.run, *request.others), request.options
-    trials = [Trial(run.file, options.config, options.rest, options.batches) for run in runs]
+    trials = [RunTrial(run.file, options.config, options.rest, options.batches) for run in runs]
     (model := trials[0].model).load_state_dict({name: mean(name)[""] for name in request.run.state})
 
-    def run(model: Any, trial: Trial) -> None:
+    def run(model: Any, trial: RunTrial) -> None:
         trial.cli.trainer.validate(model, datamodule=trial.cli.datamodule, verbose=False)
 
     return core.example_gates(model, names, [[trial] for trial in trials], run)
 
 
-def adapted(request: Request) -> Conversion:
+def adapted(request: ConversionRequest) -> Conversion:
     """Return the frozen model with trainable adapters on some of its linear layers."""
     options, run = request.options, request.run
     plain = model_section(read_config(options.moe)).get("moe")
@@ -244,7 +244,7 @@ def adapted(request: Request) -> Conversion:
     return Conversion(run.arguments(), {name: layer.state_dict for name, layer in layers.items()}, extra=extra)
 
 
-def quantized(request: Request) -> Conversion:
+def quantized(request: ConversionRequest) -> Conversion:
     """Return the same layers with integers for their experts' matrices."""
     run, how = request.run, request.options.how
     left = quantize_model(request.module, how).state_dict()
@@ -253,7 +253,7 @@ def quantized(request: Request) -> Conversion:
 
 
 def _with_updates_merged(
-    request: Request, prepared: Callable[[str, core.AdaptedLinear], core.AdaptedLinear]
+    request: ConversionRequest, prepared: Callable[[str, core.AdaptedLinear], core.AdaptedLinear]
 ) -> Conversion:
     """Return a model whose adapters are a part of its linear layers; its MoE layers stay.
 
@@ -273,7 +273,7 @@ def _with_updates_merged(
     return Conversion(request.run.arguments(), {name: partial(linear, name) for name in layers})
 
 
-def one_of_many(request: Request, **named: Any) -> OneLayer:
+def one_of_many(request: ConversionRequest, **named: Any) -> OneLayer:
     """Return the function that cuts one network out of a layer, as the options or ``named`` say."""
     options = request.options
     named |= {w: getattr(options, w) for w in ("task", "domain", "expert") if getattr(options, w) is not None}
@@ -293,7 +293,7 @@ def part_of(module: Any, name: str) -> DataPart:
     return cast(DataPart, module.part(name))
 
 
-def specialized(request: Request) -> Conversion:
+def specialized(request: ConversionRequest) -> Conversion:
     """Return the network of one part of the data, or the experts that it uses most."""
     options = request.options
     if options.keep is not None:
@@ -307,7 +307,7 @@ def specialized(request: Request) -> Conversion:
     return replace(_dense(request, one_of_many(request, task=part.task), **part.arguments), data=part.data)
 
 
-KINDS: dict[str, Callable[[Request], Conversion]] = {
+KINDS: dict[str, Callable[[ConversionRequest], Conversion]] = {
     "upcycle": upcycled,
     "densify": densified,
     "prune": pruned,
@@ -319,7 +319,7 @@ KINDS: dict[str, Callable[[Request], Conversion]] = {
 BY_LOAD = ("use", "most_used")
 
 
-def _dense(request: Request, one: OneLayer, **changed: Any) -> Conversion:
+def _dense(request: ConversionRequest, one: OneLayer, **changed: Any) -> Conversion:
     """Return a model with a dense network for each MoE layer.
 
     Args:
@@ -393,7 +393,7 @@ def with_fewer(config: core.MoEConfig, layer: core.MoE, keep: int | float, const
     return replace(config, num_experts=kept, router=config.router.resized(kept))
 
 
-def _with_moe(request: Request) -> tuple[dict[str, Any], core.MoEConfig]:
+def _with_moe(request: ConversionRequest) -> tuple[dict[str, Any], core.MoEConfig]:
     """Return the arguments of a dense run with the MoE layers of an overlay, and their config."""
     run, file = request.run, request.options.moe
     if file is None:
@@ -408,7 +408,7 @@ def _with_moe(request: Request) -> tuple[dict[str, Any], core.MoEConfig]:
 
 
 def _sparse(
-    request: Request,
+    request: ConversionRequest,
     arguments: dict[str, Any],
     config: Callable[[FeedForwardPart], core.MoEConfig],
     tensors: Callable[[str, int], Tensors],
@@ -452,7 +452,7 @@ def _sparse(
     return Conversion(arguments, {place: partial(layer, place, seed + i) for i, place in enumerate(names)})
 
 
-def _check_alike(first: Run, other: Run) -> None:
+def _check_alike(first: TrainedRun, other: TrainedRun) -> None:
     """Raise a ``ValueError`` if two runs have other models, or read their data otherwise."""
     if first.kind is not other.kind:
         kinds = f"{other.file} holds {name_of(other.kind)}, and {first.file} {name_of(first.kind)}"

@@ -14,7 +14,7 @@ from apps.cli.parser import CommandLine, Config, Run, Shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CommandLine):
+class ConvertOptions(CommandLine):
     """Convert a trained run into another one, and show both: size, parameters, FLOPs and the validation's score. The
     new folder is a run that moesaic test, predict and apps.load read as any other.
 
@@ -56,7 +56,7 @@ class Options(CommandLine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upcycle(Options):
+class Upcycle(ConvertOptions):
     """A dense run made sparse: its feed-forward networks become the experts' start.
 
     Attributes:
@@ -76,7 +76,7 @@ class Upcycle(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Densify(Options):
+class Densify(ConvertOptions):
     """A sparse run made dense: one feed-forward network that replaces each MoE layer.
 
     Attributes:
@@ -88,7 +88,7 @@ class Densify(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune(Options):
+class Prune(ConvertOptions):
     """Fewer experts: those with the highest scores stay, or all but the ones that are named.
 
     Attributes:
@@ -115,7 +115,7 @@ class Prune(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge(Options):
+class Merge(ConvertOptions):
     """Several runs as one, their mean or their networks as experts; or one run and its adapters as one model.
 
     Attributes:
@@ -140,7 +140,7 @@ class Merge(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapt(Options):
+class Adapt(ConvertOptions):
     """A frozen run with trainable adapters, such as LoRA, on its linear layers.
 
     Attributes:
@@ -156,7 +156,7 @@ class Adapt(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedRun(Options):
+class QuantizedRun(ConvertOptions):
     """A run whose experts are stored in 8 or 4 bits; it is tested, served and exported, and does not train on.
 
     Attributes:
@@ -168,14 +168,14 @@ class QuantizedRun(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consolidate(Options):
+class Consolidate(ConvertOptions):
     """One file of a sharded checkpoint, with the optimizer's state."""
 
     kind = "consolidate"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Specialize(Options):
+class Specialize(ConvertOptions):
     """The network of one task, domain, pair or expert, or the experts that one part of the data uses.
 
     Attributes:
@@ -197,3 +197,6 @@ class Specialize(Options):
 
 
 KINDS = {one.kind: one for one in (Upcycle, Densify, Prune, Merge, Adapt, QuantizedRun, Consolidate, Specialize)}
+
+
+OPTIONS = ConvertOptions

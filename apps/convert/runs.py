@@ -117,7 +117,7 @@ WEIGHTS = Path("checkpoints") / "best.ckpt"
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """A trained run.
 
     Attributes:
@@ -133,7 +133,7 @@ class Run:
     config: Mapping[str, Any] | None
 
     @classmethod
-    def read(cls, path: Path, config: Path | None = None, shapes_only: bool = False) -> Run:
+    def read(cls, path: Path, config: Path | None = None, shapes_only: bool = False) -> TrainedRun:
         """Read a run's folder or a checkpoint.
 
         Args:
@@ -243,7 +243,7 @@ def new_run(output: Path) -> Iterator[Path]:
 
 def write_run(
     folder: Path,
-    run: Run,
+    run: TrainedRun,
     arguments: Mapping[str, Any] | None,
     layout: Mapping[str, Tensor],
     values: Iterable[tuple[str, Tensor]],
@@ -316,7 +316,7 @@ class Conversion:
         for prefix, make in self.replaced.items():
             yield from _named(prefix, make)
 
-    def layout(self, run: Run, outline: SparseModule) -> dict[str, Tensor]:
+    def layout(self, run: TrainedRun, outline: SparseModule) -> dict[str, Tensor]:
         """Return tensors without contents of the shapes and dtypes of the new model.
 
         Args:
@@ -361,7 +361,7 @@ def _named(prefix: str, make: Callable[[], Tensors]) -> Iterator[tuple[str, Tens
 
 
 @dataclass(frozen=True)
-class Request:
+class ConversionRequest:
     """The input and options of a conversion.
 
     Attributes:
@@ -372,8 +372,8 @@ class Request:
         others: further runs, to be merged.
     """
 
-    run: Run
+    run: TrainedRun
     module: Any
     options: Any
     statistics: Statistics | None = None
-    others: tuple[Run, ...] = ()
+    others: tuple[TrainedRun, ...] = ()

@@ -20,7 +20,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 @dataclass(frozen=True)
-class Rows:
+class AlignedText:
     """Aligned text: line i of one language translates line i of every other one.
 
     Attributes:

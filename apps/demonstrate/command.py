@@ -19,7 +19,7 @@ from apps.base.ports import LOCAL, bound, host_of, url_of
 from apps.base.quiet import quiet
 from apps.cli.configs import read_config
 from apps.data.datasets import without_fetching
-from apps.demonstrate.options import Options
+from apps.demonstrate.options import DemoOptions
 from apps.demonstrate.page import appearance, build_page
 from apps.report.exhibit import Exhibit
 from apps.train.checkpoint.loading import check_beside, load
@@ -163,7 +163,7 @@ def data_of(config: Path, model: Any) -> Any:
     return data
 
 
-def run(options: Options) -> int:
+def run(options: DemoOptions) -> int:
     """Serve the page of a run's model until SIGTERM or SIGINT; no file of it is left then.
 
     Returns:

@@ -16,7 +16,7 @@ LIBRARIES = ("gradio",)
 
 
 @dataclass(frozen=True)
-class Options(CommandLine):
+class DemoOptions(CommandLine):
     """Open a page on this machine on which a trained model is tried out: an image and its classes, a sentence and its
     translation, a row and its probabilities, a history and the next items, each with the experts that computed it. The
     page is only for this machine (127.0.0.1) and asks nothing of the network. Ctrl-C ends it. docs/demo.md tells more.
@@ -49,3 +49,6 @@ class Options(CommandLine):
     @property
     def checkpoint(self) -> Path:
         return find_checkpoint(self.ckpt_path)
+
+
+OPTIONS = DemoOptions

@@ -13,7 +13,7 @@ from apps.base.messages import counted
 from apps.base.progress import bar
 from apps.base.quiet import quiet
 from apps.cli.trial import build_trial
-from apps.doctor.options import Options
+from apps.doctor.options import DoctorOptions
 from apps.registry import name_of
 from apps.train.checkpoint.loading import load
 from apps.train.checkpoint.paths import find_checkpoint, is_hub_folder
@@ -144,7 +144,7 @@ def begins_elsewhere(arguments: Any) -> bool:
     )
 
 
-class Trial:
+class DoctorTrial:
     """A run on the first batches of its validation data, on the CPU.
 
     Args:
@@ -155,7 +155,7 @@ class Trial:
         ValueError: the model has no MoE layers, or model or data are rejected.
     """
 
-    def __init__(self, checkpoint: Path, options: Options) -> None:
+    def __init__(self, checkpoint: Path, options: DoctorOptions) -> None:
         # The trainer's callbacks belong to the training.
         further = ["--trainer.callbacks=null", *options.rest]
         self._cli = build_trial(checkpoint, options.config, options.batches, further)
@@ -235,7 +235,7 @@ class Trial:
 LOG, CONFIG = "metrics.csv", "config.yaml"
 
 
-def run(options: Options) -> int:
+def run(options: DoctorOptions) -> int:
     """Print a line for each finding, or that there is none.
 
     Returns:
@@ -255,7 +255,7 @@ def run(options: Options) -> int:
     further: list[str] = []
     if checkpoint is not None:
         with quiet(own_notes=False):
-            trial = Trial(checkpoint, options)
+            trial = DoctorTrial(checkpoint, options)
             of_model = trial.findings()
             further = [*(trial.ablation() if options.ablate else ()), *trial.warnings]
         # The model itself knows more than its log.
@@ -284,7 +284,7 @@ def _drift(checkpoint: Path, pattern: str) -> int:
     return 1 if found else 0
 
 
-def _checkpoint(options: Options, folder: Path, has_log: bool) -> tuple[Path | None, str]:
+def _checkpoint(options: DoctorOptions, folder: Path, has_log: bool) -> tuple[Path | None, str]:
     """Return the checkpoint to look at, and a line on why there is none; None: only the log is read.
 
     Raises:

@@ -11,7 +11,7 @@ from apps.cli.parser import CommandLine, Config, Run, Shown
 
 
 @dataclass(frozen=True)
-class Options(CommandLine):
+class DoctorOptions(CommandLine):
     """Name the problems in the routing of a run, with the evidence and a remedy: from its log, metrics.csv, and from a
     pass over validation data. docs/reference/routers/findings.md explains each finding. The exit code is 0 if nothing
     is wrong, and 1 if something is.
@@ -46,3 +46,6 @@ class Options(CommandLine):
             raise UsageError("--data FILE compares the columns of new rows: leave out --ablate and --data.KEY")
         if self.ablate and not self.batches:
             raise UsageError("--ablate scores the run on validation batches, and --batches is 0")
+
+
+OPTIONS = DoctorOptions

@@ -50,8 +50,8 @@ class HubPrompt(Task):
     """The use of a ``HubCausalLM``. Prompts are answered one by one."""
 
     app, noun, verb, streams = "language", "Prompt", "Answer", True
-    asks = "A prompt: the answer is what the model writes after it."
-    invites = "Type a prompt: the model answers, and shows which experts took each token."
+    description = "A prompt: the answer is what the model writes after it."
+    instructions = "Type a prompt: the model answers, and shows which experts took each token."
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -11,7 +11,7 @@ from apps.base.progress import bar
 from apps.base.quiet import quiet
 from apps.data.given import GivenConfig, GivenData
 from apps.init.commented import Keys, commented
-from apps.init.options import Options
+from apps.init.options import InitOptions
 from apps.task.task import config_of
 
 ADVICE = {
@@ -33,7 +33,7 @@ ADVICE = {
 """What to change, by the end of a value's place in the configuration."""
 
 
-def run(options: Options) -> int:
+def run(options: InitOptions) -> int:
     """Write a configuration, and print what was found and the next commands.
 
     Returns:
@@ -62,7 +62,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def next_commands(made: GivenConfig, options: Options) -> tuple[str, str, str]:
+def next_commands(made: GivenConfig, options: InitOptions) -> tuple[str, str, str]:
     """Return the commands to train, to test, and to compare sparse and dense models."""
     compared = options.file if made.verdict is None else shlex.join((str(options.data[0]), *made.verdict))
     return (
@@ -72,7 +72,7 @@ def next_commands(made: GivenConfig, options: Options) -> tuple[str, str, str]:
     )
 
 
-def text_of(made: GivenConfig, options: Options) -> str:
+def text_of(made: GivenConfig, options: InitOptions) -> str:
     """Return the file: a header, and the configuration with comments."""
     head = [
         "A first configuration, written by moesaic init.",

@@ -11,7 +11,7 @@ from apps.cli.parser import CommandLine, Shown
 
 
 @dataclass(frozen=True)
-class Options(CommandLine):
+class InitOptions(CommandLine):
     """Look at your data and write a first configuration for moesaic fit, with comments that say what to change.
 
     DATA is a CSV, TSV or Parquet file or a folder of them, a folder of images (a folder a class, or train/ and test/
@@ -59,3 +59,6 @@ class Options(CommandLine):
     def folder(self) -> Path:
         """Folder of links to images, if a test split must be held out."""
         return self.file.with_name(f"{self.file.stem}_split")
+
+
+OPTIONS = InitOptions

@@ -15,7 +15,7 @@ import core
 from apps.data.given import GivenConfig, GivenData
 from apps.data.subwords import EOS_ID, PAD_ID
 from apps.multimodal import own_data
-from apps.multimodal.report.use import Rows, tokens
+from apps.multimodal.report.use import PassLayout, tokens
 from apps.multimodal.search.search import shares_of
 from apps.multimodal.search.vectors import encode_texts, vectors_of_pixels
 from apps.nlp.text.words import words_of
@@ -99,7 +99,7 @@ class ImageTextMatching(Task):
         "Image": ("image",),
         "Text": ("text",),
     }
-    asks = "An image and texts: the answer is which text fits. An image or a text alone: its vector."
+    description = "An image and texts: the answer is which text fits. An image or a text alone: its vector."
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -116,7 +116,7 @@ class ImageTextMatching(Task):
         self.output = Output(_ANSWER, Matched.to_json, self._parts)
 
     @property
-    def invites(self) -> str:
+    def instructions(self) -> str:
         search = "" if self.searched is None else " The first text also searches the validation images."
         return (
             "Give an image and some texts, each on a line: the model says which of them fits, and which expert took "
@@ -170,7 +170,7 @@ class ImageTextMatching(Task):
         ids = [text.ids(one) for one in example["texts"][:_MOST_DRAWN]]
         layers: dict[str, tuple[LayerPart, ...]] = {}
         for entry in tape.entries:
-            rows = Rows.of_entry(entry)
+            rows = PassLayout.of_entry(entry)
             if rows is None:
                 continue
             parts: list[LayerPart] = []

@@ -124,7 +124,7 @@ class TextModule(WritingModule):
             lambda: num_lines(data),
             made_of,
             chunk,
-            harmless={"bad_lines": "error"},  # a run that takes bad lines for errors has met none so far
+            compatible_values={"bad_lines": "error"},  # a run that takes bad lines for errors has met none so far
             tells=is_alone and self.decode.num_return_sequences == 1,
         )
 

@@ -12,13 +12,13 @@ from apps.base.messages import counted
 from apps.base.quiet import quiet
 from apps.cli.errors import UsageError
 from apps.plan.layout import Cost, Sweep, hidden_units, sweep
-from apps.plan.options import Options
+from apps.plan.options import PlanOptions
 from apps.plan.outline import Outline, outlined
 from apps.report.tables import print_table, write_csv
 from apps.task.sizes import Missing
 
 
-def run(options: Options) -> int:
+def run(options: PlanOptions) -> int:
     """Print the plan, and write its files where a folder is named."""
     try:
         with quiet():
@@ -97,7 +97,7 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def header(outline: Outline, options: Options) -> list[str]:
+def header(outline: Outline, options: PlanOptions) -> list[str]:
     """Return the lines above the table: the model, the batch and the GPUs."""
     trial, gpu = outline.trial, options.gpu
     layers = list(outline.layers.values())
@@ -137,7 +137,7 @@ def details(one: Cost) -> list[str]:
     return lines
 
 
-def overlay(one: Cost, options: Options) -> str:
+def overlay(one: Cost, options: PlanOptions) -> str:
     """Return the configuration that lays a training out so, as YAML."""
     layout = one.layout
     arguments: dict[str, Any]

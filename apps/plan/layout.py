@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from apps.plan import formulas
-from apps.plan.options import Options
+from apps.plan.options import PlanOptions
 from apps.plan.outline import Block, Layer, Outline
 from core.parallel import refusal
 
@@ -88,7 +88,7 @@ class Cost:
         return self.exchange / self.seconds
 
 
-def cost(outline: Outline, options: Options, layout: Layout, sharding: str | None = None) -> Cost:
+def cost(outline: Outline, options: PlanOptions, layout: Layout, sharding: str | None = None) -> Cost:
     """Return the cost of a step on a layout.
 
     Args:
@@ -120,7 +120,7 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
 # ---- memory
 
 
-def _memory(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> formulas.Memory:
+def _memory(outline: Outline, options: PlanOptions, layout: Layout, sharding: str | None) -> formulas.Memory:
     experts, rest, size = layout.degree * layout.shards, layout.rest_ranks, options.stored_bytes
     weights = optimizer = 0.0
     step = 0.0
@@ -137,7 +137,7 @@ def _memory(outline: Outline, options: Options, layout: Layout, sharding: str | 
     return formulas.peak_memory(weights, optimizer, root, blocks, step)
 
 
-def _part(block: Block, outline: Outline, options: Options, layout: Layout) -> formulas.Part:
+def _part(block: Block, outline: Outline, options: PlanOptions, layout: Layout) -> formulas.Part:
     """Return a block as one rank has it."""
     over, rest = layout.degree * layout.shards, layout.rest_ranks
     experts = block.experts.params / layout.degree
@@ -160,14 +160,14 @@ def _part(block: Block, outline: Outline, options: Options, layout: Layout) -> f
     )
 
 
-def _kept_by_exchange(layer: Layer, options: Options, layout: Layout) -> float:
+def _kept_by_exchange(layer: Layer, options: PlanOptions, layout: Layout) -> float:
     """Return the bytes that sharded experts keep in addition to local ones: the rows that come in, and indices."""
     if layout.degree == 1:
         return 0.0
     return layer.rows * layout.hidden * (layer.dim * options.dtype_bytes + _INDEX_BYTES)
 
 
-def _working(layer: Layer, options: Options, layout: Layout) -> float:
+def _working(layer: Layer, options: PlanOptions, layout: Layout) -> float:
     """Return the temporary bytes of a layer: rows as they are sent, come back and are put in order, and the gradients
     of the experts' saved activations."""
     sent = 0.0
@@ -180,7 +180,9 @@ def _working(layer: Layer, options: Options, layout: Layout) -> float:
 # ---- traffic
 
 
-def _traffic(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> dict[str, formulas.Traffic]:
+def _traffic(
+    outline: Outline, options: PlanOptions, layout: Layout, sharding: str | None
+) -> dict[str, formulas.Traffic]:
     """Return the traffic of a rank in a step, by collective."""
     node, W = options.node, options.gpus
     experts = formulas.Traffic()
@@ -208,7 +210,7 @@ def _traffic(outline: Outline, options: Options, layout: Layout, sharding: str |
     }
 
 
-def _data(outline: Outline, options: Options, layout: Layout) -> tuple[formulas.Traffic, formulas.Traffic]:
+def _data(outline: Outline, options: PlanOptions, layout: Layout) -> tuple[formulas.Traffic, formulas.Traffic]:
     """Return the traffic of reducing gradients and of gathering parameters."""
     node, degree = options.node, layout.degree
     rest = formulas.group(layout.rest_ranks, 1, node)
@@ -268,7 +270,7 @@ def _name(one: Cost) -> str:
     return f"degree {one.layout.degree}" if one.sharding is None else one.sharding
 
 
-def sweep(outline: Outline, options: Options) -> Sweep:
+def sweep(outline: Outline, options: PlanOptions) -> Sweep:
     """Return the cost of all layouts of ``options.gpus``, the best of each expert-parallel degree and of each way to
     shard tables."""
     shardings: Sequence[str | None] = formulas.SHARDINGS if outline.tables else (None,)

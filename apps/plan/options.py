@@ -28,7 +28,7 @@ _Gigabytes = Annotated[float, Shown("GB")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CommandLine):
+class PlanOptions(CommandLine):
     """Print the cost of a training on many GPUs, only from its configuration: memory and traffic of a GPU, the time of
     a step, the best expert-parallel degree, and where it breaks. No data is read and nothing is computed.
 
@@ -209,3 +209,6 @@ class Options(CommandLine):
     def dtype_bytes(self) -> int:
         """Bytes of a number in the matmuls."""
         return 4 if self.precision == "32-true" and self.param_dtype is None else 2
+
+
+OPTIONS = PlanOptions

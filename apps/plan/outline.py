@@ -17,7 +17,7 @@ import core
 from apps import registry
 from apps.cli.configs import at
 from apps.cli.errors import UsageError
-from apps.plan.options import Options
+from apps.plan.options import PlanOptions
 from apps.registry import short
 from apps.task import Sizes, Trial
 from apps.train.optim.optimizers import parameter_groups
@@ -29,7 +29,7 @@ COLUMNS = ("tables", "numbers", "histories", "item_tables", "item_numbers")
 """Options that describe columns, each of some models' data."""
 
 
-def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dict[str, Any]:
+def data_arguments(kind: str, given: Mapping[str, Any], options: PlanOptions) -> dict[str, Any]:
     """Return the arguments of a model's constructor that its data would provide, from configuration and options.
 
     Args:
@@ -49,13 +49,13 @@ def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dic
     return task.data_arguments(given, sizes_of(options))
 
 
-def sizes_of(options: Options) -> Sizes:
+def sizes_of(options: PlanOptions) -> Sizes:
     """Return a command's settings of the data."""
     columns = {name: getattr(options, name) for name in (*COLUMNS, "tasks", "domains", "pooling")}
     return Sizes(options.config.get("data"), options.batch, options.tokens_per_gpu, options.length, columns)
 
 
-def trial(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+def trial(module: Any, options: PlanOptions, dtype: torch.dtype) -> Trial:
     """Return a forward of a model that is on the meta device.
 
     Args:
@@ -193,7 +193,7 @@ class Outline:
         return sum(p.rest.params + p.experts.params for p in self.parts) + tables
 
 
-def outlined(options: Options) -> Outline:
+def outlined(options: PlanOptions) -> Outline:
     """Build the model of a configuration on the meta device and measure it.
 
     Raises:
@@ -214,7 +214,7 @@ def outlined(options: Options) -> Outline:
     return measured(module, options)
 
 
-def measured(module: Any, options: Options) -> Outline:
+def measured(module: Any, options: PlanOptions) -> Outline:
     """Return the outline of a module on the meta device, whose training this becomes.
 
     Args:

@@ -255,7 +255,7 @@ class RowTask(Task):
         encoding: encoding of the row's values.
     """
 
-    takes_others = True
+    additional_properties = True
     encoding: Encoding
 
     @cached_property

@@ -51,7 +51,7 @@ class Task(ABC):
     """Word on a page's button: "Classify"."""
     alternatives: ClassVar[int] = 1
     """Alternatives that a page shows, where a search finds so many."""
-    takes_others: ClassVar[bool] = False
+    additional_properties: ClassVar[bool] = False
     """Whether a request may have further properties, which are left out."""
     combinations: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Inputs that a request has together, by the title of each combination; empty: a request may have all of them."""
@@ -70,16 +70,16 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def asks(self) -> str:
+    def description(self) -> str:
         """Request and answer, described in a sentence or two."""
 
     @property
     @abstractmethod
-    def invites(self) -> str:
+    def instructions(self) -> str:
         """Instructions for a page and their result, in a sentence or two."""
 
     @property
-    def on_page(self) -> Mapping[str, Any]:
+    def page_values(self) -> Mapping[str, Any]:
         """Values that an example has on a page in addition to its fields, if they differ from the inputs' defaults."""
         return {}
 
@@ -159,13 +159,15 @@ class Task(ABC):
     def item(self) -> dict[str, Any]:
         """Return the JSON schema of a request's input."""
         if not self.combinations:
-            return item_of(self.inputs, self.noun, self.asks, self.takes_others)
+            return item_of(self.inputs, self.noun, self.description, self.additional_properties)
         kinds = [
-            item_of({name: self.inputs[name] for name in names}, title, takes_others=self.takes_others)
+            item_of(
+                {name: self.inputs[name] for name in names}, title, additional_properties=self.additional_properties
+            )
             for title, names in self.combinations.items()
         ]
         examples = [example for kind in kinds for example in kind.pop("examples")]
-        return {"title": self.noun, "description": self.asks, "oneOf": kinds, "examples": examples}
+        return {"title": self.noun, "description": self.description, "oneOf": kinds, "examples": examples}
 
     def read(self, item: Mapping[str, Any]) -> Values:
         """Return the values of an input that has passed the schema."""
@@ -191,7 +193,9 @@ class Task(ABC):
             ValueError: a page has no field for an input.
         """
         fields = {name: own.field for name, own in self.inputs.items() if own.field is not None}
-        left_out = {name: own.default for name, own in self.inputs.items() if name not in fields} | dict(self.on_page)
+        left_out = {name: own.default for name, own in self.inputs.items() if name not in fields} | dict(
+            self.page_values
+        )
 
         def answer(read: Sequence[Any], tell: Callable[[Part], None] | None = None) -> Answer:
             typed = zip(fields, read, strict=True)
@@ -203,10 +207,12 @@ class Task(ABC):
             return Answer(self.output.to_parts(one), self.layers(tape, example, one))
 
         examples = () if data is None else self.examples(data, most)
-        return Exhibit(self.invites, self.verb, tuple(fields.values()), answer, examples, self.streams)
+        return Exhibit(self.instructions, self.verb, tuple(fields.values()), answer, examples, self.streams)
 
 
-def item_of(inputs: Mapping[str, Input], title: str, says: str = "", takes_others: bool = False) -> dict[str, Any]:
+def item_of(
+    inputs: Mapping[str, Input], title: str, says: str = "", additional_properties: bool = False
+) -> dict[str, Any]:
     """Return the JSON schema of an object of inputs, with an example.
 
     Args:
@@ -220,7 +226,7 @@ def item_of(inputs: Mapping[str, Input], title: str, says: str = "", takes_other
         "type": "object",
         "required": [name for name, own in inputs.items() if own.is_required],
         "properties": {name: own.schema for name, own in inputs.items()},
-        **({} if takes_others else {"additionalProperties": False}),
+        **({} if additional_properties else {"additionalProperties": False}),
         "examples": [{name: own.example for name, own in inputs.items() if own.is_shown}],
     }
 

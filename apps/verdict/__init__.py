@@ -16,9 +16,9 @@ def main(argv: Sequence[str]) -> int:
     """Run ``moesaic verdict ARGV``."""
     began = time.monotonic()  # the imports are part of the budget
     from apps.base.imports import importing
-    from apps.verdict.options import Options
+    from apps.verdict.options import VerdictOptions
 
-    options = Options.read(argv)  # a wrong one ends here, before torch is imported
+    options = VerdictOptions.read(argv)  # a wrong one ends here, before torch is imported
 
     with importing():
         from apps.verdict.command import run

@@ -32,7 +32,7 @@ from apps.report.page import FILE, open_page, write_page
 from apps.report.page.writing import markdown, write_index
 from apps.runner.runner import Budget, at_work, check_same
 from apps.task.task import config_of
-from apps.verdict.options import Options
+from apps.verdict.options import VerdictOptions
 from apps.verdict.references import RESERVED, References, best_model, by_task, reference_names
 from apps.verdict.result import NUMBERS, PAGE, Facts, Verdict, causes, changes, lines, verdict_page
 from apps.verdict.schedule import Schedule, Speed, make_schedule
@@ -46,7 +46,7 @@ EVALUATION_SHARE = 0.01
 """Part of the budget that one evaluation may take: a larger split is evaluated by its first batches."""
 
 
-def run(options: Options, argv: Sequence[str], began: float) -> int:
+def run(options: VerdictOptions, argv: Sequence[str], began: float) -> int:
     """Run ``moesaic verdict``, and return 0, 130 where the user stopped it, or 143 where the system did.
 
     Args:
@@ -70,7 +70,7 @@ def run(options: Options, argv: Sequence[str], began: float) -> int:
 
 @interruptible()
 def give_verdict(
-    options: Options, command: str, began: float | None = None, clock: Callable[[], float] = time.monotonic
+    options: VerdictOptions, command: str, began: float | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Verdict:
     """Do the rest of a verdict, write it, and return it.
 
@@ -123,7 +123,7 @@ def give_verdict(
     return verdict
 
 
-def _best(work: Work, names: Sequence[str], options: Options) -> tuple[str, ...]:
+def _best(work: Work, names: Sequence[str], options: VerdictOptions) -> tuple[str, ...]:
     """Train the references of a table, and return a sentence for each task on its best model."""
     num_values = len(work.finished[0].values[0])
     references = References(work.experiment, names, options.folder, options.minutes, options.seed, num_values)
@@ -139,7 +139,7 @@ def reserve(seconds: float) -> float:
     return min(max(RESERVE_SHARE * seconds, LEAST_RESERVE), MOST_RESERVE)
 
 
-def check_folder(options: Options) -> None:
+def check_folder(options: VerdictOptions) -> None:
     """Reject a folder that is not this verdict's.
 
     Raises:
@@ -154,7 +154,7 @@ def check_folder(options: Options) -> None:
             raise ValueError(f"{output} holds {some(sorted(others), 3)} and no verdict: give another --output")
 
 
-def _identity(options: Options) -> dict[str, Any]:
+def _identity(options: VerdictOptions) -> dict[str, Any]:
     """Return what tells one verdict from another."""
     return {
         "data": [str(path.resolve()) for path in options.data],
@@ -181,7 +181,7 @@ def _systems(experiment: Experiment) -> tuple[Any, System, System, Sequence[str]
     return model, sparse, dense, getattr(data, "warnings", list)()
 
 
-def _plan(experiment: Experiment, dense: str, num_experts: int, options: Options, budget: Budget) -> Plan:
+def _plan(experiment: Experiment, dense: str, num_experts: int, options: VerdictOptions, budget: Budget) -> Plan:
     """Measure the speed of both systems and return what fits into the seconds that are left.
 
     Raises:
@@ -240,7 +240,7 @@ def _read(saved: Mapping[str, Any]) -> Plan:
 
 
 def _verdict(
-    options: Options,
+    options: VerdictOptions,
     work: Work,
     costs: Sequence[System],
     notes: Sequence[str],
@@ -313,7 +313,7 @@ def _facts(figures: Mapping[str, Any], higher_is_better: bool) -> Facts:
     return Facts(quality, trained, figures["seconds_per_step"], figures["routing"])
 
 
-def configuration(options: Options) -> tuple[Path, tuple[str, ...], tuple[str, ...]]:
+def configuration(options: VerdictOptions) -> tuple[Path, tuple[str, ...], tuple[str, ...]]:
     """Return the configuration's file, sentences on how the data were read, and what is wrong with the data.
 
     A configuration is taken as it is. For other data the apps are asked in turn, and the configuration of the first one

@@ -19,7 +19,7 @@ _Column = Annotated[str, Shown("COLUMN")]
 
 
 @dataclass(frozen=True)
-class Options(CommandLine):
+class VerdictOptions(CommandLine):
     """Train a small sparse model and a dense one of equal FLOPs on your data, as often as the minutes allow, and say
     whether sparse pays: at equal FLOPs, and at equal time on this machine.
 
@@ -92,3 +92,6 @@ class Options(CommandLine):
         """Folder of the verdict."""
         name = "-".join(dict.fromkeys(path.stem or path.name for path in self.data))
         return self.output or Path("runs") / "verdict" / name
+
+
+OPTIONS = VerdictOptions

@@ -172,7 +172,7 @@ _MOST_SAMPLE = 2000
 
 
 @dataclass(frozen=True)
-class Run(Unit):
+class VerdictRun(Unit):
     """A training of a verdict; a rate of None is the model's own, which has no name.
 
     Attributes:
@@ -325,7 +325,7 @@ class Pace(Callback):
 
 def do(
     experiment: Experiment,
-    run: Run,
+    run: VerdictRun,
     output: Path,
     budget: Budget,
     most_batches: int | None,

@@ -33,7 +33,7 @@ from apps.verdict.schedule import (
     search_seconds,
     seed_seconds,
 )
-from apps.verdict.training import Run, do
+from apps.verdict.training import VerdictRun, do
 
 _ROUNDING = 1e-12
 """Gains that differ by less than this part of the values are equal, and show no spread."""
@@ -97,7 +97,7 @@ class Finished:
     group_N: np.ndarray | None = None
 
 
-class Work(Runner[Run, Mapping[str, Any]]):
+class Work(Runner[VerdictRun, Mapping[str, Any]]):
     """Runs a plan within the budget; finished runs are not repeated."""
 
     def __init__(self, experiment: Experiment, plan: Plan, seed: int, output: Path, budget: Budget, whole: Bar) -> None:
@@ -155,7 +155,7 @@ class Work(Runner[Run, Mapping[str, Any]]):
         left: dict[str, list[float]] = {name: list(schedule.rates) for name in systems}
         for rung, (_, steps) in enumerate(schedule.rungs):
             seed = self.seed + SEARCH_SEED + rung
-            runs = {name: [Run(name, rate, seed, steps, "search") for rate in left[name]] for name in systems}
+            runs = {name: [VerdictRun(name, rate, seed, steps, "search") for rate in left[name]] for name in systems}
             self.finish(filter(None, itertools.chain(*itertools.zip_longest(*runs.values()))))
             assert self.experiment.rate is not None
             for name in systems:
@@ -166,14 +166,14 @@ class Work(Runner[Run, Mapping[str, Any]]):
     def _affordable_steps(self) -> int:
         """Return the steps of a final run: as planned, or fewer, of which the fewest seeds fit at the search's pace."""
         runs = self._searched("*")
-        if any((self.output / Run.ROOM).glob("*/final-*")):  # of a version that did not save the choice
+        if any((self.output / VerdictRun.ROOM).glob("*/final-*")):  # of a version that did not save the choice
             return self.steps
         planned = sum(self._seconds(run["run"]["system"], run["run"]["steps"]) for run in runs)
         slower = sum(run["wall_seconds"] for run in runs) / planned if runs else 1.0
         share = self.budget.left / (LEAST_SEEDS * slower * self.plan.seed_seconds)
         return max(min(self.steps, LEAST_STEPS), math.floor(min(share, 1.0) * self.steps))
 
-    def _gains(self, run: Run) -> np.ndarray:
+    def _gains(self, run: VerdictRun) -> np.ndarray:
         """Return the values of a run of the search, a larger one being better; none where it diverged."""
         result = run.read(self.output)
         assert result is not None, run.name
@@ -187,8 +187,8 @@ class Work(Runner[Run, Mapping[str, Any]]):
         for number in range(MOST_SEEDS):
             is_planned = number < self.plan.schedule.seeds
             seed = self.seed + number
-            runs = [Run(name, self.rates[name], seed, steps, "final") for name in self.plan.systems]
-            timed = Run(SPARSE, self.rates[SPARSE], seed, timed_steps, "timed")
+            runs = [VerdictRun(name, self.rates[name], seed, steps, "final") for name in self.plan.systems]
+            timed = VerdictRun(SPARSE, self.rates[SPARSE], seed, timed_steps, "timed")
             runs.append(runs[0] if timed_steps == steps else timed)
             is_new = any(self.read(run) is None for run in runs)
             # Whether a seed is begun depends on the time that is left, and on nothing that the others gave.
@@ -209,13 +209,13 @@ class Work(Runner[Run, Mapping[str, Any]]):
             self.finished.append(Finished(seed, [done[run] for run in runs], values, tasks, users))
             seconds.append(sum(own["wall_seconds"] for own in done.values()))
 
-    def work(self, unit: Run, progress: Progress) -> Mapping[str, Any]:
+    def work(self, unit: VerdictRun, progress: Progress) -> Mapping[str, Any]:
         return do(self.experiment, unit, self.output, self.budget, self.plan.most_batches, progress)
 
-    def weight(self, unit: Run) -> float:
+    def weight(self, unit: VerdictRun) -> float:
         return self._seconds(unit.system, unit.steps)
 
-    def line(self, unit: Run, result: Mapping[str, Any]) -> str:
+    def line(self, unit: VerdictRun, result: Mapping[str, Any]) -> str:
         left = self.budget.seconds - self.budget.spent
         quality = "diverged" if result["quality"] is None else f"{result['quality']:.4g}"
         return f"{quality}, {result['wall_seconds']:.1f} s; {left:.0f} s left"
@@ -226,7 +226,7 @@ class Work(Runner[Run, Mapping[str, Any]]):
 
     def _searched(self, system: str) -> list[Any]:
         """Return the results of the search that are there."""
-        return [read_json(path) for path in sorted((self.output / Run.ROOM).glob(f"{system}/search-*/{RESULT}"))]
+        return [read_json(path) for path in sorted((self.output / VerdictRun.ROOM).glob(f"{system}/search-*/{RESULT}"))]
 
     def _step_seconds(self, system: str) -> float:
         """Return the median seconds of a step in the search, or as measured before where nothing was searched."""

@@ -34,11 +34,11 @@ class ImageClassification(Task):
         self.inputs, self.output = {"image": image_input(self.encoding)}, classes()
 
     @property
-    def asks(self) -> str:
+    def description(self) -> str:
         return f"An image: the answer is which of {len(self.encoding.class_names)} classes it is of."
 
     @property
-    def invites(self) -> str:
+    def instructions(self) -> str:
         return (
             f"Drop an image: the model says which of its {len(self.encoding.class_names)} classes it is, and which "
             "expert took each patch."

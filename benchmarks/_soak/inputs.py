@@ -146,7 +146,7 @@ def command_line(path: Path) -> None:
         Request.read(name, words)
     elif name in _OTHERS and name not in ("bench", "data"):
         options = importlib.import_module(f"{_OTHERS[name][0]}.options")
-        getattr(options, "Command", options.Options).read(words)
+        (options.Command if hasattr(options, "Command") else options.OPTIONS).read(words)
 
 
 @functools.cache

@@ -45,9 +45,9 @@ class Partial:
         path: Path,
         made_of: Mapping[str, Any] | None = None,
         overwrite: bool = False,
-        harmless: Mapping[str, Any] | None = None,
+        compatible_values: Mapping[str, Any] | None = None,
     ) -> None:
-        self.made_of, self.harmless, self.start = made_of, harmless or {}, 0
+        self.made_of, self.compatible_values, self.start = made_of, compatible_values or {}, 0
         self.state = path.with_name(f"{path.name}.partial.json")
         self._whole = {"inputs": 0, "bytes": 0}
         self._saved = time.monotonic()
@@ -78,7 +78,7 @@ class Partial:
 
     def _go_on(self, known: dict[str, Any] | None, is_new: bool, overwrite: bool) -> None:
         assert self.made_of is not None
-        difference = None if known is None else _difference(known["made_of"], self.made_of, self.harmless)
+        difference = None if known is None else _difference(known["made_of"], self.made_of, self.compatible_values)
         if not is_new and not overwrite:
             if known is None and self.path.stat().st_size:
                 raise ValueError(f"{self.path} is there, and {self.state.name} is not: take it away")
@@ -151,10 +151,12 @@ def _held(path: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-def _difference(known: Mapping[str, Any], made_of: Mapping[str, Any], harmless: Mapping[str, Any]) -> str | None:
+def _difference(
+    known: Mapping[str, Any], made_of: Mapping[str, Any], compatible_values: Mapping[str, Any]
+) -> str | None:
     """Return the first value that differs, with both; None if there is none."""
     for name, a, b in differences(known, made_of):
-        if name not in harmless or a != harmless[name]:
+        if name not in compatible_values or a != compatible_values[name]:
             part = name.partition(".")[0]
             is_named_alone = part in ("weights", "model", "database", "input")
             return f"{part} is not this one's" if is_named_alone else f"{name} is {a}, not {b}"

@@ -342,7 +342,7 @@ def write_stream(model: nn.Module, stream: PredictionStream, path: Path, **optio
     kept = {name: value for name, value in arguments.items() if name not in (*FOR_TRAINING, "decode")}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
     made_of = {"weights": fingerprint(model), "model": digest, **stream.made_of}
-    with PredictionFile(path, made_of=made_of, harmless=stream.harmless, **options).open() as file:
+    with PredictionFile(path, made_of=made_of, compatible_values=stream.compatible_values, **options).open() as file:
         file.write(stream)
     return file
 

@@ -26,7 +26,7 @@ from apps.cli.errors import UsageError
 from apps.compare.command import command_line, until_stopped
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.measure import Job, measure
-from apps.compare.options import Options
+from apps.compare.options import CompareOptions
 from apps.compare.suite.file import Board, Command, Entry, Suite
 from apps.compare.suite.standings import Figures, duration, leaderboard_page, standings
 from apps.compare.summary import short_name
@@ -59,7 +59,7 @@ class _StopsInTime(StopsSoon):
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class SuiteRun:
     """A row of a board with one seed, the ``number``-th of its own."""
 
     board: Board
@@ -76,7 +76,7 @@ class Run:
         return self.entry.minutes or _UNKNOWN_MINUTES
 
 
-class Queue(Runner[Run, Mapping[str, Any]]):
+class Queue(Runner[SuiteRun, Mapping[str, Any]]):
     """Does the runs of a suite that are not finished.
 
     Args:
@@ -99,10 +99,10 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         self.missing: dict[str, str] = {}
         self.is_over = False
 
-    def left(self) -> list[Run]:
+    def left(self) -> list[SuiteRun]:
         """Return the runs that are not finished, in their order."""
         every = (
-            Run(board, entry, number, self.suite.seeds_of(entry)[number])
+            SuiteRun(board, entry, number, self.suite.seeds_of(entry)[number])
             for number in range(self.suite.seeds)
             for board in self.chosen
             for entry in board.entries
@@ -126,13 +126,13 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         except BudgetOver:
             self.is_over = True
 
-    def read(self, unit: Run) -> Mapping[str, Any] | None:
+    def read(self, unit: SuiteRun) -> Mapping[str, Any] | None:
         row = self.figures.row(unit.entry)
         if row.get("refused"):
             return row
         return None if self._lacks_speed(unit, row) else row["runs"].get(unit.seed)
 
-    def _lacks_speed(self, run: Run, row: Mapping[str, Any]) -> bool:
+    def _lacks_speed(self, run: SuiteRun, row: Mapping[str, Any]) -> bool:
         """Return whether the speed is still to be measured: once a row, after the training of its first seed."""
         if not self.rounds or row.get("cost") is None or "speed" in row or run.number:
             return False
@@ -178,14 +178,14 @@ class Queue(Runner[Run, Mapping[str, Any]]):
                     f"{known:,}: the rows of a board share data, split and test examples"
                 )
 
-    def line(self, unit: Run, result: Mapping[str, Any]) -> str:
+    def line(self, unit: SuiteRun, result: Mapping[str, Any]) -> str:
         if "diverged" in result:
             return f"diverged ({result['diverged']})"
         metrics = unit.board.metrics or [self.figures.row(unit.entry)["monitor"]]
         shown = ", ".join(f"{m} {result['test'][m]:.4g}" for m in metrics if m in result["test"])
         return f"test {shown}, {result['train_seconds']:.1f} s"
 
-    def work(self, unit: Run, progress: Progress) -> Mapping[str, Any] | None:
+    def work(self, unit: SuiteRun, progress: Progress) -> Mapping[str, Any] | None:
         """Do a run, and after the first seed's run measure the speed; None if its data is not available."""
         entry = unit.entry
         with self._with_data(unit.board):
@@ -201,7 +201,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
             return self.read(unit)
         return None
 
-    def _run(self, run: Run, experiment: Experiment, progress: Progress) -> dict[str, Any]:
+    def _run(self, run: SuiteRun, experiment: Experiment, progress: Progress) -> dict[str, Any]:
         """Return the figures of a run, which is done where its folder does not have them."""
         board, entry = run.board, run.entry
         folder = entry.folder(self.suite.runs_folder)
@@ -221,11 +221,13 @@ class Queue(Runner[Run, Mapping[str, Any]]):
             raise ValueError(f"board {board.name!r}: {entry.name!r} tests no {lacking[0]!r}; it has {logged}")
         return {"test": test, "steps": result["steps"], "train_seconds": result["train_seconds"]}
 
-    def _planned(self, run: Run, experiment: Experiment) -> tuple[Plan, Unit]:
+    def _planned(self, run: SuiteRun, experiment: Experiment) -> tuple[Plan, Unit]:
         """Return the plan of the comparison that has the row's runs, and the systems trained in this one."""
         entry, row = run.entry, self.figures.row(run.entry)
         rates = () if experiment.rate is None else (experiment.rate,)
-        options = Options(num_seeds=self.suite.seeds, learning_rates=rates, baseline_minutes=entry.baseline_minutes)
+        options = CompareOptions(
+            num_seeds=self.suite.seeds, learning_rates=rates, baseline_minutes=entry.baseline_minutes
+        )
         plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
         units = plan.final_units(entry.baseline or SPARSE, row.get("rate"), bool(row.get("tunes")))
         return plan, units[run.number]
@@ -250,7 +252,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
                 raise BudgetOver from None
             raise
 
-    def _speed(self, run: Run, experiment: Experiment) -> dict[str, Any]:
+    def _speed(self, run: SuiteRun, experiment: Experiment) -> dict[str, Any]:
         (_, unit), name = self._planned(run, experiment), f"{run.entry.title}, speed and memory"
         trained = unit.checkpoint(run.entry.folder(self.suite.runs_folder))
         # The runs of figures that were made elsewhere may be gone: speed needs the model, and trained weights little.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.scores import SCORES, corpus_score, signature
+from apps.nlp.text.teacher_forced import Judged
 from apps.train.step.pieces import PieceMetrics, token_metrics
 
 

@@ -26,8 +26,8 @@ from apps.nets.config import TransformerConfig
 from apps.nets.place import Place
 from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, caption_ids, decoding, in_columns, one_each
 from apps.nlp.decode.writing import JudgedModule
-from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.scores import scorer
+from apps.nlp.text.teacher_forced import read_ids
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.distilling import check_one_start
 from apps.vision.image_files import scaled

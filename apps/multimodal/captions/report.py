@@ -22,9 +22,9 @@ from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, num
 from apps.multimodal.captions.traced import Traced, traced
 from apps.multimodal.pairs.pairs import PairBatch
 from apps.multimodal.report.report import displayed
-from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.report import WrittenReport
 from apps.nlp.text.scores import scorer
+from apps.nlp.text.teacher_forced import read_ids
 from apps.report.base import ReportConfig, computed_metrics, spread_batches, spread_places
 from apps.report.images import Tile, data_url, heated, save_images
 from apps.report.page import Gallery, Part, Picture, Section, Table, Thumbnail, Words

@@ -29,8 +29,8 @@ class Captioning(Task):
     """The use of an ``ImageCaptioner``."""
 
     app, noun, verb, alternatives = "captions", "Image", "Describe", 3
-    asks = "An image: the answer is what it shows, in words."
-    invites = "Drop an image: the model writes what it sees, and shows which experts took each subword of that."
+    description = "An image: the answer is what it shows, in words."
+    instructions = "Drop an image: the model writes what it sees, and shows which experts took each subword of that."
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

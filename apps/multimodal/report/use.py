@@ -25,7 +25,7 @@ _MOST_PATCHES = 8
 """Patches of an expert that are kept."""
 
 
-class Rows(NamedTuple):
+class PassLayout(NamedTuple):
     """The layout of a pass: each row is an image or a text.
 
     Attributes:
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     tokens_of_image: int
 
     @classmethod
-    def of(cls, context: core.RoutingContext) -> Rows:
+    def of(cls, context: core.RoutingContext) -> PassLayout:
         """Return the layout that the context of a pass tells."""
         modality_RL = context.modality_BS
         assert modality_RL is not None
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
         return cls(modality_RL, real_RL, images, texts, count)
 
     @classmethod
-    def of_entry(cls, entry: Any) -> Rows | None:
+    def of_entry(cls, entry: Any) -> PassLayout | None:
         """Return the layout of an entry of a tape; None if its layer does not see the tokens of images and texts: the
         head of the attributes sees whole images, and few tokens enter some blocks."""
         context = entry.context
@@ -151,7 +151,7 @@ class PairUse(ExpertUse):
         super().add(tape, batch)
         shown = _to_be_shown(batch, self.wanted if not self.shown else 0)
         for entry in tape.entries:
-            rows = Rows.of_entry(entry)
+            rows = PassLayout.of_entry(entry)
             if rows is None:
                 continue
             name = layer_label(entry.name)
@@ -168,7 +168,7 @@ class PairUse(ExpertUse):
                         pair.pieces[name] = pieces[place, : len(pair.ids)].tolist()
         self.shown += shown.values()
 
-    def _patches(self, routing: Any, rows: Rows, image: Tensor) -> PatchSample | None:
+    def _patches(self, routing: Any, rows: PassLayout, image: Tensor) -> PatchSample | None:
         places = rows.patches(self.num_patches)
         if places is None:
             return None
@@ -217,7 +217,7 @@ class PairUse(ExpertUse):
 def tokens(entry: Any, batch: Any) -> dict[str, Tensor]:
     """Return the modality of each token of a pass over a batch of pairs, the piece of each token of a text, and the
     class of each attribute of each image."""
-    rows = Rows.of_entry(entry)
+    rows = PassLayout.of_entry(entry)
     if rows is None:
         return {}
     modality_T = rows.modality_RL.flatten()

@@ -22,7 +22,7 @@ from apps.nlp.decode.constraint import Constraint
 from apps.nlp.decode.run import in_dtype
 from apps.nlp.decode.search import Hypotheses
 from apps.nlp.decode.stops import num_begun
-from apps.nlp.text.foreseen import Judged, of_mean_length, per_sentence
+from apps.nlp.text.teacher_forced import Judged, of_mean_length, per_sentence
 from apps.train.step.module import SparseModule, Stage, TaskOutput
 
 _DECODE = DecodeConfig()
@@ -115,7 +115,7 @@ class WritingModule(SparseModule):
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the mean cross-entropy of the tokens after the first, padding left out.
 
-        In evaluation it has no label smoothing, and ``outputs`` is the ``Foreseen`` of each row.
+        In evaluation it has no label smoothing, and ``outputs`` is the ``TeacherForced`` of each row.
         """
         predicted, ids_BL = self.predicted(batch, packed=not self.training)
         target_BL, real_BL = ids_BL[:, 1:], ids_BL[:, 1:] != PAD_ID
@@ -198,7 +198,7 @@ class WritingModule(SparseModule):
         self._copies = None
 
     def nats_and_tokens(self, outs: Sequence[TaskOutput]) -> tuple[Tensor, Tensor]:
-        """Return the nats and the number of tokens of each row, float64 (N,) both; ``outputs`` are ``Foreseen``."""
+        """Return the nats and the tokens of each row, float64 (N,) both; ``outputs`` are ``TeacherForced``."""
         return (
             torch.cat([out.outputs.nll_B.double() for out in outs]).cpu(),
             torch.cat([out.outputs.tokens_B.double() for out in outs]).cpu(),
@@ -245,8 +245,8 @@ class JudgedModule(WritingModule):
         index, groups = batch.index_B.tolist(), getattr(batch, self.group).tolist()
         texts = (written.get(place) for place in range(len(index)))
         log_probs = (scores.get(place, 0.0) for place in range(len(index)))
-        foreseen = (part.tolist() for part in out.outputs)
-        rows = zip(index, groups, texts, self.references(batch), log_probs, *foreseen, strict=True)
+        teacher_forced = (part.tolist() for part in out.outputs)
+        rows = zip(index, groups, texts, self.references(batch), log_probs, *teacher_forced, strict=True)
         return dataclasses.replace(out, outputs=[Judged(*row) for row in rows])
 
     def on_test_epoch_end(self) -> None:

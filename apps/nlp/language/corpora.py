@@ -14,7 +14,7 @@ from apps.base.checks import check_name
 from apps.data.documents import documents_in
 from apps.data.splits import SPLITS, check_size, count_of, hold_out
 from apps.data.store import identity
-from apps.data.text_files import Rows, clean, named_files
+from apps.data.text_files import AlignedText, clean, named_files
 from apps.nlp.text.corpora import Sizes, share_out
 from apps.nlp.text.datasets import NLP_DATASETS, find_language
 
@@ -110,11 +110,13 @@ class TextCorpus:
         warn_of_learned(splits["train"], {f"{split}_files are in train_files": splits[split] for split in given})
         return splits
 
-    def _read_corpus(self, parts: Mapping[str, Sequence[Rows]], seed: int) -> Documents:
+    def _read_corpus(self, parts: Mapping[str, Sequence[AlignedText]], seed: int) -> Documents:
         """Return the sentences of each split, each in one split and there once."""
         language, sizes = self.language or "en", Sizes(self.val_size, self.test_size, seed)
         distinct = {
-            split: [Rows({language: [*dict.fromkeys(filter(None, rows.text[language]))]}, rows.name) for rows in own]
+            split: [
+                AlignedText({language: [*dict.fromkeys(filter(None, rows.text[language]))]}, rows.name) for rows in own
+            ]
             for split, own in parts.items()
         }
         (shared,) = share_out([(distinct, sizes)])

@@ -24,7 +24,7 @@ from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts
-from apps.nlp.text.foreseen import per_sentence, read_ids
+from apps.nlp.text.teacher_forced import per_sentence, read_ids
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import Stage, TaskOutput
 from apps.train.step.pieces import Block, PieceMetrics, perplexity, token_metrics

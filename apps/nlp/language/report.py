@@ -17,7 +17,7 @@ import core
 from apps.data.loader import batches_of_test
 from apps.nlp.expert_use import write_use
 from apps.nlp.specialization import CLASSES, TextUse, token_classes
-from apps.nlp.text.foreseen import per_sentence
+from apps.nlp.text.teacher_forced import per_sentence
 from apps.report.base import Report, ReportConfig, is_left_out, spread_places
 from apps.report.page import BarChart, Line, LineChart, Section, Table, Words
 from apps.report.page.parts import START

@@ -53,8 +53,8 @@ class Continuation(TextTask):
     """The use of a ``LanguageModeler``. Beginnings are continued one by one: a decoder has no padding."""
 
     app, noun, verb, streams = "language", "Beginning", "Continue", True
-    asks = "The beginning of a text: the answer is the text with what follows."
-    invites = "Type the beginning of a text: the model continues it, and shows which experts took each subword."
+    description = "The beginning of a text: the answer is the text with what follows."
+    instructions = "Type the beginning of a text: the model continues it, and shows which experts took each subword."
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -24,7 +24,7 @@ from apps.nlp.module import TextModule, published_network
 from apps.nlp.pairs.report import PairReportConfig
 from apps.nlp.predict import checked_texts, source_batches
 from apps.nlp.text.batches import TranslationBatch
-from apps.nlp.text.foreseen import read_ids
+from apps.nlp.text.teacher_forced import read_ids
 from apps.train.step.module import Stage
 from apps.train.step.parts import DataPart
 

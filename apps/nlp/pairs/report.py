@@ -16,8 +16,8 @@ from apps.base.files import replacing
 from apps.nlp.expert_use import write_use
 from apps.nlp.pairs.routes import expert_use, usual_sentences, write_sentence
 from apps.nlp.text.batches import TranslationBatch
-from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.report import WrittenReport
+from apps.nlp.text.teacher_forced import Judged
 from apps.report.base import ReportConfig, computed_metrics, spread_batches
 from apps.report.page import Part, Section
 from core.fields import CountOrZero
@@ -45,7 +45,7 @@ class PairReportConfig(ReportConfig):
 
 
 @dataclass(frozen=True)
-class Collected:
+class TestedPairs:
     """The metrics of a test, and what its sentences were written by and from; ``sources`` None: unknown."""
 
     metrics: Any
@@ -74,16 +74,16 @@ class PairReport(WrittenReport):
     metrics: ClassVar[type[Any]]
     of_batches = "the use of experts and the pictures of sentences"
 
-    def collect(self, trainer: Trainer, pl_module: LightningModule) -> Collected | None:
+    def collect(self, trainer: Trainer, pl_module: LightningModule) -> TestedPairs | None:
         metrics: Any = computed_metrics(pl_module, self.metrics)
         if metrics is None or not metrics.pieces:
             return None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         sources = data.sources("test") if hasattr(data, "sources") else None
         run = Path(trainer.default_root_dir)
-        return Collected(metrics, pl_module, self.batches(trainer, pl_module), sources, run, data)
+        return TestedPairs(metrics, pl_module, self.batches(trainer, pl_module), sources, run, data)
 
-    def write(self, collected: Collected, folder: Path) -> list[Section]:
+    def write(self, collected: TestedPairs, folder: Path) -> list[Section]:
         module, pictures = collected.module, self.config.pictures
         scores = self.write_scores(collected, folder)
         sections = []
@@ -98,7 +98,7 @@ class PairReport(WrittenReport):
             self.write_curves(collected.run, folder)
         return [*sections, scores]
 
-    def write_scores(self, collected: Collected, folder: Path) -> Section:
+    def write_scores(self, collected: TestedPairs, folder: Path) -> Section:
         """Write the files of scores, and return the tables and samples that a page shows."""
         raise NotImplementedError
 

@@ -55,12 +55,12 @@ class PairTask(TextTask):
         self.output = texts(self.written, None, self.written)
 
     @property
-    def asks(self) -> str:
+    def description(self) -> str:
         groups = ", ".join(self.model.groups)
         return f"A {self.noun.lower()}: the answer is its {self.written.lower()} ({groups})."
 
     @property
-    def invites(self) -> str:
+    def instructions(self) -> str:
         noun, written = self.noun.lower(), self.written.lower()
         return (
             f"Type a {noun}: the model writes its {written} ({', '.join(self.model.groups)}), and shows which experts "

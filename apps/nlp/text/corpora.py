@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.data.splits import SPLITS, check_drawn, connected, count_of
-from apps.data.text_files import Rows, num_words
+from apps.data.text_files import AlignedText, num_words
 from core.fields import Bounds, Checked, Count
 
 LANGUAGE = r"[A-Za-z]{2,8}(?:[_@][A-Za-z0-9]+)*"
@@ -124,7 +124,7 @@ def parse_pairs(pairs: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 @dataclass
-class Collected:
+class CollectedPairs:
     """All pairs of all corpora.
 
     Attributes:
@@ -152,8 +152,8 @@ class Sizes:
 
 
 def collect(
-    corpora: Mapping[str, tuple[Mapping[str, Sequence[Rows]], Sizes]], pairs: Sequence[str], filters: Filters
-) -> Collected:
+    corpora: Mapping[str, tuple[Mapping[str, Sequence[AlignedText]], Sizes]], pairs: Sequence[str], filters: Filters
+) -> CollectedPairs:
     """Return the sentence pairs of the wanted language pairs.
 
     A pair with an empty side is left out of every split. Out of training are left those that a filter names, and those
@@ -204,10 +204,10 @@ def collect(
             lacking = [lang for lang in parsed[p] if lang not in known]
             why = f"nothing is in {lacking[0]!r}, only in {', '.join(sorted(known))}" if lacking else "none is left"
             raise ValueError(f"pair {pair!r} has no training sentences in {', '.join(corpora)}: {why}")
-    return Collected(splits, left_out)
+    return CollectedPairs(splits, left_out)
 
 
-def _both(rows: Rows, a: str, b: str) -> Iterable[tuple[str, str]]:
+def _both(rows: AlignedText, a: str, b: str) -> Iterable[tuple[str, str]]:
     """Return both sides of the rows that have at least one."""
     if a not in rows.text or b not in rows.text:
         return ()
@@ -215,8 +215,9 @@ def _both(rows: Rows, a: str, b: str) -> Iterable[tuple[str, str]]:
 
 
 def share_out(
-    corpora: Sequence[tuple[Mapping[str, Sequence[Rows]], Sizes]], kept: Callable[[Rows], Rows] = lambda rows: rows
-) -> list[dict[str, list[Rows]]]:
+    corpora: Sequence[tuple[Mapping[str, Sequence[AlignedText]], Sizes]],
+    kept: Callable[[AlignedText], AlignedText] = lambda rows: rows,
+) -> list[dict[str, list[AlignedText]]]:
     """Return the rows of each corpus' splits: of its own files as many as are wanted, or some training rows.
 
     Args:
@@ -226,8 +227,8 @@ def share_out(
     Raises:
         ValueError: sizes that leave nothing to train on, or that ask for rows of which none can be held out.
     """
-    shared: list[dict[str, list[Rows]]] = []
-    training: list[tuple[int, Rows, dict[str, int | float]]] = []
+    shared: list[dict[str, list[AlignedText]]] = []
+    training: list[tuple[int, AlignedText, dict[str, int | float]]] = []
     for number, (parts, sizes) in enumerate(corpora):
         shared.append({name: list(rows) for name, rows in parts.items() if name != "train"})
         for name, size in (("val", sizes.val), ("test", sizes.test)):
@@ -260,7 +261,7 @@ def share_out(
 
 
 def _check_drawn(
-    own: Rows, others: Sequence[Rows], split: str, asked: int | float | None, wanted: int, drawn: int
+    own: AlignedText, others: Sequence[AlignedText], split: str, asked: int | float | None, wanted: int, drawn: int
 ) -> None:
     """Warn of a file of which fewer rows were held out than wanted; raise an error if none were although some were
     asked for."""
@@ -278,7 +279,9 @@ def _check_drawn(
     check_drawn(split, asked, wanted, drawn, of)
 
 
-def _filtered(rows: Rows, pairs: Sequence[tuple[str, str]], filters: Filters, left_out: Counter[str]) -> Rows:
+def _filtered(
+    rows: AlignedText, pairs: Sequence[tuple[str, str]], filters: Filters, left_out: Counter[str]
+) -> AlignedText:
     """Return the rows of which at least one pair is to be kept."""
     keep = np.zeros(len(rows), bool)
     reasons: list[str | None] = [None] * len(rows)
@@ -293,17 +296,17 @@ def _filtered(rows: Rows, pairs: Sequence[tuple[str, str]], filters: Filters, le
     return _take(rows, np.flatnonzero(keep))
 
 
-def _sample(rows: Rows, size: int | float, seed: int) -> Rows:
+def _sample(rows: AlignedText, size: int | float, seed: int) -> AlignedText:
     count = min(len(rows), count_of(size, len(rows)))
     return _take(rows, np.sort(np.random.RandomState(seed).permutation(len(rows))[:count]))
 
 
 def draw_splits(
-    rows: Sequence[Rows],
+    rows: Sequence[AlignedText],
     sizes: Sequence[tuple[int | float, int | float]],
     seeds: Sequence[int],
-    held: Sequence[Rows] = (),
-) -> list[dict[str, Rows]]:
+    held: Sequence[AlignedText] = (),
+) -> list[dict[str, AlignedText]]:
     """Share out the rows of one or several files by chance, so that no sentence, of any language, is in two splits.
 
     Rows that share a sentence, directly or over others, stay together, whichever files they are in; letter case and
@@ -349,7 +352,7 @@ def draw_splits(
     ]
 
 
-def _connected(files: Sequence[Rows]) -> NDArray[np.int64]:
+def _connected(files: Sequence[AlignedText]) -> NDArray[np.int64]:
     """Return the number of each row's group, the rows that share sentences, over all files."""
     known: dict[tuple[str, str], int] = {}
     at: list[int] = []
@@ -369,6 +372,6 @@ def _key(line: str) -> str:
     return " ".join(line.casefold().split())
 
 
-def _take(rows: Rows, positions: NDArray[np.int64]) -> Rows:
+def _take(rows: AlignedText, positions: NDArray[np.int64]) -> AlignedText:
     at = positions.tolist()
-    return Rows({language: [lines[i] for i in at] for language, lines in rows.text.items()}, rows.name)
+    return AlignedText({language: [lines[i] for i in at] for language, lines in rows.text.items()}, rows.name)

@@ -14,10 +14,10 @@ from apps.base.checks import check_name
 from apps.data.datasets import Dataset, prepare, register
 from apps.data.sources import DebianPackage, File, PythonPackage, Source, UrlSource
 from apps.data.splits import check_size
-from apps.data.text_files import Rows
+from apps.data.text_files import AlignedText
 from apps.nlp.text.readers import bible, catalogs, moses, tsv
 
-Read = Callable[[], Mapping[str, Sequence[Rows]]]
+Read = Callable[[], Mapping[str, Sequence[AlignedText]]]
 Mnemonic = Literal["_", "&", "~", "none"]
 
 
@@ -299,9 +299,9 @@ def find_language(dataset: str, root: str | None, language: str, cache_dir: str 
         others = others[:1]  # as its rows are another's too
     paths, read = find_corpus(Corpus(dataset, root), [f"{other}-{language}" for other in others], cache_dir)
 
-    def read_language() -> dict[str, list[Rows]]:
+    def read_language() -> dict[str, list[AlignedText]]:
         return {
-            split: [Rows({language: rows.text[language]}, rows.name) for rows in parts if language in rows.text]
+            split: [AlignedText({language: rows.text[language]}, rows.name) for rows in parts if language in rows.text]
             for split, parts in read().items()
         }
 

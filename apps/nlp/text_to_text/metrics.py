@@ -13,8 +13,8 @@ from typing import Any
 
 from apps.data.text_files import WORD
 from apps.nlp.sql.execution import execution_match, query_match, valid
-from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.scores import scorer
+from apps.nlp.text.teacher_forced import Judged
 from apps.train.step.pieces import PieceMetrics, token_metrics
 
 Metric = Callable[[str, Mapping[str, Any]], float]

@@ -37,7 +37,7 @@ class TextToText(PairModule):
         copy: the model may copy subwords of its source, such as names that it has not learned (a pointer-generator, See
             et al. 2017); the subwords must be joint.
         constrain: "sql": what a test or a prediction writes is a SELECT that is valid for the tables that follow the
-            question, as `apps.nlp.sql.serialized` writes them; a validation while training is not constrained.
+            question, as `apps.nlp.sql.schema.serialized` writes them; a validation while training is not constrained.
         metrics: names of `METRICS`; the first one decides which checkpoint is the best.
         report: options of the report that a test adds to the scores; None: nothing.
         kwargs: of ``PairModule``: ``transformer``, ``moe``, ``decode``, ``pretrained`` and others.

@@ -11,7 +11,7 @@ import numpy as np
 
 import core
 from apps.data.text_files import num_words
-from apps.nlp.pairs.report import Collected, PairReport, examples, side_by_side, write_sentences
+from apps.nlp.pairs.report import PairReport, TestedPairs, examples, side_by_side, write_sentences
 from apps.nlp.sql.clauses import write_clauses
 from apps.nlp.text.significance import mean_difference
 from apps.nlp.text_to_text.metrics import METRICS, TextMetrics
@@ -36,14 +36,14 @@ class TextToTextReport(PairReport):
 
     metrics = TextMetrics
 
-    def write(self, collected: Collected, folder: Path) -> list[Section]:
+    def write(self, collected: TestedPairs, folder: Path) -> list[Section]:
         sections, module = super().write(collected, folder), collected.module
         some = spread_batches(collected.batches, self.config.routing_examples)
         if module.constrain == "sql" and core.moe_layers(module.model) and some:
             sections.insert(1, write_clauses(module, some, folder, self.config.pictures))
         return sections
 
-    def write_scores(self, collected: Collected, folder: Path) -> Section:
+    def write_scores(self, collected: TestedPairs, folder: Path) -> Section:
         pieces, module, sources = collected.metrics.pieces, collected.module, collected.sources
         table: list[dict[str, Any]] = []
         lines = ["Shares in percent"]

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from apps.base.messages import warn_once
-from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.scores import SCORES, corpus_score, scorer, signature
+from apps.nlp.text.teacher_forced import Judged
 from apps.train.step.pieces import PieceMetrics, token_metrics
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ import numpy as np
 import core
 from apps.base.files import replacing
 from apps.data.text_files import num_words
-from apps.nlp.pairs.report import Collected, PairReport, PairReportConfig, examples, side_by_side, write_sentences
-from apps.nlp.text.foreseen import Judged
+from apps.nlp.pairs.report import PairReport, PairReportConfig, TestedPairs, examples, side_by_side, write_sentences
 from apps.nlp.text.scores import scorer, signature
+from apps.nlp.text.teacher_forced import Judged
 from apps.nlp.translation.metrics import TranslationMetrics, corpus_metrics, signatures
 from apps.report.page import Code, Section, Table
 from apps.report.tables import write_csv
@@ -60,7 +60,7 @@ class TranslationReport(PairReport):
     config: TranslationReportConfig
     metrics = TranslationMetrics
 
-    def write_scores(self, collected: Collected, folder: Path) -> Section:
+    def write_scores(self, collected: TestedPairs, folder: Path) -> Section:
         return write_scores(
             collected.metrics.pieces, collected.metrics.tokenizers, collected.sources, folder, self.config
         )

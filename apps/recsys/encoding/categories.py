@@ -43,7 +43,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Rows:
+class CategoryRows:
     """A column of categories as rows of an embedding table.
 
     Attributes:
@@ -198,12 +198,12 @@ def count(codes: Codes, train: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.bincount(in_train[in_train != MISSING], minlength=len(codes.values))
 
 
-def to_vocabulary(codes: Codes, train: NDArray[np.bool_], min_count: int = 1) -> Rows:
+def to_vocabulary(codes: Codes, train: NDArray[np.bool_], min_count: int = 1) -> CategoryRows:
     """Give a row to each value that the training rows have at least ``min_count`` times, the most frequent first."""
     return to_extended(codes, train, Vocabulary.of(pa.array([], pa.string())), min_count)
 
 
-def to_extended(codes: Codes, train: NDArray[np.bool_], known: Vocabulary, min_count: int = 1) -> Rows:
+def to_extended(codes: Codes, train: NDArray[np.bool_], known: Vocabulary, min_count: int = 1) -> CategoryRows:
     """Keep the rows of a vocabulary, and give the next ones to further values as ``to_vocabulary`` does.
 
     Returns:
@@ -222,25 +222,27 @@ def to_extended(codes: Codes, train: NDArray[np.bool_], known: Vocabulary, min_c
     row_of[order] = len(known) + np.arange(1, len(order) + 1)
     rows = row_of[codes.codes]
     unseen = (rows == 0) & (codes.codes != MISSING)
-    return Rows(rows, len(known) + len(order) + 1, codes.values.take(pa.array(order)), unseen)
+    return CategoryRows(rows, len(known) + len(order) + 1, codes.values.take(pa.array(order)), unseen)
 
 
-def to_known(codes: Codes, values: Vocabulary) -> Rows:
+def to_known(codes: Codes, values: Vocabulary) -> CategoryRows:
     """Return each value's row in a vocabulary that was learned from other rows; 0 for values that it lacks."""
     row_of = np.append(values.find(codes.values) + 1, 0).astype(np.int32)  # the last one is where MISSING points
     rows = row_of[codes.codes]
-    return Rows(rows, len(values) + 1, None, (rows == 0) & (codes.codes != MISSING))
+    return CategoryRows(rows, len(values) + 1, None, (rows == 0) & (codes.codes != MISSING))
 
 
-def to_hashed(codes: Codes, train: NDArray[np.bool_], num_rows: int) -> Rows:
+def to_hashed(codes: Codes, train: NDArray[np.bool_], num_rows: int) -> CategoryRows:
     """Give each value, seen in training or not, a row from 1 to num_rows - 1 by a hash; a missing one has row 0."""
     row_of = np.zeros(len(codes.values) + 1, dtype=np.int32)
     row_of[:-1] = 1 + (hash_text(codes.values) % np.uint64(num_rows - 1)).astype(np.int32)
     unseen_value = np.append(count(codes, train) == 0, False)
-    return Rows(row_of[codes.codes], num_rows, None, unseen_value[codes.codes])
+    return CategoryRows(row_of[codes.codes], num_rows, None, unseen_value[codes.codes])
 
 
-def to_given(codes: Codes, train: NDArray[np.bool_], num_rows: int, column: str, row: NDArray[np.int64]) -> Rows:
+def to_given(
+    codes: Codes, train: NDArray[np.bool_], num_rows: int, column: str, row: NDArray[np.int64]
+) -> CategoryRows:
     """Take the values as row numbers; a missing one has row 0. ``row`` is the table's row of each code, for messages.
 
     Raises:
@@ -266,7 +268,7 @@ def to_given(codes: Codes, train: NDArray[np.bool_], num_rows: int, column: str,
             "0, and holds 0 as well: count the values from 1, or fill in the missing ones"
         )
     unseen_value = np.append(count(codes, train) == 0, False)
-    return Rows(np.append(ids, 0).astype(np.int32)[codes.codes], num_rows, None, unseen_value[codes.codes])
+    return CategoryRows(np.append(ids, 0).astype(np.int32)[codes.codes], num_rows, None, unseen_value[codes.codes])
 
 
 def hash_text(values: pa.StringArray) -> NDArray[np.uint64]:

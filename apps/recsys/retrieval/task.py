@@ -62,14 +62,14 @@ class Retrieval(RowTask):
         self.catalog, self.output = Catalog.from_state(self.state["catalogue"]), retrieved(_TOP)
 
     @property
-    def asks(self) -> str:
+    def description(self) -> str:
         return (
             f"A user: the answer is the best of {len(self.catalog):,} items. Each column may be null, but for that "
             "of a domain; others are left out."
         )
 
     @property
-    def invites(self) -> str:
+    def instructions(self) -> str:
         return (
             f"Fill in a user: the model retrieves the best of its {len(self.catalog):,} items, and shows which "
             "experts took the user and the items. An empty field is a missing value."

@@ -42,7 +42,7 @@ class NextItem(Task):
     """The use of a ``NextItemRecommender``."""
 
     app, noun, verb = "histories", "History", "Recommend"
-    asks = "The items of a user: the answer is those that may follow, none of the history among them."
+    description = "The items of a user: the answer is those that may follow, none of the history among them."
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -62,14 +62,14 @@ class NextItem(Task):
         self.output = self._next_items()
 
     @property
-    def invites(self) -> str:
+    def instructions(self) -> str:
         return (
             f"Choose items, the oldest first: the model says which of its {self.model.num_items:,} items follow, and "
             "which experts took each item of the history."
         )
 
     @property
-    def on_page(self) -> Mapping[str, Any]:
+    def page_values(self) -> Mapping[str, Any]:
         """A page shows what ``moesaic predict`` does, a request names the values that the history lacks."""
         return {"top": self.model.top_k, "include_seen": not self.model.exclude_seen}
 

@@ -34,7 +34,7 @@ from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.readers.synthetic import SyntheticConfig, generate
 from apps.recsys.schema import NegativesConfig, SplitConfig, TableConfig
 from apps.recsys.tables.encode.findings import TableFindings
-from apps.recsys.tables.negatives.sampled_items import DrawnRows, FixedDraws, Items
+from apps.recsys.tables.negatives.sampled_items import FixedDraws, Items, RowsWithItems
 from apps.recsys.tables.negatives.sampled_rows import SampledPlan, SampledRows
 from apps.recsys.tables.rows.rows import TableRows
 from apps.report.base import Report
@@ -222,10 +222,10 @@ class TableData(SuiteData):
         if stage == "predict" and self.predict_file is not None:
             self._rows_to_predict(self.predict_file, self.encoding).check()
 
-    def examples(self, split: Split) -> TableRows | SampledRows | DrawnRows | FixedDraws:
+    def examples(self, split: Split) -> TableRows | SampledRows | RowsWithItems | FixedDraws:
         rows = self.rows(split)
         if self._drawn is not None:
-            return DrawnRows(rows, self.items) if split == "train" else self._fixed_draws(split)
+            return RowsWithItems(rows, self.items) if split == "train" else self._fixed_draws(split)
         if split != "train" or self.negatives is None:
             return rows
         return SampledRows(rows, self.negatives)

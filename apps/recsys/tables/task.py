@@ -64,14 +64,14 @@ class TablePrediction(RowTask):
         self.output = predictions(self.tasks, model.outputs)
 
     @property
-    def asks(self) -> str:
+    def description(self) -> str:
         return (
             f"A row: the answer predicts {', '.join(self.tasks)}. Each column may be null, but for that of a domain; "
             "others are left out."
         )
 
     @property
-    def invites(self) -> str:
+    def instructions(self) -> str:
         return (
             f"Fill in a row: the model predicts {', '.join(self.tasks)}, and shows the weight that each gate gives "
             "each expert. An empty field is a missing value."

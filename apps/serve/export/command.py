@@ -20,7 +20,7 @@ from apps.base.sealed import seal, weights_beside
 from apps.cli.configs import read_config
 from apps.cli.errors import UsageError
 from apps.registry import name_of
-from apps.serve.export.options import ENDINGS, Options
+from apps.serve.export.options import ENDINGS, ExportOptions
 from apps.train.checkpoint.contents import FOR_TRAINING
 from apps.train.checkpoint.loading import check_beside, load
 from apps.train.checkpoint.paths import find_checkpoint
@@ -93,7 +93,7 @@ _PATHS = ("root", "cache_dir", "file", "images", "index", "predict_folder", "ran
 """Options of the apps' data that are paths, beside those that end in _file and _files."""
 
 
-def run(options: Options) -> int:
+def run(options: ExportOptions) -> int:
     """Export the model and print the written files."""
     with quiet():
         checkpoint = find_checkpoint(options.ckpt_path)
@@ -116,7 +116,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def export(model: SparseModule, exported: Exported, options: Options) -> list[Path]:
+def export(model: SparseModule, exported: Exported, options: ExportOptions) -> list[Path]:
     """Write a model, and return its files.
 
     Raises:

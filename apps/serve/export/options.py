@@ -21,7 +21,7 @@ LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
-class Options(CommandLine):
+class ExportOptions(CommandLine):
     """Write a trained model as a graph that runs without this suite, with what turns inputs into its tensors.
 
     moesaic predict --onnx PATH runs an ONNX export as predict runs the checkpoint. docs/reference/onnx_scripts.md has
@@ -60,3 +60,6 @@ class Options(CommandLine):
             raise UsageError(f"--output {output} exists: --overwrite replaces it")
         if self.format == "onnx":
             check_installed("--format onnx", LIBRARIES, "export")
+
+
+OPTIONS = ExportOptions

@@ -20,7 +20,7 @@ from apps.base.quiet import quiet
 from apps.serve.service.application import application, body_schema, document
 from apps.serve.service.batching import Batcher
 from apps.serve.service.guard import Metrics
-from apps.serve.service.options import Options
+from apps.serve.service.options import ServeOptions
 from apps.serve.service.reading import Reader
 from apps.task import Service
 from apps.train.checkpoint.loading import load
@@ -31,7 +31,7 @@ _LOOKED_AT = 16
 """One of so many batches is looked at for the use of the experts, which costs some time."""
 
 
-def run(options: Options) -> int:
+def run(options: ServeOptions) -> int:
     """Serve a run's model until SIGTERM or SIGINT; a second SIGINT does not wait for running requests.
 
     Returns:
@@ -58,7 +58,7 @@ def run(options: Options) -> int:
     return 1 if served.batcher.broken else 0
 
 
-def prepared(options: Options) -> tuple[Any, core.OffloadedExperts | None]:
+def prepared(options: ServeOptions) -> tuple[Any, core.OffloadedExperts | None]:
     """Return the model, in the form and on the device that the options ask for, and its offloaded experts.
 
     Raises:
@@ -78,7 +78,7 @@ class Served:
         options: of the command.
     """
 
-    def __init__(self, model: Any, service: Service, options: Options) -> None:
+    def __init__(self, model: Any, service: Service, options: ServeOptions) -> None:
         from apps.serve.service.protocol import server_of
 
         name, limits = run_name(options.checkpoint), options.limits

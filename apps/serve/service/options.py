@@ -75,7 +75,7 @@ LIBRARIES = ("starlette", "uvicorn", "httptools", "jsonschema_rs", "prometheus_c
 
 
 @dataclass(frozen=True)
-class Options(CommandLine):
+class ServeOptions(CommandLine):
     """Serve a trained model of any app over HTTP: POST /predict with {"inputs": [...]} gives {"outputs": [...]}. The
     interface is at /docs and, as OpenAPI, at /openapi.json; /healthz says whether the service is running, /metrics
     counts. Inputs of several requests are computed together. The service is only for this machine (127.0.0.1), unless
@@ -141,3 +141,6 @@ class Options(CommandLine):
     @property
     def limits(self) -> Limits:
         return Limits(self.max_body * MIB, self.max_inputs, self.max_requests)
+
+
+OPTIONS = ServeOptions

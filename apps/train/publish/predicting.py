@@ -46,7 +46,7 @@ class PredictionStream:
     count: Callable[[], int | None]
     made_of: Mapping[str, Any]
     chunk: int = 1
-    harmless: Mapping[str, Any] = field(default_factory=dict)
+    compatible_values: Mapping[str, Any] = field(default_factory=dict)
     file: str = ""
     page: Callable[[Path], None] | None = None
     tells: bool = False

@@ -51,9 +51,10 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
     """Trains on several processes, with the experts of each MoE layer sharded among some of them.
 
     The processes form a mesh of replicas x shards x experts, and each has examples of its own. Tokens travel to the
-    experts' processes in every layer (``core.AllToAllDispatcher``). All other parameters are copied (as in DDP) or
-    sharded (FSDP2), and every gradient is the mean over all processes. Losses, figures and selection biases are those
-    of the global batch. With ``expert_parallel_size: 1`` it is DDP or FSDP2 alone, for models without experts too.
+    experts' processes in every layer (``core.parallel.AllToAllDispatcher``). All other parameters are copied (as in
+    DDP) or sharded (FSDP2), and every gradient is the mean over all processes. Losses, figures and selection biases are
+    those of the global batch. With ``expert_parallel_size: 1`` it is DDP or FSDP2 alone, also for models without
+    experts.
 
     Checkpoints are folders of shards (``apps.train.checkpoint.sharded``). A run resumes from them on another number of
     processes, with another sharding, or on one process without this strategy; ``moesaic convert consolidate`` makes one

@@ -52,8 +52,10 @@ class ImageGeneration(Task):
     """The use of an ``ImageGenerator``."""
 
     app, noun, verb = "generation", "Image", "Draw"
-    asks = "A class and a seed: the answer is an image of that class, as PNG."
-    invites = "Choose a class: the model draws an image of it, and shows which expert took each patch in the last step."
+    description = "A class and a seed: the answer is an image of that class, as PNG."
+    instructions = (
+        "Choose a class: the model draws an image of it, and shows which expert took each patch in the last step."
+    )
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from ...experts.general import GENERAL_ACTIVATIONS
 from .feed_forward import FeedForwardPart, affine, feed_forward_part, is_linear, is_pointwise
-from .trial import Reading, Trial, are_close, marked, trials
+from .trial import ModuleTrial, Reading, are_close, marked, trials
 
 Seen = dict[Hashable, Reading | ValueError]
 """What reads the modules of a ``signature``, or the reason why none does. It lives as long as the modules do."""
@@ -111,7 +111,7 @@ def _reading(module: nn.Module) -> Reading | ValueError:
     return (problems or failures)[0]
 
 
-def _read(module: nn.Module, trial: Trial) -> Reading | str:
+def _read(module: nn.Module, trial: ModuleTrial) -> Reading | str:
     """Return a function that reads the network of a module, given a trial of it; or the reason why none is read."""
     evaluation, training = trial.runs
     formulas = {formula.w_out: formula for formula in _formulas(evaluation.linears)}
@@ -154,7 +154,7 @@ def _formulas(calls: dict[str, tuple[Tensor, Tensor]]) -> Iterator[_Formula]:
             yield from (one for one in tried if torch.allclose(one.hidden(calls), h_TF, 1e-6, 1e-6))
 
 
-def _places(module: nn.Module, formula: _Formula, trial: Trial) -> Iterator[dict[str, Any]]:
+def _places(module: nn.Module, formula: _Formula, trial: ModuleTrial) -> Iterator[dict[str, Any]]:
     """Yield places that a layer could take, as attributes of a ``FeedForwardPart``: the module's own, or a part's."""
     x, (ran, training) = trial.x, trial.runs
     x_TD = (x if trial.layout == "tokens" else x.movedim(1, -1)).flatten(0, -2)

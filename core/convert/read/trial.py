@@ -52,7 +52,7 @@ class _Marking(TorchFunctionMode):
         return input.copy_(marked(input, p)) if inplace or func is torch.dropout_ else marked(input, p)
 
 
-class Run(NamedTuple):
+class ModuleCall(NamedTuple):
     """One call of a module.
 
     Attributes:
@@ -71,7 +71,7 @@ class Run(NamedTuple):
 
 
 @torch.no_grad()
-def run(module: nn.Module, x: Tensor, training: bool, call: Callable[[Tensor], Any] | None = None) -> Run:
+def run(module: nn.Module, x: Tensor, training: bool, call: Callable[[Tensor], Any] | None = None) -> ModuleCall:
     """Call a module, which is put in a mode, or a method of it, with torch's random state at a fixed start."""
     called: list[str] = []
     linears: dict[str, tuple[Tensor, Tensor]] = {}
@@ -89,7 +89,7 @@ def run(module: nn.Module, x: Tensor, training: bool, call: Callable[[Tensor], A
         torch.default_generator.manual_seed(0)
         module.train(training)
         y = (call or module)(x.clone())
-        return Run(y, called, linears, tuple(marking.rates), torch.default_generator.get_state())
+        return ModuleCall(y, called, linears, tuple(marking.rates), torch.default_generator.get_state())
 
 
 def copies_of(module: nn.Module, dtype: torch.dtype) -> Callable[[], nn.Module]:
@@ -112,13 +112,13 @@ def copies_of(module: nn.Module, dtype: torch.dtype) -> Callable[[], nn.Module]:
     )
 
 
-class Trial(NamedTuple):
+class ModuleTrial(NamedTuple):
     """A module that was called: makes copies of it, form and tokens, and the runs in evaluation and in training."""
 
     copied: Callable[[], nn.Module]
     layout: str
     x: Tensor
-    runs: tuple[Run, Run]
+    runs: tuple[ModuleCall, ModuleCall]
 
     def difference(self, read: Reading) -> str:
         """Return the mode in which an expert in the place of the network that is read changes the result; "": none."""
@@ -141,7 +141,7 @@ class Trial(NamedTuple):
 
 def trials(
     module: nn.Module, dims: Iterable[int], failures: list[ValueError], read: Reading | None = None
-) -> Iterator[Trial]:
+) -> Iterator[ModuleTrial]:
     """Yield a trial of a module for each form of tokens that it takes.
 
     Args:
@@ -168,7 +168,7 @@ def trials(
                     failures[-1].__cause__ = error.with_traceback(None)  # the frames hold a copy
                     continue
                 takes = True
-                yield Trial(copied, layout, x, runs)
+                yield ModuleTrial(copied, layout, x, runs)
         if takes:
             return
 

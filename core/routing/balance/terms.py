@@ -1,6 +1,6 @@
 """The balance losses by name: the sums over tokens that each takes of a pass, and its loss of these sums.
 
-To add a balance loss, write its formula in ``balance_losses.py``, its entry in ``TERMS`` here, and its weight, a
+To add a balance loss, write its formula in ``losses.py``, its entry in ``TERMS`` here, and its weight, a
 field of ``BalanceWeights`` in ``balance.py``, where ``needs`` lists the fields of the context that it reads. A term
 with ``of_scores`` applies to every gate that has learned scores of all experts.
 """

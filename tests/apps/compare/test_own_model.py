@@ -13,7 +13,7 @@ from refusals import refused
 from apps.cli import main
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.measure import Job, _Bench
-from apps.compare.options import Options
+from apps.compare.options import CompareOptions
 from apps.compare.work import Plan
 from apps.report.page import html
 from apps.train.lightning_internals import trainer_of
@@ -130,11 +130,11 @@ def test_without_the_name_of_a_learning_rate_none_is_searched(config) -> None:
     path.write_text(CONFIG.replace("own_net.Net", "own_net.Unnamed") + SPARSIFY)
     experiment = Experiment(arguments(path, [], ()))
     assert experiment.rate is None
-    plan = Plan.make(experiment.plain(), Options(num_seeds=2), experiment.rate, seed=0)
+    plan = Plan.make(experiment.plain(), CompareOptions(num_seeds=2), experiment.rate, seed=0)
     assert plan.search_units("sparse") == []
     assert [unit.name for unit in plan.final_units("sparse", None)] == ["sparse/final-seed0", "sparse/final-seed1"]
     rule = "no argument of the model is called lr or learning_rate; name it by sparsify.learning_rate"
-    refused(rule, Options(learning_rates=(0.1, 0.2)).rates, experiment.rate)
+    refused(rule, CompareOptions(learning_rates=(0.1, 0.2)).rates, experiment.rate)
 
 
 def test_what_a_comparison_has_to_be_told_is_asked_for_in_one_line(config, tmp_path, capsys) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from refusals import refused
 
 from apps.base.files import read_json, write_json
-from apps.compare.options import Options
+from apps.compare.options import CompareOptions
 from apps.compare.training import Unit, shortened, train
 from apps.compare.work import Plan, at_edge
 from apps.runner.runner import differences
@@ -33,16 +33,16 @@ def test_differences_name_values_and_a_share_of_a_training_has_its_steps(tmp_pat
 
 
 def test_networks_search_around_the_configured_rate_and_estimators_for_their_minutes():
-    plan = Plan.make({}, Options(num_seeds=2), configured_rate=0.01, seed=7)
+    plan = Plan.make({}, CompareOptions(num_seeds=2), configured_rate=0.01, seed=7)
     assert (plan.rates, plan.seeds) == ((0.00333, 0.01, 0.03), (7, 8))
     assert plan.search_seed not in plan.seeds
     assert [u.rate for u in plan.search_units("sparse")] == [0.00333, 0.01, 0.03]
     assert at_edge(0.03, plan.rates)
     assert not at_edge(0.01, plan.rates)
-    single = Plan.make({}, Options(learning_rates=(0.5,)), 0.01, 0)
+    single = Plan.make({}, CompareOptions(learning_rates=(0.5,)), 0.01, 0)
     assert single.search_units("sparse") == []
     assert not at_edge(0.5, single.rates)
-    plan = Plan.make({}, Options(num_seeds=2, baseline_minutes=0.5), 0.01, 7)
+    plan = Plan.make({}, CompareOptions(num_seeds=2, baseline_minutes=0.5), 0.01, 7)
     (search,) = plan.tuning_units("trees")
     finals = plan.final_units("trees", None, tunes=True)
     assert search.name == "trees/search-0.5min-seed1007"
@@ -60,12 +60,12 @@ def test_networks_search_around_the_configured_rate_and_estimators_for_their_min
     ({"baseline_minutes": 0.0}, "baseline_minutes=0 must be a positive number"),
 ])  # fmt: skip
 def test_options_out_of_range(values, message):
-    refused(message, Options, **values)
+    refused(message, CompareOptions, **values)
 
 
 def test_another_plan_or_an_edited_overlay_is_another_comparison(tmp_path):
     def claim(width: int) -> None:
-        Plan.make({"model": {"width": width}}, Options(routers=(name,)), 0.01, 0).claim(tmp_path)
+        Plan.make({"model": {"width": width}}, CompareOptions(routers=(name,)), 0.01, 0).claim(tmp_path)
 
     name = overlay(tmp_path / "switch.yaml", top_k=1)
     for _ in range(2):
@@ -80,7 +80,7 @@ def test_a_plan_with_class_paths_of_before_is_the_same_comparison(tmp_path):
     before = {"model": {"class_path": "apps.vision.module.VisionClassifier"}, "trainer": {"callbacks": callbacks}}
     now = {"model": {"class_path": "VisionClassifier"}, "trainer": {"callbacks": [{"class_path": "GrowingTopK"}]}}
     for config in (before, now):
-        Plan.make(config, Options(), 0.01, 0).claim(tmp_path)
+        Plan.make(config, CompareOptions(), 0.01, 0).claim(tmp_path)
     assert json.loads((tmp_path / "plan.json").read_text())["config"] == now
 
 
@@ -88,7 +88,7 @@ def test_a_plan_takes_other_systems_and_rounds_and_more_seeds(tmp_path):
     switch, hashed = overlay(tmp_path / "switch.yaml", top_k=1), overlay(tmp_path / "hash.yaml", "Hash")
 
     def claim(seeds: int, baselines: tuple[str, ...] | None, *names: str, share: float = 1.0, **more: float) -> None:
-        options = Options(num_seeds=seeds, baselines=baselines, routers=names, search_share=share, **more)
+        options = CompareOptions(num_seeds=seeds, baselines=baselines, routers=names, search_share=share, **more)
         Plan.make({}, options, 0.01, 0).claim(tmp_path)
 
     claim(2, ("a",), switch)

@@ -16,7 +16,7 @@ import apps
 import core
 from apps.cli import main
 from apps.convert.kinds import pruned
-from apps.convert.runs import Request, Run
+from apps.convert.runs import ConversionRequest, TrainedRun
 from apps.data.subwords import SubwordConfig
 from apps.nlp.language.corpora import TextCorpus
 from apps.nlp.language.data import TextData
@@ -29,10 +29,10 @@ OPTIONS = {"keep": 2, "by": "use", "constants": False, "merge": False}
 
 def request(runs, **options):
     """Return the request to prune the sparse run."""
-    run = Run.read(runs / "sparse")
+    run = TrainedRun.read(runs / "sparse")
     model = apps.load(runs / "sparse")
     statistics = core.expert_statistics(model, [IMAGES], every_token=True)
-    return Request(run, run.mapped(), argparse.Namespace(**{**OPTIONS, **options}), statistics)
+    return ConversionRequest(run, run.mapped(), argparse.Namespace(**{**OPTIONS, **options}), statistics)
 
 
 def test_the_experts_of_most_rows_stay(runs):
@@ -112,7 +112,11 @@ def test_a_domain_is_opted_out_with_its_expert_and_its_text(tmp_path):
     own["weights"] = {"law": 0, "sea": 1, "sky": 0}
     write_run(tmp_path / "old", module, {"class_path": "TextData", "init_args": {**own, "block_size": 8}})
     with pytest.raises(ValueError, match="--without='lake' is not one of 0, 1, 2, law, sea, sky"):
-        pruned(Request(run := Run.read(tmp_path / "old"), run.mapped(), argparse.Namespace(without=("lake",))))
+        pruned(
+            ConversionRequest(
+                run := TrainedRun.read(tmp_path / "old"), run.mapped(), argparse.Namespace(without=("lake",))
+            )
+        )
     assert main([*words("prune", tmp_path), "--batches", "1", "--without", "sea"]) == 0
     new, old = apps.load(tmp_path / "new"), module.state_dict()
     for name, value in new.state_dict().items():

@@ -18,7 +18,7 @@ import core
 from apps.cli import main
 from apps.plan.formulas import count_bytes, exchanged_bytes
 from apps.plan.layout import Layout, cost, layouts, sweep
-from apps.plan.options import Options
+from apps.plan.options import PlanOptions
 from apps.plan.outline import outlined
 from apps.train.sharded.expert_parallel import ExpertParallelStrategy
 from core.parallel import AllToAllDispatcher, routes
@@ -28,8 +28,8 @@ TEXT = ("--config", "configs/nlp/text_mixtral_like.yaml", "--gpu", "h100")
 TABLE = ("--config", "configs/recsys/ten_million_rows.yaml", "--config", "configs/parallel/torchrec.yaml")
 
 
-def options(*argv: str) -> Options:
-    return Options.read(argv)
+def options(*argv: str) -> PlanOptions:
+    return PlanOptions.read(argv)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from made_pairs import made_pairs, retriever
 from made_table import ragged
 
 import core
-from apps.plan.options import Options
+from apps.plan.options import PlanOptions
 from apps.plan.outline import measured, outlined, trial
 from apps.recsys.encoding.features import (
     CategoricalFeature,
@@ -46,7 +46,7 @@ def test_two_towers_cost_what_a_comparison_counts(pairs):
     counted = measure_cost(retriever(pairs), batch, as_evaluated=True)
     with torch.device("meta"):
         module = retriever(pairs)
-    outline = measured(module, Options.read([*RETRIEVER, "--batch", "4"]))
+    outline = measured(module, PlanOptions.read([*RETRIEVER, "--batch", "4"]))
     assert outline.num_params == counted.num_params
     assert outline.trial.loss.flops == 2 * 4 * 4 * 4  # products of 4 users and 4 films, each with 4 numbers
     assert outline.flops - outline.trial.loss.flops == 4 * counted.flops_per_example
@@ -67,13 +67,13 @@ def test_the_softmax_over_a_batch_keeps_what_the_plan_counts(pairs):
         out = module.task_loss(batch)
     assert out.loss.requires_grad
     # Beside them are the numbers of the pairs' items, 8 bytes each, and two numbers, of 4 bytes each.
-    loss = trial(module, Options.read([*RETRIEVER, "--batch", "4"]), torch.float32).loss
+    loss = trial(module, PlanOptions.read([*RETRIEVER, "--batch", "4"]), torch.float32).loss
     assert loss.kept == 4 * (4 * 4 + 2 * 4 * 4)
     assert sum(kept.values()) == loss.kept + 4 * 8 + 2 * 4
 
 
 def test_further_negatives_are_more_rows_of_the_items_tower():
-    given = Options.read([*RETRIEVER, *TOWERS, "--batch", "64", "--data.num_uniform", "36"])
+    given = PlanOptions.read([*RETRIEVER, *TOWERS, "--batch", "64", "--data.num_uniform", "36"])
     outline = outlined(given)
     assert outline.trial.loss.flops == 2 * 64 * 100 * 64
     assert [layer.rows for layer in outline.layers.values()] == [2 * 64, 2 * 100]
@@ -122,7 +122,7 @@ def test_histories_cost_what_a_comparison_counts(shared, history):
     counted = measure_cost(model(), full_batch(6), as_evaluated=True)
     with torch.device("meta"):
         module = model()
-    outline = measured(module, Options.read([*HISTORIES, "--batch", "6"]))
+    outline = measured(module, PlanOptions.read([*HISTORIES, "--batch", "6"]))
     assert outline.num_params == counted.num_params
     assert outline.flops == 6 * counted.flops_per_example
 
@@ -130,7 +130,7 @@ def test_histories_cost_what_a_comparison_counts(shared, history):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_longer_histories_cost_their_attention(precision):
     tables = ("--tables", "100", "40", "--tasks", "2", "--batch", "8", "--precision", precision)
-    outlines = [outlined(Options.read([*HISTORIES, *tables, "--histories", n])) for n in ("10", "30")]
+    outlines = [outlined(PlanOptions.read([*HISTORIES, *tables, "--histories", n])) for n in ("10", "30")]
     # Weights of 4 x 16 to 36 and of 36 to 1 numbers, two FLOPs each, for 20 items more of 8 rows.
     assert outlines[1].flops - outlines[0].flops == 2 * (64 * 36 + 36) * 20 * 8
     assert outlines[1].root.kept > outlines[0].root.kept
@@ -171,7 +171,7 @@ def test_wrong_columns_and_values_are_one_line(code, argv, line, capsys):
 
 def test_layers_that_share_experts_have_rows_and_activations_of_their_own():
     digits = ("--config", "configs/vision/digits_vmoe.yaml", "--gpu", "h100", "--gpus", "8", "--batch", "64")
-    own, shared = (outlined(Options.read([*digits, "--model.share_experts", on])) for on in ("false", "true"))
+    own, shared = (outlined(PlanOptions.read([*digits, "--model.share_experts", on])) for on in ("false", "true"))
     facts = [[(x.rows, x.dim, x.out_dim, x.kept) for x in outline.layers.values()] for outline in (own, shared)]
     assert facts[0] == facts[1]
     # Two experts for each of 16 patches of 64 images.

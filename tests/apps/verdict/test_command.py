@@ -16,7 +16,7 @@ from apps.recsys.encoding.features import CategoricalFeature, Features
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.verdict import command, schedule, training, work
 from apps.verdict.command import give_verdict
-from apps.verdict.options import Options
+from apps.verdict.options import VerdictOptions
 from apps.verdict.result import lines
 
 
@@ -40,10 +40,10 @@ def _two_seeds(monkeypatch):
     monkeypatch.setattr(training, "_TRIAL_STEPS", 4)
 
 
-def asked(tmp_path: Path, config: str, **options) -> Options:
+def asked(tmp_path: Path, config: str, **options) -> VerdictOptions:
     path = tmp_path / "tiny.yaml"
     path.write_text(config)
-    return Options((path,), tmp_path / "out", **{"minutes": 2.0, "seed": 3, **options})
+    return VerdictOptions((path,), tmp_path / "out", **{"minutes": 2.0, "seed": 3, **options})
 
 
 def test_a_whole_verdict_and_the_same_again(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_rows_are_split_by_time_and_counted_by_user(tmp_path):
     path.write_text(
         "day,user,x,y\n" + "".join(f"{i},u{i % 10},{(i * 7) % 13},{(i * 7) % 13 > i % 7}\n" for i in range(200))
     )
-    options = Options((path,), tmp_path / "out", target=("y",), time="day", user="user")
+    options = VerdictOptions((path,), tmp_path / "out", target=("y",), time="day", user="user")
     written, _, _ = command.configuration(options)
     experiment = command.Experiment(command.arguments(written, [], ()))
     _, data = experiment.build("sparse")
@@ -103,7 +103,7 @@ def test_a_second_label_among_the_columns_is_left_out_and_named_before_the_train
     path = tmp_path / "shop.csv"
     rows = zip(rng.normal(size=240), rng.permutation([*range(120)] * 2), spent, bought, strict=True)
     path.write_text("age,plate,spend,bought\n" + "".join(f"{a:.3f},p{p},{s},{b}\n" for a, p, s, b in rows))
-    options = Options((path,), tmp_path / "out", target=("bought",), minutes=0.4)
+    options = VerdictOptions((path,), tmp_path / "out", target=("bought",), minutes=0.4)
     verdict, said = give_verdict(options, "", clock=Ticks()), capsys.readouterr().out
     assert "columns: plate (categorical); age (continuous)" in said
     leak = "check: spend is left out: a leak? It alone predicts bought with AUC 1.0000"

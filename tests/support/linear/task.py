@@ -16,8 +16,8 @@ from linear.data import ENCODING
 
 class LinearTask(Task):
     app, noun, verb = "vision", "Image", "Classify"
-    asks = "An image of a digit: the answer is which one."
-    invites = "Drop an image of a digit."
+    description = "An image of a digit: the answer is which one."
+    instructions = "Drop an image of a digit."
     inputs, output = {"image": image_input(ENCODING)}, classes()
 
     @torch.no_grad()

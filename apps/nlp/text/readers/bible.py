@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from apps.data.text_files import Rows, clean
+from apps.data.text_files import AlignedText, clean
 
 CODES = {"en": "4", "de": "e", "fr": "l", "es": "v", "it": "d", "ru": "r", "en_KJV": "k"}
 """The texts in the public domain: World English, Elberfelder 1932, Segond 1910, Reina-Valera 1909, Diodati, Synodal,
@@ -24,7 +24,7 @@ _VERSES = 31_102
 _MARKS = re.compile(r"\(\d+:\d+[a-z]?\)|\(\*\)|\*( \*)*|[\[\]\xad]|\(ADDED FROM.*")
 
 
-def read(path: Path, languages: Sequence[str]) -> dict[str, list[Rows]]:
+def read(path: Path, languages: Sequence[str]) -> dict[str, list[AlignedText]]:
     """Return the verses of each split, in the order of the books.
 
     Args:
@@ -48,13 +48,13 @@ def read(path: Path, languages: Sequence[str]) -> dict[str, list[Rows]]:
     for language, verses in texts.items():
         if len(verses) != _VERSES:
             raise ValueError(f"{path} is truncated: {len(verses):,} verses in {language}, not {_VERSES:,}")
-    splits: dict[str, list[Rows]] = {}
+    splits: dict[str, list[AlignedText]] = {}
     for split, books in (("train", None), ("val", VAL_BOOKS), ("test", TEST_BOOKS)):
         text = {
             language: [_clean(verse) for book, verse in verses if _is_in(book, books)]
             for language, verses in texts.items()
         }
-        splits[split] = [Rows(text, f"{path} ({split})")]
+        splits[split] = [AlignedText(text, f"{path} ({split})")]
     return splits
 
 

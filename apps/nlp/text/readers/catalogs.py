@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from apps.data.text_files import Rows, clean, expand, text_lines
+from apps.data.text_files import AlignedText, clean, expand, text_lines
 
 SOURCE = "en"
 """The language of the messages."""
@@ -101,7 +101,7 @@ def _language(path: Path) -> str:
     raise ValueError(f"{path}: its language cannot be told; call it LANGUAGE.po, or put it in LANGUAGE/LC_MESSAGES/")
 
 
-def read(catalogs: Sequence[tuple[str, Path]], name: str, mnemonic: str | None = None) -> Rows:
+def read(catalogs: Sequence[tuple[str, Path]], name: str, mnemonic: str | None = None) -> AlignedText:
     """Return the messages of all catalogs and their translations, a row for each.
 
     Left out are messages without words, translations that repeat the message, and rows that come again.
@@ -126,7 +126,7 @@ def read(catalogs: Sequence[tuple[str, Path]], name: str, mnemonic: str | None =
                 rows.setdefault((domain, message), {SOURCE: source})[language] = target
     distinct = dict.fromkeys(tuple(row.get(language, "") for language in (SOURCE, *languages)) for row in rows.values())
     columns = list(zip(*distinct, strict=True)) or [()] * (1 + len(languages))
-    return Rows({lang: list(lines) for lang, lines in zip((SOURCE, *languages), columns, strict=True)}, name)
+    return AlignedText({lang: list(lines) for lang, lines in zip((SOURCE, *languages), columns, strict=True)}, name)
 
 
 def read_catalog(path: Path) -> Iterator[tuple[str, str]]:

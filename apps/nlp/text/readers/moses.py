@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from apps.data.text_files import Rows, expand, read_lines
+from apps.data.text_files import AlignedText, expand, read_lines
 
 
 def find(root: Path, name: str, pairs: Sequence[str]) -> list[dict[str, Path]]:
@@ -49,7 +49,7 @@ def _files(root: Path, pattern: str, languages: Sequence[str]) -> dict[str, Path
     return {language: paths[0] for language, paths in files.items() if paths}
 
 
-def read(files: dict[str, Path]) -> Rows:
+def read(files: dict[str, Path]) -> AlignedText:
     """Return the lines of the files of one text.
 
     Raises:
@@ -62,4 +62,4 @@ def read(files: dict[str, Path]) -> Rows:
             raise ValueError(
                 f"{first} has {expected:,} lines and {path} has {count:,}: line i of one translates line i of the other"
             )
-    return Rows(text, str(first))
+    return AlignedText(text, str(first))

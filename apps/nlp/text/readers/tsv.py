@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from apps.data.text_files import Rows, clean, expand, text_lines, zipped_lines
+from apps.data.text_files import AlignedText, clean, expand, text_lines, zipped_lines
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def find(root: Path, names: str) -> list[Path]:
     return paths
 
 
-def read(paths: Sequence[Path], columns: Sequence[str], named: bool = True) -> Rows:
+def read(paths: Sequence[Path], columns: Sequence[str], named: bool = True) -> AlignedText:
     """Return the rows of all files, ``.tsv`` or ``.txt``, plain, compressed or in a ``.zip``, one after the other.
 
     An empty line is a row without text. A first line in which every language is a column of its own is a header, not a
@@ -76,7 +76,7 @@ def read(paths: Sequence[Path], columns: Sequence[str], named: bool = True) -> R
             left_out[f"of {count} columns where {len(layout)} are expected"] += num_rows
         if empty:
             log.info("%s: %s of %s lines are empty", name, f"{empty:,}", f"{rows:,}")
-    return Rows(text, str(paths[0]), left_out)
+    return AlignedText(text, str(paths[0]), left_out)
 
 
 def _header(

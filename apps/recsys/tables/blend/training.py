@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apps.recsys.tables.blend.blend import KEY, Blend, in_order
 from apps.recsys.tables.blend.trees import BlendTrees
-from apps.recsys.tables.estimators.base import Task
+from apps.recsys.tables.estimators.base import TaskData
 from apps.recsys.tables.estimators.boosting import FrequentValues
 from apps.recsys.tables.rows.batch import TableBatch
 from apps.train.checkpoint.checkpoints import AtomicCheckpointIO
@@ -100,7 +100,7 @@ def blended(model: Any, data: Any, stem: str) -> Blend:
     with library.threads():
         for t, (name, task) in enumerate(library.tasks_of(train, val, _SEED).items()):
             weights[name] = 1.0
-            if isinstance(task, Task) and len(task.yv_N):
+            if isinstance(task, TaskData) and len(task.yv_N):
                 weights[name], trees = library.blended(task, own[t][task.kept_V].numpy())
                 if weights[name] < 1:
                     texts[name] = trees.model.model_to_string(num_iteration=trees.iterations)

@@ -10,7 +10,7 @@ import torch
 
 from apps.recsys.encoding.features import Features
 from apps.recsys.kinds import Kind
-from apps.recsys.tables.estimators.base import Task
+from apps.recsys.tables.estimators.base import TaskData
 from apps.recsys.tables.estimators.boosting import MULTI_HOT
 from apps.recsys.tables.estimators.libraries import Boosted, LightGBM, rows_of
 
@@ -37,11 +37,11 @@ class BlendTrees(LightGBM):
         super().__init__(steps=steps)
         self.share = share
 
-    def candidates(self, task: Task) -> Sequence[dict[str, Any]]:
+    def candidates(self, task: TaskData) -> Sequence[dict[str, Any]]:
         work = self._rounds(task) / USUAL_ROUNDS
         return [{**options, "learning_rate": 0.1} for options in super().candidates(task)[: max(int(work), 1)]]
 
-    def blended(self, task: Task, own_Vw: np.ndarray) -> tuple[float, Boosted]:
+    def blended(self, task: TaskData, own_Vw: np.ndarray) -> tuple[float, Boosted]:
         """Return the network's weight and the trees that together have the least validation loss.
 
         Args:
@@ -58,7 +58,7 @@ class BlendTrees(LightGBM):
         _, weight, trees = min(found, key=lambda own: own[0])
         return weight, trees
 
-    def _rounds(self, task: Task) -> float:
+    def _rounds(self, task: TaskData) -> float:
         """Return how many rounds of boosting the work allows, over all settings."""
         cells = len(task.y_N) * num_columns(task.train.features) * self.trees_per_round(task.kind)
         return self.share * WORK / cells

@@ -240,7 +240,7 @@ class SparseArch(nn.Module):
                 rows[0].zero_()
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that do not decay; see ``apps.train.step.module.parameter_groups``."""
+        """Return the parameters that do not decay; see ``apps.train.optim.optimizers.parameter_groups``."""
         return set() if self.config.weight_decay else {n for n, _ in self.named_parameters()}
 
     def set_fused_lr(self, factor: float) -> None:

@@ -20,8 +20,8 @@ from apps.data.splits import SPLITS
 from apps.recsys.binary_metrics import COLD_ITEM, COLD_USER
 from apps.recsys.encoding.categories import (
     MISSING,
+    CategoryRows,
     Codes,
-    Rows,
     factorize,
     to_extended,
     to_given,
@@ -346,7 +346,7 @@ class _Build(ColumnWriter):
         self.profiles[own.column] = Profile.of_categories(*own.categories(self.masks["train"]))
         self._shown.advance()
 
-    def rows_of(self, column: str, items: str, codes: Codes, lengths: NDArray[np.int64] | None) -> Rows:
+    def rows_of(self, column: str, items: str, codes: Codes, lengths: NDArray[np.int64] | None) -> CategoryRows:
         config, train, row = self.config, self.masks["train"], np.arange(self.num_rows)
         if lengths is not None:
             train, row = np.repeat(train, lengths), np.repeat(row, lengths)
@@ -363,7 +363,7 @@ class _Build(ColumnWriter):
 
     def _encode_by(
         self, known: Vocabulary | None, codes: Codes, what: str, train: NDArray[np.bool_], min_count: int = 1
-    ) -> tuple[Rows, Vocabulary]:
+    ) -> tuple[CategoryRows, Vocabulary]:
         """Return the rows of a column's values and its vocabulary: ``known``, learned, or extended."""
         if known is None:
             encoded = to_vocabulary(codes, train, min_count)

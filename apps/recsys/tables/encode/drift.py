@@ -31,7 +31,7 @@ class _Counted(NewRows):
         self.counts = counts
         super().__init__(table, given, ArraysInMemory(), first_row)
 
-    def saw(self, own: Written) -> None:
+    def observe(self, own: Written) -> None:
         self._add(own.column, Counts.of_categories, *own.categories())
 
     def saw_numbers(self, column: str, values_N: NDArray[np.float32]) -> None:

@@ -12,7 +12,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from apps.data.array_files import ArraysInMemory, ArrayWriter
-from apps.recsys.encoding.categories import MISSING, Codes, Rows, factorize, split_values, to_given, to_hashed, to_known
+from apps.recsys.encoding.categories import (
+    MISSING,
+    CategoryRows,
+    Codes,
+    factorize,
+    split_values,
+    to_given,
+    to_hashed,
+    to_known,
+)
 from apps.recsys.encoding.features import SequenceFeature
 from apps.recsys.encoding.numbers import Part, to_float32, to_numbers, to_vectors
 from apps.recsys.encoding.sequences import last_values, without_row_0
@@ -38,7 +47,7 @@ class Written:
 
     column: str
     codes: Codes
-    rows: Rows
+    rows: CategoryRows
     lengths: NDArray[np.int64] | None = None
     num_longer: int = 0
 
@@ -72,7 +81,7 @@ class ColumnWriter:
         """Return a column of the tables."""
         raise NotImplementedError
 
-    def rows_of(self, column: str, items: str, codes: Codes, lengths: NDArray[np.int64] | None) -> Rows:
+    def rows_of(self, column: str, items: str, codes: Codes, lengths: NDArray[np.int64] | None) -> CategoryRows:
         """Return the rows of a column's values in the table of the column ``items``; ``lengths`` as in ``Written``."""
         raise NotImplementedError
 
@@ -152,7 +161,7 @@ class NewRows(ColumnWriter):
         features = given.features
         several = dict.fromkeys(f.name for f in features.several) | {f.name: f for f in features.sequences}
         for own in (*self.write_single([f.name for f in features.single]), *self.write_lists(several)):
-            self.saw(own)
+            self.observe(own)
             if several.get(own.column):
                 what = f"column {own.column!r}: most values, %s, are not in training: are they written alike there?"
                 is_unknown = (own.rows.rows == 0) & (own.codes.codes != MISSING)
@@ -167,7 +176,7 @@ class NewRows(ColumnWriter):
             writer.save("domain", domain_numbers(codes, rows, given.domain, first_row))
         writer.finish({"num_rows": self.num_rows})
 
-    def saw(self, own: Written) -> None:
+    def observe(self, own: Written) -> None:
         """Look at a categorical column that has been written; for subclasses."""
 
     def saw_numbers(self, column: str, values_N: NDArray[np.float32]) -> None:
@@ -176,7 +185,7 @@ class NewRows(ColumnWriter):
     def parts(self, column: str) -> list[Part]:
         return [(_WHERE, self.table.column(column))]
 
-    def rows_of(self, column: str, items: str, codes: Codes, lengths: NDArray[np.int64] | None) -> Rows:
+    def rows_of(self, column: str, items: str, codes: Codes, lengths: NDArray[np.int64] | None) -> CategoryRows:
         if items in self.given.vocabularies:
             return to_known(codes, self.given.vocabularies[items])
         features = self.given.features

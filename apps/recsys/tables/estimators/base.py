@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskData:
     """The training and validation rows of one task.
 
     Attributes:
@@ -56,7 +56,7 @@ class Task:
     seed: int
 
 
-class Rows(NamedTuple):
+class EncodedTask(NamedTuple):
     """A task's labeled rows as a model takes them.
 
     Attributes:
@@ -65,7 +65,7 @@ class Rows(NamedTuple):
         x, xv: training and validation rows, (N, D).
     """
 
-    task: Task
+    task: TaskData
     columns: Any
     x: np.ndarray
     xv: np.ndarray
@@ -125,10 +125,10 @@ class PerTask:
         settings: dict[str, dict[str, Any]] = {}
         with self.threads():
             tasks = self._tasks(data, seed)
-            search.total = sum(self.num_settings(task) for task in tasks.values() if isinstance(task, Task))
+            search.total = sum(self.num_settings(task) for task in tasks.values() if isinstance(task, TaskData))
             for t, (name, task) in enumerate(tasks.items()):
                 part = (t / len(tasks), (t + 1) / len(tasks))
-                settings[name] = self.tune_task(task, search, part) if isinstance(task, Task) else {}
+                settings[name] = self.tune_task(task, search, part) if isinstance(task, TaskData) else {}
         return settings
 
     def fit(self, data: Any, seed: int, settings: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -183,14 +183,14 @@ class PerTask:
         ]
         return np.column_stack(of_tasks)
 
-    def _tasks(self, data: Any, seed: int) -> dict[str, Task | Constant]:
+    def _tasks(self, data: Any, seed: int) -> dict[str, TaskData | Constant]:
         """Return the rows of each task, or the rate of one whose training labels have only one class."""
         return self.tasks_of(gather(data, "train"), gather(data, "val"), seed)
 
-    def tasks_of(self, train: TableArrays, val: TableArrays, seed: int) -> dict[str, Task | Constant]:
+    def tasks_of(self, train: TableArrays, val: TableArrays, seed: int) -> dict[str, TaskData | Constant]:
         """Return the tasks of some training and validation rows, as ``_tasks`` does."""
         label_Nt, label_val_Nt = self.labels(train).numpy(), self.labels(val).numpy()
-        tasks: dict[str, Task | Constant] = {}
+        tasks: dict[str, TaskData | Constant] = {}
         targets = zip(train.features.tasks, train.features.target_of_task, strict=True)
         for t, (name, target) in enumerate(targets):
             kept_N, kept_V = ~np.isnan(label_Nt[:, t]), ~np.isnan(label_val_Nt[:, t])
@@ -200,7 +200,7 @@ class PerTask:
                 tasks[name] = Constant(float(classes[0]) if len(classes) else 0.5)
             else:
                 weight_N = None if train.weight_Nt is None else train.weight_Nt[kept_N, t]
-                tasks[name] = Task(name, kind_of(target), train, kept_N, y_N, val, kept_V, yv_N, weight_N, seed)
+                tasks[name] = TaskData(name, kind_of(target), train, kept_N, y_N, val, kept_V, yv_N, weight_N, seed)
         return tasks
 
     def labels(self, arrays: TableArrays) -> torch.Tensor:
@@ -212,15 +212,15 @@ class PerTask:
 
         return threadpool_limits(self.n_threads or torch.get_num_threads())
 
-    def num_settings(self, task: Task) -> int:
+    def num_settings(self, task: TaskData) -> int:
         """Return how many settings the whole search of a task has."""
         raise NotImplementedError
 
-    def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+    def tune_task(self, task: TaskData, search: Search, part: tuple[float, float]) -> dict[str, Any]:
         """Return the best settings; ``part`` are the shares of the search's time at which it may start and must end."""
         raise NotImplementedError
 
-    def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def fit_task(self, task: TaskData, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return the task's model, and its settings with the values that the training chose."""
         raise NotImplementedError
 

@@ -16,7 +16,15 @@ from apps.data.given import NUMBERS
 from apps.equal_cost.comparison import Search
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.kinds import Count, Kind, Quantile, Revenue
-from apps.recsys.tables.estimators.base import PerTask, Rows, Task, best_of, outputs_of, quality_of, sparse_values
+from apps.recsys.tables.estimators.base import (
+    EncodedTask,
+    PerTask,
+    TaskData,
+    best_of,
+    outputs_of,
+    quality_of,
+    sparse_values,
+)
 from apps.recsys.tables.rows.arrays import TableArrays
 
 MAX_CATEGORIES = 255
@@ -82,12 +90,12 @@ class HistGradientBoosting(PerTask):
         check_at_least(1, max_iter=max_iter)
         self.tunes, self.max_iter, self.search_rows = tuned, max_iter, search_rows
 
-    def num_settings(self, task: Task) -> int:
+    def num_settings(self, task: TaskData) -> int:
         if not self.tunes:
             return 0
         return len(TREES) + len(PENALTIES) + len(_whole_settings(Columns(task.train).num_categories > 0))
 
-    def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+    def tune_task(self, task: TaskData, search: Search, part: tuple[float, float]) -> dict[str, Any]:
         if not self.tunes:
             return {}
         rows = self._rows(task)
@@ -111,7 +119,7 @@ class HistGradientBoosting(PerTask):
         title = f"{task.name}, all rows"
         return best_of(candidates, lambda o: self._whole(rows, o).quality, search, title, ends, one_at_least=True)[0]
 
-    def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def fit_task(self, task: TaskData, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         rows = self._rows(task)
         if not self.tunes:
             model = _booster(task, _mask(rows), {}, self.UNTUNED_ITERATIONS)
@@ -124,12 +132,12 @@ class HistGradientBoosting(PerTask):
         columns, fitted = model
         return fitted.decision(columns.transform(arrays))
 
-    def _rows(self, task: Task) -> Rows:
+    def _rows(self, task: TaskData) -> EncodedTask:
         columns = Columns(task.train, task.kind)
         x_ND = columns.fit_transform(task.train, task.kept_N, _labels(task), task.seed)
-        return Rows(task, columns, x_ND, columns.transform(task.val)[task.kept_V] if self.tunes else x_ND[:0])
+        return EncodedTask(task, columns, x_ND, columns.transform(task.val)[task.kept_V] if self.tunes else x_ND[:0])
 
-    def _whole(self, rows: Rows, settings: Mapping[str, Any]) -> _Boosted:
+    def _whole(self, rows: EncodedTask, settings: Mapping[str, Any]) -> _Boosted:
         """Return trees on all rows, as many of them as are best on the validation split."""
         options = {name: value for name, value in settings.items() if name != "by_category"}
         mask_D = _mask(rows) & settings["by_category"]
@@ -139,7 +147,7 @@ class HistGradientBoosting(PerTask):
         return _Boosted(kind, model, int(np.argmax(by_number)) + 1, max(by_number))
 
     def _boost(
-        self, rows: Rows, mask_D: np.ndarray, some: Any, options: Mapping[str, Any], max_iter: int
+        self, rows: EncodedTask, mask_D: np.ndarray, some: Any, options: Mapping[str, Any], max_iter: int
     ) -> tuple[Any, float]:
         """Add trees until the validation split has seen no better number of them for a while; return its best too."""
         task, model = rows.task, _booster(rows.task, mask_D, options, 0)
@@ -170,17 +178,17 @@ def _is_number(kind: Kind) -> bool:
     return kind.target.kind in NUMBERS
 
 
-def _labels(task: Task) -> np.ndarray:
+def _labels(task: TaskData) -> np.ndarray:
     """Return the training labels as scikit-learn takes them."""
     return task.y_N if _is_number(task.kind) else task.y_N.astype(np.int64)
 
 
-def _mask(rows: Rows) -> np.ndarray:
+def _mask(rows: EncodedTask) -> np.ndarray:
     """Return which columns are split by category, bool (D,)."""
     return rows.columns.mask(rows.x.shape[1])
 
 
-def _booster(task: Task, mask_D: np.ndarray, options: Mapping[str, Any], trees: int) -> Any:
+def _booster(task: TaskData, mask_D: np.ndarray, options: Mapping[str, Any], trees: int) -> Any:
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
     booster: Any = HistGradientBoostingClassifier

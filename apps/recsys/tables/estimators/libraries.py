@@ -14,7 +14,7 @@ from apps.data.given import NUMBERS
 from apps.equal_cost.comparison import Search
 from apps.recsys.encoding.features import Features
 from apps.recsys.kinds import Count, Kind, Regression, Revenue
-from apps.recsys.tables.estimators.base import PerTask, Rows, Task, best_of, outputs_of, quality_of
+from apps.recsys.tables.estimators.base import EncodedTask, PerTask, TaskData, best_of, outputs_of, quality_of
 from apps.recsys.tables.estimators.boosting import FrequentValues
 from apps.recsys.tables.rows.arrays import TableArrays
 
@@ -51,14 +51,14 @@ class _Library(PerTask):
     def is_installed(cls) -> bool:
         return importlib.util.find_spec(cls.package) is not None
 
-    def num_settings(self, task: Task) -> int:
+    def num_settings(self, task: TaskData) -> int:
         return len(self.candidates(task))
 
-    def candidates(self, task: Task) -> Sequence[dict[str, Any]]:
+    def candidates(self, task: TaskData) -> Sequence[dict[str, Any]]:
         """Return what is tried for a task."""
         return self.settings
 
-    def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+    def tune_task(self, task: TaskData, search: Search, part: tuple[float, float]) -> dict[str, Any]:
         rows = rows_of(task)
 
         def quality(options: dict[str, Any]) -> float:
@@ -66,7 +66,7 @@ class _Library(PerTask):
 
         return best_of(self.candidates(task), quality, search, task.name, part[1], one_at_least=True)[0]
 
-    def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def fit_task(self, task: TaskData, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         rows = rows_of(task)
         fitted = self._train(rows, settings)
         quality = quality_of(task.kind, fitted.decision(rows.xv), task.yv_N)
@@ -76,7 +76,7 @@ class _Library(PerTask):
         columns, fitted = model
         return np.asarray(fitted.decision(columns.of(arrays)), dtype=np.float64)
 
-    def _train(self, rows: Rows, settings: Mapping[str, Any]) -> Any:
+    def _train(self, rows: EncodedTask, settings: Mapping[str, Any]) -> Any:
         """Return trained trees with ``decision`` and ``iterations``."""
         raise NotImplementedError
 
@@ -119,7 +119,7 @@ class LightGBM(_Library):
         "quantile": ("regression_l1", "l1"),
     }
 
-    def candidates(self, task: Task) -> Sequence[dict[str, Any]]:
+    def candidates(self, task: TaskData) -> Sequence[dict[str, Any]]:
         if task.kind.target.kind not in ("tweedie", "revenue"):
             return self.settings
         # Where the inputs nearly give an amount, the squared loss is the better one.
@@ -130,7 +130,7 @@ class LightGBM(_Library):
         """Return how many trees each round of boosting adds: one for each class, else one."""
         return len(kind.target.shares) if self._loss(kind)[0] == "multiclass" else 1
 
-    def _train(self, rows: Rows, settings: Mapping[str, Any]) -> Boosted:
+    def _train(self, rows: EncodedTask, settings: Mapping[str, Any]) -> Boosted:
         import lightgbm
 
         task, (objective, metric) = rows.task, self._loss(rows.task.kind)
@@ -183,7 +183,7 @@ class CatBoost(_Library):
         "quantile": ("MAE", "MAE"),
     }
 
-    def _train(self, rows: Rows, settings: Mapping[str, Any]) -> _CatBoost:
+    def _train(self, rows: EncodedTask, settings: Mapping[str, Any]) -> _CatBoost:
         import catboost
 
         task, (loss, metric) = rows.task, self._loss(rows.task.kind)
@@ -263,10 +263,10 @@ class LibraryColumns:
         return catboost.Pool(features, y_N, weight=weight_N)
 
 
-def rows_of(task: Task) -> Rows:
+def rows_of(task: TaskData) -> EncodedTask:
     """Return the labeled rows of a task."""
     columns = LibraryColumns.of_features(task.train.features, FrequentValues.counted(task.train))
-    return Rows(task, columns, columns.of(task.train)[task.kept_N], columns.of(task.val)[task.kept_V])
+    return EncodedTask(task, columns, columns.of(task.train)[task.kept_N], columns.of(task.val)[task.kept_V])
 
 
 def _as_bytes(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from apps.equal_cost.comparison import Search
 from apps.recsys.kinds import Count, Kind, Regression, Revenue
-from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of, sparse_values
+from apps.recsys.tables.estimators.base import PerTask, TaskData, best_of, outputs_of, quality_of, sparse_values
 from apps.recsys.tables.rows.arrays import TableArrays
 from apps.recsys.value_metrics import TWEEDIE_POWER
 
@@ -45,10 +45,10 @@ class LogisticRegression(PerTask):
             raise ValueError(f"strengths={strengths} must be positive numbers")
         self.strengths, self.max_iter = strengths, max_iter
 
-    def num_settings(self, task: Task) -> int:
+    def num_settings(self, task: TaskData) -> int:
         return len(self.strengths) * (1 + bool(task.train.features.continuous))
 
-    def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+    def tune_task(self, task: TaskData, search: Search, part: tuple[float, float]) -> dict[str, Any]:
         forms = (True, False) if task.train.features.continuous else (True,)
         candidates = [{"C": strength, "bins": bins} for strength in sorted(self.strengths) for bins in forms]
 
@@ -57,7 +57,7 @@ class LogisticRegression(PerTask):
 
         return best_of(candidates, quality, search, task.name, part[1], one_at_least=True)[0]
 
-    def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def fit_task(self, task: TaskData, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         from sklearn.exceptions import ConvergenceWarning
 
         bins = settings.get("bins", True)

@@ -157,7 +157,7 @@ class Items:
         )
 
 
-class DrawnRows(Dataset[TableBatch]):
+class RowsWithItems(Dataset[TableBatch]):
     """Rows of a training split for training, together with sampled items.
 
     Of N rows, position k + i N is row k with item i; i = 0 means its own item.

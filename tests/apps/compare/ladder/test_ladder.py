@@ -15,7 +15,7 @@ from apps.compare.ladder.curves import Fit, Measured
 from apps.compare.ladder.growth import Growth, Rule, flags
 from apps.compare.ladder.page import Story
 from apps.compare.ladder.rungs import Outcome, Rung, RungWork, limits
-from apps.compare.options import Options
+from apps.compare.options import CompareOptions
 from apps.compare.training import Unit
 from apps.compare.work import Plan
 
@@ -141,7 +141,7 @@ def test_rungs_beyond_the_turn_are_not_fitted():
     (1e9, [0.033, 0.1, 0.3, 0.6, 1.2, 2.4], (2.4, True)),
 ])  # fmt: skip
 def test_a_search_goes_on_beyond_its_edge(best, tried, chosen, tmp_path, monkeypatch):
-    plan = Plan({}, Options(), {}, (0.033, 0.1, 0.3), 0.1, (0,), 1000)
+    plan = Plan({}, CompareOptions(), {}, (0.033, 0.1, 0.3), 0.1, (0,), 1000)
     experiment, whole = SimpleNamespace(monitor_mode="min"), SimpleNamespace(grow=lambda share: None)
     work, done = RungWork({}, experiment, plan, [], tmp_path, whole, 1), []
 

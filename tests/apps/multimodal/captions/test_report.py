@@ -15,7 +15,7 @@ from apps.multimodal.captions.metrics import CaptionMetrics, by_image, num_refer
 from apps.multimodal.captions.report import CaptionReportConfig, thumbnail, write_captions, write_scores, write_use
 from apps.multimodal.captions.traced import Traced, traced
 from apps.nets.config import TransformerConfig
-from apps.nlp.text.foreseen import Judged
+from apps.nlp.text.teacher_forced import Judged
 
 
 def pair(index, image, caption, reference, nll=0.0, right=0, tokens=2):

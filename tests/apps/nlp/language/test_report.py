@@ -102,8 +102,8 @@ def test_a_test_leaves_losses_experts_and_pieces_of_text(data, tmp_path):
     assert int(classes[-1]["tokens"]) == tokens == sum(int(row["tokens"]) for row in classes[:-1])
     assert float(classes[-1]["perplexity"]) == pytest.approx(metrics["test/perplexity"], rel=1e-5)
     assert float(classes[-1]["token_accuracy"]) == pytest.approx(metrics["test/token_accuracy"])
-    foreseen, experts, sentences = load_sections(folder)
-    assert [s.title for s in (foreseen, experts, sentences)] == [
+    teacher_forced, experts, sentences = load_sections(folder)
+    assert [s.title for s in (teacher_forced, experts, sentences)] == [
         "What the model foresees", "What the experts are used for", "Words in sentences"
     ]  # fmt: skip
     assert len(sentences.parts) == 2
@@ -130,7 +130,7 @@ def test_a_dense_model_has_losses_and_text_alone_and_no_examples_leave_no_report
     after_test(data, tmp_path / "none", report=LanguageReportConfig(routing_examples=0))
     assert not list((tmp_path / "none" / "report").glob("*"))
     after_test(data, tmp_path, moe=None, report=LanguageReportConfig(sentences=1, routing_examples=4))
-    foreseen, sentences = load_sections(tmp_path / "report")
+    teacher_forced, sentences = load_sections(tmp_path / "report")
     (words,) = sentences.parts
     assert (words.labels, words.title) == ({}, "Text 1, with the loss of each subword")
     # The gates before blocks are not shown as experts.

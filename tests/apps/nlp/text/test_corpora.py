@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from apps.data.text_files import Rows, num_words
+from apps.data.text_files import AlignedText, num_words
 from apps.nlp.text.corpora import Filters, Sizes, collect, draw_splits, parse_pairs
 
 
-def rows(*lines: tuple[str, ...], languages: str = "en de") -> Rows:
+def rows(*lines: tuple[str, ...], languages: str = "en de") -> AlignedText:
     columns = zip(*lines, strict=True)
-    return Rows({lang: list(column) for lang, column in zip(languages.split(), columns, strict=True)}, "made")
+    return AlignedText({lang: list(column) for lang, column in zip(languages.split(), columns, strict=True)}, "made")
 
 
 def made(*pairs: str) -> object:
@@ -65,13 +65,13 @@ def test_pairs_of_both_directions_and_several_corpora_side_by_side():
     assert not collected.left_out
 
 
-def random_rows(count: int, seed: int) -> Rows:
+def random_rows(count: int, seed: int) -> AlignedText:
     """Sentences of a small vocabulary, so that many come again on one side or the other."""
     draw = random.Random(seed)
     return rows(*((f"e{draw.randrange(count)}", f"d{draw.randrange(count)}") for _ in range(count)))
 
 
-def draw_split(own: Rows, val: float, test: float, seed: int) -> dict[str, Rows]:
+def draw_split(own: AlignedText, val: float, test: float, seed: int) -> dict[str, AlignedText]:
     (drawn,) = draw_splits([own], [(val, test)], [seed])
     return drawn
 
@@ -197,8 +197,8 @@ def test_a_share_of_what_the_filters_keep_is_held_out_and_files_that_are_there_a
 
 def test_rows_that_are_asked_for_and_cannot_be_held_out_are_an_error_that_names_why(caplog):
     lines = [f"e{i}" for i in range(20)]
-    german = Rows({"en": lines, "de": [f"{line} de" for line in lines]}, "german")
-    french = Rows({"en": lines[:19], "fr": [f"{line} fr" for line in lines[:19]]}, "french")
+    german = AlignedText({"en": lines, "de": [f"{line} de" for line in lines]}, "german")
+    french = AlignedText({"en": lines[:19], "fr": [f"{line} fr" for line in lines[:19]]}, "french")
     twice = rows(*((f"t{i}", f"T{j}") for i in range(5) for j in range(5)))
 
     def sizes(val, test=0):

@@ -14,7 +14,7 @@ import pytest
 
 from apps.base.inflate import Inflated
 from apps.data import text_files
-from apps.data.text_files import Rows, clean, expand, named_files, read_lines, text_lines
+from apps.data.text_files import AlignedText, clean, expand, named_files, read_lines, text_lines
 from apps.nlp.text.readers import bible, catalogs, moses, tsv
 
 
@@ -55,7 +55,11 @@ def catalog(path):
         ({"a.de": b""}, read_lines, r"a\.de is empty"),
         ({"a.de.gz": b""}, read_lines, r"a\.de\.gz is empty"),
         ({"a": None}, read_lines, r"a is missing"),
-        ({"a": None}, lambda _: Rows({"en": ["a"], "de": ["b", "c"]}, "x"), r"x: line i .* there are 1 in en, 2 in de"),
+        (
+            {"a": None},
+            lambda _: AlignedText({"en": ["a"], "de": ["b", "c"]}, "x"),
+            r"x: line i .* there are 1 in en, 2 in de",
+        ),
         ({"t.en": "a\n"}, pair, r"t\.de is missing \(and t\.de\.gz too"),
         ({"t.en": "a\nb\nc\n", "t.de": "a\nb\n"}, pair, r"t\.en has 3 lines and .*t\.de has 2: line i of one transla"),
         ({"t-0.en": "x\n", "t-0.de": "x\n", "t-1.en": "x\n", "t-1.de": "x\n"}, pair, MANY),

@@ -6,9 +6,9 @@ import sacrebleu
 import torch
 
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
-from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.scores import corpus_score, scorer, signature
 from apps.nlp.text.significance import compare_sentences, paired_bootstrap, sentence_statistics, text_differences
+from apps.nlp.text.teacher_forced import read_ids
 from apps.train.step.pieces import ratio_values
 
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from apps.nlp.pairs.report import Collected, PairReportConfig
-from apps.nlp.text.foreseen import Judged
+from apps.nlp.pairs.report import PairReportConfig, TestedPairs
 from apps.nlp.text.significance import mean_difference
+from apps.nlp.text.teacher_forced import Judged
 from apps.nlp.text_to_text.metrics import METRICS, TextMetrics
 from apps.nlp.text_to_text.report import TextToTextReport, extracted, sentences, textrank
 
@@ -93,13 +93,13 @@ SOURCES = [
 REFERENCES, WRITTEN = ["A dog runs", "red wine", "that one"], ["a fast dog", "red wine", "that"]
 
 
-def collected(folder: Path) -> Collected:
+def collected(folder: Path) -> TestedPairs:
     rows = [{"source": s, "references": [r]} for s, r in zip(SOURCES, REFERENCES, strict=True)]
     scores = [{"rouge_l": METRICS["rouge_l"](text, row)} for text, row in zip(WRITTEN, rows, strict=True)]
     pieces = [Judged(i, i // 2, WRITTEN[i], REFERENCES[i], -0.5, 1.0, 1, 2, scores[i]) for i in range(3)]
     module = SimpleNamespace(tasks=("shorten", "answer"), metrics=("rouge_l",))
     data = SimpleNamespace(rows=lambda split: rows)
-    return Collected(SimpleNamespace(pieces=pieces), module, (), SOURCES, folder, data)
+    return TestedPairs(SimpleNamespace(pieces=pieces), module, (), SOURCES, folder, data)
 
 
 def test_scores_stand_beside_those_of_sentences_of_the_source(tmp_path):

@@ -14,8 +14,8 @@ from two_ranks import on_two_ranks
 
 from apps.nlp.pairs import report
 from apps.nlp.pairs.report import side_by_side
-from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.scores import corpus_score, scorer
+from apps.nlp.text.teacher_forced import Judged
 from apps.nlp.translation.metrics import TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import (
     TranslationReport,

@@ -140,7 +140,7 @@ FEATURES = Features(
 CITIES = Vocabulary.of(pa.array(["Oslo", "Rome"]))
 ENCODING = Encoding(FEATURES, {"city": CITIES}, "shop", Vocabulary.of(pa.array(["de", "fr"])), timestamps={"at": None})
 JSON_ROWS = Row.of(ENCODING)
-SCHEMA = item_of(JSON_ROWS.columns, "Row", "A row.", takes_others=True)
+SCHEMA = item_of(JSON_ROWS.columns, "Row", "A row.", additional_properties=True)
 JSON_ROW = {
     "shop": "fr", "city": "Rome", "row": 1, "tags": ["a value"], "seen": [0.0, 0.0], "visited": ["Oslo"],
     "at": "2024-05-31 12:00", "age": 30.0,

@@ -23,7 +23,7 @@ import core
 from apps.cli import main
 from apps.serve.service import options
 from apps.serve.service.command import device_of, prepared, service_of
-from apps.serve.service.options import Options
+from apps.serve.service.options import ServeOptions
 from apps.vision.task import ImageClassification
 
 TOKEN = "0123456789abcdef"
@@ -90,9 +90,9 @@ def test_a_token_comes_from_a_file_or_the_environment_and_devices_and_models_tha
 ):
     argv = ["--ckpt_path", str(digits), "--port", "0", "--host", "0.0.0.0"]
     monkeypatch.setenv("MOESAIC_TOKEN", TOKEN)
-    assert Options.read(argv).token == TOKEN
+    assert ServeOptions.read(argv).token == TOKEN
     (tmp_path / "token").write_text(f"{TOKEN}-of-the-file\n")
-    read = Options.read([*argv, "--token_file", str(tmp_path / "token")])
+    read = ServeOptions.read([*argv, "--token_file", str(tmp_path / "token")])
     assert read.token == f"{TOKEN}-of-the-file"
     assert TOKEN not in repr(read)
     with pytest.raises(ValueError, match=r"^device=tpu is none of this machine$"):
@@ -114,7 +114,7 @@ def test_cheaper_forms_of_the_experts_answer_alike(digits, form, tmp_path, monke
     monkeypatch.chdir(tmp_path)
 
     def answers(*argv):
-        model, offloaded = prepared(Options.read(["--ckpt_path", str(digits), "--port", "0", *argv]))
+        model, offloaded = prepared(ServeOptions.read(["--ckpt_path", str(digits), "--port", "0", *argv]))
         service = service_of(model)(model)
         (answer,) = service.predict([service.read(item) for item in service.item["examples"]])
         assert (offloaded is not None and offloaded.statistics.needed > 0) == ("--offload" in argv)

@@ -18,7 +18,7 @@ from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.negatives.draws import ItemDraws
-from apps.recsys.tables.negatives.sampled_items import DrawnRows
+from apps.recsys.tables.negatives.sampled_items import RowsWithItems
 from apps.recsys.tables.negatives.sampled_rows import SampledPlan
 from apps.recsys.tables.report.report import RecommenderReportConfig
 from apps.recsys.tables.rows.arrays import gather
@@ -119,7 +119,7 @@ def test_an_epoch_depends_on_the_seed_and_its_number_alone(tmp_path):
     assert torch.equal(shared.unique(), alone.unique())
 
 
-def full_draws(rows: DrawnRows):
+def full_draws(rows: RowsWithItems):
     """Return every row with every draw that it can have, and the share of the row's draws that each stands for."""
     positions, shares = [torch.arange(len(rows.rows))], [torch.ones(len(rows.rows))]
     for k in range(len(rows.rows)):

@@ -12,7 +12,7 @@ from apps.data.subwords import PAD_ID, UNK_ID
 from apps.nets.loss import TargetScores
 
 
-class Foreseen(NamedTuple):
+class TeacherForced(NamedTuple):
     """The scores that a decoder gives each sentence's reference, its end included.
 
     Attributes:
@@ -26,12 +26,12 @@ class Foreseen(NamedTuple):
     tokens_B: Tensor
 
 
-def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
+def per_sentence(scores: TargetScores, real_BL: Tensor) -> TeacherForced:
     """Add up the scores of T targets, the real ones of (B, L), row by row."""
     tokens_B = real_BL.sum(1)
     row_T = torch.repeat_interleave(tokens_B)
     nll_B = torch.zeros(len(tokens_B), dtype=torch.float64, device=row_T.device)
-    return Foreseen(
+    return TeacherForced(
         nll_B=nll_B.index_add_(0, row_T, scores.nll_T.double()),
         right_B=torch.zeros_like(tokens_B).index_add_(0, row_T, scores.is_first_T.long()),
         tokens_B=tokens_B,
