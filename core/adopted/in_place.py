@@ -16,7 +16,7 @@ from ..experts.adapters import CHILD
 from ..flops import register_formulas
 from ..routing.balance.balance import Balance
 from .layouts import ACTIVATIONS, LAYOUTS, Layout
-from .parts import Adopted, AdoptedClamped, AdoptedExperts, AdoptedFFN, AdoptedMoE, AdoptedRouter
+from .parts import Adopted, AdoptedClamped, AdoptedExperts, AdoptedFFN, AdoptedMoE, AdoptedRouter, Call
 
 _GROUPS = ("n_group", "num_group", "n_groups")
 """Names under which routers that choose groups of experts first have their number."""
@@ -156,9 +156,10 @@ def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance, bi
     block.__class__, router.__class__, experts.__class__ = classes
     if not layout.experts:
         block._modules["experts"] = experts  # without parameters: it computes with the block's own
-    _add(experts, num_experts=E, block=(block,), storage={}, **options)
+    call = Call(block)
+    _add(experts, num_experts=E, call=call, storage={}, **options)
     groups = next((g for m in (router, block) for n in _GROUPS if isinstance(g := getattr(m, n, None), int)), 1)
-    _add(router, num_experts=E, num_groups=groups, block=(block,), bias_update_rate=bias_update_rate, _read=None)
+    _add(router, num_experts=E, num_groups=groups, call=call, bias_update_rate=bias_update_rate, _read=None)
     _add(
         block,
         num_experts=E,
@@ -170,8 +171,7 @@ def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance, bi
         expert_output_masking=0.0,
         output_bias=None,
         shared_gate=None,
-        context=None,
-        leading=(),
+        call=call,
         _tapes=(),
         _unrecorded=0,
     )
@@ -208,7 +208,7 @@ def _add(module: nn.Module, **values: Any) -> None:
             module.__dict__[name] = value
 
 
-def _watch_padding(model: nn.Module, blocks: dict[str, nn.Module]) -> list[RemovableHandle]:
+def _watch_padding(model: nn.Module, blocks: dict[str, Any]) -> list[RemovableHandle]:
     """Put hooks on a model, and on each module in it that is given a mask, which tell the blocks inside what of a call
     is padding."""
     handles = []
@@ -225,7 +225,7 @@ def _watch_padding(model: nn.Module, blocks: dict[str, nn.Module]) -> list[Remov
 
 
 def _note_padding(
-    blocks: dict[str, nn.Module], places: tuple[str, ...], module: nn.Module, args: Any, kwargs: dict[str, Any]
+    blocks: dict[str, Any], places: tuple[str, ...], module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Tell blocks what of this call is padding, if no module around has; return the call without ``valid_BS``."""
     given = {**dict(zip(places, args, strict=False)), **kwargs}
@@ -233,11 +233,11 @@ def _note_padding(
         is_second = "decoder_attention_mask" in places and "decoder" in name.split(".")
         mask = given.get("valid_BS")
         mask = given.get("decoder_attention_mask" if is_second else "attention_mask") if mask is None else mask
-        if block.__dict__["context"] is None and isinstance(mask, Tensor) and mask.ndim == 2:
-            block.__dict__["context"] = RoutingContext(valid_BS=mask.bool())
+        if block.call.context is None and isinstance(mask, Tensor) and mask.ndim == 2:
+            block.call.context = RoutingContext(valid_BS=mask.bool())
     return args, {name: value for name, value in kwargs.items() if name != "valid_BS"}
 
 
-def _forget_padding(blocks: dict[str, nn.Module], module: nn.Module, args: Any, out: Any) -> None:
+def _forget_padding(blocks: dict[str, Any], module: nn.Module, args: Any, out: Any) -> None:
     for block in blocks.values():
-        block.__dict__["context"] = None
+        block.call.context = None

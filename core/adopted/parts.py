@@ -6,7 +6,7 @@ Nothing of the block is copied or renamed: its modules change class, and back ag
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -32,16 +32,44 @@ from .shrink import Rows, set_top_k, shrinking
 _MATRICES = ("w_in", "w_gate", "w_out")
 
 
+@dataclass(eq=False)
+class Call:
+    """What the parts of an adopted block tell each other in a call, since the block calls them in its own way.
+
+    Attributes:
+        block: the block.
+        context: padding of the call, which hooks on the modules around tell; None: there is none.
+        leading: shape of the block's input without its last axis.
+        logits_TE: the router's logits, until the block's decision takes them.
+    """
+
+    block: Any
+    context: RoutingContext | None = None
+    leading: tuple[int, ...] = ()
+    logits_TE: Tensor | None = None
+
+    @property
+    def valid_T(self) -> Tensor | None:
+        """False for the padding of this call; None: there is none."""
+        # With a cache the mask has the tokens before, too.
+        if self.context is None or len(self.leading) < 2:
+            return None
+        assert self.context.valid_BS is not None
+        return self.context.valid_BS[:, -self.leading[1] :].reshape(-1)
+
+
 class Adopted:
     """Common base of the three.
 
     Attributes:
         original: the class that the module had.
         layout: layout of its block.
+        call: of the block; its three parts hold the same one.
     """
 
     original: ClassVar[type[nn.Module]]
     layout: ClassVar[Layout]
+    call: Call
 
 
 class AdoptedRouter(Adopted, Router):
@@ -50,10 +78,11 @@ class AdoptedRouter(Adopted, Router):
     terms = SCORE_TERMS | CHOICE_TERMS | {"router_z_loss"}
     config = None
     num_groups: int
+    bias_update_rate: float
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.original.forward(self, *args, **kwargs)
-        self.__dict__["logits_TE"] = out if self.layout.logits is None else out[self.layout.logits]
+        self.call.logits_TE = out if self.layout.logits is None else out[self.layout.logits]
         return out
 
     def reset_parameters(self) -> None:
@@ -63,14 +92,14 @@ class AdoptedRouter(Adopted, Router):
     def expert_bias(self) -> Tensor | None:  # type: ignore[override]
         """The tensor that is added to the scores for the choice, (E,) or (1, E)."""
         try:
-            bias: Tensor | None = attrgetter(self.layout.bias)(self.__dict__["block"][0]) if self.layout.bias else None
+            bias: Tensor | None = attrgetter(self.layout.bias)(self.call.block) if self.layout.bias else None
         except AttributeError:
             return None  # the model's options leave it out
         return bias
 
     @torch.no_grad()
     def update_expert_bias(self, chosen_per_expert_E: Tensor) -> None:
-        bias, rate = self.expert_bias, self.__dict__["bias_update_rate"]
+        bias, rate = self.expert_bias, self.bias_update_rate
         if bias is not None and rate:
             bias += expert_bias_step(chosen_per_expert_E, rate).view_as(bias)
 
@@ -90,36 +119,37 @@ class _Together(torch.autograd.Function):
 class AdoptedExperts(Adopted, Experts):
     """Experts that a block calls with its tokens and its choice, and the engine with rows."""
 
+    storage: dict[str, Tensor]
+    """The stacked parameters of one module an expert, by path."""
     hidden_axes = MappingProxyType({})
     linear_in = frozenset()
 
     def __call__(self, x: Any, way: Any = "rows", *args: Any, **kwargs: Any) -> Any:
         if isinstance(way, Tensor):
-            return self.__dict__["block"][0].compute_chosen(x, way, *args, **kwargs)
+            return self.call.block.compute_chosen(x, way, *args, **kwargs)
         return super().__call__(x, way, *args, **kwargs)
 
     @property
     def valid_T(self) -> Tensor | None:
         """False for the padding that the block computes in this call; None: there is none."""
-        valid_T: Tensor | None = self.__dict__["block"][0].valid_T
-        return valid_T
+        return self.call.valid_T
 
     def stacked(self, path: str) -> Tensor:
         """Return a parameter whose first axis counts the experts."""
         if self.layout.way in ("mask", "gates"):
             return self._stacked_modules(path)
-        tensor: Tensor = local_tensor(attrgetter(path)(self if self.layout.experts else self.__dict__["block"][0]))
+        tensor: Tensor = local_tensor(attrgetter(path)(self if self.layout.experts else self.call.block))
         return tensor.unflatten(0, (self.num_experts, -1)) if self.layout.flat else tensor
 
     def _stacked_modules(self, path: str) -> Tensor:
         """Return the parameters of one module an expert as one tensor, of which they are views from then on."""
         parts = [attrgetter(path)(expert) for expert in self.one_each()]
-        whole: Tensor | None = self.__dict__["storage"].get(path)
+        whole: Tensor | None = self.storage.get(path)
         if whole is None or any(p.data_ptr() != own.data_ptr() for p, own in zip(parts, whole, strict=True)):
             whole = torch.stack([part.detach() for part in parts])
             for part, own in zip(parts, whole, strict=True):
                 part.data = own
-            self.__dict__["storage"][path] = whole
+            self.storage[path] = whole
         together: Tensor = _Together.apply(whole, *parts)
         return together
 
@@ -207,7 +237,7 @@ class AdoptedExperts(Adopted, Experts):
         path = {"w_in": self.layout.up, "w_gate": self.layout.gate, "w_out": self.layout.down}[name]
         if path:
             parent, _, leaf = path.rpartition(".")
-            for holder in self.one_each() or [self if self.layout.experts else self.__dict__["block"][0]]:
+            for holder in self.one_each() or [self if self.layout.experts else self.call.block]:
                 holder.get_submodule(parent)._parameters[leaf] = None
         for parameter in self._without_adapters():
             parameter.requires_grad_(False)
@@ -264,7 +294,7 @@ class AdoptedMoE(Adopted, MoE):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
-        self.__dict__["leading"] = x.shape[:-1]
+        self.call.leading = x.shape[:-1]
         if self.layout.way == "input":
             return self.forward_of_scores(x)
         if self.layout.way == "sorted":
@@ -310,22 +340,15 @@ class AdoptedMoE(Adopted, MoE):
     def router(self) -> Any:  # type: ignore[override]
         return self._modules[self.layout.router]
 
-    @property
-    def valid_T(self) -> Tensor | None:
-        """False for the padding of this call; None: there is none."""
-        leading, context = self.__dict__["leading"], self.__dict__["context"]
-        # With a cache the mask has the tokens before, too.
-        return None if context is None or len(leading) < 2 else context.valid_BS[:, -leading[1] :].reshape(-1)
-
     def routing(self, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routing:
         """Return the block's choice as the engine's."""
         T, K = expert_ids_TK.shape
-        logits_TE = self.router.__dict__.pop("logits_TE", None)
-        evidence, leading = Evidence(), self.__dict__["leading"]
+        logits_TE, self.call.logits_TE = self.call.logits_TE, None
+        evidence, leading = Evidence(), self.call.leading
         if logits_TE is not None and self.keeps_evidence:
             logits_TE = logits_TE.float().reshape(T, -1)
             evidence = Evidence(SCORE_FUNCS[self.layout.score](logits_TE), logits_TE)
-        ids_N, E, valid_T = expert_ids_TK.reshape(-1), self.num_experts, self.valid_T
+        ids_N, E, valid_T = expert_ids_TK.reshape(-1), self.num_experts, self.call.valid_T
         computed_E = count_experts(ids_N, E)
         real_N = None if valid_T is None else valid_T.repeat_interleave(K)
         return Routing(
@@ -346,7 +369,7 @@ class AdoptedMoE(Adopted, MoE):
         if self.layout.way in ("mask", "gates"):
             expert_ids_TK, gates_TK = self.choice_of_mask(expert_ids_TK, gates_TK)
         routing = self.routing(expert_ids_TK, gates_TK)
-        self.record_pass(_without_padding(routing), self.__dict__["context"] or RoutingContext())
+        self.record_pass(_without_padding(routing), self.call.context or RoutingContext())
         rows = self.dispatcher.dispatch(x.reshape(-1, x.shape[-1]), routing)
         if self.layout.way == "input":
             rows = rows.weighted_input()

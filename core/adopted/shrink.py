@@ -117,14 +117,14 @@ def _restack(experts: Any, num_experts: int, rows: Rows) -> None:
         stacked = {path: rows(experts.stacked(path).detach()) for path in paths}
         for name in [n for n in experts._modules if n.startswith("expert_")][num_experts:]:
             del experts._modules[name]
-        experts.__dict__["storage"].clear()
+        experts.storage.clear()
         for e, expert in enumerate(experts.one_each()):
             for path in paths:
                 parent, _, leaf = path.rpartition(".")
                 _set(expert.get_submodule(parent), leaf, stacked[path][e].clone())
         experts.__dict__["num_experts"] = num_experts
         return
-    owner = experts if layout.experts else experts.__dict__["block"][0]
+    owner = experts if layout.experts else experts.call.block
     for path in filter(None, (layout.up, layout.gate, layout.down, layout.up_bias, layout.down_bias)):
         parent, _, leaf = path.rpartition(".")
         value = rows(experts.stacked(path).detach())

@@ -209,7 +209,7 @@ def test_a_layout_that_does_not_fit_leaves_the_model_as_it_was(monkeypatch):
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
 def test_every_token_through_each_expert_is_what_the_block_computes_of_one(name):
     layer = first_layer(adopt(made(name)))
-    layer.__dict__["leading"], x_TD = (5,), torch.randn(5, 16)
+    layer.call.leading, x_TD = (5,), torch.randn(5, 16)
     with torch.no_grad():
         each_TED = layer.experts(x_TD, "each")
         for e in range(layer.num_experts):
