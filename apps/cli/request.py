@@ -50,10 +50,11 @@ class Request:
         loaded: the checkpoint's contents, with only the shapes of sharded tensors, or None.
         model_class: the model's class, if it is named.
         weights: the checkpoint of ``--weights``, whose weights a new training starts from, or None.
-        begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, if the run starts from its
-            weights and loads no other; or None.
+        start_checkpoint: contents of the checkpoint that ``--weights`` or ``model.grow`` names, if the run starts from
+            its weights and loads no other; or None.
         exported: the model of ``--onnx``, which runs instead of a checkpoint's weights, or None.
-        brought: arguments of the data that a run which resumes has from its own checkpoint, and not from its user.
+        from_checkpoint: arguments of the data that a run which resumes has from its own checkpoint, and not from its
+            user.
         layers: the configurations that were merged, by the file of each, the checkpoint's arguments first.
     """
 
@@ -200,14 +201,14 @@ class Request:
     def with_origin(self, line: str) -> str:
         """Return a line on the value of an option with the flag or the file that the value came from, if one did."""
         match = re.match(r"[\w.]+(?==| does not exist| is | has | needs )", line)
-        name = "" if match is None else match[0]
-        flags = [flag for flag, _ in given(self.options.rest) if name and f".{flag}".endswith(f".{name}")]
-        if len(flags) == 1:
-            return f"--{flags[0]}{line.removeprefix(name)}"
-        for path, layer in reversed([*self.layers.items()]):
-            keys = [key for key in dotted(layer) if name and f".{key}".endswith(f".{name}")]
-            if len(keys) == 1:
-                return f"{path}: {keys[0]}{line.removeprefix(name)}"
+        if match is None:
+            return line
+        flags = (flag for flag, _ in given(self.options.rest))
+        origins = [("--", flags), *((f"{path}: ", dotted(layer)) for path, layer in reversed([*self.layers.items()]))]
+        for origin, names in origins:
+            own = [name for name in names if f".{name}".endswith(f".{match[0]}")]
+            if own:  # an earlier file is hidden by this one, even where it is unclear which of its values is meant
+                return f"{origin}{own[0]}{line[match.end() :]}" if len(own) == 1 else line
         return line
 
     @property

@@ -102,11 +102,10 @@ class RunSetup(WaitingCLI, LightningCLI):
                 options = options_of(self.command_parser(request.command))
                 raise UsageError(request.with_origin(reduce_message(str(error), options))) from error
             except ValueError as error:
-                line, code = describe(error)
-                kind = UsageError if code == 2 else ValueError
-                if (told := request.with_origin(line)) == line or type(error) not in (UsageError, ValueError):
+                if type(error) not in (UsageError, ValueError):
                     raise
-                raise kind(told) from error
+                line, code = describe(error)
+                raise (UsageError if code == 2 else ValueError)(request.with_origin(line)) from error
 
     # ---- what LightningCLI calls
 

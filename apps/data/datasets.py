@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import importlib
 import logging
 import os
+import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +80,7 @@ class Late:
     path: str
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        module, _, name = self.path.rpartition(".")
-        return getattr(importlib.import_module(module), name)(*args, **options)
+        return pkgutil.resolve_name(self.path)(*args, **options)
 
 
 _REGISTRY: dict[str, Dataset] = {}

@@ -5,12 +5,11 @@ Importing this reads no file and imports neither pyarrow nor torchrec: a reader 
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from apps.data.datasets import Dataset, register
+from apps.data.datasets import Dataset, Late, register
 from apps.data.sources import File, Made, PythonPackage, UrlSource
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ class RecsysDataset(Dataset):
 
     def read(self, root: Path) -> RawTables:
         """Return the tables of a folder with its files."""
-        module = importlib.import_module(f"apps.recsys.readers.{self.module}")
-        return getattr(module, f"read_{self.name}")(root)
+        tables: RawTables = Late(f"apps.recsys.readers.{self.module}.read_{self.name}")(root)
+        return tables
 
 
 _ALI_CCP_KINDS = ("sample_skeleton", "common_features")

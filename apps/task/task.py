@@ -218,7 +218,7 @@ def item_of(
     Args:
         inputs: by their names.
         title, says: describe the object.
-        takes_others: whether it may have further properties, which are left out.
+        additional_properties: whether it may have further properties, which are left out.
     """
     return {
         "title": title,

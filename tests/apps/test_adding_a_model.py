@@ -1,4 +1,4 @@
-"""A new model is a room of five files and two lines of the registry; every command then works.
+"""A new model is a room of six files and two lines of the registry; every command then works.
 
 CONTRIBUTING.md, "Adding a model", describes these files.
 """

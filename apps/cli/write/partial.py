@@ -30,7 +30,7 @@ class Partial:
         made_of: plain values that the lines depend on; None: no run can continue with them, and an error leaves
             nothing.
         overwrite: whether to start over if the lines depend on other values.
-        harmless: values of the earlier lines that any other may follow, by name.
+        compatible_values: values of the earlier lines that any other may follow, by name.
 
     Attributes:
         file: the open file, at its end.

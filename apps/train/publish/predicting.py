@@ -35,7 +35,7 @@ class PredictionStream:
             continues if they are the same. "input" identifies the inputs; ``["-"]`` is standard input, which cannot be
             read twice.
         chunk: inputs that are computed together, so that a run may continue after so many with the same result.
-        harmless: values of an earlier run that any other may follow, by name.
+        compatible_values: values of an earlier run that any other may follow, by name.
         file: name of a file that has the rows, in the run's folder and over an earlier one, if the user names none; "":
             they are only printed.
         page: ``page(path)`` writes a page that shows all predictions, once they are computed; None: there is none.
