@@ -317,8 +317,8 @@ def _flags(overrides: Overrides | None) -> list[str]:
     """
     flags = [(key, item) for name, value in (overrides or {}).items() for key, item in _flat(name, _plain(value))]
     for key, _ in flags:
-        if key.partition(".")[0] not in SECTIONS[:-2] or wants_text([f"--{key}"]):
-            raise UsageError(f"overrides: {key} is no option of {', '.join(SECTIONS[:-2])}")
+        if key.partition(".")[0] not in SECTIONS[:-1] or wants_text([f"--{key}"]):
+            raise UsageError(f"overrides: {key} is no option of {', '.join(SECTIONS[:-1])}")
     return [f"--{key}={value if isinstance(value, str) else _yaml(value)}" for key, value in flags]
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 from grids import one_in
-from jsonargparse import ArgumentError, ArgumentParser
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from made_boards import make_tables
 from PIL import Image
 
 import core
 from apps.cli import configs
+from apps.cli.errors import UsageError
+from apps.cli.sections import Sections
 from apps.cli.train import build, quiet
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.ladder.growth import Growth
@@ -38,7 +38,6 @@ from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature,
 from apps.recsys.retrieval.data import RetrievalData
 from apps.recsys.sequence.data import HistoryData
 from apps.recsys.tables.data import TableData
-from apps.registry import full_path, renamed
 from apps.train.device import device_options
 
 ROOT = Path(__file__).parents[1]
@@ -117,42 +116,31 @@ def one_a_model() -> list[Any]:
     return [pytest.param(path, marks=[] if path in first.values() else [pytest.mark.slow]) for path in WHOLE]
 
 
-@pytest.fixture(scope="module")
-def parser():
-    """Read model, data and trainer as the command line does, but make nothing."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "model", required=True)
-    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
-    parser.add_class_arguments(Trainer, "trainer")
-    return parser
-
-
-def parse(parser, *paths: Path) -> None:
+def parse(*paths: Path) -> None:
     """Read a configuration and its overlays, whose classes of the apps have short names."""
     tree: dict[str, Any] = {}
     for path in paths:
         tree = configs.merge(tree, configs.read_config(path))
     tree = {key: tree[key] for key in ("model", "data", "trainer") if key in tree}
-    tree = renamed(tree, lambda name: full_path(name) or name)
-    parser.parse_object(tree, defaults=False)
+    Sections(tree)
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=name)
-def test_a_configuration_is_parsed(path, parser):
-    parse(parser, path)
+def test_a_configuration_is_parsed(path):
+    parse(path)
 
 
 @pytest.mark.parametrize("path", [*OVERLAYS, *ROUTING], ids=name)
-def test_an_overlay_is_parsed_over_a_configuration(path, parser):
-    parse(parser, base_of(path), path)
+def test_an_overlay_is_parsed_over_a_configuration(path):
+    parse(base_of(path), path)
 
 
-def test_a_wrong_value_in_a_configuration_is_found(parser, tmp_path):
+def test_a_wrong_value_in_a_configuration_is_found(tmp_path):
     path, top_k = tmp_path / "wrong.yaml", "model: {init_args: {moe: {router: {init_args: {top_k: two}}}}}"
     for line, named in ((top_k, "top_k"), ("trainer: {max_epoch: 1}", "max_epoch")):
         path.write_text(line)
-        with pytest.raises(ArgumentError, match=named):
-            parse(parser, BASE, path)
+        with pytest.raises(UsageError, match=named):
+            parse(BASE, path)
 
 
 @pytest.mark.parametrize("path", one_a_model(), ids=name)
@@ -173,14 +161,14 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
             expected = getattr(core, written["class_path"].removeprefix("core."))(**written.get("init_args", {}))
             assert getattr(cli.model.moe, part) == expected
     if grows := yaml.safe_load(path.read_text()).get("ladder"):  # each option that grows is a number
-        options = Growth.of(grows, (0.25,), path.stem).options(yaml.safe_load(cli.plain_config()), 0.25, 0)
+        options = Growth.of(grows, (0.25,), path.stem).options(cli.plain_config(), 0.25, 0)
         assert {"learning_rate", *options} == {"learning_rate", *grows}
     assert cli.trainer.max_epochs or cli.trainer.max_steps > 0
     named = yaml.safe_load(path.read_text())["trainer"]
     assert not {"accelerator", "devices"} & named.keys()  # they are the user's
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    asked = {**cli.config["fit"]["trainer"], **device_options(cli.config["fit"]["trainer"])}
+    asked = {**cli.made["trainer"], **device_options(cli.made["trainer"])}
     wanted = ("cuda", 1, named.get("precision", "bf16-mixed"))
     assert (asked["accelerator"], asked["devices"], asked["precision"]) == wanted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,13 +43,11 @@ def with_long_names(config: Mapping[str, Any]) -> dict[str, Any]:
             out[part] = long_name(part, written)
         elif isinstance(written, Mapping) and isinstance(written.get("class_path"), str):
             out[part] = {**written, "class_path": long_name(part, written["class_path"])}
-    if isinstance(config.get("trainer"), Mapping):
-        out["trainer"] = _with_long_parts(config["trainer"])
     return out
 
 
 def with_short_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with the short names of public classes; ``with_long_names`` is the inverse."""
+    """Return a configuration with the short names of public classes, the trainer's too, where any is read."""
     out = dict(config)
     for part in ("model", "data"):
         if isinstance(written := config.get(part), Mapping) and "class_path" in written:
@@ -56,19 +55,6 @@ def with_short_names(config: Mapping[str, Any]) -> dict[str, Any]:
     if "trainer" in config:
         out["trainer"] = registry.renamed(config["trainer"], registry.name_of)
     return out
-
-
-def _with_long_parts(value: Any) -> Any:
-    """Return options of the trainer in which each public class is named by its class path."""
-    if isinstance(value, str) and value in registry.TRAINER:
-        return {"class_path": registry.full_path(value)}
-    if isinstance(value, list):
-        return [_with_long_parts(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    path = value.get("class_path")
-    long = {"class_path": registry.full_path(path)} if isinstance(path, str) and path in registry.TRAINER else {}
-    return {**{key: _with_long_parts(item) for key, item in value.items() if key != "class_path" or not long}, **long}
 
 
 def load_class(path: str | None) -> Any:
@@ -106,3 +92,10 @@ def find_class(part: str, config: Mapping[str, Any]) -> type | None:
 
     base = LightningDataModule if part == "data" else LightningModule
     return next((k for k in registry.subclasses(base) if k.__name__ == path), None)
+
+
+def known_classes(base: type) -> dict[str, type]:
+    """Return the classes below ``base`` that have been imported and can be made, by name; none below ``object``."""
+    if base is object:
+        return {}
+    return {kind.__name__: kind for kind in registry.subclasses(base) if not inspect.isabstract(kind)}

@@ -10,19 +10,15 @@ from typing import Any
 
 import yaml
 
-from apps.cli.configs import at, merge
+from apps.cli.configs import merge
 from apps.cli.errors import UsageError
-from apps.registry import TRAINER
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "sparsify", "ladder", "optimizer", "lr_scheduler",
             "lr_scheduler_interval", "compile", "float32_matmul_precision", "threads",
-            "ckpt_path", "weights_only")  # fmt: skip
+            "ckpt_path")  # fmt: skip
 """The parts of a configuration, which are the first words of options."""
-OF_LIGHTNING = ("verbose", "return_predictions")
-"""Options of commands that Lightning's own parser has."""
 ASKING = ("print_config", "help_all")
 """Options that ask for a text and run nothing."""
-_CLASSES = (["model"], ["data"], ["optimizer"], ["lr_scheduler"])
 NULLS = ("null", "Null", "NULL", "~")
 
 _QUOTED_LIST = re.compile(
@@ -30,6 +26,12 @@ _QUOTED_LIST = re.compile(
     re.DOTALL,
 )
 _ESCAPED_IN_YAML = re.compile("[\x7f-\x9f\ufeff\u2028\u2029]")
+
+
+class Word(str):
+    """A value as a command line has it, which its place reads as YAML or as a text."""
+
+    __slots__ = ()
 
 
 def given(flags: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -107,50 +109,56 @@ def verbatim(flags: list[str], names: Sequence[str]) -> list[str]:
     return out
 
 
-def with_classes_and_nulls(config: Mapping[str, Any], flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Lay over ``config`` the public classes that flags name, and nulls below a class; return it and the other flags.
-
-    A strategy may be a text to jsonargparse, and torchrec has optimizers of the names that torch's have; so classes are
-    named in a mapping. jsonargparse passes a null two levels and more below a section on as the text "None".
-
-    Example::
-
-        with_classes_and_nulls({"model": {"moe": {"top": 1}}}, ["--model.moe.top", "null"])
-        # {"model": {"moe": {"top": None}}}, []
-    """
-
-    def is_taken(merged: Mapping[str, Any], names: list[str], value: str) -> bool:
-        is_class = names in _CLASSES or (value in TRAINER and names[0] == "trainer" and not names[-1].endswith("+"))
-        return is_class or (len(names) > 2 and value in NULLS and isinstance(at(merged, names[:-1]), Mapping))
-
-    return with_flags(config, flags, is_taken, yaml.safe_load)
+def with_classes(config: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
+    """Return ``config`` with the classes of model and data that flags name, before their other values are known."""
+    return with_flags(config, flags, only=(["model"], ["data"]))
 
 
 def with_flags(
     config: Mapping[str, Any],
     flags: Sequence[str],
-    takes: Callable[[Mapping[str, Any], list[str], str], bool],
-    plain: Callable[[str], Any],
-) -> tuple[dict[str, Any], list[str]]:
-    """Lay some flags over ``config``.
+    read: Callable[[str], Any] = Word,
+    only: Sequence[Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """Lay flags over ``config``, in their order.
 
     Args:
         config: nested mappings.
-        flags: ``--KEY.SUBKEY VALUE`` and ``--KEY.SUBKEY=VALUE``.
-        takes: function of the mappings so far, the names of a flag's key, and its value: whether to take the flag.
-        plain: function that turns the flag's text into the value to lay.
+        flags: ``--KEY.SUBKEY VALUE`` and ``--KEY.SUBKEY=VALUE``; a ``+`` behind the key adds to a list.
+        read: function that makes a flag's text the value, unless it is a mapping in YAML.
+        only: names of the flags that are laid; None: all but those that ask for a text.
 
-    Returns:
-        The mappings, and the other flags.
+    Example::
+
+        with_flags({"model": {"moe": {"top": 1}}}, ["--model.moe.top", "null"])     # {"model": {"moe": {"top": None}}}
     """
-    merged, out = dict(config), list[str]()
-    for key, value, words in _pairs(flags):
-        names = [name for name in key.removeprefix("--").split(".") if name not in ("init_args", "class_path")]
-        if value is None or not takes(merged, names, value):
-            out += words
-            continue
-        over = plain(value)
-        for name in reversed(names):
-            over = {name: over}
-        merged = merge(merged, over)
-    return merged, out
+    merged: Any = dict(config)
+    for key, value, _ in _pairs(flags):
+        names = [name for name in key[2:].rstrip("+").split(".") if name not in ("init_args", "class_path")]
+        if value is not None and not _is_asking(key[2:]) and (only is None or names in only):
+            laid = yaml.safe_load(value) if value.lstrip().startswith("{") else None if value in NULLS else read(value)
+            merged = _laid(merged, names, laid, key.endswith("+"))
+    return merged  # type: ignore[no-any-return]
+
+
+def _laid(old: Any, names: Sequence[str], value: Any, adds: bool) -> Any:
+    """Return ``old`` with a value at dotted names below it; in a list of objects the last one is meant."""
+    if isinstance(old, Word) and old.startswith("["):
+        old = yaml.safe_load(old)
+    if not names:
+        if adds and value.startswith("["):
+            value = yaml.safe_load(value)
+        if adds:
+            more = value if isinstance(value, list) else [value]
+            return [*(old if isinstance(old, list) else [] if old is None else [old]), *more]
+        return merge({"": old}, {"": value})[""]
+    if isinstance(old, list) and old:
+        return [*old[:-1], _laid(old[-1], names, value, adds)]
+    if isinstance(old, str):
+        old = {"class_path": old}
+    if not isinstance(old, Mapping):
+        old = {}
+    if "class_path" in old and names[0] != "dict_kwargs":
+        inner = old.get("init_args") or {}
+        return {**old, "init_args": {**inner, names[0]: _laid(inner.get(names[0]), names[1:], value, adds)}}
+    return {**old, names[0]: _laid(old.get(names[0]), names[1:], value, adds)}

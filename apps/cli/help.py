@@ -13,19 +13,24 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from apps.cli.classes import app_classes, load_class, named_class_path
+from apps.cli.classes import app_classes, known_classes, load_class, long_name, named_class_path
 from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import given
 from apps.cli.jsonargparse_internals import parameters_of
 from apps.cli.request import Request
-from apps.cli.setup import TRAINER_DEFAULTS
-from apps.registry import class_path, full_path, short, subclasses
+from apps.cli.sections import TRAINER_DEFAULTS
+from apps.registry import class_path, full_path, short
 from core.fields import OneOf
 from core.registry import OpenConfig
 
 SECTIONS = ("run", "trainer", "model", "data")
+_OF_TRAINER = (Callback, Logger, Strategy, Optimizer, LRScheduler)
 _LONGEST = 48
 """Length of a name in characters, beyond which its line is not aligned with the others."""
 
@@ -59,7 +64,10 @@ def show(request: Request) -> bool:
                 _print(_title(section, path), _section(section, request))
             return True
         part = name.removesuffix(".help")
-        if part != name and (part in ("model", "data") or (value and part.startswith(("model.", "data.")))):
+        if part != name and value is None and part not in ("model", "data"):
+            raise UsageError(f"{name} needs the name of a class")
+        if part != name:
+            value = long_name(part, value) if value and part in ("optimizer", "lr_scheduler") else value
             path = _path(value) if value else named_class_path(part, request.config)
             _print(_title(part, path), _classes(part) if path is None else _of_class(path, part))
             return True
@@ -103,9 +111,9 @@ def _load(path: str) -> type[Any]:
 
 
 def _path(name: str) -> str:
-    """Return the class path of a model, data module or config, such as a router's, by its short name."""
-    configs = {kind.__name__: class_path(kind) for kind in subclasses(OpenConfig)}
-    return full_path(name) or configs.get(name, name)
+    """Return the class path of a model, data module, config, such as a router's, or part of a trainer, by its name."""
+    known = {name: kind for base in (*_OF_TRAINER, OpenConfig) for name, kind in known_classes(base).items()}
+    return full_path(name) or (class_path(known[name]) if name in known else name)
 
 
 def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None = None) -> Iterator[Option]:
@@ -135,7 +143,8 @@ def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None 
 
 def _first(text: str) -> str:
     """Return the first sentence, on one line and without markup."""
-    plain = re.sub(r":\w+:`([^`]*)`|`+([^`]*)`+", lambda m: m[1] or m[2], " ".join(text.split()))
+    paragraph = " ".join(text.strip().partition("\n\n")[0].split())
+    plain = re.sub(r":\w+:`([^`]*)`|`+([^`]*)`+", lambda m: m[1] or m[2], paragraph)
     return re.split(r"(?<=[a-z)\"'0-9])\.\s+(?=[A-Z])", plain, maxsplit=1)[0].rstrip(".")
 
 

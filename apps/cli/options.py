@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
 from apps.cli.errors import UsageError
-from apps.cli.flags import ASKING, OF_LIGHTNING, SECTIONS, verbatim
+from apps.cli.flags import ASKING, SECTIONS, verbatim
 from apps.cli.parser import CommandLine, Configs, Folder, Shown
 from apps.registry import TEXTS
 from apps.train.checkpoint.paths import MEANING, NAMES, find_checkpoint
@@ -71,7 +71,7 @@ class RunOptions(CommandLine):
         run_dir: where logs, checkpoints and the configuration go (default: runs/<config name>)
     """
 
-    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, *OF_LIGHTNING, *ASKING)
+    sections: ClassVar[tuple[str, ...]] = (*SECTIONS, *ASKING)
 
     config: Configs = ()
     run_dir: Folder | None = None

@@ -9,23 +9,20 @@ import contextlib
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from apps.base.files import naming
 from apps.base.progress import is_first_process
 from apps.cli.classes import find_class, load_class, with_long_names
 from apps.cli.configs import at, dotted, merge, own_classes, read_config
-from apps.cli.errors import UsageError, unknown_option
-from apps.cli.flags import OF_LIGHTNING, SECTIONS, asks_for_help, given, wants_text, with_classes_and_nulls
+from apps.cli.early import check_early
+from apps.cli.errors import UsageError, describe, unknown_option
+from apps.cli.flags import SECTIONS, asks_for_help, given, wants_text, with_classes, with_flags
 from apps.cli.options import COMMANDS, Fit, Predict, RunOptions
 from apps.cli.parser import folder
-from apps.registry import TRAINER, resolve
+from apps.cli.values import MissingError
 from apps.train.checkpoint.paths import NAMES, find_checkpoint, named_checkpoint, run_name
 
 if TYPE_CHECKING:
@@ -44,7 +41,8 @@ class Request:
         words: the command line as it was given, after the command.
         options: the command's own options.
         flags: the values of the configuration that were given, ``--KEY.SUBKEY VALUE``.
-        config: the configurations merged, later ones over earlier ones, over the checkpoint's arguments.
+        config: the configurations merged, later ones over earlier ones, over the checkpoint's arguments, and the flags
+            over all.
         run_dir: folder of the run's files.
         checkpoint: the file to load, or None.
         loaded: the checkpoint's contents, with only the shapes of sharded tensors, or None.
@@ -123,6 +121,9 @@ class Request:
             if which is not None or not wants_text(flags):
                 raise
             checkpoint = None  # a configuration can be printed without one
+        if not asks_for_help(flags):
+            with naming_origins(options.rest, layers):
+                check_early(with_flags({} if beside else with_long_names(config), flags))
         if not wants_text(flags):
             if announces:
                 read = str(onnx or "") or " + ".join(map(str, paths)) or (which if which not in (None, *NAMES) else "")
@@ -133,13 +134,16 @@ class Request:
             if which in NAMES and checkpoint is None:
                 print(f"no {run_dir / 'checkpoints' / which}.ckpt yet: starting from the beginning")
 
+        source, from_checkpoint = onnx or checkpoint, tuple[str, ...]()
+        if source is None and given_weights is None and not asks_for_help(flags):
+            with naming_origins(options.rest, layers):
+                check_early(with_flags(with_long_names(config), flags), with_core=True)
         from apps.cli.checkpoint import check_superseded, remembered, with_remembered_data
-        from apps.cli.defaults import with_own_defaults, with_stand_ins
+        from apps.cli.defaults import with_stand_ins
         from apps.train.checkpoint.contents import read_checkpoint
         from apps.train.checkpoint.loading import check_beside
         from apps.train.checkpoint.run_folder import is_own
 
-        source, from_checkpoint = onnx or checkpoint, tuple[str, ...]()
         for name in own if source or beside or given_weights else ():  # a checkpoint may name them then
             load_class(name)  # a missing one is reported where it is looked up
         if beside is not None:
@@ -150,10 +154,7 @@ class Request:
                 raise UsageError(f"{beside} lies beside the checkpoint, and the training would be without {lost}")
             note = f"; left out: {lost}" if left_out else ""
             print(f"configuration: {beside}, which lies beside the checkpoint{note}", file=sys.stderr)
-        config, flags = with_classes_and_nulls(config, flags)
-        config, loaded = with_long_names(config), None
-        for name in TRAINER.keys() & {value for _, value in given(flags)}:  # of a list that a flag adds to
-            resolve(name)
+        config, loaded = with_long_names(with_classes(config, flags)), None
         if source is not None:
             loaded = exported.checkpoint if exported is not None else read_checkpoint(source, shapes_only=True)
             kept = remembered(loaded, config, find_class("model", config), source)
@@ -179,8 +180,7 @@ class Request:
             check_superseded(config, flags, start)
         for part in ("model", "data"):
             config = with_stand_ins(part, flags, config)
-        config, rest = with_own_defaults(config, flags)
-        flags = rest if not asks_for_help(flags) else flags
+        config = with_long_names(with_flags(config, flags))
         return cls(
             command,
             tuple(argv),
@@ -198,18 +198,9 @@ class Request:
             layers,
         )
 
-    def with_origin(self, line: str) -> str:
-        """Return a line on the value of an option with the flag or the file that the value came from, if one did."""
-        match = re.match(r"[\w.]+(?==| does not exist| is | has | needs )", line)
-        if match is None:
-            return line
-        flags = (flag for flag, _ in given(self.options.rest))
-        origins = [("--", flags), *((f"{path}: ", dotted(layer)) for path, layer in reversed([*self.layers.items()]))]
-        for origin, names in origins:
-            own = [name for name in names if f".{name}".endswith(f".{match[0]}")]
-            if own:  # an earlier file is hidden by this one, even where it is unclear which of its values is meant
-                return f"{origin}{own[0]}{line[match.end() :]}" if len(own) == 1 else line
-        return line
+    def naming_origins(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which an error on a value names the flag or the file of it."""
+        return naming_origins(self.options.rest, self.layers)
 
     @property
     def command_line(self) -> str:
@@ -221,17 +212,35 @@ class Request:
         """Return whether there is a section ``sparsify``."""
         return self.config.get("sparsify") is not None
 
-    @contextlib.contextmanager
-    def config_file(self) -> Iterator[str | None]:
-        """Write the merged configuration to a file for the parser, and remove it in the end."""
-        if not self.config:
-            yield None
-            return
-        with tempfile.TemporaryDirectory(prefix="moesaic-") as folder:
-            path = Path(folder) / "config.yaml"
-            with naming(path):
-                path.write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
-            yield str(path)
+
+@contextlib.contextmanager
+def naming_origins(flags: Sequence[str], layers: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Have an error on the value of an option name the flag or the file that the value came from, if one did.
+
+    Args:
+        flags: the flags that were given.
+        layers: the configurations that were merged, by the file of each, in their order.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if type(error) not in (UsageError, MissingError, ValueError):
+            raise
+        line, code = describe(error)
+        raise (UsageError if code == 2 else ValueError)(_with_origin(line, flags, layers)) from error
+
+
+def _with_origin(line: str, flags: Sequence[str], layers: Mapping[str, Mapping[str, Any]]) -> str:
+    match = re.match(r"[\w.]+(?==| does not exist| is | has | needs )", line)
+    if match is None:
+        return line
+    names = (flag for flag, _ in given(flags))
+    origins = [("--", names), *((f"{path}: ", dotted(layer)) for path, layer in reversed([*layers.items()]))]
+    for origin, options in origins:
+        own = [name for name in options if f".{name}".endswith(f".{match[0]}")]
+        if own:  # an earlier file is hidden by this one, even where it is unclear which of its values is meant
+            return f"{origin}{own[0]}{line[match.end() :]}" if len(own) == 1 else line
+    return line
 
 
 def _announce(command: str, line: str) -> None:
@@ -250,7 +259,7 @@ def _opened(path: Path) -> ExportedModel:
 def _check_sections(config: Mapping[str, Any], path: Path) -> None:
     """Raise a ``UsageError`` for a top-level key of a configuration that no command has."""
     for key in config:
-        if key not in (known := (*SECTIONS, "run_dir", *OF_LIGHTNING)):
+        if key not in (known := (*SECTIONS, "run_dir")):
             raise UsageError(f"{path}: {unknown_option(str(key), known)}")
 
 

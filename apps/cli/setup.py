@@ -1,4 +1,4 @@
-"""Model, data and trainer of ``moesaic fit|validate|test|predict``: LightningCLI, with the classes of a request.
+"""Model, data and trainer of ``moesaic fit|validate|test|predict``, as a request's configuration names them.
 
 The user's words win, flags over files and later files over earlier ones; other options come from the checkpoint, then
 from the constructors. A checkpoint whose tensors do not fit raises an error that names the options that differ.
@@ -10,25 +10,23 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, Namespace, set_parsing_settings
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from apps.base.messages import excerpt
 from apps.cli.checkpoint import check_fits
 from apps.cli.classes import with_short_names
 from apps.cli.configs import at, read_config
-from apps.cli.errors import UsageError, describe, reduce_message
+from apps.cli.errors import UsageError
 from apps.cli.experts import ChangesExperts
-from apps.cli.flags import given, wants_text
-from apps.cli.jsonargparse_internals import find_options_by_name, options_of, read_whole_numbers_first
+from apps.cli.flags import Word
 from apps.cli.request import Request
+from apps.cli.sections import Sections
 from apps.registry import differences, name_of
 from apps.report.base import FOLDER
 from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
@@ -36,35 +34,28 @@ from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.checkpoint.linked import LinkedModule
 from apps.train.checkpoint.resume import GeneratorState
 from apps.train.checkpoint.run_folder import OF_USERS, check_free, check_unlinked
-from apps.train.compiling import CompileConfig, compile_networks
+from apps.train.compiling import compile_networks
 from apps.train.cost.offloading import room_for_experts
 from apps.train.cost.quantizing import form_of
 from apps.train.device import device_options, set_matmul_precision
-from apps.train.lightning_internals import WaitingCLI
 from apps.train.optim.chosen import SECTIONS as SECTIONS_OF_OPTIMIZER, Chosen
-from apps.train.sparsified import SparsifyConfig, sparsified
+from apps.train.sparsified import sparsified
 from apps.train.step.adapted import take_form
 from apps.train.step.measures import TrainingMeasures
 from apps.train.step.module import SparseModule
 from apps.train.watch.logs import EventLog, MetricsCSV, profiler
 from apps.train.watch.progress import progress
 from core.config.plain import from_plain, to_plain
-from core.registry import OpenConfig
-
-TRAINER_DEFAULTS = {
-    "devices": 1,  # what divides a training, as configs/parallel does, names more
-    "log_every_n_steps": 10,
-    "num_sanity_val_steps": 1,
-    "enable_model_summary": False,  # SparseModule logs the size, with the active parameters
-}
-"""Defaults that differ from those of Lightning's Trainer."""
 
 
-class RunSetup(WaitingCLI, LightningCLI):
-    """LightningCLI for one command, which its constructor does not run.
+class RunSetup:
+    """What a command runs, made of a request's configuration by the constructor.
 
     Attributes:
-        model, datamodule, trainer: what the request's configuration makes.
+        sections: the configuration, read.
+        model, datamodule, trainer: what it makes.
+        made: the other sections, with their objects.
+        compiled: a line on what is compiled, or None.
         run_dir, ckpt_path: folder of the run, and its checkpoint.
     """
 
@@ -76,80 +67,28 @@ class RunSetup(WaitingCLI, LightningCLI):
         if request.command == "fit":  # before anything slow
             check_free(self.run_dir)
         check_unlinked(p for p in self.run_dir.glob("*") if request.command == "fit" or p.name in (FOLDER, "profile"))
-        self.subcommands = lambda: {request.command: LightningCLI.subcommands()[request.command]}  # type: ignore[method-assign]
-        read_whole_numbers_first()
-        find_options_by_name()
-        # A dataclass field is a fixed group to jsonargparse unless its class is listed here.
-        set_parsing_settings(subclasses_enabled=[OpenConfig])
-        # An abbreviation would be taken silently: --trainer.max_epoch for max_epochs.
-        parser = {"exit_on_error": False, "allow_abbrev": False}
-        with request.config_file() as config:
-            try:
-                super().__init__(
-                    LightningModule,
-                    LightningDataModule,
-                    save_config_callback=None,
-                    trainer_defaults=dict(TRAINER_DEFAULTS),
-                    seed_everything_default=0,
-                    parser_kwargs={**parser, "prog": "moesaic", request.command: parser},
-                    subclass_mode_model=True,
-                    subclass_mode_data=True,
-                    args=[request.command, *(["--config", config] if config else []), *request.flags],
-                    auto_configure_optimizers=False,
-                    load_from_checkpoint_support=False,
-                )
-            except ArgumentError as error:
-                options = options_of(self.command_parser(request.command))
-                raise UsageError(request.with_origin(reduce_message(str(error), options))) from error
-            except ValueError as error:
-                if type(error) not in (UsageError, ValueError):
-                    raise
-                line, code = describe(error)
-                raise (UsageError if code == 2 else ValueError)(request.with_origin(line)) from error
+        with request.naming_origins():
+            self.sections = Sections(request.config)
+            self._seed()
+            self._make()
 
-    # ---- what LightningCLI calls
+    def _seed(self) -> None:
+        """Seed the generators, unless ``seed_everything`` is false; true draws a seed."""
+        seed = self.sections.values["seed_everything"]
+        if seed is not False:
+            self.sections.values["seed_everything"] = seed_everything(None if seed is True else seed, workers=True)
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for name in getattr(self.request.model_class, "data_arguments", ()):
-            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-        parser.add_argument(
-            "--float32_matmul_precision",
-            type=Literal["highest", "high", "medium"],
-            default="high",
-            help="products of float32 numbers on a CUDA GPU; high and medium round their inputs (TF32, bfloat16)",
-        )
-        parser.add_argument(
-            "--threads", type=int | None, default=None, help="threads on a CPU (default: measured in the first steps)"
-        )
-        if self.request.sparsifies:
-            parser.add_argument("--sparsify", type=SparsifyConfig | None, default=None)
-        parser.add_optimizer_args((torch.optim.Optimizer,))
-        parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
-        parser.add_argument("--lr_scheduler_interval", type=Literal["epoch", "step"] | None, default=None)
-        parser.add_argument("--ladder", type=dict[str, Any] | None, default=None)
-        parser.add_argument("--compile", type=bool | CompileConfig | None, default=None)
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if wants_text(self.request.flags):  # the parser above the commands prints the values in force
-            self.config = parser.parse_args(args)
-            return
-        # It would read all that the command's own parser has read once more, which is as long again.
-        command, *rest = args
-        config = self.command_parser(command).parse_args(rest)
-        self.config = Namespace({"subcommand": command, command: config})
-
-    def instantiate_classes(self) -> None:
-        created = [(self._create_data, LightningDataModule, True), (self._create_model, LightningModule, True)]
-        self.config_init = self.parser.instantiate(self.config, instantiators=created)
-        values = self.config_init[self.request.command]
-        self.datamodule, self.model = (values.get(part) for part in ("data", "model"))
-        section = values.get("sparsify")
+    def _make(self) -> None:
+        """Make data, model and trainer, and give the model what its checkpoint has."""
+        self.made = self.sections.make(self._create_data, self._create_model)
+        self.datamodule, self.model = self.made.pop("data"), self.made.pop("model")
+        section = self.made["sparsify"]
         if section is not None:
             self.model = sparsified(self.model, section)
-            self.model.sparsify_arguments = yaml.safe_load(self.plain_config())["model"].get("init_args") or {}
-        self.compiled = train_as_given(self.model, values)
-        self.trainer = self.instantiate_trainer()
-        self._check_links()
+            self.model.sparsify_arguments = self.sections.plain()["model"]["init_args"]
+        self.compiled = train_as_given(self.model, self.made)
+        self.trainer = self._create_trainer()
+        check_links(self.request, self.sections, self.datamodule)
         if self.request.exported is not None:
             self.request.exported.attach(self.model)
         elif self.ckpt_path is not None and self.request.loaded is not None:
@@ -172,7 +111,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         Without a scheduler of torch's, a ``SparseModule`` takes its own values when it resumes.
         """
         beside = path.parent.parent / "config.yaml"
-        there, here = read_config(beside) if beside.is_file() else None, yaml.safe_load(self.plain_config())
+        there, here = read_config(beside) if beside.is_file() else None, self.plain_config()
         scheduled = there is not None and (there.get("lr_scheduler") or here.get("lr_scheduler"))
         if there is None or (isinstance(self.model, SparseModule) and not scheduled):
             return
@@ -198,9 +137,9 @@ class RunSetup(WaitingCLI, LightningCLI):
         self.model.on_load_checkpoint(checkpoint)
         self.model.load_state_dict(checkpoint["state_dict"])
 
-    def _create_data(self, kind: type[LightningDataModule], *args: Any, **kwargs: Any) -> LightningDataModule:
+    def _create_data(self, kind: type[LightningDataModule], **arguments: Any) -> LightningDataModule:
         """Make the data, with the checkpoint's encoding before the model takes its arguments from them."""
-        data = kind(*args, **kwargs)
+        data = kind(**arguments)
         adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or self.request.start_checkpoint or {}
         model = self.request.model_class
         own = None if model is None else name_of(model)
@@ -210,55 +149,27 @@ class RunSetup(WaitingCLI, LightningCLI):
             adopt(checkpoint["encoding"])
         return data
 
-    def _create_model(self, kind: type[LightningModule], *args: Any, **kwargs: Any) -> LightningModule:
+    def _create_model(self, kind: type[LightningModule], **arguments: Any) -> LightningModule:
         """Make the model, without weights if a graph runs in their place, or a checkpoint's go to a file."""
         if self.request.exported is not None:
             with torch.device("meta"):
-                return kind(*args, **kwargs)
+                return kind(**arguments)
         # Other strategies move or divide a model before its checkpoint is read.
-        loads_first = self.config[self.request.command].trainer.get("strategy") in ("auto", "ddp")
+        loads_first = self.sections.values["trainer"].arguments["strategy"] in ("auto", "ddp")
         is_filled = self.ckpt_path is not None and issubclass(kind, LinkedModule) and loads_first
         with room_for_experts(self.experts.offload if is_filled else None):
-            return kind(*args, **kwargs)
+            return kind(**arguments)
 
-    def _check_links(self) -> None:
-        """Raise a ``UsageError`` if the configuration has another value for an argument that the data decides."""
-        written = self.request.config.get("model")
-        of_file = dict(written.get("init_args", {})) if isinstance(written, Mapping) else {}
-        flags = given(self.request.flags)
-        for name in getattr(self.request.model_class, "data_arguments", ()):
-            option = f"model.{name}"
-            value = yaml.safe_load(dict(flags).get(option) or "null")
-            value = of_file.get(name) if value is None else value
-            attribute: Any = getattr(self.datamodule, name, None)
-            plain = to_plain(attribute, type(attribute))
-            if isinstance(value, Mapping) and isinstance(plain, Mapping):
-                # A run of an earlier version lacks the fields that have come since; another thing is compared as it is.
-                with contextlib.suppress(ValueError):
-                    value = to_plain(from_plain(value, type(attribute), option), type(attribute))
-            differing = None if value is None else next(differences(value, plain, option), None)
-            if differing is not None:
-                where, written_value, own = differing
-                what = where.removeprefix("model.")
-                if hasattr(attribute, "digest") and isinstance(value, Mapping):  # too long to be shown
-                    what, written_value, own = name, type(attribute)(**value).digest, attribute.digest
-                if self.ckpt_path is not None and name in getattr(self.datamodule, "from_checkpoint", ()):
-                    raise UsageError(
-                        f"{self.ckpt_path} is of {what} {written_value}, and the data's are {own}: "
-                        f"leave data.{name} out"
-                    )
-                raise UsageError(f"{where}={written_value} does not fit the data, whose {what} is {own}: leave it out")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        given = self.config_init[self.request.command]["trainer"]
+    def _create_trainer(self) -> Trainer:
+        given = self.made["trainer"]
         if given.get("default_root_dir") is not None:
             raise UsageError(
                 f"trainer.default_root_dir={given['default_root_dir']} would split the run: give --run_dir, which is "
                 "the one folder of its files"
             )
-        kwargs |= {"default_root_dir": str(self.run_dir), **device_options(given)}
-        set_matmul_precision(kwargs, self.config_init[self.request.command]["float32_matmul_precision"])
-        callbacks = kwargs["callbacks"] = self._callbacks(given.get("callbacks") or [])
+        kwargs = {**given, "default_root_dir": str(self.run_dir), **device_options(given)}
+        set_matmul_precision(kwargs, self.made["float32_matmul_precision"])
+        callbacks = self._callbacks(given.get("callbacks") or [])
         defaults: list[Callback] = [GeneratorState(), self.experts]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             defaults.append(progress(self.request.command))
@@ -270,7 +181,7 @@ class RunSetup(WaitingCLI, LightningCLI):
             kwargs["enable_checkpointing"] = False
         if self.request.command == "fit" and not isinstance(self.model, SparseModule):  # it brings its own
             defaults.append(TrainingMeasures())
-        self.trainer_defaults["callbacks"] = defaults
+        kwargs["callbacks"] = [*callbacks, *defaults]
         kwargs["logger"] = self._loggers(given.get("logger"))
         if isinstance(given.get("profiler"), str):
             kwargs["profiler"] = profiler(given["profiler"], self.run_dir / "profile")
@@ -278,7 +189,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(p, CheckpointIO) for p in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO(mapped=self.request.command != "fit")]
-        return super().instantiate_trainer(**kwargs)
+        return Trainer(**kwargs)
 
     def _callbacks(self, given: Any) -> list[Callback]:
         """Return the user's callbacks; ``ModelCheckpoint`` has a folder of its own in the run's."""
@@ -313,20 +224,20 @@ class RunSetup(WaitingCLI, LightningCLI):
             return loggers
         return [MetricsCSV(str(self.run_dir)), *loggers]
 
-    def plain_config(self) -> str:
-        """Return the configuration in force as YAML."""
-        command = self.request.command
-        # The parser has checked these values when it read them, which takes as long as writing them.
-        parser, options = self.command_parser(command), {"skip_unset": False, "skip_validation": True}
-        config = yaml.safe_load(parser.dump(self.config[command], **options))
+    def plain_config(self) -> dict[str, Any]:
+        """Return the configuration in force as plain values."""
+        config = self.sections.plain()
         for name in self.request.from_checkpoint:  # a run that was stopped is described as an unbroken one
             config["data"]["init_args"][name] = None
         for name in getattr(self.datamodule, "places", ()):
             config["data"]["init_args"][name] = getattr(self.datamodule, name)
-        no_part = {"config", "ckpt_path", "weights_only", "verbose"}
-        no_part |= {name for name in (*SECTIONS_OF_OPTIMIZER, "compile", "threads") if config.get(name) is None}
-        config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}
-        return yaml.safe_dump(with_short_names(config), sort_keys=False)
+        return {"run_dir": str(self.run_dir), **shown(config)}
+
+
+def shown(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain sections with short names, and without those that are null."""
+    no_part = {name for name in (*SECTIONS_OF_OPTIMIZER, "compile", "threads", "sparsify") if config.get(name) is None}
+    return with_short_names({k: v for k, v in config.items() if k not in no_part})
 
 
 def train_as_given(module: LightningModule, sections: Mapping[str, Any]) -> str | None:
@@ -339,3 +250,29 @@ def train_as_given(module: LightningModule, sections: Mapping[str, Any]) -> str 
     if chosen is not None:
         chosen.take_place_in(module)
     return compile_networks(module, sections.get("compile"))
+
+
+def check_links(request: Request, sections: Sections, data: LightningDataModule) -> None:
+    """Raise a ``UsageError`` if the configuration has another value for an argument that the data decides."""
+    for name in sections.linked:
+        option = f"model.{name}"
+        value = at(request.config, ("model", name))
+        value = yaml.safe_load(value) if isinstance(value, Word) else value
+        attribute: Any = getattr(data, name, None)
+        plain = to_plain(attribute, type(attribute))
+        if isinstance(value, Mapping) and isinstance(plain, Mapping):
+            # A run of an earlier version lacks the fields that have come since; another thing is compared as it is.
+            with contextlib.suppress(ValueError):
+                value = to_plain(from_plain(value, type(attribute), option), type(attribute))
+        differing = None if value is None else next(differences(value, plain, option), None)
+        if differing is not None:
+            where, written_value, own = differing
+            what = where.removeprefix("model.")
+            if hasattr(attribute, "digest") and isinstance(value, Mapping):  # too long to be shown
+                what, written_value, own = name, type(attribute)(**value).digest, attribute.digest
+            if request.checkpoint is not None and name in getattr(data, "from_checkpoint", ()):
+                raise UsageError(
+                    f"{request.checkpoint} is of {what} {written_value}, and the data's are {own}: "
+                    f"leave data.{name} out"
+                )
+            raise UsageError(f"{where}={written_value} does not fit the data, whose {what} is {own}: leave it out")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -128,7 +129,7 @@ class Sweep:
         """Return the values that must match for a sweep to continue with an earlier one's forms."""
         return {
             "weights": fingerprint(self.trained),
-            "config": hashlib.sha256(self.cli.plain_config().encode()).hexdigest()[:16],
+            "config": hashlib.sha256(json.dumps(self.cli.plain_config()).encode()).hexdigest()[:16],
             "rounds": self.rounds,
             "batches": self.batches,
             "machine": machine_line().rpartition(",")[0],  # without the date

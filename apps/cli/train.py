@@ -19,9 +19,11 @@ from apps.base.machine import machine_facts, moment
 from apps.base.messages import counted
 from apps.base.quiet import quiet
 from apps.cli.errors import UsageError
+from apps.cli.flags import wants_text
 from apps.cli.options import Test, check_ending, check_new
 from apps.cli.request import Request
-from apps.cli.setup import RunSetup
+from apps.cli.sections import Sections
+from apps.cli.setup import RunSetup, shown
 from apps.cli.sweep import Sweep
 from apps.cli.write.page import test_page
 from apps.cli.write.predictions import PredictionFile, print_stream, shortened, write_stream
@@ -46,7 +48,11 @@ from core.kernels import cpu
 def run(request: Request) -> int:
     """Run the request and print its results."""
     with quiet():
-        SparseCLI(request).execute()
+        if wants_text(request.flags):
+            with request.naming_origins():
+                print(_yaml(shown(Sections(request.config).plain())), end="")
+        else:
+            SparseCLI(request).execute()
     return 0
 
 
@@ -77,7 +83,7 @@ class SparseCLI(RunSetup):
         path = None if self.ckpt_path is None else str(self.ckpt_path)
         arguments = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": path, "weights_only": True}
         measures = command == "fit" and self.compiled is None  # compiled code is made for a number of threads
-        threads = Threads(self.trainer, self.config_init[command].get("threads"), self.request.loaded, measures)
+        threads = Threads(self.trainer, self.made["threads"], self.request.loaded, measures)
         if self.trainer.is_global_zero:  # the stdout of predict is for its predictions
             for line in filter(None, (device_line(self.trainer, self.model, threads), self.compiled)):
                 print(line, file=sys.stderr if command == "predict" else None, flush=True)
@@ -105,7 +111,7 @@ class SparseCLI(RunSetup):
             stack.enter_context(stops.handling())
             if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
                 descriptions = self._descriptions()
-                self._give_to_loggers(yaml.safe_load(descriptions["config.yaml"]))
+                self._give_to_loggers(self.plain_config())
                 folder = RunFolder(self.run_dir, descriptions, options.overwrite)
                 self.trainer.callbacks.insert(0, folder)
                 stack.enter_context(folder.held())
@@ -134,7 +140,7 @@ class SparseCLI(RunSetup):
         """Return the files that describe a training next to its log, by name: its configuration and its signatures."""
         signatures = self._signatures()
         signed = {"signatures.json": json.dumps(signatures, indent=2) + "\n"} if signatures else {}
-        return {"config.yaml": self.plain_config(), **signed}
+        return {"config.yaml": _yaml(self.plain_config()), **signed}
 
     def _evaluate(self, command: str, arguments: dict[str, Any]) -> None:
         check_own(self.run_dir / f"{command}.json")
@@ -177,7 +183,7 @@ class SparseCLI(RunSetup):
 
     def _report(self, metrics: Mapping[str, float], sections: Sequence[Section]) -> None:
         """Show the verdict and the figures of a test, and write its report and, next to it, the index of the runs."""
-        config = self.plain_config()
+        config = _yaml(self.plain_config())
         monitored = getattr(self.model, "test_monitor", None)
         shown_metrics = getattr(self.model, "shown_metrics", ())
         command = self.request.command_line
@@ -304,6 +310,10 @@ class SparseCLI(RunSetup):
             print(shortened(line))
         earlier = f", {file.start:,} of them by an earlier run" if file.start else ""
         print(f"{counted(file.num_rows, 'prediction')} in {file.path}{earlier}")
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False)
 
 
 def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:

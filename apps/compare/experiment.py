@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 
 from apps import registry
 from apps.cli.classes import with_short_names
+from apps.cli.configs import at
 from apps.cli.errors import UsageError
 from apps.cli.request import Request
-from apps.cli.setup import RunSetup, train_as_given
+from apps.cli.sections import Sections
+from apps.cli.setup import check_links, train_as_given
 from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.own_model import OwnModel, own_model
 from apps.train.device import device_options, set_matmul_precision
@@ -32,13 +31,6 @@ _OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_b
 _ROUTERS = "--routers="
 BY_LOSS = "--by_loss"
 """An argument of an ``Experiment`` whose models are judged by their loss, whatever they monitor."""
-
-
-class _Parsed(RunSetup):
-    """Reads and checks the command line of ``moesaic fit``, and makes nothing of it yet."""
-
-    def instantiate_classes(self) -> None:
-        pass
 
 
 class Still(Trainer):
@@ -93,15 +85,20 @@ class Experiment:
                 registry.comparison_of(request.model_class)
             except ValueError as error:
                 raise UsageError(str(error)) from error
-        # It trains in its own folders: the folder of ``moesaic fit`` may hold anything.
-        self._cli = _Parsed(dataclasses.replace(request, run_dir=Path(os.devnull)))
-        self._fit_parser, self._config = self._cli.command_parser("fit"), self._cli.config["fit"]
-        seed = self._config.get("seed_everything")
+        with request.naming_origins():
+            self._sections = Sections(request.config)
+            self._read(request)
+
+    def _read(self, request: Request) -> None:
+        """Read what a comparison needs to know of the configuration, and check that it can compare."""
+        self._config = self._sections.plain()
+        seed = self._config["seed_everything"]
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
+        seed_everything(self.seed, workers=True)
         self._rate_name = self._find_rate()
-        self.ladder: dict[str, Any] | None = self._config.get("ladder")
-        self.threads: int | None = self._config.get("threads")
-        self.compiles = bool(self._config.get("compile"))
+        self.ladder: dict[str, Any] | None = self._config["ladder"]
+        self.threads: int | None = self._config["threads"]
+        self.compiles = bool(self._config["compile"])
         made = self._make()
         model, data = made["model"], made["data"]
         options = {k: v for k, v in made["trainer"].items() if k not in _OWN}
@@ -113,8 +110,7 @@ class Experiment:
             raise UsageError("model.grow: a comparison trains all models from scratch; set it to null")
         if getattr(model, "distil", None) is not None:
             raise UsageError("model.distil: a comparison trains all models on the labels alone; set it to null")
-        self._cli.datamodule = data
-        self._cli._check_links()
+        check_links(request, self._sections, data)
         self.monitor, self.monitor_mode = model.monitor, model.monitor_mode
         self.test_monitor = model.test_monitor
         self.rate: float | None = self._configured_rate(model)
@@ -127,9 +123,9 @@ class Experiment:
 
     def _windows(self) -> tuple[str, int]:
         """Return the option that names the test window of a split by time, and the number of windows in turn, or 1."""
-        for option in ("data.init_args.table.split", "data.init_args.split"):
-            split = self._config.get(option)
-            if split and split.get("origins", 1) > 1 and split.get("origin") is None:
+        for option in ("data.table.split", "data.split"):
+            split = at(self._config, option.split("."))
+            if isinstance(split, Mapping) and split.get("origins", 1) > 1 and split.get("origin") is None:
                 return f"{option}.origin", split["origins"]
         return "", 1
 
@@ -140,14 +136,14 @@ class Experiment:
 
     def _make(self, rate: float | None = None, seed: int | None = None) -> Any:
         """Return model, data and trainer options; a user's own model is made with the learning rate and made sparse."""
-        config = self._config.clone()
+        changed: dict[str, Any] = {}
         if self._rate_name is not None and rate is not None:
-            config[self._rate_name] = rate
+            changed[self._rate_name] = rate
         option, count = self._windows()
         if count > 1 and seed is not None:
-            config[option] = (seed - self.seed) % count
-        made = self._fit_parser.instantiate(config)
-        section = made.get("sparsify")
+            changed[option] = (seed - self.seed) % count
+        made = (self._sections.changed(changed) if changed else self._sections).make()
+        section = made["sparsify"]
         if section is not None:
             made["model"] = own_model(made["model"], section)
         made["model"] = self._judged(made["model"])
@@ -171,23 +167,23 @@ class Experiment:
         Raises:
             ValueError: the section names one that the model does not have.
         """
-        if isinstance(self._config.get("optimizer.init_args.lr"), (int, float)):
-            return "optimizer.init_args.lr"
-        section = self._config.get("sparsify")
+        if isinstance(at(self._config, ("optimizer", "lr")), (int, float)):
+            return "optimizer.lr"
+        section = self._config["sparsify"]
         if section is None:
             return None
         named = section["learning_rate"]
         for name in ("lr", "learning_rate") if named is None else (named,):
-            value = self._config.get(f"model.init_args.{name}")
+            value = at(self._config, ("model", name))
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return f"model.init_args.{name}"
+                return f"model.{name}"
         if named is not None:
             raise ValueError(f"sparsify.learning_rate={named!r} is no argument of the model that has a number")
         return None
 
     def _configured_rate(self, model: Any) -> float | None:
         if isinstance(model, OwnModel) or self._rate_name is not None:
-            return None if self._rate_name is None else float(self._config[self._rate_name])
+            return None if self._rate_name is None else float(at(self._config, self._rate_name.split(".")))
         return float(model.lr)
 
     def num_steps(self, train_batches: float) -> int:
@@ -216,7 +212,7 @@ class Experiment:
 
     def plain(self) -> dict[str, Any]:
         """Return model, data, trainer and seed as plain values, without options that a comparison sets itself."""
-        values = yaml.safe_load(self._fit_parser.dump(self._config, skip_unset=False))
+        values = self._config
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
         trainer |= device_options(trainer)  # a comparison resumes where it began
         own = {name: values[name] for name in ("sparsify", "threads", *SECTIONS) if values.get(name) is not None}
@@ -230,7 +226,7 @@ class Experiment:
 
     def callbacks(self) -> list[Callback]:
         """Return new callbacks of the configuration, without bars, checkpoints and those that end a training early."""
-        if not self._config["trainer"].get("callbacks"):
+        if not self._config["trainer"]["callbacks"]:
             return []
         given = self._make()["trainer"]["callbacks"]
         given = given if isinstance(given, list) else [given]

@@ -136,7 +136,7 @@ class PlanOptions(CommandLine):
         config: dict[str, Any] = {}
         for path in self.files:
             config = merge(config, with_long_names(read_config(path)))
-        return with_flags(config, [*self.rest], lambda merged, names, value: True, yaml.safe_load)[0]
+        return with_flags(config, self.rest, yaml.safe_load)
 
     @functools.cached_property
     def gpu(self) -> Gpu:

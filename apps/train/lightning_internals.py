@@ -108,7 +108,7 @@ def set_module(strategy: Any, module: LightningModule | None) -> None:
     strategy._lightning_module = module
 
 
-# ---- the progress bar and the command line
+# ---- the progress bar
 
 
 def of_epochs(trainer: Trainer) -> str:
@@ -129,18 +129,3 @@ class ErasedProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"epoch {current_epoch + 1}{of_epochs(self.trainer)}"
-
-
-class WaitingCLI:
-    """Goes before ``LightningCLI`` in a class: the constructor runs no command, and reads no options of a checkpoint,
-    which would win over flags. ``LightningCLI(run=False)`` would leave out the command's arguments."""
-
-    def _parse_ckpt_path(self) -> None:
-        """Do nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Do nothing."""
-
-    def command_parser(self, command: str) -> Any:
-        """Return the parser of a command's own options. ``self.parser`` is the one above the commands."""
-        return self._parser(command)  # type: ignore[attr-defined]

@@ -114,7 +114,7 @@ def test_predictions_are_a_file_that_is_not_replaced_unasked(tmp_path):
 @pytest.mark.parametrize(
     "overrides, said",
     [
-        ({"trainer.max_epoch": 1}, "did you mean 'trainer.max_epochs'"),
+        ({"trainer.max_epoch": 1}, "did you mean 'max_epochs'"),
         ({"model.moe.num_experts": "eight"}, "model.moe.num_experts=eight is not of type int"),
         ({"print_config": True}, "overrides: print_config is no option of seed_everything, trainer"),
         ({"model.help": True}, "overrides: model.help is no option of"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import compared
 import pytest
 
 from apps import registry
 from apps.cli.classes import app_classes, load_class, long_name, with_long_names
-from apps.cli.flags import with_classes_and_nulls
+from apps.cli.errors import UsageError
+from apps.cli.flags import with_classes, with_flags
 from apps.cli.request import Request
+from apps.cli.sections import Sections
 from apps.cli.train import build
 
 
@@ -34,35 +38,42 @@ def test_every_model_and_data_is_named_shortly_in_yaml_and_by_flags(part, name):
     assert with_long_names({part: name, "n": 1}) == {part: path, "n": 1}
     assert with_long_names({part: {"class_path": name}}) == {part: {"class_path": path}}
     for flags in ([f"--{part}", name], [f"--{part}.class_path", name]):
-        assert with_classes_and_nulls({}, flags) == with_classes_and_nulls({}, ["=".join(flags)]) == ({part: name}, [])
-    text = [f"--{part}.init_args.text", name]
-    assert with_classes_and_nulls({}, text) == ({}, text)
+        assert with_classes({}, flags) == with_classes({}, ["=".join(flags)]) == {part: name}
+    assert with_classes({}, [f"--{part}.init_args.text", name]) == {}
 
 
-@pytest.mark.parametrize("name", registry.TRAINER)
-def test_every_part_of_the_trainer_is_named_shortly_in_yaml_and_by_flags(name):
-    path = registry.full_path(name)
-    named = {"class_path": path, "init_args": {"a": 1}}
-    for part in ("strategy", "plugins"):
-        assert with_long_names({"trainer": {part: name}}) == {"trainer": {part: {"class_path": path}}}
-        written = {"trainer": {part: {"class_path": name, "init_args": {"a": 1}}}}
-        assert with_long_names(written) == {"trainer": {part: named}}
-    assert with_long_names({"trainer": {"callbacks": [name, "x"]}}) == {
-        "trainer": {"callbacks": [{"class_path": path}, "x"]}
-    }
-    for flags in (["--trainer.strategy", name], [f"--trainer.strategy.class_path={name}"]):
-        assert with_classes_and_nulls({}, flags) == ({"trainer": {"strategy": name}}, [])
+@pytest.mark.parametrize("name", ["ExpertAveraging", "RoutingDetail", "RoutingDoctor"])
+def test_a_callback_of_the_trainer_is_named_shortly_in_yaml_and_by_flags(config, name):
+    Path("by_name.yaml").write_text(f"trainer: {{callbacks: [{name}, LearningRateMonitor]}}")
+    Path("by_path.yaml").write_text(f"trainer: {{callbacks: {{class_path: {registry.full_path(name)}}}}}")
+    for words in (
+        ["--config", "by_name.yaml"],
+        ["--config", "by_path.yaml", "--trainer.callbacks+=LearningRateMonitor"],
+        [f"--trainer.callbacks=[{name}]", "--trainer.callbacks+", "LearningRateMonitor"],
+    ):
+        own = Sections(Request.read("fit", ["--config", config, *words]).config).plain()["trainer"]["callbacks"]
+        assert [part["class_path"] for part in own] == [
+            registry.full_path(name),
+            "lightning.pytorch.callbacks.LearningRateMonitor",
+        ]
+
+
+def test_a_strategy_of_ours_is_no_text(config):
+    """A strategy may be a text, such as ddp."""
+    for flag in ("--trainer.strategy", "--trainer.strategy.class_path"):
+        own = Sections(Request.read("fit", ["--config", config, flag, "ExpertParallelStrategy"]).config).plain()
+        assert own["trainer"]["strategy"]["class_path"] == "apps.train.sharded.expert_parallel.ExpertParallelStrategy"
+    own = Sections(Request.read("fit", ["--config", config, "--trainer.strategy", "ddp"]).config).plain()
+    assert own["trainer"]["strategy"] == "ddp"
 
 
 def test_a_request_has_class_paths(tmp_path):
     (tmp_path / "short.yaml").write_text(
         "model: {class_path: LanguageModeler, init_args: {moe: null}}\ndata: TextData\n"
-        "trainer: {strategy: {class_path: TorchRecStrategy}}"
     )
     config = Request.read("fit", ["--config", str(tmp_path / "short.yaml")]).config
     assert config["model"]["class_path"] == "apps.nlp.language.module.LanguageModeler"
     assert config["data"] == "apps.nlp.language.data.TextData"
-    assert config["trainer"]["strategy"]["class_path"] == "apps.recsys.tables.shard.strategy.TorchRecStrategy"
 
 
 def test_a_class_is_loaded_or_is_none():
@@ -73,15 +84,14 @@ def test_a_class_is_loaded_or_is_none():
 
 def test_null_reaches_any_depth(config, tmp_path):
     written = {"model": {"class_path": "V", "init_args": {"moe": {"capacity_factor": 1.0, "router": "TokenChoice"}}}}
-    argv = ["--trainer.logger", "false", "--model.moe.capacity_factor", "null", "--model.moe=null", "--print_config"]
-    merged, rest = with_classes_and_nulls(written, argv)
-    assert merged["model"]["init_args"]["moe"] == {"capacity_factor": None, "router": "TokenChoice"}
-    assert rest == ["--trainer.logger", "false", "--model.moe=null", "--print_config"]
-    # Where there is nothing to set it in, the flag stays, to be refused by name.
-    for flag in ("--model.mo.capacity_factor=null", "--model.init_args.moe.router.mood=~"):
-        assert with_classes_and_nulls(written, [flag]) == (written, [flag])
-    deep = with_classes_and_nulls(written, ["--model.init_args.moe.capacity_factor=~"])
-    assert deep == (merged, [])
+    moe = {"capacity_factor": None, "router": "TokenChoice"}
+    for name in ("model", "model.init_args"):
+        deep = with_flags(written, [f"--{name}.moe.capacity_factor=~", "--print_config"])
+        assert deep["model"]["init_args"]["moe"] == moe
+    assert with_flags(written, ["--model.moe", "null"])["model"]["init_args"]["moe"] is None
+    line = r"model\.mo does not exist; did you mean 'moe'\?"
+    with pytest.raises(UsageError, match=line):  # where there is nothing to set it in
+        build("fit", ["--config", config, "--model.mo.capacity_factor=null"])
     flags = ["--model.moe.capacity_factor", "1.5", "--model.moe.eval_capacity_factor", "null"]
     moe = build("fit", ["--config", config, *flags]).model.hparams["moe"]
     assert (moe["capacity_factor"], moe["eval_capacity_factor"]) == (1.5, None)

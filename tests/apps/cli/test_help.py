@@ -81,8 +81,23 @@ def test_a_router_has_help_by_its_short_name():
 
 
 @pytest.mark.parametrize(
+    ("option", "name", "argument"),
+    [
+        ("trainer.callbacks", "EarlyStopping", "patience"),
+        ("trainer.strategy", "ExpertParallelStrategy", "expert_parallel_size"),
+        ("optimizer", "SGD", "momentum"),
+    ],
+)
+def test_a_part_of_the_trainer_has_help_by_its_name(option, name, argument):
+    title, *lines = lines_of("fit", f"--{option}.help", name)
+    assert title.startswith(f"{option} ")
+    assert f"--{option}.{argument}" in [line.split()[0] for line in lines if line]
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--trainer.callbacks.help"], "trainer.callbacks.help needs the name of a class"),
         (["--help_all", "modl"], "help_all=modl does not exist; did you mean 'model'?"),
         (["--model.help", "VisionClasifier"], "VisionClasifier does not exist; did you mean 'VisionClassifier'?"),
     ],

@@ -72,6 +72,10 @@ WRONG = [
     (("fit", *DIGITS, "--modle.moe", "null"), 2, "modle.moe does not exist; did you mean 'model'?"),
     (("fit", *DIGITS, "--run_dir", "broken.yaml"), 2, "broken.yaml is a file, not a folder"),
     (("fit", *DIGITS, "--run_dir", "broken.yaml/a"), 2, "broken.yaml is a file, not a folder, below which broken"),
+    (("fit", *DIGITS, "--trainer.max_epoch", "3"), 2, "--trainer.max_epoch does not exist; did you mean 'max_epochs'?"),
+    (("fit", *DIGITS, "--trainer.max_epochs=three"), 2, "--trainer.max_epochs=three is not of type int"),
+    (("fit", *DIGITS, "--config", "key.yaml"), 2, "key.yaml: data.subsets does not exist; did you mean 'subset'?"),
+    (("fit", *DIGITS, "--config", "type.yaml"), 2, "type.yaml: model.ema_decay=half is not of type float"),
     (("test", *DIGITS), 1, "no checkpoint in runs/digits/checkpoints"),
     (("test", *DIGITS, "--ckpt_path", "nope.ckpt"), 1, "no checkpoint nope.ckpt"),
     (("predict", *DIGITS, "--output", "x.xls"), 2, "output=x.xls must end in one of .jsonl, .csv, .parquet"),
@@ -94,6 +98,8 @@ for argv in json.loads(sys.argv[1]):
 def test_an_error_of_usage_needs_no_heavy_import(tmp_path):
     (tmp_path / "broken.yaml").write_text("trainer: [")
     (tmp_path / "modl.yaml").write_text("modl: {}")
+    (tmp_path / "key.yaml").write_text("data: {init_args: {subsets: 3}}")
+    (tmp_path / "type.yaml").write_text("model: {init_args: {ema_decay: half}}")
     (tmp_path / "here.csv").write_text("earlier predictions")
     command = [sys.executable, "-c", WATCHED, json.dumps([argv for argv, *_ in WRONG])]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -288,7 +288,7 @@ def test_a_workers_error_is_the_commands(config, tmp_path):
     (["extra"], "unexpected argument 'extra'"),
     (["--jobs", "0"], "--jobs 0 must be at least 1"),
     (["--baselines", "boosted"], "baseline 'boosted' is unknown: the module has dense_equal_flops"),
-    (["--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
+    (["--trainer.max_epoch", "3"], "did you mean 'max_epochs'"),
     (["--model.moe.num_experts", "1"], "top_k=2 exceeds num_experts=1"),
     (["--trainer.fast_dev_run", "true"], "a comparison needs whole runs"),
     (["--model.grow.checkpoint", "runs/few"], "model.grow: a comparison trains all models from scratch"),

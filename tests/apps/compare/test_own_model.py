@@ -142,7 +142,7 @@ def test_what_a_comparison_has_to_be_told_is_asked_for_in_one_line(config, tmp_p
     bare.write_text(CONFIG)
     step = "sparsify.learning_rate='step_size' is no argument of the model that has a number"
     for code, path, words, rule in (
-        (1, config, ("--sparsify.metric", "null"), "^sparsify.metric is missing"),
+        (1, config, ("--sparsify.metric", "null"), "^--sparsify.metric is missing"),
         (1, config, ("--sparsify.metric", "val_accuracy"), "^validation logs no 'val_accuracy'; it logs "),
         (1, config, ("--sparsify.learning_rate", "step_size"), step),
         (1, config, ("--learning_rates", "0.2", "--model.answers_nan", "true"), "test_acc is nan, which compares with"),

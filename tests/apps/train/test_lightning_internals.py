@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from quiet_trainer import quiet_trainer
@@ -199,16 +198,6 @@ def test_the_bar_is_erased_and_counts_epochs_from_1(tmp_path):
     assert bar.progress.finished
     assert not bar.progress.live.is_started
     assert isinstance(bar, RichProgressBar)
-
-
-def test_a_waiting_command_line_runs_nothing_and_has_the_parser_of_its_command(tmp_path, monkeypatch):
-    class Waits(internals.WaitingCLI, LightningCLI):
-        pass
-
-    quiet = ["--trainer.logger", "false", "--trainer.accelerator", "cpu", "--ckpt_path", str(tmp_path / "none.ckpt")]
-    cli = Waits(Line, save_config_callback=None, args=["fit", *quiet])
-    assert cli.trainer.global_step == 0
-    assert cli.command_parser("fit").parse_args(["--model.size", "3"]).model.size == 3
 
 
 def test_steps_and_hooks_are_told_apart():

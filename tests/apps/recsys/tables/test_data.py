@@ -5,10 +5,10 @@ import dataclasses
 import os
 import pickle
 
-import jsonargparse
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from own_table import CONFIG, NAN, TEST, TRAIN, by_row, config_of, same, write
@@ -16,6 +16,8 @@ from places import ROOT
 from quiet_trainer import quiet_trainer
 from refusals import refused
 
+from apps.cli.flags import with_flags
+from apps.cli.values import make, plain, read
 from apps.data import datasets
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.readers.synthetic import SyntheticConfig
@@ -172,15 +174,12 @@ def test_yaml_describes_a_table(tmp_path):
     class_path: apps.recsys.tables.data.TableData
     init_args: {{dataset: table, train_file: train.csv, test_file: test.csv, table: {table}}}
     """
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningDataModule, "data")
-    (tmp_path / "data.yaml").write_text(text)
-    arguments = ["--data", str(tmp_path / "data.yaml"), "--data.root", str(tmp_path), "--data.table.split.seed", "5"]
-    parsed = parser.parse_args(arguments)
-    data = parser.instantiate(parsed).data
+    flags = ["--data.root", str(tmp_path), "--data.table.split.seed", "5"]
+    section = read(with_flags({"data": yaml.safe_load(text)}, flags)["data"], LightningDataModule, "data")
+    data = make(section)
     assert isinstance(data, TableData)
     assert data.table == CONFIG.__class__(**{**vars(CONFIG), "split": SplitConfig("given", val=0, seed=5)})
-    assert "like:\n          column: stars" in parser.dump(parsed)
+    assert plain(section)["init_args"]["table"]["tasks"]["like"]["column"] == "stars"
 
 
 def test_importing_the_datasets_is_light():
